@@ -1,0 +1,19 @@
+"""moe-ref: the exact specification of a Mixture-of-Experts layer, as pure functions of arrays."""
+
+from moe_ref.layer import moe, routed_experts
+from moe_ref.routing import route
+from moe_ref.types import Grouping, MoEConfig, MoEGradients, MoEWeights, Routing
+from moe_ref.vjp import moe_vjp, routed_experts_vjp
+
+__all__ = [
+    "Grouping",
+    "MoEConfig",
+    "MoEGradients",
+    "MoEWeights",
+    "Routing",
+    "moe",
+    "moe_vjp",
+    "route",
+    "routed_experts",
+    "routed_experts_vjp",
+]

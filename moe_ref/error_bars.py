@@ -1,0 +1,198 @@
+"""Error bars: how far an implementation that rounds only where clause E2 allows may stray, element by element.
+
+They are sampled, with no second derivation: the specification's own forward and backward pass runs with random errors
+at every site (`moe_ref.numerics.Perturbed`). The variance has a storage part (values rounded to x's dtype) and an
+accumulation part (sums and activations in fp32 or better), each for unit roundoff 1 and to be scaled by u**2, so one
+set of samples serves every dtype and every executor. Only fp16, whose subnormals lie within reach, wants its own set.
+
+ADR 2 records why tolerances are measured this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from moe_ref._typing import Array
+from moe_ref.numerics import EXACT, FORMATS, Perturbed, Rounding, accumulator, uniform_of
+from moe_ref.types import MoEGradients, MoEWeights
+from moe_ref.vjp import layer_vjp
+
+PROBES = 65_536  # elements whose samples are kept, to see how far they err together
+CHUNK_ELEMENTS = 1_000_000  # values of one intermediate array that all samples of a chunk may hold
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One kind of error, for unit roundoff 1.
+
+    Attributes:
+        variance: of each element; the shape of the tensor.
+        gains: [samples], <error, y> / <y, y>.
+        probes: [samples, P], the errors of up to `PROBES` elements.
+    """
+
+    variance: np.ndarray
+    gains: np.ndarray
+    probes: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class TensorBars:
+    """The exact value of an output or a gradient, and its error bars.
+
+    Attributes:
+        exact: float64.
+        storage: errors of values stored in x's dtype.
+        accumulation: errors of sums and activations, in the accumulator's format.
+        probed: flat indices of the elements in ``probes``.
+    """
+
+    exact: np.ndarray
+    storage: Part
+    accumulation: Part
+    probed: np.ndarray
+
+    def sd(self, dtype: str, out_dtype: str) -> np.ndarray:
+        """Standard deviation of each element's error.
+
+        Args:
+            dtype: x's dtype, in which an implementation stores.
+            out_dtype: the dtype of this output or gradient itself, rounded to once.
+
+        Returns:
+            float64, the shape of ``exact``. At least half its row's root mean square, because the sampled deviation
+            of a single element is noisy; exactly 0 where no error can reach (structural zeros).
+        """
+        u, ua, out = FORMATS[dtype].unit_roundoff, accumulator(dtype).unit_roundoff, FORMATS[out_dtype]
+        inner = u**2 * self.storage.variance + ua**2 * self.accumulation.variance
+        inner = 2 * inner if dtype == "float64" else inner  # the specification's own float64 errs by as much
+        reached = (inner > 0) | (np.abs(self.exact) > 0)
+        rounding = (out.unit_roundoff * np.maximum(np.abs(self.exact), out.smallest_normal)) ** 2 / 3
+        variance = np.where(reached, inner + rounding, 0.0)
+        counted = np.maximum(reached.sum(axis=-1, keepdims=True), 1)
+        row = variance.sum(axis=-1, keepdims=True, where=np.isfinite(variance)) / counted
+        return np.sqrt(np.where(reached, np.maximum(variance, row / 4), 0.0))
+
+    def gain_sd(self, dtype: str, out_dtype: str) -> float:
+        """Standard deviation of the gain <error, y> / <y, y>."""
+        gains = self._scaled(dtype, self.storage.gains, self.accumulation.gains)
+        y = np.abs(self.exact[np.isfinite(self.exact)])
+        square = float(y @ y) or 1.0
+        _, groups = np.unique(y.astype(np.float32), return_inverse=True)  # equal values round equally
+        out = FORMATS[out_dtype]
+        together = np.bincount(groups, weights=y * np.maximum(y, out.smallest_normal)) if y.size else np.zeros(1)
+        rounding = out.unit_roundoff**2 / 3 * float(together @ together) / square**2
+        return float(np.sqrt(np.mean(gains**2) + rounding))
+
+    def rms_sd(self, dtype: str, out_dtype: str) -> float:
+        """Standard deviation, over the samples, of the root mean square of z: how far errors move together."""
+        exact, sd = self.exact.ravel()[self.probed], self.sd(dtype, out_dtype).ravel()[self.probed]
+        errors = self._scaled(dtype, self.storage.probes, self.accumulation.probes)
+        keys = np.random.default_rng(0).integers(0, 2**63, (len(errors), 1), dtype=np.uint64)
+        out = FORMATS[out_dtype]
+        errors = errors + out.unit_roundoff * uniform_of(exact, keys) * np.maximum(np.abs(exact), out.smallest_normal)
+        z = np.divide(errors, sd, out=np.zeros_like(errors), where=sd > 0)
+        return float(np.std(np.sqrt(np.mean(z**2, axis=1)))) if z.size else 0.0
+
+    @staticmethod
+    def _scaled(dtype: str, storage: np.ndarray, accumulation: np.ndarray) -> np.ndarray:
+        return FORMATS[dtype].unit_roundoff * storage + accumulator(dtype).unit_roundoff * accumulation
+
+
+def error_bars(
+    x: Array,
+    topk_ids: Array,
+    weights: MoEWeights,
+    dy: Array,
+    *,
+    router_logits: Array | None = None,
+    topk_weights: Array | None = None,
+    dtype: str,
+    samples: int = 32,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, TensorBars]:
+    """Samples the error bars of y and of every gradient.
+
+    Args:
+        x: [T, H] float64.
+        topk_ids: [T, K], from the exact run: no sample chooses again.
+        weights: the layer's parameters.
+        dy: [T, H] float64, the upstream gradient.
+        router_logits: [T, E] float64, or
+        topk_weights: [T, K] float64; exactly one of the two.
+        dtype: x's dtype; only its smallest normal number matters here.
+        samples: samples of each part.
+        seed: of the random errors.
+        progress: called with (samples done, samples in all).
+
+    Returns:
+        {"y": ..., "x": ..., "router_logits": ..., ...}, one entry for each output and gradient of the layer.
+    """
+    if (router_logits is None) == (topk_weights is None):
+        raise TypeError("router_logits, topk_weights: exactly one of the two must be given")
+    routing = [None if a is None else a[None] for a in (router_logits, topk_weights)]
+
+    def run(rounding: Rounding) -> dict[str, np.ndarray]:
+        y, gradients = layer_vjp(x[None], routing[0], topk_ids, routing[1], weights, dy[None], rounding)
+        return named(y, gradients)
+
+    exact = {name: value[0] for name, value in run(EXACT).items()}
+    probed = {name: _probe(value, seed) for name, value in exact.items()}
+    both = weights.gate_up_proj.shape[1]
+    largest = max(1, topk_ids.shape[0] * topk_ids.shape[1] * max(both, weights.hidden_size))
+    chunk = max(1, min(samples, CHUNK_ELEMENTS // largest))
+    floor = FORMATS[dtype].smallest_normal
+    parts = []
+    for index, kind in enumerate(("storage", "accumulation")):
+        sums = {name: _Sums(value, probed[name]) for name, value in exact.items()}
+        for start in range(0, samples, chunk):
+            count = min(chunk, samples - start)
+            rounding = Perturbed(kind, count, seed, start, floor)
+            for name, values in run(rounding).items():
+                sums[name].add(values, rounding.scale, count)
+            if progress is not None:
+                progress(index * samples + start + count, 2 * samples)
+        parts.append({name: s.part() for name, s in sums.items()})
+    storage, accumulation = parts
+    return {name: TensorBars(exact[name], storage[name], accumulation[name], probed[name]) for name in exact}
+
+
+def named(y: Array, gradients: MoEGradients) -> dict[str, np.ndarray]:
+    """{"y": y, "x": dx, "router_logits": ...}, without what the layer does not have."""
+    pairs = [("y", y), *((f.name, getattr(gradients, f.name)) for f in fields(gradients))]
+    return {name: np.asarray(value) for name, value in pairs if value is not None}
+
+
+def _probe(value: np.ndarray, seed: int) -> np.ndarray:
+    if value.size <= PROBES:
+        return np.arange(value.size)
+    return np.sort(np.random.default_rng(seed).choice(value.size, PROBES, replace=False))
+
+
+class _Sums:
+    """Running sums over the samples of one tensor."""
+
+    def __init__(self, exact: np.ndarray, probed: np.ndarray) -> None:
+        self.exact, self.probed = exact, probed
+        self.squares = np.zeros_like(exact)
+        self.gains: list[np.ndarray] = []
+        self.probes: list[np.ndarray] = []
+        self.finite = np.where(np.isfinite(exact), exact, 0.0)
+        self.norm = float(np.sum(self.finite**2)) or 1.0
+
+    def add(self, values: np.ndarray, scale: float, count: int) -> None:
+        errors = (values - np.where(np.isfinite(self.exact), self.exact, np.nan)) / scale
+        errors = np.where(np.isfinite(errors), errors, 0.0)
+        errors = np.broadcast_to(errors, (count, *self.exact.shape))
+        self.squares += np.sum(errors**2, axis=0)
+        flat = errors.reshape(count, -1)
+        self.gains.append(flat @ self.finite.ravel() / self.norm)
+        self.probes.append(flat[:, self.probed].astype(np.float32))
+
+    def part(self) -> Part:
+        gains = np.concatenate(self.gains)
+        return Part(self.squares / len(gains), gains, np.concatenate(self.probes))

@@ -1,0 +1,90 @@
+"""The layer: the calls of the other modules and nothing else."""
+
+from __future__ import annotations
+
+from array_api_compat import array_namespace
+
+from moe_ref._typing import Array, Float, Int
+from moe_ref.combine import combine
+from moe_ref.experts import experts
+from moe_ref.grouping import group, is_slot, permute, unpermute
+from moe_ref.numerics import EXACT, Rounding
+from moe_ref.routing import route
+from moe_ref.types import MoEWeights
+from moe_ref.validation import check_experts_inputs, check_inputs
+
+
+def moe(
+    x: Float[Array, "*batch H"],
+    router_logits: Float[Array, "*batch E"],
+    weights: MoEWeights,
+    rounding: Rounding = EXACT,
+) -> Float[Array, "*batch H"]:
+    """A Mixture-of-Experts layer, in float64.
+
+    Args:
+        x: hidden states; the dtype of the dense projections (T1).
+        router_logits: any float dtype; same leading dimensions as ``x``.
+        weights: the layer's parameters and configuration.
+        rounding: rounding policy; exact by default.
+
+    Returns:
+        y, of x's shape, float64.
+
+    Raises:
+        ValueError, TypeError: one line naming the argument, its value, and what is allowed.
+    """
+    check_inputs(x, router_logits, weights)
+    xp = array_namespace(x)
+    logits = xp.reshape(router_logits, (-1, weights.num_experts))
+    rows = xp.astype(xp.reshape(x, (-1, weights.hidden_size)), xp.float64)
+    routing = route(logits, weights.config, rounding)
+    y = apply_experts(rows, routing.topk_ids, routing.topk_weights, weights, rounding)
+    return xp.reshape(y, tuple(x.shape))
+
+
+def routed_experts(
+    x: Float[Array, "*batch H"],
+    topk_ids: Int[Array, "*batch K"],
+    topk_weights: Float[Array, "*batch K"],
+    weights: MoEWeights,
+    rounding: Rounding = EXACT,
+) -> Float[Array, "*batch H"]:
+    """The layer with routing already done elsewhere; ids outside [0, E) are empty slots (R7).
+
+    Args:
+        x: hidden states; the dtype of the dense projections (T1).
+        topk_ids: int32 or int64; same leading dimensions as ``x``. Duplicates in a row add up.
+        topk_weights: any float dtype; the shape of ``topk_ids``.
+        weights: the layer's parameters and configuration.
+        rounding: rounding policy; exact by default.
+
+    Returns:
+        y, of x's shape, float64.
+
+    Raises:
+        ValueError, TypeError: one line naming the argument, its value, and what is allowed.
+    """
+    check_experts_inputs(x, topk_ids, topk_weights, weights)
+    xp = array_namespace(x)
+    top_k = topk_ids.shape[-1]
+    rows = xp.astype(xp.reshape(x, (-1, weights.hidden_size)), xp.float64)
+    ids = xp.reshape(topk_ids, (-1, top_k))
+    slot_weights = xp.astype(xp.reshape(topk_weights, (-1, top_k)), xp.float64)
+    return xp.reshape(apply_experts(rows, ids, slot_weights, weights, rounding), tuple(x.shape))
+
+
+def apply_experts(
+    x: Float[Array, "*samples T H"],
+    topk_ids: Int[Array, "T K"],
+    topk_weights: Float[Array, "*samples T K"],
+    weights: MoEWeights,
+    rounding: Rounding = EXACT,
+) -> Float[Array, "*samples T H"]:
+    """Permute, experts, unpermute, combine; an empty slot weighs nothing, whatever its weight."""
+    xp = array_namespace(x)
+    grouping = group(topk_ids, weights.num_experts)
+    rows = permute(x, grouping.order, topk_ids.shape[-1])
+    outputs = unpermute(experts(rows, grouping.group_offsets, weights, rounding), grouping.inverse)
+    mask = is_slot(topk_ids, weights.num_experts)
+    return combine(outputs, xp.where(mask, topk_weights, xp.zeros_like(topk_weights)), rounding)

@@ -1,0 +1,225 @@
+"""Number formats and rounding policies.
+
+The specification's functions take a ``rounding`` policy and call it by name wherever an implementation may round
+(clause E2), so that one code path gives the exact answer, the low-precision twin, and the error bars:
+
+- `Exact` returns every value as it is;
+- `Nearest` rounds to nearest even: the low-precision twin of an honest implementation;
+- `Perturbed` adds random errors of unit size: the samples behind the error bars (`moe_ref.error_bars`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+from zlib import crc32
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+from moe_ref._typing import Array
+
+
+@dataclass(frozen=True)
+class Format:
+    """A binary floating-point format.
+
+    Attributes:
+        name: the dtype's name, as NumPy and torch spell it.
+        precision: significant bits, the hidden one counted.
+        min_exponent: exponent e of the smallest normal number 2**e.
+        max_exponent: exponent e of the largest power of two.
+    """
+
+    name: str
+    precision: int
+    min_exponent: int
+    max_exponent: int
+
+    @property
+    def unit_roundoff(self) -> float:
+        """u, half the distance from 1 to the next number: the largest relative error of rounding to nearest."""
+        return 2.0**-self.precision
+
+    @property
+    def smallest_normal(self) -> float:
+        """Below this number the spacing is constant: rounding errs by up to u * smallest_normal."""
+        return 2.0**self.min_exponent
+
+    @property
+    def max(self) -> float:
+        """The largest finite number."""
+        return 2.0**self.max_exponent * (2 - 2.0 ** (1 - self.precision))
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("float64", 53, -1022, 1023),
+        Format("float32", 24, -126, 127),
+        Format("bfloat16", 8, -126, 127),
+        Format("float16", 11, -14, 15),
+    )
+}
+
+
+def accumulator(dtype: str) -> Format:
+    """The format in which sums of products of ``dtype`` accumulate at the least (E2): fp32, or fp64 for fp64."""
+    return FORMATS["float64" if dtype == "float64" else "float32"]
+
+
+def round_to_nearest(value: Array, dtype: str) -> Array:
+    """Rounds float64 to the nearest number of another format, ties to even; overflow gives inf. Stays float64.
+
+    Args:
+        value: float64 array of any shape.
+        dtype: "float64", "float32", "bfloat16" or "float16".
+    """
+    fmt = FORMATS[dtype]
+    if dtype == "float64":
+        return value
+    xp = array_namespace(value)
+    finite = xp.isfinite(value)
+    safe = xp.where(finite, value, xp.zeros_like(value))
+    _, exponent = xp.frexp(safe)  # safe = m * 2**exponent with 0.5 <= |m| < 1
+    exponent = xp.clip(exponent, min=fmt.min_exponent + 1)
+    spacing = exponent - fmt.precision
+    rounded = xp.ldexp(xp.round(xp.ldexp(safe, -spacing)), spacing)
+    infinite = xp.where(safe < 0, xp.full_like(safe, -math.inf), xp.full_like(safe, math.inf))
+    rounded = xp.where(xp.abs(rounded) > fmt.max, infinite, rounded)
+    return xp.where(finite, rounded, value)
+
+
+class Rounding(Protocol):
+    """What the specification calls wherever an implementation may round."""
+
+    def store(self, site: str, value: Array) -> Array:
+        """A value that may be rounded to x's dtype: one of the sites of clause E2."""
+
+    def accumulate(self, site: str, value: Array, sd: Callable[[], Array]) -> Array:
+        """A value computed in the accumulator's precision, whose error there has deviation u * ``sd()``."""
+
+
+class Exact:
+    """No rounding: the specification in float64."""
+
+    def store(self, site: str, value: Array) -> Array:
+        """Returns ``value``."""
+        return value
+
+    def accumulate(self, site: str, value: Array, sd: Callable[[], Array]) -> Array:
+        """Returns ``value``."""
+        return value
+
+
+EXACT = Exact()
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Rounds to nearest even: at storage sites to ``dtype``, at sums to its accumulator (`accumulator`)."""
+
+    dtype: str
+
+    def store(self, site: str, value: Array) -> Array:
+        """Rounds to ``dtype``."""
+        return round_to_nearest(value, self.dtype)
+
+    def accumulate(self, site: str, value: Array, sd: Callable[[], Array]) -> Array:
+        """Rounds to the accumulator's format."""
+        return round_to_nearest(value, accumulator(self.dtype).name)
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """Adds pseudo-random errors at one kind of site, in units of ``scale``.
+
+    Rounding is deterministic: equal values err equally, and v errs as -v and 2v do, relatively. So in every even sample
+    the error is a hash of the value's mantissa, the site and the sample: where many tokens are equal, errors add up.
+    But equal sums may also be added in different orders, by their place in a tile. So in every odd sample the error
+    depends on the element's position too, and equal values err independently. An implementation may do either.
+
+    Every array that passes through carries a leading axis of samples, of length 1 until the first error reaches it
+    and of length ``samples`` from there on, so that all samples are computed at once.
+
+    Attributes:
+        kind: "storage" (errors uniform in +-max(|v|, floor)) or "accumulation" (errors of deviation ``sd()``).
+        samples: length of the leading axis.
+        seed: of all samples.
+        first: number of the first sample.
+        floor: the storage format's smallest normal number, below which its errors are absolute.
+        scale: size of the errors; small, so that the answer depends on them linearly.
+    """
+
+    kind: str
+    samples: int
+    seed: int = 0
+    first: int = 0
+    floor: float = 0.0
+    scale: float = 2.0**-20
+
+    def store(self, site: str, value: Array) -> Array:
+        """Adds uniform errors of up to ``scale`` * max(|value|, floor)."""
+        if self.kind != "storage":
+            return value
+        xp = array_namespace(value)
+        size = xp.clip(xp.abs(value), min=self.floor)
+        return value + self.scale * self._noise(site, value) * xp.where(value < 0, -size, size)
+
+    def accumulate(self, site: str, value: Array, sd: Callable[[], Array]) -> Array:
+        """Adds uniform errors of deviation ``scale`` * ``sd()``."""
+        if self.kind != "accumulation":
+            return value
+        return value + math.sqrt(3.0) * self.scale * self._noise(site, value) * sd()
+
+    def _noise(self, site: str, value: Array) -> Array:
+        rng = np.random.default_rng([self.seed, crc32(site.encode())])
+        keys = rng.integers(0, 2**63, self.first + self.samples, dtype=np.uint64)[self.first :]
+        numbers = np.arange(self.first, self.first + self.samples, dtype=np.uint64)
+        keys, odd = (a.reshape(-1, *(1,) * (value.ndim - 1)) for a in (keys, numbers % np.uint64(2)))
+        position = np.arange(math.prod(value.shape[1:]), dtype=np.uint64).reshape(value.shape[1:])
+        noise = uniform_of(np.asarray(value), keys ^ (odd * position * np.uint64(0xD1342543DE82EF95)))
+        return array_namespace(value).asarray(noise, device=device(value))
+
+
+def uniform_of(value: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Numbers in [-1, 1) that depend on ``key`` and on the leading 32 bits of the value's mantissa alone.
+
+    The last 20 bits do not count, so that values equal but for float64's own rounding stay equal. The mixing is
+    splitmix64's (Steele, Lea and Flood 2014).
+    """
+    bits = (np.ascontiguousarray(value).view(np.uint64) + np.uint64(1 << 19)) >> np.uint64(20)
+    mixed = ((bits & np.uint64(0xFFFFFFFF)) * np.uint64(0x9E3779B97F4A7C15)) ^ key
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    noise = (mixed >> np.uint64(11)).astype(np.float64)
+    noise *= 2.0**-52
+    noise -= 1.0
+    return noise
+
+
+def matmul_transposed(rounding: Rounding, site: str, a: Array, b: Array) -> Array:
+    """A [..., m, k] times b [..., n, k] transposed, with the error of a sum of k products.
+
+    A sum of k terms t in some order, each partial sum rounded, errs with variance about (u**2 / 3) (k / 2) sum(t**2).
+    """
+    xp = array_namespace(a, b)
+
+    def sd() -> Array:
+        return xp.sqrt(a.shape[-1] / 6.0 * xp.matmul(a * a, xp.matrix_transpose(b * b)))
+
+    return rounding.accumulate(site, xp.matmul(a, xp.matrix_transpose(b)), sd)
+
+
+def sum_last(rounding: Rounding, site: str, terms: Array) -> Array:
+    """Sum over the last axis, in increasing order, with the error of a sum of that many terms."""
+    xp = array_namespace(terms)
+    total = xp.zeros_like(terms[..., 0])
+    for k in range(terms.shape[-1]):
+        total = total + terms[..., k]
+    return rounding.accumulate(site, total, lambda: xp.sqrt(terms.shape[-1] / 6.0 * xp.sum(terms * terms, axis=-1)))

@@ -1,0 +1,99 @@
+"""Routing against what can be worked out by hand; laws and gradients are in property_tests."""
+
+import math
+
+import numpy as np
+import pytest
+
+from moe_ref import MoEConfig, route
+
+INF = math.inf
+
+
+def routed(logits: list[list[float]], **config: object) -> tuple[list[list[int]], np.ndarray]:
+    routing = route(np.array(logits), MoEConfig(**config))  # type: ignore[arg-type]
+    return routing.topk_ids.tolist(), routing.topk_weights
+
+
+def test_equal_logits_choose_the_lower_id() -> None:
+    """R2: torch.topk gives 6, 5, 4 here."""
+    ids, _ = routed([[0.0] * 8], top_k=3)
+    assert ids == [[0, 1, 2]]
+
+
+def test_slots_are_ordered_by_logit_then_id() -> None:
+    """R2."""
+    ids, _ = routed([[1.0, 3.0, 2.0, 3.0]], top_k=3)
+    assert ids == [[1, 3, 2]]
+
+
+def test_minus_zero_ties_with_zero() -> None:
+    """R2: -0 and +0 are equal keys."""
+    ids, _ = routed([[-0.0, 0.0, -1.0], [0.0, -0.0, -1.0]], top_k=2)
+    assert ids == [[0, 1], [0, 1]]
+
+
+def test_softmax_then_choose() -> None:
+    ids, weights = routed([[math.log(1), math.log(2), math.log(5)]], top_k=2, scoring="softmax")
+    assert ids == [[2, 1]]
+    np.testing.assert_allclose(weights, [[5 / 8, 2 / 8]], rtol=1e-15)
+
+
+def test_choose_then_softmax() -> None:
+    _, weights = routed([[math.log(1), math.log(2), math.log(5)]], top_k=2, scoring="topk_softmax")
+    np.testing.assert_allclose(weights, [[5 / 7, 2 / 7]], rtol=1e-15)
+
+
+def test_sigmoid_renormalised_and_scaled() -> None:
+    logits = [[math.log(1), math.log(3)]]  # sigmoids 1/2 and 3/4
+    _, plain = routed(logits, top_k=2, scoring="sigmoid")
+    _, scaled = routed(logits, top_k=2, scoring="sigmoid", renormalize=True, routed_scaling_factor=2.5)
+    np.testing.assert_allclose(plain, [[3 / 4, 1 / 2]], rtol=1e-15)
+    np.testing.assert_allclose(scaled, [[2.5 * 3 / 5, 2.5 * 2 / 5]], rtol=1e-15)
+
+
+def test_epsilon_saves_a_zero_sum() -> None:
+    """R5: all chosen scores are exactly 0."""
+    _, weights = routed([[-INF, -INF]], top_k=2, scoring="sigmoid", renormalize=True)
+    assert weights.tolist() == [[0.0, 0.0]]
+
+
+def test_epsilon_is_added_to_the_sum() -> None:
+    """R5."""
+    _, weights = routed([[0.0, 0.0]], top_k=1, scoring="softmax", renormalize=True, renormalize_eps=0.5)
+    assert weights.tolist() == [[0.5]]
+
+
+def test_minus_infinity_weighs_exactly_nothing() -> None:
+    """R4: chosen because nothing else is left."""
+    for scoring in ("softmax", "topk_softmax", "sigmoid"):
+        ids, weights = routed([[-INF, 1.0, -INF]], top_k=2, scoring=scoring)
+        assert ids == [[1, 0]]
+        assert weights[0, 1] == 0.0
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid"])
+@pytest.mark.parametrize("spoiled", [[math.nan, 0.0, 1.0], [0.0, 1.0, math.nan], [INF, 0.0, 1.0], [-INF] * 3])
+def test_broken_rows_are_nan_and_alone(scoring: str, spoiled: list[float]) -> None:
+    """R4: a NaN that is not even chosen breaks its row; ids stay in range and distinct; other rows stay."""
+    clean = [0.5, 0.25, 0.125]
+    ids, weights = routed([clean, spoiled, clean], top_k=2, scoring=scoring)
+    defined = scoring == "sigmoid" and not any(map(math.isnan, spoiled))
+    assert np.isnan(weights[1]).all() != defined
+    assert len(set(ids[1])) == 2
+    assert set(ids[1]) <= {0, 1, 2}
+    alone_ids, alone = routed([clean], top_k=2, scoring=scoring)
+    assert ids[0] == ids[2] == alone_ids[0]
+    assert (weights[0] == alone[0]).all()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    _, weights = routed([[1e4, -1e4]], top_k=2, scoring="softmax")
+    assert weights.tolist() == [[1.0, 0.0]]
+    _, weights = routed([[1e4, -1e4]], top_k=2, scoring="sigmoid")
+    assert weights.tolist() == [[1.0, 0.0]]
+
+
+def test_no_tokens() -> None:
+    routing = route(np.zeros((0, 4)), MoEConfig(2))
+    assert routing.topk_ids.shape == routing.topk_weights.shape == (0, 2)
