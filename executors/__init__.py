@@ -1,0 +1,30 @@
+"""PyTorch executors of Mixture-of-Experts layers, by name.
+
+    >>> import executors, moe_ref
+    >>> executors.names()
+    ['auto', 'native']
+
+    y = executors.get("native")(x, router_logits, weights)
+
+An executor that was asked for by name never falls back to another one: it raises `Unavailable` (this machine lacks
+something) or `Unsupported` (this input). Importing this package imports no torch.
+"""
+
+from executors._protocol import Capabilities, Executor, RoutingExecutor, Unavailable, UnknownExecutor, Unsupported
+from executors._registry import Explanation, available, explain, get, names, register, unregister
+
+__all__ = [
+    "Capabilities",
+    "Executor",
+    "Explanation",
+    "RoutingExecutor",
+    "Unavailable",
+    "UnknownExecutor",
+    "Unsupported",
+    "available",
+    "explain",
+    "get",
+    "names",
+    "register",
+    "unregister",
+]

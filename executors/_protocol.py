@@ -1,0 +1,102 @@
+"""What an executor is, what it declares, and how it says no. Standard library only at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_ref.types import MoEWeights, Routing
+
+
+class Unavailable(RuntimeError):
+    """This machine lacks something that the executor needs; the message says what."""
+
+
+class Unsupported(ValueError):
+    """The executor cannot take this input; the message names the argument, its value, and what is allowed."""
+
+
+class UnknownExecutor(LookupError):
+    """No executor has this name; the message lists those that exist."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an executor declares; the conformance suite draws problems within it, and says aloud what is left out.
+
+    Attributes:
+        devices: device types it runs on, such as "cpu" and "cuda"; empty is any.
+        dtypes: dtypes of x and the projections.
+        backward: whether it has gradients.
+        routing: whether it can be called with router_logits; False offers only ``.experts``.
+        batch_invariant: whether a token's output never depends on other tokens, to the last bit (C2).
+    """
+
+    devices: frozenset[str] = frozenset()
+    dtypes: frozenset[str] = frozenset({"float64", "float32", "bfloat16", "float16"})
+    backward: bool = True
+    routing: bool = True
+    batch_invariant: bool = False
+
+
+class Executor(Protocol):
+    """A PyTorch implementation of the layer.
+
+    An executor may also offer ``route(router_logits, weights) -> Routing`` (`RoutingExecutor`), and is then judged on
+    its own ids.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name under which it is registered."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it declares."""
+
+    def __call__(self, x: Tensor, router_logits: Tensor, weights: MoEWeights) -> Tensor:
+        """The layer.
+
+        Args:
+            x: [..., H], the dtype of the dense projections.
+            router_logits: [..., E], any float dtype.
+            weights: the layer's parameters, of any strides.
+
+        Returns:
+            y, of x's shape, dtype and device.
+
+        Raises:
+            ValueError, TypeError: bad input, in one line naming argument, value, and what is allowed.
+            Unsupported: right input that this executor cannot take.
+        """
+
+    def experts(self, x: Tensor, *, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
+        """The layer with routing done elsewhere; ids outside [0, E) are empty slots.
+
+        Args:
+            x: [..., H], the dtype of the dense projections.
+            topk_ids: [..., K], int32 or int64.
+            topk_weights: [..., K], any float dtype.
+            weights: the layer's parameters, of any strides.
+
+        Returns:
+            y, of x's shape, dtype and device.
+
+        Raises:
+            ValueError, TypeError: bad input, in one line naming argument, value, and what is allowed.
+            Unsupported: right input that this executor cannot take.
+        """
+
+    def check(self, x: Tensor, weights: MoEWeights) -> None:
+        """Raises Unsupported, naming argument, value, and what is allowed, where a call would."""
+
+
+@runtime_checkable
+class RoutingExecutor(Protocol):
+    """An executor that tells which experts it chooses."""
+
+    def route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
+        """topk_ids and topk_weights [..., K] for router_logits [..., E], as ``__call__`` uses them."""
