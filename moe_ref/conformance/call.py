@@ -1,0 +1,147 @@
+"""Turns a problem into torch tensors, calls an executor forward and backward, and brings the results back to NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moe_ref.conformance.problem import PARAMETERS, Arrays, Problem, leading_shape
+from moe_ref.types import MoEWeights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from executors import Executor
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A problem in torch: what an executor is called with."""
+
+    x: Tensor
+    dy: Tensor
+    router_logits: Tensor | None
+    topk_ids: Tensor
+    topk_weights: Tensor | None
+    weights: MoEWeights
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything differentiable, by name."""
+        pairs = [("x", self.x), ("router_logits", self.router_logits), ("topk_weights", self.topk_weights)]
+        pairs += [(name, getattr(self.weights, name)) for name in PARAMETERS]
+        return {name: tensor for name, tensor in pairs if tensor is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What an executor returned.
+
+    Attributes:
+        tensors: "y" and every gradient, flat in the token dimension, as torch tensors on the CPU in their own dtype.
+        shape: of y, as it came.
+        missing: names of inputs that need a gradient and got none.
+        unasked: names of frozen inputs that got one.
+    """
+
+    tensors: dict[str, Tensor]
+    shape: tuple[int, ...]
+    missing: tuple[str, ...] = ()
+    unasked: tuple[str, ...] = ()
+
+    def numpy(self, name: str) -> np.ndarray:
+        """One of the tensors, in float64."""
+        return self.tensors[name].double().numpy()
+
+
+def to_torch(problem: Problem, arrays: Arrays, device: str = "cpu") -> Inputs:
+    """The arrays as torch tensors, in the problem's dtypes, strides and leading dimensions."""
+
+    def tensor(array: np.ndarray, dtype: str) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, getattr(torch, dtype))
+
+    def token_tensor(name: str, array: np.ndarray, dtype: str, layout: str) -> Tensor:
+        laid = lay_out(tensor(array, dtype), layout)
+        leading = leading_shape(problem)
+        return needing(name, laid.reshape(*leading, array.shape[-1]))
+
+    def needing(name: str, value: Tensor) -> Tensor:
+        return value.detach().requires_grad_(name not in problem.frozen)
+
+    weights = {}
+    for name in PARAMETERS:
+        array = getattr(arrays.weights, name)
+        if array is not None:
+            weights[name] = needing(name, lay_out(tensor(array, problem.dtype_of(name)), problem.weights_layout))
+    logits, topk_weights = arrays.router_logits, arrays.topk_weights
+    ids_dtype = problem.ids_dtype if arrays.topk_weights is not None else "int64"
+    return Inputs(
+        x=token_tensor("x", arrays.x, problem.dtype, problem.x_layout),
+        dy=token_tensor("dy", arrays.dy, problem.dtype, problem.dy_layout).detach(),
+        router_logits=None
+        if logits is None
+        else token_tensor("router_logits", logits, problem.routing_dtype, "contiguous"),
+        topk_ids=tensor(arrays.topk_ids, ids_dtype).view(*leading_shape(problem), arrays.topk_ids.shape[-1]),
+        topk_weights=None
+        if topk_weights is None
+        else token_tensor("topk_weights", topk_weights, problem.routing_dtype, "contiguous"),
+        weights=MoEWeights(**weights, config=problem.config),
+    )
+
+
+def lay_out(value: Tensor, layout: str) -> Tensor:
+    """The same numbers in other strides: "transposed", "sliced", "expanded" (rows equal) or "scalar" (all equal)."""
+    if layout == "transposed":
+        return value.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "sliced":
+        larger = torch.full((*value.shape[:-1], 2 * value.shape[-1] + 1), torch.nan, dtype=value.dtype)
+        larger = larger.to(value.device)
+        larger[..., 1::2] = value
+        return larger[..., 1::2]
+    if layout == "expanded" and value.shape[0]:
+        return value[:1].expand_as(value)
+    if layout == "scalar" and value.shape[0]:
+        return value[:1, :1].expand_as(value)
+    return value
+
+
+def call(executor: Executor, inputs: Inputs) -> Tensor:
+    """The executor's forward pass, by the entry that the problem has."""
+    if inputs.router_logits is not None:
+        return executor(inputs.x, inputs.router_logits, inputs.weights)
+    assert inputs.topk_weights is not None
+    return executor.experts(
+        inputs.x, topk_ids=inputs.topk_ids, topk_weights=inputs.topk_weights, weights=inputs.weights
+    )
+
+
+def run(executor: Executor, inputs: Inputs, backward: bool = True) -> Result:
+    """Forward, and backward for everything that needs a gradient."""
+    leaves = inputs.tensors()
+    for leaf in leaves.values():
+        leaf.grad = None
+    needing = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    y = call(executor, inputs)
+    tensors = {"y": _flat(y, "y")}
+    if not backward or not needing:
+        return Result(tensors, tuple(y.shape))
+    torch.autograd.backward(y, inputs.dy)
+    for name in needing:
+        gradient = leaves[name].grad
+        if gradient is not None:
+            tensors[name] = _flat(gradient, name)
+    missing = tuple(name for name in needing if name not in tensors)
+    unasked = tuple(name for name, leaf in leaves.items() if name not in needing and leaf.grad is not None)
+    return Result(tensors, tuple(y.shape), missing, unasked)
+
+
+def _flat(value: Tensor, name: str) -> Tensor:
+    value = value.detach().cpu()
+    return value if name in PARAMETERS else value.reshape(-1, value.shape[-1])
+
+
+def with_weights(inputs: Inputs, **changes: object) -> Inputs:
+    """The inputs with some fields of their weights replaced."""
+    return replace(inputs, weights=replace(inputs.weights, **changes))  # type: ignore[arg-type]

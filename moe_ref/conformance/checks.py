@@ -1,0 +1,197 @@
+"""What is demanded of an executor on one problem. Each failure names its clause and prints the problem."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moe_ref.conformance.call import Inputs, Result, run, to_torch
+from moe_ref.conformance.gates import Verdict, judge
+from moe_ref.conformance.poison import poisoned
+from moe_ref.conformance.problem import PARAMETERS, Problem, Reference, reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from executors import Executor
+
+CLAUSES = {
+    "y": "C1, E1, E2",
+    "x": "D1",
+    "router_logits": "D1, R5",
+    "topk_weights": "D3, R7",
+    "gate_up_proj": "D1, D2",
+    "down_proj": "D1, D2",
+    "gate_up_proj_bias": "D1, D2",
+    "down_proj_bias": "D1, D2",
+}
+
+
+class ConformanceError(AssertionError):
+    """An executor broke a clause of the specification."""
+
+    def __init__(self, executor: Executor, problem: Problem, clause: str, message: str) -> None:
+        super().__init__(f"{executor.name} breaks {clause}: {message}\n  {problem}")
+        self.clause = clause
+
+
+def applicable(executor: Executor, problem: Problem) -> Problem:
+    """The problem as far as the executor's declared capabilities go.
+
+    One that declares no routing is given ids and weights instead of logits.
+    """
+    if problem.entry == "layer" and not executor.capabilities.routing:
+        return replace(problem, entry="experts", frozen=problem.frozen - {"router_logits"})
+    return problem
+
+
+def check_problem(executor: Executor, problem: Problem, device: str = "cpu") -> list[Verdict]:
+    """Forward and backward against the specification: routing, values, gradients, dtypes, untouched inputs.
+
+    Returns:
+        A verdict for y and each gradient, all passed.
+
+    Raises:
+        ConformanceError: at the first clause that is broken.
+    """
+    problem = applicable(executor, problem)
+    truth = reference(problem)
+    inputs = to_torch(problem, truth.arrays, device)
+    before = _copies(inputs)
+    with poisoned():
+        result = run(executor, inputs, executor.capabilities.backward)
+    _check_untouched(executor, problem, inputs, before)
+    _check_form(executor, problem, result, inputs)
+    chosen = _check_route(executor, problem, truth, inputs)
+    verdicts = verdicts_of(result_arrays(result), problem, truth, chosen)
+    for verdict in verdicts:
+        if verdict.failure:
+            clause = "R4" if truth.broken.any() else CLAUSES[verdict.name]
+            raise ConformanceError(executor, problem, clause, verdict.failure)
+    return verdicts
+
+
+def check_repeatable(executor: Executor, problem: Problem, device: str = "cpu") -> None:
+    """C1: two runs agree to the last bit, forward and backward.
+
+    Raises:
+        ConformanceError: if they do not.
+    """
+    problem = applicable(executor, problem)
+    inputs = to_torch(problem, reference(problem).arrays, device)
+    first = run(executor, inputs, executor.capabilities.backward)
+    second = run(executor, inputs, executor.capabilities.backward)
+    for name, value in first.tensors.items():
+        if not _same_bits(value, second.tensors[name]):
+            raise ConformanceError(executor, problem, "C1", f"{name} differs between two runs on the same input")
+
+
+def result_arrays(result: Result) -> dict[str, np.ndarray]:
+    """A result's tensors in float64 NumPy."""
+    return {name: result.numpy(name) for name in result.tensors}
+
+
+def verdicts_of(
+    arrays: dict[str, np.ndarray], problem: Problem, truth: Reference, chosen: np.ndarray | None = None
+) -> list[Verdict]:
+    """Puts every tensor of a result through the gates.
+
+    Args:
+        arrays: "y" and gradients, flat in the token dimension.
+        problem: the problem.
+        truth: its reference.
+        chosen: ids that the executor itself chose for tokens with broken routing; None if it did not say.
+    """
+    verdicts = []
+    for name, actual in arrays.items():
+        judged = None
+        if name in PARAMETERS:
+            judged = _judged_experts(actual, problem, truth, chosen)
+        elif name != "y":
+            judged = ~truth.broken
+        verdicts.append(judge(name, actual, truth.bars[name], problem.dtype, problem.dtype_of(name), judged))
+    return verdicts
+
+
+def _judged_experts(
+    actual: np.ndarray, problem: Problem, truth: Reference, chosen: np.ndarray | None
+) -> np.ndarray | None:
+    """[E]: experts whose gradient counts; those that a broken token chose may be NaN (R4)."""
+    if not truth.broken.any() or actual.shape[:1] != (problem.experts,):
+        return None
+    judged = np.ones(problem.experts, dtype=bool)
+    ids = truth.arrays.topk_ids[truth.broken]
+    judged[ids[(ids >= 0) & (ids < problem.experts)]] = False
+    if chosen is not None:
+        judged[chosen[truth.broken].ravel()] = False
+    elif truth.broken_routing.any():
+        judged &= np.isfinite(actual.reshape(problem.experts, -1)).all(axis=1)
+    return judged
+
+
+def _check_untouched(executor: Executor, problem: Problem, inputs: Inputs, before: dict[str, Tensor]) -> None:
+    for name, value in _copies(inputs).items():
+        if not _same_bits(value, before[name]):
+            raise ConformanceError(executor, problem, "E4", f"{name} was changed in place")
+
+
+def _copies(inputs: Inputs) -> dict[str, Tensor]:
+    tensors = inputs.tensors() | {"dy": inputs.dy, "topk_ids": inputs.topk_ids}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    kind = kinds[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+
+
+def _check_form(executor: Executor, problem: Problem, result: Result, inputs: Inputs) -> None:
+    y = result.tensors["y"]
+    if y.numel() != inputs.x.numel() or result.shape != inputs.x.shape:
+        message = f"y.shape={tuple(result.shape)}, but must be {tuple(inputs.x.shape)}, x's"
+        raise ConformanceError(executor, problem, "E3", message)
+    for name, value in result.tensors.items():
+        expected = getattr(torch, problem.dtype_of("x" if name == "y" else name))
+        if value.dtype != expected:
+            what = "y" if name == "y" else f"the gradient of {name}"
+            raise ConformanceError(executor, problem, "T2", f"{what} is {value.dtype}, but must be {expected}")
+    if executor.capabilities.backward and result.missing:
+        raise ConformanceError(executor, problem, "D1", f"no gradient for {', '.join(result.missing)}")
+    if result.unasked:
+        raise ConformanceError(executor, problem, "D1", f"a gradient for frozen {', '.join(result.unasked)}")
+
+
+def _check_route(executor: Executor, problem: Problem, truth: Reference, inputs: Inputs) -> np.ndarray | None:
+    """R2, R4: the chosen ids are the specification's; in broken rows they are in range and distinct."""
+    route = getattr(executor, "route", None)
+    if inputs.router_logits is None or route is None:
+        return None
+    assert truth.arrays.router_logits is not None
+    with torch.no_grad():
+        routing = route(inputs.router_logits, inputs.weights)
+    ids = routing.topk_ids.reshape(-1, problem.top_k).cpu().numpy()
+    expected = truth.arrays.topk_ids
+    wrong = (ids != expected).any(axis=1) & ~truth.broken_routing
+    if wrong.any():
+        t = int(np.argmax(wrong))
+        message = f"topk_ids[{t}]={ids[t].tolist()}, but must be {expected[t].tolist()}"
+        raise ConformanceError(executor, problem, "R2", message)
+    ordered = np.sort(ids, axis=1)
+    bad = (ids < 0).any(axis=1) | (ids >= problem.experts).any(axis=1) | (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    if bad.any():
+        t = int(np.argmax(bad))
+        message = f"topk_ids[{t}]={ids[t].tolist()}, but must be distinct and in [0, {problem.experts})"
+        raise ConformanceError(executor, problem, "R4", message)
+    weights = routing.topk_weights.reshape(-1, problem.top_k).double().cpu().numpy()
+    impossible = np.take_along_axis(truth.arrays.router_logits, ids, axis=1) == -math.inf
+    leaking = impossible & (weights != 0) & ~truth.broken_routing[:, None]
+    if leaking.any():
+        raise ConformanceError(executor, problem, "R4", "an expert with logit -inf has a weight other than 0")
+    if not (np.isnan(weights).all(axis=1) == truth.broken_routing).all():
+        raise ConformanceError(executor, problem, "R4", "topk_weights must be NaN in rows that are undefined, only")
+    return ids

@@ -1,0 +1,133 @@
+"""Bad input: every executor must refuse it, with the specification's own one-line message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_ref.conformance.call import Inputs, call, to_torch
+from moe_ref.conformance.checks import ConformanceError, applicable
+from moe_ref.conformance.problem import Problem, build
+from moe_ref.layer import moe, routed_experts
+from moe_ref.types import MoEConfig
+
+if TYPE_CHECKING:
+    from executors import Executor
+
+_PROBLEM = Problem(4, 6, 8, 5, MoEConfig(2), gate_up_bias=True, down_bias=True)
+
+
+def _weights(**changes: Callable[[Any], Any]) -> Callable[[Inputs], Inputs]:
+    def change(inputs: Inputs) -> Inputs:
+        changed = {name: f(getattr(inputs.weights, name)) for name, f in changes.items()}
+        return replace(inputs, weights=replace(inputs.weights, **changed))
+
+    return change
+
+
+def _tensor(**changes: Callable[[Any], Any]) -> Callable[[Inputs], Inputs]:
+    def change(inputs: Inputs) -> Inputs:
+        return replace(inputs, **{name: f(getattr(inputs, name)) for name, f in changes.items()})
+
+    return change
+
+
+def _config(**changes: Any) -> Callable[[Inputs], Inputs]:
+    return _weights(config=lambda config: replace(config, **changes))
+
+
+# What is wrong -> (how to make it so, the argument that the message must name).
+BAD_INPUTS: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
+    "x too narrow": (_tensor(x=lambda x: x[..., 1:]), "x.shape"),
+    "x of integers": (_tensor(x=lambda x: x.detach().int()), "x.dtype"),
+    "x of another dtype": (_tensor(x=lambda x: x.detach().to(torch.bfloat16)), "x.dtype"),
+    "x no array": (_tensor(x=lambda x: [1.0, 2.0]), "x="),
+    "one projection of another dtype": (_weights(down_proj=lambda w: w.detach().bfloat16()), "down_proj.dtype"),
+    "gate_up_proj flat": (_weights(gate_up_proj=lambda w: w[0]), "gate_up_proj.shape"),
+    "gate_up_proj odd": (_weights(gate_up_proj=lambda w: w[:, 1:]), "gate_up_proj.shape"),
+    "down_proj transposed": (_weights(down_proj=lambda w: w.transpose(1, 2)), "down_proj.shape"),
+    "gate_up_proj_bias too short": (_weights(gate_up_proj_bias=lambda b: b[:, 1:]), "gate_up_proj_bias.shape"),
+    "down_proj_bias of one expert": (_weights(down_proj_bias=lambda b: b[:1]), "down_proj_bias.shape"),
+    "top_k beyond E": (_config(top_k=7), "top_k"),
+    "top_k zero": (_config(top_k=0), "top_k"),
+    "top_k a fraction": (_config(top_k=1.5), "top_k"),
+    "scoring unknown": (_config(scoring="softmax2"), "scoring"),
+    "activation unknown": (_config(activation="silu"), "activation"),
+    "layout unknown": (_config(gate_up_layout="mixed"), "gate_up_layout"),
+    "limit negative": (_config(limit=-1.0), "limit"),
+    "alpha NaN": (_config(alpha=float("nan")), "alpha"),
+    "config no MoEConfig": (_weights(config=lambda config: {"top_k": 2}), "config"),
+    "weights no MoEWeights": (_tensor(weights=lambda w: (w.gate_up_proj, w.down_proj)), "weights"),
+}
+LAYER_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
+    "router_logits of other tokens": (_tensor(router_logits=lambda a: a[1:]), "router_logits.shape"),
+    "router_logits of other experts": (_tensor(router_logits=lambda a: a[:, 1:]), "router_logits.shape"),
+    "top_k missing": (_config(top_k=None), "top_k"),
+}
+EXPERTS_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
+    "topk_ids of other tokens": (_tensor(topk_ids=lambda a: a[1:]), "topk_ids.shape"),
+    "topk_ids floating": (_tensor(topk_ids=lambda a: a.float()), "topk_ids.dtype"),
+    "topk_weights of other slots": (_tensor(topk_weights=lambda a: a[:, 1:]), "topk_weights.shape"),
+}
+
+
+def check_errors(executor: Executor, device: str = "cpu") -> None:
+    """Every bad input raises the error that the specification raises, word for word, in one line.
+
+    Raises:
+        ConformanceError: if an input is accepted, or the message differs.
+    """
+    for entry, more in (("layer", LAYER_ONLY), ("experts", EXPERTS_ONLY)):
+        problem = applicable(executor, replace(_PROBLEM, entry=entry))
+        if problem.entry != entry:
+            continue
+        good = to_torch(problem, build(problem), device)
+        for what, (spoil, argument) in (BAD_INPUTS | more).items():
+            bad = spoil(good)
+            expected = _error_of(lambda bad=bad: _specification(bad))  # type: ignore[misc]
+            actual = _error_of(lambda bad=bad: call(executor, bad))  # type: ignore[misc]
+            if expected is None or not str(expected).startswith(argument) or "\n" in str(expected):
+                raise AssertionError(f"the specification's error for {what} is not in form: {expected!r}")
+            if actual is None or str(actual) != str(expected):
+                message = f"{what}: raises {actual!r}, but must raise {expected!r}"
+                raise ConformanceError(executor, problem, "the contract on errors", message)
+
+
+def check_no_double_backward(executor: Executor, device: str = "cpu") -> None:
+    """D1: differentiating a gradient raises an error that says so.
+
+    Raises:
+        ConformanceError: if a second derivative comes out.
+    """
+    if not executor.capabilities.backward:
+        return
+    problem = applicable(executor, _PROBLEM)
+    inputs = to_torch(problem, build(problem), device)
+    y = call(executor, inputs)
+    (dx,) = torch.autograd.grad(y.square().sum(), inputs.x, create_graph=True)
+    try:
+        if dx.requires_grad:
+            torch.autograd.grad(dx.square().sum(), inputs.x)
+    except (RuntimeError, NotImplementedError) as error:
+        if "double backward" in str(error):
+            return
+        message = f"double backward raises {error!r}, but must say 'double backward'"
+        raise ConformanceError(executor, problem, "D1", message) from error
+    raise ConformanceError(executor, problem, "D1", "double backward must raise an error, but gives a result")
+
+
+def _specification(inputs: Inputs) -> Any:
+    if inputs.router_logits is not None:
+        return moe(inputs.x, inputs.router_logits, inputs.weights)
+    return routed_experts(inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.weights)
+
+
+def _error_of(function: Callable[[], Any]) -> ValueError | TypeError | None:
+    try:
+        function()
+    except (ValueError, TypeError) as error:
+        return error
+    return None

@@ -1,0 +1,104 @@
+"""Cases in which every step is representable, so that equality is demanded.
+
+The gate's slope is so steep (alpha = 1000) that its sigmoid is exactly 1, and all other numbers are powers of two or
+small integers: fp64, fp32, bf16 and fp16 must all give the specification's numbers to the last bit. A sum of 512 ones
+must be 512; an accumulator in bf16 stops at 256.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_ref.conformance.call import run, to_torch
+from moe_ref.conformance.checks import ConformanceError, result_arrays
+from moe_ref.conformance.poison import poisoned
+from moe_ref.conformance.problem import Arrays, Problem
+from moe_ref.error_bars import named
+from moe_ref.types import MoEConfig, MoEWeights
+from moe_ref.vjp import routed_experts_vjp
+
+if TYPE_CHECKING:
+    from executors import Executor
+
+
+def check_exact(executor: Executor, case: str, dtype: str, device: str = "cpu") -> None:
+    """Checks one of `CASES` in one dtype: y and all gradients equal the specification's.
+
+    Raises:
+        ConformanceError: if a number differs.
+    """
+    problem, arrays, clause = CASES[case](dtype)
+    y, gradients = routed_experts_vjp(arrays.x, arrays.topk_ids, arrays.topk_weights, arrays.weights, arrays.dy)
+    with poisoned():
+        result = run(executor, to_torch(problem, arrays, device), executor.capabilities.backward)
+    exact = named(y, gradients)
+    for name, actual in result_arrays(result).items():
+        wrong = actual != exact[name]
+        if wrong.any():
+            where = tuple(int(i) for i in np.argwhere(wrong)[0])
+            message = f"{name}{where}={actual[where]}, but must be exactly {exact[name][where]}"
+            raise ConformanceError(executor, problem, f"{clause} ({case})", message)
+
+
+def long_sums(dtype: str) -> tuple[Problem, Arrays, str]:
+    """512 ones sum to 512 in both products, in dx and in d topk_weights (E2)."""
+    return _case(
+        dtype,
+        "E2",
+        x=np.ones((2, 512)),
+        dy=np.full((2, 512), 2.0**-8),
+        gate=np.ones((1, 1, 512)),
+        up=np.zeros((1, 1, 512)),
+        down=np.ones((1, 512, 1)),
+    )
+
+
+def many_rows(dtype: str) -> tuple[Problem, Arrays, str]:
+    """512 tokens that each add one to a weight's gradient add 512 (E2, D1)."""
+    return _case(
+        dtype,
+        "E2, D1",
+        x=np.ones((512, 1)),
+        dy=np.ones((512, 1)),
+        gate=np.ones((1, 1, 1)),
+        up=np.zeros((1, 1, 1)),
+        down=np.ones((1, 1, 1)),
+    )
+
+
+def clamp_at_equality(dtype: str) -> tuple[Problem, Arrays, str]:
+    """Pre-activations exactly at the limit, where the clamp's derivative is 1 (E1), and beyond it, where it is 0."""
+    x = np.array([[1.0], [2.0], [0.5]])  # gate and up at, beyond, and below the limit of 1
+    return _case(
+        dtype,
+        "E1",
+        x=x,
+        dy=np.ones((3, 1)),
+        gate=np.ones((1, 2, 1)),
+        up=np.array([[[1.0], [-1.0]]]),
+        down=np.ones((1, 1, 2)),
+        limit=1.0,
+    )
+
+
+def _case(
+    dtype: str,
+    clause: str,
+    x: np.ndarray,
+    dy: np.ndarray,
+    gate: np.ndarray,
+    up: np.ndarray,
+    down: np.ndarray,
+    limit: float | None = None,
+) -> tuple[Problem, Arrays, str]:
+    config = MoEConfig(top_k=1, alpha=1000.0, limit=limit, up_offset=1.0)
+    tokens, hidden = x.shape
+    problem = Problem(tokens, gate.shape[0], hidden, gate.shape[1], config, dtype=dtype, entry="experts")
+    weights = MoEWeights(np.concatenate([gate, up], axis=1), down, config=config)
+    ids = np.zeros((tokens, 1), dtype=np.int64)
+    return problem, Arrays(x, dy, ids, None, np.ones((tokens, 1)), weights), clause
+
+
+CASES = {case.__name__: case for case in (long_sums, many_rows, clamp_at_equality)}

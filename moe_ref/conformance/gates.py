@@ -1,0 +1,102 @@
+"""The three gates that tell whether a result lies within its error bars (docs/tolerance.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_ref.error_bars import TensorBars
+
+MAX_Z = 6.0  # every element
+RMS_Z = 1.0  # root mean square, or RMS_SDS of its own standard deviations
+RMS_SDS = 6.0
+RMS_FROM = 4096  # elements from which the rms gate applies
+GAIN_SDS = 6.0  # gain <error, y> / <y, y>, in its own standard deviations
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one output or gradient fared.
+
+    Attributes:
+        name: "y", or the input whose gradient it is.
+        max_z, rms_z, gain_z: the three figures; 0 where nothing could be measured.
+        failure: one line saying which gate failed and how, or "".
+    """
+
+    name: str
+    max_z: float = 0.0
+    rms_z: float = 0.0
+    gain_z: float = 0.0
+    failure: str = ""
+
+
+def judge(
+    name: str,
+    actual: np.ndarray,
+    bars: TensorBars,
+    dtype: str,
+    out_dtype: str,
+    judged: np.ndarray | None = None,
+    widen: float = 1.0,
+) -> Verdict:
+    """Puts one tensor through the gates.
+
+    Args:
+        name: for the message.
+        actual: float64, the shape of ``bars.exact``.
+        bars: exact value and error bars.
+        dtype: x's dtype.
+        out_dtype: the tensor's own dtype.
+        judged: boolean, broadcastable from the left; elements outside it do not count (they may be NaN by R4).
+        widen: multiplies the error bars (sqrt 2 for the difference of two implementations).
+    """
+    if actual.shape != bars.exact.shape:
+        return Verdict(name, failure=f"{name}.shape={actual.shape}, but must be {bars.exact.shape}")
+    mask = np.ones(actual.shape, dtype=bool)
+    if judged is not None:
+        mask &= judged.reshape(judged.shape + (1,) * (actual.ndim - judged.ndim))
+    failure = _masks_differ(name, actual, bars.exact, mask)
+    if failure:
+        return Verdict(name, failure=failure)
+    mask &= np.isfinite(bars.exact)
+    sd = widen * bars.sd(dtype, out_dtype)
+    error = np.where(mask, actual - np.where(mask, bars.exact, 0.0), 0.0)
+    wrong_zero = mask & (sd == 0) & (error != 0)
+    if wrong_zero.any():
+        where = _first(wrong_zero)
+        return Verdict(name, max_z=float("inf"), failure=f"{name}{where}={actual[where]}, but must be exactly 0")
+    z = np.divide(error, sd, out=np.zeros_like(error), where=mask & (sd > 0))
+    counted = int((mask & (sd > 0)).sum())
+    max_z = float(np.abs(z).max(initial=0.0))
+    rms_z = float(np.sqrt(np.sum(z**2) / counted)) if counted else 0.0
+    y = np.where(mask, bars.exact, 0.0).ravel()
+    gain_sd = widen * bars.gain_sd(dtype, out_dtype)
+    gain_z = float(error.ravel() @ y / (y @ y) / gain_sd) if y.any() and gain_sd > 0 else 0.0
+    if max_z > MAX_Z:
+        where = _first(np.abs(z) == np.abs(z).max())
+        failure = (
+            f"{name}{where}={actual[where]:.9g}, but must be {bars.exact[where]:.9g} +- {sd[where]:.2g}: "
+            f"max z {max_z:.1f}, limit {MAX_Z:g}"
+        )
+    elif counted >= RMS_FROM and rms_z > max(RMS_Z, RMS_SDS * bars.rms_sd(dtype, out_dtype)):
+        failure = f"{name}: rms z {rms_z:.2f}, limit {max(RMS_Z, RMS_SDS * bars.rms_sd(dtype, out_dtype)):.2f}"
+    elif abs(gain_z) > GAIN_SDS:
+        failure = (
+            f"{name}: gain {gain_z * gain_sd:+.2e} is {gain_z:+.1f} of its standard deviations, limit {GAIN_SDS:g}"
+        )
+    return Verdict(name, max_z, rms_z, gain_z, failure)
+
+
+def _masks_differ(name: str, actual: np.ndarray, exact: np.ndarray, mask: np.ndarray) -> str:
+    for kind, test in (("NaN", np.isnan), ("infinite", np.isinf)):
+        differ = mask & (test(actual) != test(exact))
+        if differ.any():
+            where = _first(differ)
+            return f"{name}{where}={actual[where]}, but must {'' if test(exact[where]) else 'not '}be {kind}"
+    return ""
+
+
+def _first(mask: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.argwhere(mask)[0])

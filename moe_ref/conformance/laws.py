@@ -1,0 +1,188 @@
+"""Metamorphic laws: change the problem in a way whose effect is known, undo the effect, and judge as before.
+
+Each law is a function of (problem, arrays) that returns the changed pairs, each with how to undo it: none where the
+law says nothing; several where their results, joined along the tokens, make up the whole. No law asks for more than
+the specification does: the undone result must lie within the error bars.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_ref.conformance.call import run, to_torch
+from moe_ref.conformance.checks import ConformanceError, applicable, result_arrays, verdicts_of
+from moe_ref.conformance.poison import poisoned
+from moe_ref.conformance.problem import PARAMETERS, Arrays, Problem, reference
+from moe_ref.types import MoEWeights
+
+if TYPE_CHECKING:
+    from executors import Executor
+
+Results = dict[str, np.ndarray]
+Changed = tuple[Problem, Arrays, Callable[[Results], Results]]
+Law = Callable[[Problem, Arrays], list[Changed]]
+
+TOKEN_TENSORS = ("y", "x", "router_logits", "topk_weights")
+
+
+def check_law(executor: Executor, problem: Problem, law: str, device: str = "cpu") -> bool:
+    """Checks one law of `LAWS` on one problem.
+
+    Returns:
+        Whether the law says anything about this problem.
+
+    Raises:
+        ConformanceError: if the law is broken.
+    """
+    problem = applicable(executor, problem)
+    truth = reference(problem)
+    results: list[Results] = []
+    for changed, arrays, undo in LAWS[law](problem, truth.arrays):
+        with poisoned():
+            result = run(executor, to_torch(changed, arrays, device), executor.capabilities.backward)
+        results.append(undo(result_arrays(result)))
+    if not results:
+        return False
+    joined = {n: v if len(results) == 1 else np.concatenate([r[n] for r in results]) for n, v in results[0].items()}
+    for verdict in verdicts_of(joined, problem, truth):
+        if verdict.failure:
+            raise ConformanceError(executor, problem, f"the law {law}", verdict.failure)
+    return True
+
+
+def permute_tokens(problem: Problem, arrays: Arrays) -> list[Changed]:
+    """Tokens in another order give the same rows in that order, and the same weight gradients."""
+    order = np.random.default_rng(problem.seed).permutation(problem.tokens)
+    inverse = np.argsort(order)
+
+    def undo(results: Results) -> Results:
+        return {n: v[inverse] if n in TOKEN_TENSORS else v for n, v in results.items()}
+
+    return [(_plain(problem), _take_tokens(arrays, order), undo)]
+
+
+def relabel_experts(problem: Problem, arrays: Arrays) -> list[Changed]:
+    """Experts under other names give the same output. (Ties are chosen by name: left out.)."""
+    if problem.logits in ("ties", "masked") or problem.broken_logits:
+        return []
+    order = np.random.default_rng(problem.seed).permutation(problem.experts)
+    inverse = np.argsort(order)
+    ids = arrays.topk_ids
+    valid = (ids >= 0) & (ids < problem.experts)
+    changed = replace(
+        arrays,
+        topk_ids=np.where(valid, inverse[np.where(valid, ids, 0)], ids),
+        router_logits=None if arrays.router_logits is None else arrays.router_logits[:, order],
+        weights=_map_weights(arrays.weights, lambda value: value[order]),
+    )
+
+    def undo(results: Results) -> Results:
+        undone = {n: v[inverse] if n in PARAMETERS else v for n, v in results.items()}
+        if "router_logits" in undone:
+            undone["router_logits"] = undone["router_logits"][:, inverse]
+        return undone
+
+    return [(problem, changed, undo)]
+
+
+def split_batch(problem: Problem, arrays: Arrays) -> list[Changed]:
+    """The batch in two halves gives the two halves of the result (weight gradients would add up: left out)."""
+    middle = problem.tokens // 2
+    return [
+        (
+            replace(_plain(problem), tokens=len(part)),
+            _take_tokens(arrays, part),
+            lambda results: {n: v for n, v in results.items() if n in TOKEN_TENSORS},
+        )
+        for part in (np.arange(middle), np.arange(middle, problem.tokens))
+    ]
+
+
+def scale_weights(problem: Problem, arrays: Arrays) -> list[Changed]:
+    """Routing weights twice as large give twice the output; 2 is a power of two, so nothing rounds otherwise."""
+    if problem.dtype == "float16":  # its subnormals scale by rounding
+        return []
+    if arrays.topk_weights is None:
+        factor = 2 * problem.config.routed_scaling_factor
+        changed = replace(problem, config=replace(problem.config, routed_scaling_factor=factor))
+    else:
+        arrays, changed = replace(arrays, topk_weights=2 * arrays.topk_weights), problem
+
+    def undo(results: Results) -> Results:
+        return {n: v if n == "topk_weights" else v / 2 for n, v in results.items()}
+
+    return [(changed, arrays, undo)]
+
+
+def append_slot(problem: Problem, arrays: Arrays) -> list[Changed]:
+    """One more slot per token that names no expert adds exactly nothing, whatever its weight (R7)."""
+    if arrays.topk_weights is None:
+        return []
+    column = np.full((problem.tokens, 1), problem.experts)
+    changed = replace(
+        arrays,
+        topk_ids=np.concatenate([arrays.topk_ids, column], axis=1),
+        topk_weights=np.concatenate([arrays.topk_weights, np.full(column.shape, math.nan)], axis=1),
+    )
+
+    def undo(results: Results) -> Results:
+        if "topk_weights" in results and results["topk_weights"][:, -1].any():
+            return results | {"topk_weights": np.full_like(results["topk_weights"][:, :-1], math.inf)}
+        return {n: v[:, :-1] if n == "topk_weights" else v for n, v in results.items()}
+
+    return [(problem, changed, undo)]
+
+
+def append_expert(problem: Problem, arrays: Arrays) -> list[Changed]:
+    """One more expert that nobody chooses changes nothing; its weights are NaN, its gradient exactly zero (D2)."""
+    logits = arrays.router_logits
+    if logits is not None:
+        logits = np.concatenate([logits, np.full((problem.tokens, 1), -math.inf)], axis=1)
+    ids = np.where(arrays.topk_ids == problem.experts, -1, arrays.topk_ids)
+    changed = replace(
+        arrays,
+        topk_ids=ids,
+        router_logits=logits,
+        weights=_map_weights(arrays.weights, lambda v: np.concatenate([v, np.full_like(v[:1], math.nan)])),
+    )
+
+    def undo(results: Results) -> Results:
+        undone = dict(results)
+        for name in set(PARAMETERS) & set(results):
+            clean = not results[name][-1].any()  # NaN counts as true
+            undone[name] = results[name][:-1] if clean else np.full_like(results[name][:-1], math.inf)
+        if "router_logits" in results:
+            undone["router_logits"] = results["router_logits"][:, :-1]
+        return undone
+
+    return [(replace(problem, experts=problem.experts + 1), changed, undo)]
+
+
+LAWS: dict[str, Law] = {
+    law.__name__: law
+    for law in (permute_tokens, relabel_experts, split_batch, scale_weights, append_slot, append_expert)
+}
+
+
+def _plain(problem: Problem) -> Problem:
+    """The problem in shapes and strides that survive a change of tokens."""
+    expanded = problem.x_layout == "expanded"
+    return replace(problem, batch=False, x_layout="contiguous" if expanded else problem.x_layout)
+
+
+def _take_tokens(arrays: Arrays, tokens: np.ndarray) -> Arrays:
+    names = ("x", "dy", "topk_ids", "router_logits", "topk_weights")
+    values = {name: getattr(arrays, name) for name in names}
+    taken: dict[str, Any] = {name: None if v is None else v[tokens] for name, v in values.items()}
+    return replace(arrays, **taken)
+
+
+def _map_weights(weights: MoEWeights, change: Callable[[np.ndarray], np.ndarray]) -> MoEWeights:
+    values = {name: getattr(weights, name) for name in PARAMETERS}
+    changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
+    return replace(weights, **changed)

@@ -1,0 +1,57 @@
+"""Problems that always run: sizes of real layers, many tokens, and an example for each bug that was found."""
+
+from __future__ import annotations
+
+from moe_ref.conformance.problem import Problem
+from moe_ref.types import MoEConfig
+
+GPT_OSS = MoEConfig(
+    top_k=4,
+    scoring="topk_softmax",
+    alpha=1.702,
+    limit=7.0,
+    up_offset=1.0,
+    gate_up_layout="interleaved",
+)
+DEEPSEEK = MoEConfig(top_k=8, scoring="sigmoid", renormalize=True, routed_scaling_factor=2.5)
+
+LARGE = (
+    # gpt-oss' own width; few tokens, so that most experts have none
+    Problem(
+        3, 4, 2880, 90, GPT_OSS, "bfloat16", gate_up_bias=True, down_bias=True, weights_layout="transposed", seed=1
+    ),
+    # thousands of tokens: rms gates see a systematic error of 1% here
+    Problem(2048, 9, 32, 33, GPT_OSS, "bfloat16", gate_up_bias=True, down_bias=True, logits="skewed", seed=2),
+    # many experts, not a power of two, long sums over tokens
+    Problem(4096, 96, 16, 8, DEEPSEEK, "float32", logits="skewed", seed=3),
+)
+
+EXAMPLES = (
+    # nothing at all, and the smallest of everything
+    Problem(0, 1, 1, 1, MoEConfig(1)),
+    Problem(1, 1, 1, 1, MoEConfig(1), batch=True),
+    # fp64 routing weights beside fp16 states: two dtypes met in one index_put
+    Problem(1, 1, 1, 1, MoEConfig(1), dtype="float16", routing_dtype="float64"),
+    # sigmoid close to 1: s (1 - s) has the error of 1 - s, which its error bar must have too
+    Problem(2, 16, 1, 1, MoEConfig(8, scoring="sigmoid"), dtype="float64", routing_dtype="float64"),
+    # equal rows round equally: their errors add up, and error bars must know it
+    Problem(
+        9,
+        1,
+        50,
+        1,
+        MoEConfig(1, renormalize=True, renormalize_eps=0.1),
+        dtype="float16",
+        bias_dtype="float16",
+        down_bias=True,
+        dy_layout="scalar",
+    ),
+    # equal rows may also round differently, by their place in a tile, where u + 1 nearly cancels
+    Problem(8, 8, 17, 1, MoEConfig(1, up_offset=1.0), entry="experts", cut_points=True, x_layout="expanded"),
+    # a true gradient of 3e-11 that fp16 rounds to zero: its gain is -1, and its error bar must know it
+    Problem(1, 2, 1, 1, MoEConfig(1, renormalize=True, renormalize_eps=1e-6), routing_dtype="float16"),
+    # every kind of broken row at once
+    Problem(9, 5, 8, 8, MoEConfig(2, scoring="topk_softmax"), broken_logits=3, broken_x=1, seed=4),
+    # -inf logits that must be chosen
+    Problem(16, 3, 8, 8, MoEConfig(3, scoring="sigmoid", renormalize=True), logits="masked", seed=5),
+)

@@ -1,0 +1,85 @@
+"""The conformance suite: what every executor must pass.
+
+Run it on an installed package, from anywhere::
+
+    pytest --pyargs moe_ref.conformance.suite --executor native --executor mine
+
+or collect it from a test file of your own, with ``from moe_ref.conformance.suite import *``. The fixtures ``executor``
+and ``conformance_device`` come from the pytest plugin.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from moe_ref.conformance import pinned
+from moe_ref.conformance.checks import check_problem, check_repeatable
+from moe_ref.conformance.errors import check_errors, check_no_double_backward
+from moe_ref.conformance.exact import CASES, check_exact
+from moe_ref.conformance.laws import LAWS, check_law
+from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.strategies import problems_for
+from moe_ref.validation import FLOAT_DTYPES
+
+if TYPE_CHECKING:
+    from executors import Executor
+
+__all__ = [
+    "test_bad_input_is_refused_in_one_line",
+    "test_double_backward_is_refused",
+    "test_exact_cases",
+    "test_laws",
+    "test_matches_specification",
+    "test_pinned_problems",
+    "test_repeatable",
+]
+
+
+@given(data=st.data())
+def test_matches_specification(executor: Executor, conformance_device: str, data: st.DataObject) -> None:
+    """Routing, output and all gradients lie within their error bars; NaN stays where it belongs; inputs stay."""
+    check_problem(executor, data.draw(problems_for(executor), label="problem"), conformance_device)
+
+
+@pytest.mark.parametrize("problem", pinned.EXAMPLES + pinned.LARGE, ids=lambda p: f"T{p.tokens}-E{p.experts}-{p.dtype}")
+def test_pinned_problems(executor: Executor, conformance_device: str, problem: Problem) -> None:
+    """Many tokens, the sizes of real layers, and every bug that was found."""
+    if problem.dtype not in executor.capabilities.dtypes:
+        pytest.skip(f"{executor.name} does not take {problem.dtype}")
+    check_problem(executor, problem, conformance_device)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@given(data=st.data())
+def test_laws(executor: Executor, conformance_device: str, law: str, data: st.DataObject) -> None:
+    """Metamorphic laws: permute tokens, relabel experts, split the batch, scale weights, add a slot, add an expert."""
+    assume(check_law(executor, data.draw(problems_for(executor), label="problem"), law, conformance_device))
+
+
+@given(data=st.data())
+def test_repeatable(executor: Executor, conformance_device: str, data: st.DataObject) -> None:
+    """C1: bitwise equal from run to run, forward and backward."""
+    check_repeatable(executor, data.draw(problems_for(executor), label="problem"), conformance_device)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_exact_cases(executor: Executor, conformance_device: str, case: str, dtype: str) -> None:
+    """Where every step is representable, the result is exact (E1, E2)."""
+    if dtype not in executor.capabilities.dtypes:
+        pytest.skip(f"{executor.name} does not take {dtype}")
+    check_exact(executor, case, dtype, conformance_device)
+
+
+def test_bad_input_is_refused_in_one_line(executor: Executor, conformance_device: str) -> None:
+    """A ValueError or TypeError that names the argument, its value, and what is allowed."""
+    check_errors(executor, conformance_device)
+
+
+def test_double_backward_is_refused(executor: Executor, conformance_device: str) -> None:
+    """D1: a second derivative is an error, never a silent zero."""
+    check_no_double_backward(executor, conformance_device)

@@ -1,0 +1,1 @@
+from moe_ref.conformance.suite import *  # noqa: F403
