@@ -204,22 +204,35 @@ def uniform_of(value: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def matmul_transposed(rounding: Rounding, site: str, a: Array, b: Array) -> Array:
-    """A [..., m, k] times b [..., n, k] transposed, with the error of a sum of k products.
-
-    A sum of k terms t in some order, each partial sum rounded, errs with variance about (u**2 / 3) (k / 2) sum(t**2).
-    """
+    """Matrices a [..., m, k] times b [..., n, k] transposed, with the error of a sum of k products."""
     xp = array_namespace(a, b)
-
-    def sd() -> Array:
-        return xp.sqrt(a.shape[-1] / 6.0 * xp.matmul(a * a, xp.matrix_transpose(b * b)))
-
-    return rounding.accumulate(site, xp.matmul(a, xp.matrix_transpose(b)), sd)
+    product = xp.matmul(a, xp.matrix_transpose(b))
+    length = a.shape[-1]
+    return rounding.accumulate(
+        site, product, lambda: sum_sd(product, xp.matmul(a * a, xp.matrix_transpose(b * b)), length)
+    )
 
 
 def sum_last(rounding: Rounding, site: str, terms: Array) -> Array:
     """Sum over the last axis, in increasing order, with the error of a sum of that many terms."""
     xp = array_namespace(terms)
+    length = terms.shape[-1]
     total = xp.zeros_like(terms[..., 0])
-    for k in range(terms.shape[-1]):
+    for k in range(length):
         total = total + terms[..., k]
-    return rounding.accumulate(site, total, lambda: xp.sqrt(terms.shape[-1] / 6.0 * xp.sum(terms * terms, axis=-1)))
+    return rounding.accumulate(site, total, lambda: sum_sd(total, xp.sum(terms * terms, axis=-1), length))
+
+
+def sum_sd(total: Array, squares: Array, length: int) -> Array:
+    """Deviation, for u = 1, of a sum of n terms t in some order, each of its partial sums s rounded.
+
+    Each rounding has variance s**2 / 3, so that of the sum is a third of all s**2. Terms of random signs walk: their
+    s**2 add up to (n / 2) sum(t**2). Terms of one sign climb to the total S: theirs add up to (n / 3) S**2. The sum of
+    both covers what lies between, and orders in which the partial sums stray farther than on average.
+
+    Args:
+        total: S.
+        squares: sum(t**2), of S's shape.
+        length: n.
+    """
+    return array_namespace(total).sqrt(length / 9.0 * total * total + length / 6.0 * squares)

@@ -89,8 +89,9 @@ def softmax(logits: Float[Array, "*samples T N"], rounding: Rounding = EXACT) ->
 def sigmoid(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """1 / (1 + exp(-v)), without overflow on either side."""
     xp = array_namespace(value)
-    small = xp.exp(-xp.abs(value))
-    return xp.where(value >= 0, xp.ones_like(small), small) / (1 + small)
+    positive = value >= 0
+    small = xp.exp(xp.where(positive, -value, value))  # not -|v|: autograd takes the derivative of |v| at 0 for 0
+    return xp.where(positive, xp.ones_like(small), small) / (1 + small)
 
 
 def take_chosen(values: Float[Array, "*samples T E"], topk_ids: Int[Array, "T K"]) -> Float[Array, "*samples T K"]:

@@ -171,7 +171,7 @@ def _check_integer(name: str, value: Any) -> None:
 def _check_finite(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r}: must be a number")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}={value}: must be finite")
 
 

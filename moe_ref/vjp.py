@@ -13,7 +13,7 @@ from moe_ref._typing import Array, Float, Int
 from moe_ref.combine import combine
 from moe_ref.experts import activation, expert, experts, groups, join_gate_up, split_gate_up, up
 from moe_ref.grouping import group, is_slot, permute, unpermute
-from moe_ref.numerics import EXACT, Rounding, matmul_transposed, sum_last
+from moe_ref.numerics import EXACT, Rounding, matmul_transposed, sum_last, sum_sd
 from moe_ref.routing import broken_rows, chosen_scores, put_chosen, route, sigmoid, softmax, take_chosen, weigh
 from moe_ref.types import MoEConfig, MoEGradients, MoEWeights
 from moe_ref.validation import check_dy, check_experts_inputs, check_inputs
@@ -156,8 +156,9 @@ def combine_vjp(
     slots = xp.reshape(outputs, (*outputs.shape[:-2], tokens, top_k, hidden))
     d_slots = rounding.store("weighted_dy", topk_weights[..., None] * dy[..., None, :])
     terms = slots * dy[..., None, :]
+    totals = xp.sum(terms, axis=-1)
     d_weights = rounding.accumulate(
-        "d_topk_weights", xp.sum(terms, axis=-1), lambda: xp.sqrt(hidden / 6.0 * xp.sum(terms * terms, axis=-1))
+        "d_topk_weights", totals, lambda: sum_sd(totals, xp.sum(terms * terms, axis=-1), hidden)
     )
     return xp.reshape(d_slots, (*d_slots.shape[:-3], tokens * top_k, hidden)), d_weights
 
@@ -240,9 +241,8 @@ def linear_vjp(
     d_rows = rounding.store(site, matmul_transposed(rounding, site, d_product, xp.matrix_transpose(matrix)))
     d_matrix = matmul_transposed(rounding, "d_weight", transposed, xp.matrix_transpose(rows))
     length = d_product.shape[-2]
-    d_bias = rounding.accumulate(
-        "d_bias", xp.sum(d_product, axis=-2), lambda: xp.sqrt(length / 6.0 * xp.sum(d_product * d_product, axis=-2))
-    )
+    total = xp.sum(d_product, axis=-2)
+    d_bias = rounding.accumulate("d_bias", total, lambda: sum_sd(total, xp.sum(d_product * d_product, axis=-2), length))
     return d_rows, d_matrix, d_bias
 
 

@@ -343,7 +343,7 @@ def empty_experts_gradient_stale(inner: Executor, x: Tensor, ids: Tensor, w: Ten
     used = torch.zeros(weights.num_experts, dtype=torch.bool, device=x.device)
     used[ids[(ids >= 0) & (ids < weights.num_experts)].long()] = True
     stale = _change_gradient(
-        weights.gate_up_proj, lambda g: torch.where(used[:, None, None], g, torch.full_like(g, 1e-8))
+        weights.gate_up_proj, lambda g: torch.where(used[:, None, None], g, torch.full_like(g, 1e-4))
     )
     return experts(inner, x, ids, w, replace(weights, gate_up_proj=stale))
 

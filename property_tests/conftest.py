@@ -1,0 +1,7 @@
+import pytest
+
+from moe_ref.conformance.plugin import load_profile
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    load_profile(config)

@@ -1,0 +1,132 @@
+"""The specification against itself: NumPy, torch, autograd, and central differences must agree."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_ref import MoEWeights, moe, moe_vjp, routed_experts, routed_experts_vjp
+from moe_ref.conformance.gates import judge
+from moe_ref.conformance.problem import PARAMETERS, Arrays, Problem, build, reference
+from moe_ref.conformance.strategies import problems
+from moe_ref.error_bars import named
+from moe_ref.vjp import layer_vjp
+
+STEP = 1e-7  # so small that no pre-activation crosses the clamp, whose margin is 1e-5
+
+
+def sound(problem: Problem) -> Problem:
+    """In float64, everything differentiable, nothing broken."""
+    return replace(
+        problem,
+        dtype="float64",
+        routing_dtype="float64",
+        bias_dtype="float64",
+        broken_logits=0,
+        broken_x=0,
+        frozen=frozenset(),
+    )
+
+
+sound_problems = problems().map(sound)
+
+
+def in_torch(arrays: Arrays) -> tuple[dict[str, torch.Tensor], MoEWeights]:
+    names = ("x", "router_logits", "topk_weights")
+    leaves = {name: getattr(arrays, name) for name in names} | {
+        name: getattr(arrays.weights, name) for name in PARAMETERS
+    }
+    tensors = {n: torch.tensor(v, requires_grad=True) for n, v in leaves.items() if v is not None}
+    return tensors, MoEWeights(**{n: tensors.get(n) for n in PARAMETERS}, config=arrays.weights.config)
+
+
+def agree(problem: Problem, results: dict[str, np.ndarray]) -> None:
+    """Within the error bars of float64, which are far inside 1e-12 of the sum of the terms' sizes."""
+    bars = reference(problem).bars
+    for name, value in results.items():
+        verdict = judge(name, value, bars[name], "float64", "float64")
+        assert not verdict.failure, verdict.failure
+
+
+@given(problem=sound_problems)
+def test_numpy_equals_torch(problem: Problem) -> None:
+    arrays = build(problem)
+    tensors, weights = in_torch(arrays)
+    dy, ids = torch.from_numpy(arrays.dy), torch.from_numpy(arrays.topk_ids)
+    with torch.no_grad():
+        if arrays.router_logits is not None:
+            y, gradients = moe_vjp(tensors["x"], tensors["router_logits"], weights, dy)
+        else:
+            y, gradients = routed_experts_vjp(tensors["x"], ids, tensors["topk_weights"], weights, dy)
+    results = named(y, gradients)
+    if problem.entry == "layer":
+        del results["topk_weights"]  # broken rows aside, it is a step on the way to the logits
+    agree(problem, results)
+
+
+@given(problem=sound_problems)
+def test_vjp_equals_autograd(problem: Problem) -> None:
+    """D1, D2, D3."""
+    arrays = build(problem)
+    tensors, weights = in_torch(arrays)
+    if arrays.router_logits is not None:
+        y = moe(tensors["x"], tensors["router_logits"], weights)
+    else:
+        y = routed_experts(tensors["x"], torch.from_numpy(arrays.topk_ids), tensors["topk_weights"], weights)
+    y.backward(torch.from_numpy(arrays.dy))
+    zero = {n: torch.zeros_like(t) for n, t in tensors.items()}  # autograd gives None where nothing was touched
+    results = {n: (zero[n] if t.grad is None else t.grad).numpy() for n, t in tensors.items()}
+    agree(problem, {"y": y.detach().numpy()} | results)
+
+
+@given(problem=sound_problems, data=st.data())
+def test_vjp_equals_central_differences(problem: Problem, data: st.DataObject) -> None:
+    """D1: along a random direction in every input at once, with the choice of experts fixed."""
+    arrays = build(problem)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="direction"))
+    names = [n for n in ("router_logits", "topk_weights") if getattr(arrays, n) is not None]
+    values = {n: getattr(arrays, n) for n in ("x", *names)} | {n: getattr(arrays.weights, n) for n in PARAMETERS}
+    values = {n: np.where(np.isfinite(v), v, 0.0) if n == "topk_weights" else v for n, v in values.items()}
+    values = {n: v for n, v in values.items() if v is not None}
+    direction = {n: rng.standard_normal(v.shape) for n, v in values.items()}
+
+    def run(shift: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        moved = {n: v + shift * direction[n] for n, v in values.items()}
+        weights = MoEWeights(**{n: moved.get(n) for n in PARAMETERS}, config=problem.config)
+        y, gradients = layer_vjp(
+            moved["x"],
+            moved.get("router_logits"),
+            arrays.topk_ids,
+            moved.get("topk_weights"),
+            weights,
+            arrays.dy,
+        )
+        return y, named(y, gradients)
+
+    _, gradients = run(0.0)
+    difference = float(np.sum((run(STEP)[0] - run(-STEP)[0]) * arrays.dy)) / (2 * STEP)
+    terms = [float(np.sum(gradients[n] * direction[n])) for n in values]
+    sizes = sum(float(np.sum(np.abs(gradients[n] * direction[n]))) for n in values)
+    size_of_y = float(np.sum(np.abs(gradients["y"] * arrays.dy)))
+    assert abs(difference - sum(terms)) <= 1e-6 * (sizes + size_of_y)
+
+
+@given(problem=problems().map(lambda p: replace(p, entry="layer", broken_logits=0)))
+def test_d_topk_weights_needs_no_output(problem: Problem) -> None:
+    """D3: <dy, o> equals <W_d^T dy, h> + <dy, b_d>."""
+    arrays = build(sound(problem))
+    weights = arrays.weights
+    y, gradients = moe_vjp(arrays.x, arrays.router_logits, weights, arrays.dy)
+    from moe_ref.experts import activation, expert, up
+
+    for t in range(problem.tokens):
+        for k, e in enumerate(arrays.topk_ids[t]):
+            parameters = expert(weights, int(e))
+            h = activation(up(arrays.x[t : t + 1], parameters), problem.config)[0]
+            bias = 0.0 if parameters.down_proj_bias is None else parameters.down_proj_bias
+            projected = parameters.down_proj.T @ arrays.dy[t]
+            size = np.abs(projected) @ np.abs(h) + np.abs(arrays.dy[t]) @ np.abs(bias + np.zeros(problem.hidden)) + 1
+            expected = projected @ h + float(np.sum(arrays.dy[t] * bias))
+            assert abs(gradients.topk_weights[t, k] - expected) <= 1e-12 * size

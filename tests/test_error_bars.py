@@ -1,0 +1,96 @@
+"""Error bars: reproducible, complete, zero where nothing can err, and of the size that roundings really have."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moe_ref import MoEConfig, moe_vjp, routed_experts_vjp
+from moe_ref.conformance.problem import Arrays, Problem, build, reference
+from moe_ref.error_bars import TensorBars, error_bars, named
+from moe_ref.numerics import Nearest, round_to_nearest
+
+PROBLEM = Problem(
+    16, 6, 12, 7, MoEConfig(3, scoring="sigmoid", renormalize=True), "bfloat16", gate_up_bias=True, down_bias=True
+)
+
+
+def sampled(arrays: Arrays, **options: object) -> dict[str, TensorBars]:
+    return error_bars(
+        arrays.x,
+        arrays.topk_ids,
+        arrays.weights,
+        arrays.dy,
+        router_logits=arrays.router_logits,
+        topk_weights=arrays.topk_weights,
+        **{"dtype": "bfloat16", "samples": 4, **options},  # type: ignore[arg-type]
+    )
+
+
+def test_exact_values_are_the_specification_s() -> None:
+    arrays = build(PROBLEM)
+    y, gradients = moe_vjp(arrays.x, arrays.router_logits, arrays.weights, arrays.dy)
+    exact = named(y, gradients)
+    bars = sampled(arrays)
+    assert set(bars) == set(exact)
+    for name, value in exact.items():
+        np.testing.assert_allclose(bars[name].exact, value, rtol=0, atol=1e-13)
+
+
+def test_same_seed_same_bars() -> None:
+    arrays = build(PROBLEM)
+    first, second, other = sampled(arrays), sampled(arrays), sampled(arrays, seed=1)
+    assert (first["y"].storage.variance == second["y"].storage.variance).all()
+    assert (first["y"].storage.variance != other["y"].storage.variance).any()
+
+
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = build(PROBLEM)
+    whole = sampled(arrays)
+    monkeypatch.setattr("moe_ref.error_bars.CHUNK_ELEMENTS", 1)
+    np.testing.assert_allclose(sampled(arrays)["x"].storage.variance, whole["x"].storage.variance, rtol=1e-6)
+
+
+def test_experts_without_tokens_have_no_error() -> None:
+    """D2: a bar of zero demands exactly zero."""
+    bars = reference(replace(PROBLEM, tokens=1)).bars
+    unused = [e for e in range(6) if not bars["gate_up_proj"].exact[e].any()]
+    assert len(unused) == 3
+    assert not bars["gate_up_proj"].sd("bfloat16", "bfloat16")[unused].any()
+    assert not bars["down_proj_bias"].sd("bfloat16", "bfloat16")[unused].any()
+
+
+def test_a_vanishing_gradient_keeps_its_terms_error() -> None:
+    """With K=1 renormalised the router's gradient is 0, and an implementation's is not."""
+    problem = replace(PROBLEM, config=MoEConfig(1, renormalize=True, renormalize_eps=0.0), dtype="float32")
+    d_logits = reference(problem).bars["router_logits"]
+    assert np.abs(d_logits.exact).max() < 1e-15
+    assert (d_logits.sd("float32", "float32").max(axis=1) > 1e-9).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_bars_have_the_size_of_real_roundings(dtype: str) -> None:
+    """The twin that rounds at every site strays by about one standard deviation."""
+    problem = replace(PROBLEM, tokens=64, hidden=64, intermediate=32, dtype=dtype, entry="experts")
+    truth = reference(problem)
+    arrays = truth.arrays
+    y, gradients = routed_experts_vjp(
+        arrays.x, arrays.topk_ids, arrays.topk_weights, arrays.weights, arrays.dy, Nearest(dtype)
+    )
+    for name, value in named(y, gradients).items():
+        bars, out = truth.bars[name], problem.dtype_of(name)
+        z = (round_to_nearest(value, out) - bars.exact) / bars.sd(dtype, out)
+        assert 0.25 < np.sqrt(np.mean(z**2)) < 1.0, name
+        assert np.abs(z).max() < 5, name
+
+
+def test_progress_is_told() -> None:
+    told: list[tuple[int, int]] = []
+    sampled(build(PROBLEM), progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (8, 8)
+
+
+def test_exactly_one_kind_of_routing() -> None:
+    arrays = build(PROBLEM)
+    with pytest.raises(TypeError, match=r"^router_logits, topk_weights: exactly one of the two must be given$"):
+        sampled(replace(arrays, router_logits=None))
