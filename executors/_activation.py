@@ -19,7 +19,7 @@ class Activation(NamedTuple):
 
 
 def forward(z: Tensor, act: Activation) -> Tensor:
-    """H [n, I] from z [n, 2I], in z's dtype: (clamp(u) + up_offset) * g' * sigmoid(alpha g')."""
+    """h [n, I] from z [n, 2I], in z's dtype: (clamp(u) + up_offset) * g' * sigmoid(alpha g')."""
     gate, up = _split(z, act)
     if act.limit is not None:
         gate, up = gate.clamp(max=act.limit), up.clamp(-act.limit, act.limit)
@@ -27,7 +27,7 @@ def forward(z: Tensor, act: Activation) -> Tensor:
 
 
 def backward(z: Tensor, dh: Tensor, act: Activation) -> Tensor:
-    """Dz [n, 2I] from z and dh [n, I], in at least fp32; the clamp's derivative at equality is 1."""
+    """dz [n, 2I] from z and dh [n, I], in at least fp32; the clamp's derivative at equality is 1."""
     gate, up = _split(z, act)
     limit = math.inf if act.limit is None else act.limit
     clamped_gate, clamped_up = gate.clamp(max=limit), up.clamp(-limit, limit)

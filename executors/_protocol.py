@@ -16,7 +16,10 @@ class Unavailable(RuntimeError):
 
 
 class Unsupported(ValueError):
-    """The executor cannot take this input; the message names the argument, its value, and what is allowed."""
+    """The executor cannot take this input; the message names the argument, its value, and what is allowed.
+
+    A ValueError, as every refusal of an argument: another input, or another executor, will do.
+    """
 
 
 class UnknownExecutor(LookupError):
@@ -29,8 +32,8 @@ class Capabilities:
 
     Attributes:
         devices: device types it runs on, such as "cpu" and "cuda"; empty is any.
-        dtypes: dtypes of x and the projections.
-        backward: whether it has gradients.
+        dtypes: names of the dtypes that x and the projections may have.
+        backward: whether it has gradients (D1).
         routing: whether it can be called with router_logits; False offers only ``.experts``.
         batch_invariant: whether a token's output never depends on other tokens, to the last bit (C2).
     """

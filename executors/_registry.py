@@ -7,13 +7,14 @@ of the group ``moe_ref.executors``.
 from __future__ import annotations
 
 import difflib
-import importlib
+import inspect
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from executors._protocol import Executor, Unavailable, UnknownExecutor, Unsupported
 
@@ -29,6 +30,7 @@ BUILT_IN = {
 }
 
 Factory = Callable[..., Executor]
+Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Entry:
     Attributes:
         name: the name it is asked for by.
         target: "module:attribute", or the factory itself.
-        source: "built-in", "registered", or the distribution whose entry point it is.
-        clash: why it cannot be had, where two plug-ins claim the name; or "".
+        source: "built-in", "registered", or "from distribution D"; of all claimants where there are several.
+        clash: why it cannot be had, where several plug-ins claim the name; or "".
     """
 
     name: str
@@ -47,13 +49,26 @@ class Entry:
     source: str
     clash: str = ""
 
+    @property
+    def target_name(self) -> str:
+        """The target as text."""
+        return self.target if isinstance(self.target, str) else repr(self.target)
+
     def __str__(self) -> str:
-        return f"{self.target if isinstance(self.target, str) else repr(self.target)} ({self.source})"
+        return f"executor {self.name!r} ({self.source}, {self.target_name})"
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row of `explain`: whether an executor can be used, and why not."""
+    """A row of `explain`.
+
+    Attributes:
+        name: the executor's name.
+        usable: whether `get` gives it here and, where an input was given, whether it takes that input.
+        reason: why not, in one line; "" if usable.
+        target: "module:attribute", or the registered factory as text.
+        source: "built-in", "registered", or "from distribution D".
+    """
 
     name: str
     usable: bool
@@ -82,17 +97,11 @@ def get(name: str, **options: Any) -> Executor:
     if name not in entries:
         close = difflib.get_close_matches(str(name), entries, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UnknownExecutor(f"executor={name!r}: must be one of {', '.join(map(repr, names()))}{hint}")
-    factory = _load(entries[name])
-    try:
-        return factory(**options)
-    except TypeError as error:
-        allowed = _options(factory)
-        unknown = sorted(set(options) - set(allowed)) if allowed is not None else []
-        if not unknown:
-            raise
-        known = f"one of {', '.join(map(repr, allowed or []))}" if allowed else "left out: there are no options"
-        raise TypeError(f"option {unknown[0]!r} of executor {name!r}: must be {known}") from error
+        raise UnknownExecutor(f"executor={name!r}: must be one of {', '.join(map(repr, sorted(entries)))}{hint}")
+    entry = entries[name]
+    factory = _load(entry)
+    _check_options(name, factory, options)
+    return _call(entry, "made", partial(factory, **options), passing=(Unavailable, ValueError, TypeError))
 
 
 def names() -> list[str]:
@@ -101,17 +110,23 @@ def names() -> list[str]:
 
 
 def available() -> list[str]:
-    """The names of executors that can be loaded on this machine, sorted."""
+    """The names of executors that can be had on this machine, sorted."""
     return [row.name for row in explain() if row.usable]
 
 
 def explain(x: Tensor | None = None, weights: MoEWeights | None = None) -> list[Explanation]:
-    """A row for each executor: usable, or the reason why not.
+    """A row for each executor, sorted by name: usable, or the reason why not.
 
     Args:
-        x: hidden states of the call in question, or None to ask about this machine only.
+        x: [..., H] hidden states of the call in question, or None to ask about this machine only.
         weights: the layer in question; given with ``x``.
+
+    Raises:
+        TypeError: one of the two arguments without the other.
     """
+    if (x is None) != (weights is None):
+        missing = "x" if x is None else "weights"
+        raise TypeError(f"{missing}=None: x and weights must be given together")
     return [_explain(entry, x, weights) for _, entry in sorted(_entries().items())]
 
 
@@ -123,12 +138,15 @@ def register(name: str, target: str | Factory) -> None:
         target: "module:attribute", or a factory that takes the options and returns an executor.
 
     Raises:
-        ValueError: the name is taken, or the target is not of that form.
+        ValueError: the name is taken, or the text of the target is not of that form.
+        TypeError: the target is neither text nor callable.
     """
-    if isinstance(target, str) and len([part for part in target.split(":") if part]) != 2:
+    if isinstance(target, str) and [bool(part) for part in target.split(":")] != [True, True]:
         raise ValueError(f"target={target!r}: must be 'module:attribute' or a callable")
-    taken = _entries().get(name)
+    if not isinstance(target, str) and not callable(target):
+        raise TypeError(f"target={target!r}: must be 'module:attribute' or a callable")
     entry = Entry(name, target, "registered")
+    taken = _entries().get(name)
     if taken is not None:
         raise ValueError(f"name={name!r}: must be new, but is taken by {taken}; refused: {entry}")
     _registered[name] = entry
@@ -152,19 +170,30 @@ def _entries() -> dict[str, Entry]:
 
 @cache
 def _plug_ins() -> dict[str, Entry]:
-    """Entry points of installed packages. One that claims a built-in name is refused; two of one name clash."""
-    found: dict[str, Entry] = {}
-    for point in sorted(set(entry_points(group=GROUP)), key=lambda p: (p.name, p.value)):
-        source = point.dist.name if point.dist is not None else "unknown distribution"
-        entry = Entry(point.name, point.value, source)
-        if point.name in BUILT_IN:
-            warnings.warn(f"executor {point.name!r} is built in; refused: {entry}", RuntimeWarning, stacklevel=3)
-        elif point.name in found and found[point.name].target != point.value:
-            clash = f"executor {point.name!r} is claimed by {found[point.name]} and by {entry}"
-            found[point.name] = Entry(point.name, point.value, source, clash)
+    """Entry points of installed packages; ``_plug_ins.cache_clear()`` reads them anew.
+
+    One that claims a built-in name is refused. Several that claim the same name clash: none of them can be had.
+    """
+    claims: dict[str, set[tuple[str, str]]] = defaultdict(set)  # a set: one package may be found twice on sys.path
+    for point in entry_points(group=GROUP):
+        distribution = point.dist.name if point.dist is not None else "unknown"
+        claims[point.name].add((f"from distribution {distribution}", point.value))
+    found = {}
+    for name, claimants in sorted(claims.items()):
+        entries = [Entry(name, target, source) for source, target in sorted(claimants)]
+        if name in BUILT_IN:
+            refused = "; ".join(map(str, entries))
+            warnings.warn(f"executor {name!r} is built in; refused: {refused}", RuntimeWarning, stacklevel=2)
         else:
-            found[point.name] = entry
+            found[name] = entries[0] if len(entries) == 1 else _clash(entries)
     return found
+
+
+def _clash(entries: list[Entry]) -> Entry:
+    targets = " and ".join(entry.target_name for entry in entries)
+    sources = " and ".join(entry.source for entry in entries)
+    name = entries[0].name
+    return Entry(name, targets, sources, f"executor={name!r}: claimed by {' and by '.join(map(str, entries))}")
 
 
 def _load(entry: Entry) -> Factory:
@@ -172,40 +201,58 @@ def _load(entry: Entry) -> Factory:
         raise ValueError(entry.clash)
     if not isinstance(entry.target, str):
         return entry.target
-    module, _, attribute = entry.target.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if entry.source == "built-in" and error.name and not error.name.startswith("executors"):
-            needs = f'executor {entry.name!r} needs {error.name}: pip install "moe-ref[torch]"'
-            raise Unavailable(needs) from error
-        raise Unavailable(_broken(entry, error)) from error
-    except Exception as error:  # a plug-in may raise anything while it is imported, and must spoil nothing else
-        raise Unavailable(_broken(entry, error)) from error
+        return _call(entry, "loaded", EntryPoint(entry.name, entry.target, GROUP).load)
+    except Unavailable as error:
+        missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
+        if entry.source != "built-in" or missing is None or missing.partition(".")[0] == "executors":
+            raise
+        raise Unavailable(f'executor {entry.name!r} needs {missing}: pip install "moe-ref[torch]"') from error.__cause__
 
 
-def _broken(entry: Entry, error: Exception) -> str:
-    said = " ".join(str(error).split())
-    return f"executor {entry.name!r}, {entry}, cannot be loaded: {type(error).__name__}: {said}"
+def _call(
+    entry: Entry, doing: str, action: Callable[[], Returned], passing: tuple[type[Exception], ...] = ()
+) -> Returned:
+    """Runs code that may be foreign: whatever it raises, but for ``passing``, becomes Unavailable.
 
-
-def _explain(entry: Entry, x: Tensor | None, weights: MoEWeights | None) -> Explanation:
-    target = entry.target if isinstance(entry.target, str) else repr(entry.target)
+    This is the one place that catches every exception: a plug-in can raise anything (and some exit) while it is
+    imported, made or asked, and must not spoil what others do with the remaining executors.
+    """
     try:
-        executor = get(entry.name)
-        if x is not None and weights is not None:
-            executor.check(x, weights)
-    except (Unavailable, Unsupported, ValueError, TypeError) as error:
-        return Explanation(entry.name, False, str(error), target, entry.source)
-    return Explanation(entry.name, True, "", target, entry.source)
+        return action()
+    except passing:
+        raise
+    except (Exception, SystemExit) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Unavailable(f"{entry} cannot be {doing}: {said}") from error
+
+
+def _check_options(name: str, factory: Factory, options: dict[str, Any]) -> None:
+    allowed = _options(factory)
+    unknown = [] if allowed is None else sorted(set(options) - set(allowed))
+    if unknown:
+        known = f"must be one of {', '.join(map(repr, allowed or []))}" if allowed else "there are no options"
+        raise TypeError(f"option {unknown[0]}={options[unknown[0]]!r} of executor {name!r}: {known}")
 
 
 def _options(factory: Factory) -> list[str] | None:
-    """The options that a factory takes, where it says."""
-    import inspect
-
+    """The options that a factory takes, or None where it does not say."""
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
         return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _explain(entry: Entry, x: Tensor | None, weights: MoEWeights | None) -> Explanation:
+    reason = ""
+    refusals = (Unavailable, Unsupported, ValueError, TypeError)
+    try:
+        executor = get(entry.name)
+        if x is not None and weights is not None:
+            _call(entry, "asked", partial(executor.check, x, weights), passing=refusals)
+    except refusals as error:
+        reason = " ".join(str(error).split())
+    return Explanation(entry.name, not reason, reason, entry.target_name, entry.source)

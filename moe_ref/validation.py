@@ -6,7 +6,7 @@ Nothing here reads an array's elements, so nothing here waits for a GPU.
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, get_args
 
 from moe_ref._typing import Array
@@ -169,7 +169,7 @@ def _check_integer(name: str, value: Any) -> None:
 
 
 def _check_finite(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r}: must be a number")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}={value}: must be finite")

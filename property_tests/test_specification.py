@@ -118,7 +118,7 @@ def test_d_topk_weights_needs_no_output(problem: Problem) -> None:
     """D3: <dy, o> equals <W_d^T dy, h> + <dy, b_d>."""
     arrays = build(sound(problem))
     weights = arrays.weights
-    y, gradients = moe_vjp(arrays.x, arrays.router_logits, weights, arrays.dy)
+    _, gradients = moe_vjp(arrays.x, arrays.router_logits, weights, arrays.dy)
     from moe_ref.experts import activation, expert, up
 
     for t in range(problem.tokens):
