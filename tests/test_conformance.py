@@ -1,0 +1,253 @@
+"""The suite's own parts: problems, poison, and that each check can fail."""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, find, settings
+
+import executors
+from moe_ref import MoEConfig, MoEWeights
+from moe_ref.conformance import profiles
+from moe_ref.conformance.call import lay_out, run, to_torch
+from moe_ref.conformance.checks import ConformanceError, check_problem, check_repeatable
+from moe_ref.conformance.errors import check_errors, check_no_double_backward
+from moe_ref.conformance.exact import CASES, check_exact
+from moe_ref.conformance.laws import LAWS, check_law
+from moe_ref.conformance.mutants import Wrapped, mutants
+from moe_ref.conformance.pinned import EXAMPLES
+from moe_ref.conformance.poison import poisoned
+from moe_ref.conformance.problem import Problem, build, reference
+from moe_ref.conformance.strategies import problems
+from moe_ref.experts import split_gate_up
+from moe_ref.numerics import FORMATS
+
+PROBLEM = Problem(24, 7, 16, 12, MoEConfig(3, scoring="sigmoid", renormalize=True), down_bias=True, seed=8)
+QUICK = settings(database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def native() -> executors.Executor:
+    return executors.get("native")
+
+
+def mutant(name: str) -> Wrapped:
+    return mutants(native())[name]
+
+
+def test_problems_shrink_to_nothing() -> None:
+    smallest = find(problems(), lambda _: True, settings=QUICK)
+    assert (smallest.tokens, smallest.experts, smallest.top_k, smallest.hidden) == (0, 1, 1, 1)
+    assert smallest.config == MoEConfig(1, scoring="softmax")
+    assert (smallest.seed, smallest.frozen, smallest.weights_layout) == (0, frozenset(), "contiguous")
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        lambda p: p.entry == "experts" and p.empty_slots and p.cut_points,
+        lambda p: p.broken_logits > 1 and p.broken_x,
+        lambda p: p.logits == "ties" and p.dtype == "bfloat16",
+        lambda p: p.dy_layout == "scalar" and p.weights_layout == "transposed" and p.batch,
+        lambda p: p.config.limit == 0.5 and p.gate_up_bias and len(p.frozen) > 2,
+        lambda p: p.tokens == 1 and p.experts == 1,
+        lambda p: p.top_k == p.experts > 4,
+    ],
+)
+def test_every_kind_of_problem_is_drawn(wanted) -> None:  # type: ignore[no-untyped-def]
+    find(problems(), wanted, settings=settings(QUICK, max_examples=5000))
+
+
+def test_a_problem_prints_as_the_call_that_makes_it() -> None:
+    for problem in EXAMPLES:
+        assert eval(repr(problem), {"Problem": Problem, "MoEConfig": MoEConfig, "frozenset": frozenset}) == problem
+
+
+def test_same_problem_same_numbers() -> None:
+    first, second = build(PROBLEM), build(PROBLEM)
+    assert (first.x == second.x).all()
+    assert (build(replace(PROBLEM, seed=9)).x != first.x).any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_numbers_are_representable_in_their_dtypes(dtype: str) -> None:
+    problem = replace(PROBLEM, dtype=dtype, bias_dtype=dtype, routing_dtype=dtype)
+    inputs, arrays = to_torch(problem, build(problem)), build(problem)
+    assert (inputs.x.detach().double().numpy() == arrays.x).all()
+    assert (inputs.weights.gate_up_proj.detach().double().numpy() == arrays.weights.gate_up_proj).all()
+    assert (inputs.router_logits.detach().double().numpy() == arrays.router_logits).all()
+
+
+@pytest.mark.parametrize("limit", [0.5, 1.0])
+def test_no_gradient_hangs_on_a_preactivation_at_the_limit(limit: float) -> None:
+    """The derivative jumps at the limit, so rounding must not be able to carry a pre-activation across."""
+    problem = replace(PROBLEM, dtype="bfloat16", gate_up_bias=True, config=replace(PROBLEM.config, limit=limit))
+    arrays = build(problem)
+    w, u = arrays.weights, FORMATS["bfloat16"].unit_roundoff
+    live = 0
+    for t, row in enumerate(arrays.topk_ids):
+        if not arrays.dy[t].any():
+            continue
+        live += 1
+        for e in row:
+            z = w.gate_up_proj[e] @ arrays.x[t] + w.gate_up_proj_bias[e]
+            gate, up = split_gate_up(z[None], problem.config)
+            assert np.abs(gate - limit).min() > u * limit
+            assert np.abs(np.abs(up) - limit).min() > u * limit
+    assert live > problem.tokens / 2
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "scalar"])
+def test_layouts_are_what_they_say(layout: str) -> None:
+    value = torch.ones(4, 6) if layout in ("expanded", "scalar") else torch.randn(4, 6)
+    laid = lay_out(value, layout)
+    assert torch.equal(laid, value)
+    strides = {"transposed": (1, 4), "sliced": (13, 2), "expanded": (0, 1), "scalar": (0, 0)}
+    assert laid.stride() == strides[layout]
+
+
+def test_unwritten_memory_is_nan() -> None:
+    with poisoned():
+        made = [
+            torch.empty(3),
+            torch.empty_like(torch.ones(3)),
+            torch.ones(3).new_empty(3),
+            torch.empty_strided((3,), (1,)),
+            torch.ones(1).resize_(3)[1:],
+            torch.empty(3, dtype=torch.bfloat16),
+        ]
+    assert all(t.isnan().all() for t in made)
+    assert not torch.utils.deterministic.fill_uninitialized_memory or not torch.are_deterministic_algorithms_enabled()
+
+
+def test_references_are_sampled_once() -> None:
+    assert reference(PROBLEM) is reference(replace(PROBLEM))
+
+
+def test_failure_names_executor_clause_and_problem() -> None:
+    with pytest.raises(ConformanceError, match=r"^zeros breaks C1, E1, E2: y\(\d+, \d+\)=-?0, but must be") as caught:
+        check_problem(mutant("zeros"), PROBLEM)
+    assert "Problem(tokens=24" in str(caught.value)
+
+
+def test_repeatability_can_fail() -> None:
+    with pytest.raises(ConformanceError, match="differs between two runs"):
+        check_repeatable(mutant("not_repeatable"), PROBLEM)
+
+
+@pytest.mark.parametrize(
+    ("law", "breaker"),
+    [
+        ("permute_tokens", "token_dropped"),
+        ("relabel_experts", "bias_of_neighbour"),
+        ("split_batch", "token_dropped"),
+        ("scale_weights", "bias_unweighted"),
+        ("append_slot", "empty_slot_counts"),
+        ("append_expert", "inclusive_ends_read_as_offsets"),
+    ],
+)
+def test_each_law_can_be_broken(law: str, breaker: str) -> None:
+    problem = replace(PROBLEM, entry="experts")
+    assert check_law(native(), problem, law)
+    with pytest.raises(ConformanceError, match=f"the law {law}"):
+        check_law(mutant(breaker), problem, law)
+
+
+def test_all_laws_have_a_breaker() -> None:
+    parameters = test_each_law_can_be_broken.pytestmark[0].args[1]
+    assert {law for law, _ in parameters} == set(LAWS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", CASES)
+def test_each_exact_case_can_fail(case: str, dtype: str) -> None:
+    check_exact(native(), case, dtype)
+    breakers = {
+        "long_sums": mutant("hidden_tail_dropped"),
+        "many_rows": mutant("weight_gradient_lacks_one_row"),
+        "clamp_at_equality": mutant("clamp_forgotten"),
+    }
+    with pytest.raises(ConformanceError, match=case):
+        check_exact(breakers[case], case, dtype)
+
+
+def bf16_sums(inner: executors.Executor, x, ids, w, weights: MoEWeights):  # type: ignore[no-untyped-def]
+    """Adds the features of x one by one into a bf16 result, for a layer of one expert and one column."""
+    z = torch.zeros(len(x), dtype=torch.bfloat16)
+    for column in (x * weights.gate_up_proj[0, 0]).t():
+        z = z + column.bfloat16()
+    return (z[:, None] * weights.down_proj[0, :, 0]).to(x.dtype)
+
+
+def test_bf16_accumulation_stops_at_256() -> None:
+    with pytest.raises(ConformanceError, match=r"y\(0, 0\)=256.0, but must be exactly 512.0"):
+        check_exact(Wrapped("bf16_sums", native(), slots=bf16_sums), "long_sums", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Careless(Wrapped):
+    """Validates nothing, and differentiates twice."""
+
+    def experts(self, x, *, topk_ids, topk_weights, weights):  # type: ignore[no-untyped-def]
+        return x * topk_weights.sum(-1, keepdim=True)
+
+    def __call__(self, x, router_logits, weights):  # type: ignore[no-untyped-def]
+        return x * x * router_logits.sum(-1, keepdim=True)
+
+
+def test_missing_validation_is_seen() -> None:
+    with pytest.raises(ConformanceError, match="the contract on errors"):
+        check_errors(Careless("careless", native()))
+
+
+def test_silent_double_backward_is_seen() -> None:
+    with pytest.raises(ConformanceError, match="double backward"):
+        check_no_double_backward(Careless("careless", native()))
+
+
+def test_missing_gradient_is_seen() -> None:
+    def detached(inner, x, ids, w, weights):  # type: ignore[no-untyped-def]
+        return inner.experts(x.detach(), topk_ids=ids, topk_weights=w, weights=weights)
+
+    with pytest.raises(ConformanceError, match="no gradient for x"):
+        check_problem(Wrapped("detached", native(), slots=detached), PROBLEM)
+
+
+def test_routing_is_judged() -> None:
+    class HigherIdFirst:
+        name, capabilities = "higher", native().capabilities
+
+        def __call__(self, x, router_logits, weights):  # type: ignore[no-untyped-def]
+            return native()(x, router_logits, weights)
+
+        def route(self, router_logits, weights):  # type: ignore[no-untyped-def]
+            routing = native().route(router_logits, weights)
+            return replace(routing, topk_ids=routing.topk_ids.flip(-1))
+
+    with pytest.raises(ConformanceError, match="breaks R2: topk_ids"):
+        check_problem(HigherIdFirst(), replace(PROBLEM, logits="ties"))
+
+
+def test_broken_tokens_are_excused_and_no_others() -> None:
+    config = replace(PROBLEM.config, scoring="softmax")  # for sigmoid, +inf is not broken
+    problem = replace(PROBLEM, config=config, broken_logits=3, broken_x=1, seed=1)
+    check_problem(native(), problem)
+    assert reference(problem).broken.sum() == 4
+    result = run(native(), to_torch(problem, build(problem)))
+    assert result.tensors["y"].isnan().all(dim=1).sum() == 4
+
+
+def test_profiles_say_what_they_are_for() -> None:
+    assert set(profiles.PROFILES) == {"dev", "ci", "nightly"}
+    assert profiles.PROFILES["ci"].derandomize
+    assert profiles.PROFILES["ci"].database is None
+    assert profiles.PROFILES["nightly"].max_examples >= 1000
+
+
+def test_weights_of_empty_slots_may_be_anything() -> None:
+    arrays = build(replace(PROBLEM, entry="experts", empty_slots=True))
+    empty = (arrays.topk_ids < 0) | (arrays.topk_ids >= PROBLEM.experts)
+    assert empty.any()
+    assert not np.isfinite(arrays.topk_weights[empty]).all()
+    assert math.isfinite(arrays.topk_weights[~empty].sum())
