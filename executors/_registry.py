@@ -94,7 +94,7 @@ def get(name: str, **options: Any) -> Executor:
         TypeError: the executor has no such option.
     """
     entries = _entries()
-    if name not in entries:
+    if not isinstance(name, str) or name not in entries:
         close = difflib.get_close_matches(str(name), entries, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise UnknownExecutor(f"executor={name!r}: must be one of {', '.join(map(repr, sorted(entries)))}{hint}")
@@ -139,8 +139,10 @@ def register(name: str, target: str | Factory) -> None:
 
     Raises:
         ValueError: the name is taken, or the text of the target is not of that form.
-        TypeError: the target is neither text nor callable.
+        TypeError: the name is no text, or the target is neither text nor callable.
     """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name={name!r}: must be text, and not empty")
     if isinstance(target, str) and [bool(part) for part in target.split(":")] != [True, True]:
         raise ValueError(f"target={target!r}: must be 'module:attribute' or a callable")
     if not isinstance(target, str) and not callable(target):

@@ -9,8 +9,8 @@ from moe_ref.numerics import EXACT, Rounding, sum_last
 
 
 def combine(
-    outputs: Float[Array, "*samples S H"], topk_weights: Float[Array, "*samples T K"], rounding: Rounding = EXACT
-) -> Float[Array, "*samples T H"]:
+    outputs: Float[Array, "*#samples S H"], topk_weights: Float[Array, "*#samples T K"], rounding: Rounding = EXACT
+) -> Float[Array, "*#samples T H"]:
     """y[t] = sum over k, in increasing order, of topk_weights[t, k] * outputs[t*K + k]."""
     xp = array_namespace(outputs, topk_weights)
     tokens, top_k = topk_weights.shape[-2:]

@@ -47,11 +47,11 @@ def groups(group_offsets: Int[Array, " E+1"]) -> Iterator[tuple[int, slice]]:
 
 
 def experts(
-    rows: Float[Array, "*samples S H"],
+    rows: Float[Array, "*#samples S H"],
     group_offsets: Int[Array, " E+1"],
     weights: MoEWeights,
     rounding: Rounding = EXACT,
-) -> Float[Array, "*samples S H"]:
+) -> Float[Array, "*#samples S H"]:
     """Sends each group of rows through its expert; rows past the last group give zero and are never read."""
     xp = array_namespace(rows)
     blocks = []
@@ -66,15 +66,15 @@ def experts(
 
 
 def up(
-    rows: Float[Array, "*samples n H"], parameters: Expert, rounding: Rounding = EXACT
-) -> Float[Array, "*samples n 2*I"]:
+    rows: Float[Array, "*#samples n H"], parameters: Expert, rounding: Rounding = EXACT
+) -> Float[Array, "*#samples n 2*I"]:
     """Z = x W_gu^T + b_gu."""
     return linear("gate_up", "z", rows, parameters.gate_up_proj, parameters.gate_up_proj_bias, rounding)
 
 
 def down(
-    h: Float[Array, "*samples n I"], parameters: Expert, rounding: Rounding = EXACT
-) -> Float[Array, "*samples n H"]:
+    h: Float[Array, "*#samples n I"], parameters: Expert, rounding: Rounding = EXACT
+) -> Float[Array, "*#samples n H"]:
     """O = h W_d^T + b_d."""
     return linear("down", "o", h, parameters.down_proj, parameters.down_proj_bias, rounding)
 
@@ -82,11 +82,11 @@ def down(
 def linear(
     product_site: str,
     site: str,
-    rows: Float[Array, "*samples n k"],
+    rows: Float[Array, "*#samples n k"],
     matrix: Float[Array, "m k"],
     bias: Float[Array, " m"] | None,
     rounding: Rounding,
-) -> Float[Array, "*samples n m"]:
+) -> Float[Array, "*#samples n m"]:
     """Rows matrix^T + bias; an implementation may round the product before its bias, and the sum."""
     product = matmul_transposed(rounding, product_site, rows, matrix)
     if bias is None:
@@ -97,8 +97,8 @@ def linear(
 
 
 def split_gate_up(
-    z: Float[Array, "*samples n 2*I"], config: MoEConfig
-) -> tuple[Float[Array, "*samples n I"], Float[Array, "*samples n I"]]:
+    z: Float[Array, "*#samples n 2*I"], config: MoEConfig
+) -> tuple[Float[Array, "*#samples n I"], Float[Array, "*#samples n I"]]:
     """(gate, up), by ``gate_up_layout``."""
     if config.gate_up_layout == "interleaved":
         return z[..., 0::2], z[..., 1::2]
@@ -107,8 +107,8 @@ def split_gate_up(
 
 
 def join_gate_up(
-    gate: Float[Array, "*samples n I"], up: Float[Array, "*samples n I"], config: MoEConfig
-) -> Float[Array, "*samples n 2*I"]:
+    gate: Float[Array, "*#samples n I"], up: Float[Array, "*#samples n I"], config: MoEConfig
+) -> Float[Array, "*#samples n 2*I"]:
     """The inverse of `split_gate_up`."""
     xp = array_namespace(gate, up)
     if config.gate_up_layout == "interleaved":
@@ -117,8 +117,8 @@ def join_gate_up(
 
 
 def activation(
-    z: Float[Array, "*samples n 2*I"], config: MoEConfig, rounding: Rounding = EXACT
-) -> Float[Array, "*samples n I"]:
+    z: Float[Array, "*#samples n 2*I"], config: MoEConfig, rounding: Rounding = EXACT
+) -> Float[Array, "*#samples n I"]:
     """H = (clamp(u, -L, L) + up_offset) * g' * sigmoid(alpha g') with g' = min(g, L).
 
     Source: SwiGLU from Shazeer 2020 (arXiv:2002.05202); the clamped form from gpt-oss's model code.

@@ -24,11 +24,11 @@ def group(topk_ids: Int[Array, "T K"], num_experts: int) -> Grouping:
     return Grouping(order, xp.argsort(order, stable=True), group_offsets[1:] - group_offsets[:-1], group_offsets)
 
 
-def permute(x: Float[Array, "*samples T H"], order: Int[Array, " S"], top_k: int) -> Float[Array, "*samples S H"]:
+def permute(x: Float[Array, "*#samples T H"], order: Int[Array, " S"], top_k: int) -> Float[Array, "*#samples S H"]:
     """Rows in expert order: row i is the token of slot order[i]."""
     return array_namespace(x).take(x, order // top_k, axis=-2)
 
 
-def unpermute(rows: Float[Array, "*samples S H"], inverse: Int[Array, " S"]) -> Float[Array, "*samples S H"]:
+def unpermute(rows: Float[Array, "*#samples S H"], inverse: Int[Array, " S"]) -> Float[Array, "*#samples S H"]:
     """Rows back in slot order."""
     return array_namespace(rows).take(rows, inverse, axis=-2)

@@ -75,12 +75,12 @@ def routed_experts(
 
 
 def apply_experts(
-    x: Float[Array, "*samples T H"],
+    x: Float[Array, "*#samples T H"],
     topk_ids: Int[Array, "T K"],
-    topk_weights: Float[Array, "*samples T K"],
+    topk_weights: Float[Array, "*#samples T K"],
     weights: MoEWeights,
     rounding: Rounding = EXACT,
-) -> Float[Array, "*samples T H"]:
+) -> Float[Array, "*#samples T H"]:
     """Permute, experts, unpermute, combine; an empty slot weighs nothing, whatever its weight."""
     xp = array_namespace(x)
     grouping = group(topk_ids, weights.num_experts)

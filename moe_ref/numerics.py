@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from zlib import crc32
 
 import numpy as np
@@ -92,6 +92,7 @@ def round_to_nearest(value: Array, dtype: str) -> Array:
     return xp.where(finite, rounded, value)
 
 
+@runtime_checkable
 class Rounding(Protocol):
     """What the specification calls wherever an implementation may round."""
 

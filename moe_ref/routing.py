@@ -11,7 +11,7 @@ from moe_ref.numerics import EXACT, Rounding, sum_last
 from moe_ref.types import MoEConfig, Routing
 
 
-def route(router_logits: Float[Array, "*samples T E"], config: MoEConfig, rounding: Rounding = EXACT) -> Routing:
+def route(router_logits: Float[Array, "*#samples T E"], config: MoEConfig, rounding: Rounding = EXACT) -> Routing:
     """Chooses K experts for each token and weighs them.
 
     Args:
@@ -39,7 +39,7 @@ def choose(logits: Float[Array, "T E"], config: MoEConfig) -> Int[Array, "T K"]:
     return xp.argsort(-keys, axis=-1, stable=True)[..., : config.top_k]
 
 
-def broken_rows(logits: Float[Array, "*samples T E"], config: MoEConfig) -> Bool[Array, "*samples T"]:
+def broken_rows(logits: Float[Array, "*#samples T E"], config: MoEConfig) -> Bool[Array, "*#samples T"]:
     """Rows whose weights are undefined: any NaN; for the softmax kinds also any +inf, or nothing but -inf (R4)."""
     xp = array_namespace(logits)
     broken = xp.any(xp.isnan(logits), axis=-1)
@@ -49,8 +49,8 @@ def broken_rows(logits: Float[Array, "*samples T E"], config: MoEConfig) -> Bool
 
 
 def weigh(
-    logits: Float[Array, "*samples T E"], topk_ids: Int[Array, "T K"], config: MoEConfig, rounding: Rounding = EXACT
-) -> Float[Array, "*samples T K"]:
+    logits: Float[Array, "*#samples T E"], topk_ids: Int[Array, "T K"], config: MoEConfig, rounding: Rounding = EXACT
+) -> Float[Array, "*#samples T K"]:
     """The weights of the chosen experts: score, renormalisation, scaling factor. NaN for broken rows."""
     xp = array_namespace(logits)
     broken = broken_rows(logits, config)[..., None]
@@ -63,8 +63,8 @@ def weigh(
 
 
 def chosen_scores(
-    logits: Float[Array, "*samples T E"], topk_ids: Int[Array, "T K"], config: MoEConfig, rounding: Rounding = EXACT
-) -> Float[Array, "*samples T K"]:
+    logits: Float[Array, "*#samples T E"], topk_ids: Int[Array, "T K"], config: MoEConfig, rounding: Rounding = EXACT
+) -> Float[Array, "*#samples T K"]:
     """Scores of the chosen experts, before renormalisation."""
     if config.scoring == "softmax":
         return take_chosen(softmax(logits, rounding), topk_ids)
@@ -72,7 +72,7 @@ def chosen_scores(
     return softmax(chosen, rounding) if config.scoring == "topk_softmax" else sigmoid(chosen)
 
 
-def softmax(logits: Float[Array, "*samples T N"], rounding: Rounding = EXACT) -> Float[Array, "*samples T N"]:
+def softmax(logits: Float[Array, "*#samples T N"], rounding: Rounding = EXACT) -> Float[Array, "*#samples T N"]:
     """exp(l - max l) / sum exp(l - max l), over the last axis."""
     xp = array_namespace(logits)
     if logits.shape[-2] == 0:
@@ -94,7 +94,7 @@ def sigmoid(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return xp.where(positive, xp.ones_like(small), small) / (1 + small)
 
 
-def take_chosen(values: Float[Array, "*samples T E"], topk_ids: Int[Array, "T K"]) -> Float[Array, "*samples T K"]:
+def take_chosen(values: Float[Array, "*#samples T E"], topk_ids: Int[Array, "T K"]) -> Float[Array, "*#samples T K"]:
     """values[..., t, topk_ids[t, k]]."""
     xp = array_namespace(values)
     experts = xp.arange(values.shape[-1], device=device(values))
@@ -106,8 +106,8 @@ def take_chosen(values: Float[Array, "*samples T E"], topk_ids: Int[Array, "T K"
 
 
 def put_chosen(
-    values: Float[Array, "*samples T K"], topk_ids: Int[Array, "T K"], num_experts: int
-) -> Float[Array, "*samples T E"]:
+    values: Float[Array, "*#samples T K"], topk_ids: Int[Array, "T K"], num_experts: int
+) -> Float[Array, "*#samples T E"]:
     """The transpose of `take_chosen`: zero but at [t, topk_ids[t, k]]."""
     xp = array_namespace(values)
     experts = xp.arange(num_experts, device=device(values))

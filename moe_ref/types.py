@@ -84,7 +84,7 @@ class Routing:
     """Which experts a token goes to, ordered by (key descending, id ascending), and with what weight."""
 
     topk_ids: Int[Array, "T K"]
-    topk_weights: Float[Array, "*samples T K"]
+    topk_weights: Float[Array, "*#samples T K"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
         ValueError, TypeError: one line naming the field, its value, and what is allowed.
     """
     if not isinstance(config, MoEConfig):
-        raise TypeError(f"config={config!r}: must be a moe_ref.MoEConfig")
+        raise TypeError(f"config={_short(config)}: must be a moe_ref.MoEConfig")
     top_k = config.top_k
     if top_k is not None:
         _check_integer("top_k", top_k)
@@ -39,7 +39,7 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
     _check_choice("activation", config.activation, get_args(Activation))
     _check_choice("gate_up_layout", config.gate_up_layout, get_args(GateUpLayout))
     if not isinstance(config.renormalize, bool):
-        raise TypeError(f"renormalize={config.renormalize!r}: must be True or False")
+        raise TypeError(f"renormalize={_short(config.renormalize)}: must be True or False")
     for name in ("renormalize_eps", "routed_scaling_factor", "alpha", "up_offset"):
         _check_finite(name, getattr(config, name))
     if config.renormalize_eps < 0:
@@ -165,19 +165,19 @@ def _check_shape(name: str, value: Array, expected: tuple[int, ...], meaning: st
 
 def _check_integer(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}={value!r}: must be an integer")
+        raise TypeError(f"{name}={_short(value)}: must be an integer")
 
 
 def _check_finite(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r}: must be a number")
+        raise TypeError(f"{name}={_short(value)}: must be a float or int")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}={value}: must be finite")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={_short(value)}: must be one of {', '.join(map(repr, allowed))}")
 
 
 def _library(value: Array) -> str:

@@ -108,14 +108,14 @@ def _with_shapes(
 
 
 def layer_vjp(
-    x: Float[Array, "*samples T H"],
-    router_logits: Float[Array, "*samples T E"] | None,
+    x: Float[Array, "*#samples T H"],
+    router_logits: Float[Array, "*#samples T E"] | None,
     topk_ids: Int[Array, "T K"],
-    topk_weights: Float[Array, "*samples T K"] | None,
+    topk_weights: Float[Array, "*#samples T K"] | None,
     weights: MoEWeights,
-    dy: Float[Array, "*samples T H"],
+    dy: Float[Array, "*#samples T H"],
     rounding: Rounding = EXACT,
-) -> tuple[Float[Array, "*samples T H"], MoEGradients]:
+) -> tuple[Float[Array, "*#samples T H"], MoEGradients]:
     """Forward and backward with the choice of experts given: it has no gradient (D1), and no sample chooses again.
 
     Exactly one of ``router_logits`` and ``topk_weights`` is given. A leading axis of samples is carried through.
@@ -144,11 +144,11 @@ def layer_vjp(
 
 
 def combine_vjp(
-    outputs: Float[Array, "*samples S H"],
-    topk_weights: Float[Array, "*samples T K"],
-    dy: Float[Array, "*samples T H"],
+    outputs: Float[Array, "*#samples S H"],
+    topk_weights: Float[Array, "*#samples T K"],
+    dy: Float[Array, "*#samples T H"],
     rounding: Rounding = EXACT,
-) -> tuple[Float[Array, "*samples S H"], Float[Array, "*samples T K"]]:
+) -> tuple[Float[Array, "*#samples S H"], Float[Array, "*#samples T K"]]:
     """D outputs = w dy, and d topk_weights[t, k] = <dy[t], o[t, k]> with dy unweighted (D3)."""
     xp = array_namespace(outputs, topk_weights, dy)
     tokens, top_k = topk_weights.shape[-2:]
@@ -164,8 +164,8 @@ def combine_vjp(
 
 
 def permute_vjp(
-    d_rows: Float[Array, "*samples S H"], inverse: Int[Array, " S"], top_k: int, rounding: Rounding = EXACT
-) -> Float[Array, "*samples T H"]:
+    d_rows: Float[Array, "*#samples S H"], inverse: Int[Array, " S"], top_k: int, rounding: Rounding = EXACT
+) -> Float[Array, "*#samples T H"]:
     """dx[t] is the sum, in increasing k, over the token's slots."""
     xp = array_namespace(d_rows)
     slots = unpermute(d_rows, inverse)
@@ -174,12 +174,12 @@ def permute_vjp(
 
 
 def experts_vjp(
-    rows: Float[Array, "*samples S H"],
+    rows: Float[Array, "*#samples S H"],
     group_offsets: Int[Array, " E+1"],
     weights: MoEWeights,
-    d_outputs: Float[Array, "*samples S H"],
+    d_outputs: Float[Array, "*#samples S H"],
     rounding: Rounding = EXACT,
-) -> tuple[Float[Array, "*samples S H"], tuple[Array, Array, Array | None, Array | None]]:
+) -> tuple[Float[Array, "*#samples S H"], tuple[Array, Array, Array | None, Array | None]]:
     """Gradients of rows and of (gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias).
 
     An expert without rows has gradients of exactly zero (D2).
@@ -212,10 +212,10 @@ def experts_vjp(
 
 
 def expert_vjp(
-    rows: Float[Array, "*samples n H"],
+    rows: Float[Array, "*#samples n H"],
     weights: MoEWeights,
     index: int,
-    d_outputs: Float[Array, "*samples n H"],
+    d_outputs: Float[Array, "*#samples n H"],
     rounding: Rounding = EXACT,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Gradients of one expert: rows, gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias."""
@@ -230,11 +230,11 @@ def expert_vjp(
 
 def linear_vjp(
     site: str,
-    rows: Float[Array, "*samples n k"],
+    rows: Float[Array, "*#samples n k"],
     matrix: Float[Array, "m k"],
-    d_product: Float[Array, "*samples n m"],
+    d_product: Float[Array, "*#samples n m"],
     rounding: Rounding = EXACT,
-) -> tuple[Float[Array, "*samples n k"], Float[Array, "*samples m k"], Float[Array, "*samples m"]]:
+) -> tuple[Float[Array, "*#samples n k"], Float[Array, "*#samples m k"], Float[Array, "*#samples m"]]:
     """Gradients of rows, matrix and bias in rows matrix^T + bias."""
     xp = array_namespace(rows, matrix, d_product)
     transposed = xp.matrix_transpose(d_product)
@@ -247,11 +247,11 @@ def linear_vjp(
 
 
 def activation_vjp(
-    z: Float[Array, "*samples n 2*I"],
+    z: Float[Array, "*#samples n 2*I"],
     config: MoEConfig,
-    dh: Float[Array, "*samples n I"],
+    dh: Float[Array, "*#samples n I"],
     rounding: Rounding = EXACT,
-) -> Float[Array, "*samples n 2*I"]:
+) -> Float[Array, "*#samples n 2*I"]:
     """Dz of the gated activation; the clamp's derivative at equality is 1 (E1)."""
     xp = array_namespace(z, dh)
     gate, up = split_gate_up(z, config)
@@ -273,12 +273,12 @@ def activation_vjp(
 
 
 def route_vjp(
-    router_logits: Float[Array, "*samples T E"],
+    router_logits: Float[Array, "*#samples T E"],
     topk_ids: Int[Array, "T K"],
     config: MoEConfig,
-    d_topk_weights: Float[Array, "*samples T K"],
+    d_topk_weights: Float[Array, "*#samples T K"],
     rounding: Rounding = EXACT,
-) -> Float[Array, "*samples T E"]:
+) -> Float[Array, "*#samples T E"]:
     """D router_logits, through the weights (D1). Rows with undefined weights (R4) get NaN."""
     xp = array_namespace(router_logits, d_topk_weights)
     broken = broken_rows(router_logits, config)[..., None]
@@ -301,8 +301,8 @@ def route_vjp(
 
 
 def softmax_vjp(
-    p: Float[Array, "*samples T N"], dp: Float[Array, "*samples T N"], rounding: Rounding = EXACT
-) -> Float[Array, "*samples T N"]:
+    p: Float[Array, "*#samples T N"], dp: Float[Array, "*#samples T N"], rounding: Rounding = EXACT
+) -> Float[Array, "*#samples T N"]:
     """D logits = p (dp - <p, dp>): a difference of nearly equal terms, whose error is that of the terms."""
     xp = array_namespace(p, dp)
     terms = p * dp
@@ -315,8 +315,8 @@ def softmax_vjp(
 
 
 def renormalize_vjp(
-    scores: Float[Array, "*samples T K"], eps: float, dw: Float[Array, "*samples T K"], rounding: Rounding = EXACT
-) -> Float[Array, "*samples T K"]:
+    scores: Float[Array, "*#samples T K"], eps: float, dw: Float[Array, "*#samples T K"], rounding: Rounding = EXACT
+) -> Float[Array, "*#samples T K"]:
     """D scores of w = scores / (sum + eps): (dw - <w, dw>) / (sum + eps)."""
     xp = array_namespace(scores, dw)
     total = xp.sum(scores, axis=-1, keepdims=True) + eps

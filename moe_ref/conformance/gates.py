@@ -67,7 +67,7 @@ def judge(
     if wrong_zero.any():
         where = _first(wrong_zero)
         return Verdict(name, max_z=float("inf"), failure=f"{name}{where}={actual[where]}, but must be exactly 0")
-    z = np.divide(error, sd, out=np.zeros_like(error), where=mask & (sd > 0))
+    z = standardise(error, sd, mask)
     counted = int((mask & (sd > 0)).sum())
     max_z = float(np.abs(z).max(initial=0.0))
     rms_z = float(np.sqrt(np.sum(z**2) / counted)) if counted else 0.0
@@ -87,6 +87,12 @@ def judge(
             f"{name}: gain {gain_z * gain_sd:+.2e} is {gain_z:+.1f} of its standard deviations, limit {GAIN_SDS:g}"
         )
     return Verdict(name, max_z, rms_z, gain_z, failure)
+
+
+def standardise(error: np.ndarray, sd: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """z: errors in error bars; 0 outside the mask, and where nothing can err."""
+    where = sd > 0 if mask is None else mask & (sd > 0)
+    return np.divide(error, sd, out=np.zeros_like(error), where=where)
 
 
 def _masks_differ(name: str, actual: np.ndarray, exact: np.ndarray, mask: np.ndarray) -> str:

@@ -5,7 +5,6 @@ Nothing is imported before the option is used, so that having moe-ref installed 
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from executors import Executor
 
-_UNUSED = "built-in executors that are usable here"
+_JUDGED = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="NAME",
         dest="moe_ref_executors",
-        help=f"executor that the conformance suite judges; repeatable (default: {_UNUSED})",
+        help="executor that the conformance suite judges; repeatable (default: all that are usable here)",
     )
     group.addoption(
         "--executor-device",
@@ -39,9 +38,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Refuses unknown and unusable executors at the start; loads the profile ``dev`` unless another is asked for."""
+    from_suite = config.getoption("--hypothesis-profile", default=None) in ("dev", "nightly")
     names = config.getoption("moe_ref_executors")
-    if not names:
-        return
+    if names or from_suite:
+        load_profile(config)
+    if names:
+        _refuse_unusable(names, config.getoption("moe_ref_device"))
+
+
+def _refuse_unusable(names: list[str], device: str) -> None:
+    import torch
+
     import executors
 
     for name in names:
@@ -49,7 +56,13 @@ def pytest_configure(config: pytest.Config) -> None:
             executors.get(name)
         except (executors.UnknownExecutor, executors.Unavailable, ValueError) as error:
             raise pytest.UsageError(f"--executor {name}: {error}") from error
-    load_profile(config)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise pytest.UsageError(
+            f"--executor-device {device}: must be a device that torch has here: {reason}"
+        ) from error
 
 
 def load_profile(config: pytest.Config) -> None:
@@ -68,6 +81,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "executor" in metafunc.fixturenames and "conformance_device" in metafunc.fixturenames:
         names = metafunc.config.getoption("moe_ref_executors") or _usable()
         metafunc.parametrize("executor", names, indirect=True, scope="session")
+        metafunc.config.stash.setdefault(_JUDGED, names)
 
 
 def _usable() -> list[str]:
@@ -92,19 +106,19 @@ def conformance_device(request: pytest.FixtureRequest) -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Says aloud what a chosen executor declared not to offer, so that a pass is not mistaken for more than it is."""
-    names = config.getoption("moe_ref_executors")
+    names = config.getoption("moe_ref_executors") or config.stash.get(_JUDGED, [])
     if not names:
         return
     import executors
 
-    counted = Counter[str]()
+    lines = []
     for name in names:
         capabilities = executors.get(name).capabilities
         if not capabilities.routing:
-            counted[f"{name}: routing is done elsewhere; clauses R1-R5 are not applicable"] += 1
+            lines.append(f"{name}: routing is done elsewhere; clauses R1-R5 are not applicable")
         if not capabilities.backward:
-            counted[f"{name}: no backward pass; clauses D1-D3 are not applicable"] += 1
-    if counted:
+            lines.append(f"{name}: no backward pass; clauses D1-D3 are not applicable")
+    if lines:
         terminalreporter.section("conformance")
-        for line in counted:
+        for line in lines:
             terminalreporter.write_line(line)

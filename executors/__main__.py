@@ -1,0 +1,18 @@
+"""The command line: ``python -m executors list | explain | compare``."""
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line; says in one line what is missing if it cannot."""
+    try:
+        from executors._cli.app import app
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("executors", "moe_ref"):
+            raise
+        sys.exit(f'the command line needs {error.name}: pip install "moe-ref[cli,conformance]"')
+    app(prog_name="python -m executors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The commands and their help."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import executors
+from executors._cli import compare as comparison
+from executors._cli import report
+from executors._cli.judge import exact_answer
+from executors._cli.layer_file import BadLayerFile, Layer, bundled_layer, first_tokens, load_layer
+
+SHOW_AFTER_S = 2.0
+WIDTH = 80
+
+app = typer.Typer(
+    help="Executors of Mixture-of-Experts layers: which are usable here, and which may be trusted.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+FileArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="[FILE]", help="A layer file (docs/layer-file.md); default: the bundled layer."),
+]
+DeviceOption = Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")]
+
+
+@app.command("list")
+def list_executors() -> None:
+    """Lists all executors: usable on this machine or why not, and where they come from."""
+    _print_rows(executors.explain())
+
+
+@app.command()
+def explain(file: FileArgument = None, device: DeviceOption = "cpu") -> None:
+    """Says for each executor whether it can take a layer, and what "auto" would choose."""
+    layer = _load(file, device)
+    _print_rows(executors.explain(layer.x, layer.weights))
+    try:
+        auto = executors.get("auto")
+        chosen, why = auto.choose(layer.x, layer.weights)  # type: ignore[attr-defined]
+    except (executors.Unavailable, executors.Unsupported) as error:
+        _console().print(f"auto: {escape(str(error))}")
+    else:
+        _console().print(f"auto chooses {chosen}: {escape(why)}")
+
+
+@app.command()
+def compare(
+    file: FileArgument = None,
+    executor: Annotated[
+        list[str] | None, typer.Option("--executor", metavar="NAME", help="Only this one; repeatable. Default: all.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for compare.json and compare.png.")] = Path("compare-results"),
+    device: DeviceOption = "cpu",
+    tokens: Annotated[int | None, typer.Option(min=1, help="Only the layer's first N tokens.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each executor.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the upstream gradient and of the samples.")] = 0,
+) -> None:
+    """Runs every executor on a layer, forward and backward, and judges each in error bars.
+
+    Prints one table and writes compare.json and compare.png. Exit status: 0 if all that ran passed, 1 if one failed or
+    an executor asked for by name cannot run, 2 for bad arguments.
+    """
+    names = _names(executor)
+    layer = first_tokens(_load(file, device), tokens)
+    started = time.monotonic()
+    with _progress() as show:
+        truth = exact_answer(layer, seed, lambda done, total: show("sampling error bars", done, total))
+        rows = comparison.compare(layer, truth, names, repeats, seed, tokens, lambda text: show(text, 0, 0))
+    console = _console()
+    heading = report.heading(layer, truth, comparison.display(layer.path))
+    console.print(escape(heading))
+    console.print(report.table(rows))
+    arguments = {"device": device, "tokens": tokens, "repeats": repeats, "seed": seed}
+    out.mkdir(parents=True, exist_ok=True)
+    report.write_json(out / "compare.json", report.as_json(layer, truth, rows, arguments))
+    _plot(out / "compare.png", rows, heading)
+    seconds = time.monotonic() - started
+    console.print(escape(f"wrote {out / 'compare.json'} and {out / 'compare.png'} ({seconds:.0f} s)"))
+    not_run = [row for row in rows if row.reason and executor]
+    if any(row.failed for row in rows) or not_run:
+        raise typer.Exit(1)
+
+
+def _plot(path: Path, rows: list[comparison.Row], heading: str) -> None:
+    from executors._cli.plot import plot  # matplotlib takes a second to import: only where it is needed
+
+    plot(path, rows, heading)
+
+
+def _names(chosen: list[str] | None) -> list[str]:
+    known = comparison.everyone()
+    for name in chosen or []:
+        if name not in known:
+            _refuse(f"--executor {name}: must be one of {', '.join(known)}")
+    return list(dict.fromkeys(chosen)) if chosen else known
+
+
+def _load(file: Path | None, device: str) -> Layer:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        _refuse(f"--device {device}: must be a device that torch has here: {str(error).splitlines()[0]}")
+    try:
+        return load_layer(file or bundled_layer(), device)
+    except BadLayerFile as error:
+        _refuse(str(error))
+
+
+def _refuse(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _console() -> Console:
+    return Console(width=WIDTH, soft_wrap=False, highlight=False)
+
+
+def _print_rows(rows: list[executors.Explanation]) -> None:
+    out = Table(width=WIDTH)
+    out.add_column("executor", no_wrap=True)
+    out.add_column("usable", no_wrap=True)
+    out.add_column("from", no_wrap=True)
+    out.add_column("why not", ratio=1)
+    for row in rows:
+        usable = "[green]yes[/green]" if row.usable else "[red]no[/red]"
+        out.add_row(row.name, usable, escape(row.source), escape(row.reason))
+    _console().print(out)
+
+
+@contextmanager
+def _progress() -> Iterator:  # type: ignore[type-arg]
+    """A progress bar on stderr, shown only on a terminal, and only once the work has taken two seconds."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    task = bar.add_task("", total=None)
+    started = time.monotonic()
+
+    def show(text: str, done: int, total: int) -> None:
+        if not bar.live.is_started and time.monotonic() - started > SHOW_AFTER_S and bar.console.is_terminal:
+            bar.start()
+        bar.update(task, description=text, completed=done, total=total or None)
+
+    try:
+        yield show
+    finally:
+        bar.stop()

@@ -1,0 +1,122 @@
+"""Runs every executor on one layer, judges it, and measures it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import executors
+from executors._cli.judge import Judgement, Truth, inputs_for, judge_executor
+from executors._cli.layer_file import Layer
+from executors._cli.measure import measure_times, peak_memory
+
+MILLISECONDS = 1000.0
+
+
+@dataclass(eq=False)
+class Row:
+    """What came of one executor.
+
+    Attributes:
+        name: the executor.
+        reason: why it did not run, or "".
+        judgement: its verdicts, if it ran.
+        seconds: timed calls, by "forward" and "forward_backward".
+        peak_mib: peak memory of a call with backward, in MiB.
+    """
+
+    name: str
+    reason: str = ""
+    judgement: Judgement | None = None
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    peak_mib: float | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ran and broke a clause."""
+        return self.judgement is not None and bool(self.judgement.failure)
+
+    def milliseconds(self, what: str) -> float | None:
+        """The median of the timed calls."""
+        samples = self.seconds.get(what)
+        return MILLISECONDS * statistics.median(samples) if samples else None
+
+    def worst(self) -> tuple[str, float]:
+        """The tensor with the largest z, and that z."""
+        if self.judgement is None or not self.judgement.verdicts:
+            return "", 0.0
+        verdict = max(self.judgement.verdicts, key=lambda v: v.max_z)
+        return verdict.name, verdict.max_z
+
+
+def everyone() -> list[str]:
+    """All executors but "auto", which is one of the others."""
+    return [name for name in executors.names() if name != "auto"]
+
+
+def compare(
+    layer: Layer,
+    truth: Truth,
+    names: list[str],
+    repeats: int,
+    seed: int,
+    tokens: int | None,
+    progress: Callable[[str], None],
+) -> list[Row]:
+    """Judges and measures executors.
+
+    Args:
+        layer: the layer.
+        truth: its exact answer.
+        names: executors to run; those that cannot get a row with the reason.
+        repeats: timed calls of each.
+        seed: of the upstream gradient, for the processes that measure memory.
+        tokens: how many of the file's tokens the layer was cut down to, or None.
+        progress: called with a line on what is being done.
+    """
+    reasons = {row.name: row.reason for row in executors.explain(truth.inputs.x, truth.inputs.weights)}
+    rows = [Row(name, reason=reasons[name]) for name in names]
+    running = [row for row in rows if not row.reason]
+    for row in running:
+        progress(f"judging {row.name}")
+        row.judgement = judge_executor(executors.get(row.name), truth)
+    contenders = {row.name: (executors.get(row.name), inputs_for(executors.get(row.name), truth)) for row in running}
+    times = measure_times(contenders, repeats, lambda: progress("timing"))
+    device = truth.inputs.x.device.type
+    for row in running:
+        progress(f"memory of {row.name}")
+        row.seconds = times[row.name]
+        row.peak_mib = peak_memory(row.name, layer.path, seed, device, tokens)
+    return rows
+
+
+def skew(group_sizes: np.ndarray) -> str:
+    """How unevenly the tokens are spread, in a few words."""
+    mean = group_sizes.mean()
+    peak = group_sizes.max() / mean if mean else 0.0
+    return f"busiest expert {peak:.1f} x the mean, {int((group_sizes == 0).sum())} without tokens"
+
+
+def sizes(layer: Layer) -> dict[str, int]:
+    """T, E, K, H, I."""
+    w = layer.weights
+    assert w.config.top_k is not None
+    return {
+        "T": layer.x.shape[0],
+        "E": w.num_experts,
+        "K": w.config.top_k,
+        "H": w.hidden_size,
+        "I": w.intermediate_size,
+    }
+
+
+def display(path: Path) -> str:
+    """The path as short as it stays clear."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return path.name

@@ -1,0 +1,202 @@
+"""A layer in a safetensors file: weights, hidden states and router logits (docs/layer-file.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from moe_ref.types import MoEConfig, MoEWeights
+from moe_ref.validation import check_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "moe-ref layer 1"
+REQUIRED = ("x", "router_logits", "gate_up_proj", "down_proj")
+OPTIONAL = ("gate_up_proj_bias", "down_proj_bias")
+PROJECTIONS = ("gate_up_proj", "down_proj")
+BUNDLED = "tiny_gpt_oss_layer.safetensors"
+
+
+class BadLayerFile(ValueError):
+    """A file that is no layer; the message names the file, what is wrong, and what is allowed, in one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer with input for it.
+
+    Attributes:
+        path: the file.
+        sha256: of the file.
+        source: one sentence on where it comes from.
+        x: [T, H] hidden states, in the projections' dtype.
+        router_logits: [T, E].
+        weights: projections in the canonical shapes; views where the file stores them transposed.
+    """
+
+    path: Path
+    sha256: str
+    source: str
+    x: Tensor
+    router_logits: Tensor
+    weights: MoEWeights
+
+
+def bundled_layer() -> Path:
+    """The bundled layer: beside the package in a wheel, in data/ in a checkout.
+
+    Raises:
+        BadLayerFile: it is in neither place.
+    """
+    package = Path(__file__).parent.parent
+    candidates = (package / "data" / BUNDLED, package.parent / "data" / BUNDLED)
+    for path in candidates:
+        if path.exists():
+            return path
+    raise BadLayerFile(f"{BUNDLED}: must lie in {' or '.join(str(c.parent) for c in candidates)}; or name a FILE")
+
+
+def load_layer(path: Path, device: str = "cpu") -> Layer:
+    """Reads and checks a layer file.
+
+    Args:
+        path: a safetensors file of the documented form.
+        device: where the tensors go.
+
+    Raises:
+        BadLayerFile: it is not of that form; one line says why.
+    """
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            metadata = file.metadata() or {}
+            names = set(file.keys())
+            _check_names(path, names)
+            tensors = {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError:
+        raise BadLayerFile(f"{path}: must be a file that exists") from None
+    except (SafetensorError, OSError) as error:
+        raise BadLayerFile(f"{path}: must be a safetensors file, but {_one_line(error)}") from error
+    config = _config(path, metadata)
+    for name in _transposed(path, metadata):
+        if tensors[name].ndim != 3:
+            raise BadLayerFile(f"{path}: {name}.shape={tuple(tensors[name].shape)}: must have three dimensions")
+        tensors[name] = tensors[name].transpose(1, 2)
+    x, router_logits = tensors.pop("x"), tensors.pop("router_logits")
+    weights = MoEWeights(**tensors, config=config)
+    _check_layer(path, x, router_logits, weights)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Layer(path, digest, metadata.get("source", ""), x, router_logits, weights)
+
+
+def first_tokens(layer: Layer, tokens: int | None) -> Layer:
+    """The layer with only its first tokens; all of them for None."""
+    if tokens is None:
+        return layer
+    return replace(layer, x=layer.x[:tokens], router_logits=layer.router_logits[:tokens])
+
+
+def save_layer(
+    path: Path,
+    x: Tensor,
+    router_logits: Tensor,
+    weights: MoEWeights,
+    source: str = "",
+    transposed: tuple[str, ...] = (),
+) -> None:
+    """Writes a layer file, whole or not at all.
+
+    Args:
+        path: the file.
+        x: [T, H].
+        router_logits: [T, E].
+        weights: the layer's parameters and configuration.
+        source: one sentence on where the layer comes from.
+        transposed: projections to store with their last two axes swapped.
+
+    Raises:
+        ValueError, TypeError: the arguments make no layer.
+    """
+    check_inputs(x, router_logits, weights)
+    if x.ndim != 2:
+        raise ValueError(f"x.shape={tuple(x.shape)}: must be (T, H)")
+    tensors: dict[str, Tensor] = {"x": x, "router_logits": router_logits}
+    for name in (*PROJECTIONS, *OPTIONAL):
+        value = getattr(weights, name)
+        if value is not None:
+            tensors[name] = value.transpose(1, 2) if name in transposed else value
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(asdict(weights.config)),
+        "transposed": json.dumps(list(transposed)),
+        "source": source,
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_names(path: Path, names: set[str]) -> None:
+    allowed = (*REQUIRED, *OPTIONAL)
+    missing, unknown = [n for n in REQUIRED if n not in names], sorted(names - set(allowed))
+    if missing:
+        raise BadLayerFile(f"{path}: tensor {missing[0]} is missing: must have {', '.join(REQUIRED)}")
+    if unknown:
+        raise BadLayerFile(f"{path}: tensor {unknown[0]} is unknown: must be one of {', '.join(allowed)}")
+
+
+def _metadata(path: Path, metadata: dict[str, str], key: str) -> Any:
+    text = metadata.get(key, "")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise BadLayerFile(f"{path}: metadata {key}={text!r:.60}: must be JSON") from None
+
+
+def _config(path: Path, metadata: dict[str, str]) -> MoEConfig:
+    said = metadata.get("format")
+    if said != FORMAT:
+        raise BadLayerFile(f"{path}: metadata format={said!r}: must be {FORMAT!r}")
+    found = _metadata(path, metadata, "config")
+    known = [f.name for f in fields(MoEConfig)]
+    if not isinstance(found, dict) or "top_k" not in found:
+        raise BadLayerFile(f"{path}: metadata config={found!r:.60}: must be an object with top_k")
+    unknown = sorted(set(found) - set(known))
+    if unknown:
+        raise BadLayerFile(f"{path}: metadata config has {unknown[0]}: must be one of {', '.join(known)}")
+    return MoEConfig(**found)
+
+
+def _transposed(path: Path, metadata: dict[str, str]) -> list[str]:
+    found = _metadata(path, metadata, "transposed") if "transposed" in metadata else []
+    if not isinstance(found, list) or not set(map(str, found)) <= set(PROJECTIONS):
+        raise BadLayerFile(f"{path}: metadata transposed={found!r:.60}: must be a list out of {', '.join(PROJECTIONS)}")
+    return found
+
+
+def _check_layer(path: Path, x: Tensor, router_logits: Tensor, weights: MoEWeights) -> None:
+    if x.ndim != 2:
+        raise BadLayerFile(f"{path}: x.shape={tuple(x.shape)}: must be (T, H)")
+    try:
+        check_inputs(x, router_logits, weights)
+    except (ValueError, TypeError) as error:
+        raise BadLayerFile(f"{path}: {error}") from error
+    if not torch.isfinite(x).all():
+        raise BadLayerFile(f"{path}: x has NaN or infinite elements: must be finite")
+    if torch.isnan(router_logits).any() or (router_logits == torch.inf).any():
+        raise BadLayerFile(f"{path}: router_logits has NaN or +inf elements: must be finite or -inf")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

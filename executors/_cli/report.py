@@ -1,0 +1,120 @@
+"""The table for people, and the JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from executors._cli.compare import Row, sizes, skew
+from executors._cli.judge import Truth
+from executors._cli.layer_file import Layer
+from moe_ref.validation import dtype_name
+
+SCHEMA = 1
+
+
+def table(rows: list[Row]) -> Table:
+    """One row for each executor, in 80 columns; what could not run stands with its reason."""
+    out = Table(width=80)
+    out.add_column("executor", no_wrap=True)
+    out.add_column("verdict", ratio=1)
+    for heading in ("max z", "forward", "+backward", "peak"):
+        out.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        if row.judgement is None:
+            out.add_row(row.name, f"[dim]not run: {escape(row.reason)}[/dim]", "", "", "", "")
+            continue
+        failure = row.judgement.failure
+        verdict = f"[red]FAIL[/red] {escape(failure)}" if failure else "[green]pass[/green]"
+        out.add_row(
+            row.name,
+            verdict,
+            f"{row.worst()[1]:.1f}",
+            _figure(row.milliseconds("forward"), "ms"),
+            _figure(row.milliseconds("forward_backward"), "ms"),
+            _figure(row.peak_mib, "MiB"),
+        )
+    return out
+
+
+def heading(layer: Layer, truth: Truth, name: str) -> str:
+    """Two lines on the layer."""
+    numbers = ", ".join(f"{letter}={value}" for letter, value in sizes(layer).items())
+    return f"{name}: {numbers}, {dtype_name(layer.x)}\nrouting: {skew(truth.group_sizes)}"
+
+
+def as_json(layer: Layer, truth: Truth, rows: list[Row], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Everything that was measured."""
+    return {
+        "schema": SCHEMA,
+        "machine": machine(),
+        "layer": {
+            "file": layer.path.name,
+            "sha256": layer.sha256,
+            "source": layer.source,
+            "dtype": dtype_name(layer.x),
+            **sizes(layer),
+            "config": asdict(layer.weights.config),
+            "group_sizes": truth.group_sizes.tolist(),
+        },
+        "arguments": arguments,
+        "executors": [_row(row) for row in rows],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def _row(row: Row) -> dict[str, Any]:
+    judgement = row.judgement
+    return {
+        "executor": row.name,
+        "ran": judgement is not None,
+        "reason": row.reason,
+        "passed": judgement is not None and not judgement.failure,
+        "failure": judgement.failure if judgement else "",
+        "tensors": [asdict(v) for v in judgement.verdicts] if judgement else [],
+        "seconds": row.seconds,
+        "peak_mib": row.peak_mib,
+    }
+
+
+def _figure(value: float | None, unit: str) -> str:
+    return "n/a" if value is None else f"{value:.1f} {unit}"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

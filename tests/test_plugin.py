@@ -1,0 +1,145 @@
+"""The pytest plugin as an outsider meets it: pytest in a process of its own, from an empty directory."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import executors
+
+SUITE = "--pyargs", "moe_ref.conformance.suite"
+SMALL = "-k", "pinned and not T2048 and not T4096 and not T3-"
+
+ONE_PERCENT = """
+import executors
+from moe_ref.conformance.mutants import mutants
+
+def one_percent():
+    return mutants(executors.get("native"))["one_percent_more"]
+"""
+
+FORWARD_ONLY = """
+import executors
+import torch
+from executors.native import Native
+
+class ForwardOnly:
+    name = "forward_only"
+    capabilities = executors.Capabilities(routing=False, backward=False)
+
+    def check(self, x, weights):
+        Native().check(x, weights)
+
+    def __call__(self, x, router_logits, weights):
+        raise AssertionError("was asked to route")
+
+    def experts(self, x, *, topk_ids, topk_weights, weights):
+        with torch.no_grad():
+            return Native().experts(x, topk_ids=topk_ids, topk_weights=topk_weights, weights=weights)
+"""
+
+UNRELATED = """
+import sys
+
+def test_unrelated(request):
+    assert request.config.pluginmanager.hasplugin("moe_ref")
+    assert not {"hypothesis", "torch", "executors"} & sys.modules.keys()
+"""
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """An empty directory to run in."""
+    directory = tmp_path / "outside"
+    directory.mkdir()
+    return directory
+
+
+def run_pytest(outside: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest in a directory, with what `install` put beside it on the path."""
+    path = [str(outside.parent / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+        cwd=outside,
+        env=environment | {"PYTHONPATH": os.pathsep.join(path), "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def install(outside: Path, name: str, target: str, source: str) -> None:
+    """A distribution of one module with one entry point."""
+    site = outside.parent / "site"
+    info = site / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    info.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    info.joinpath("entry_points.txt").write_text(f"[moe_ref.executors]\n{name} = {target}\n")
+    site.joinpath(f"{target.partition(':')[0]}.py").write_text(source)
+
+
+def test_unknown_executor_is_refused_at_the_start(outside: Path) -> None:
+    ran = run_pytest(outside, *SUITE, "--collect-only", "--executor", "native", "--executor", "nativ")
+    assert ran.returncode == pytest.ExitCode.USAGE_ERROR
+    assert ran.stdout.strip() == ""
+    (line,) = ran.stderr.strip().splitlines()
+    names = ", ".join(map(repr, executors.names()))
+    assert line == f"ERROR: --executor nativ: executor='nativ': must be one of {names} (did you mean 'native'?)"
+
+
+def test_unavailable_executor_is_refused_at_the_start(outside: Path) -> None:
+    install(outside, "broken", "broken:Broken", "raise RuntimeError('driver too old')")
+    ran = run_pytest(outside, *SUITE, "--collect-only", "--executor", "broken")
+    assert ran.returncode == pytest.ExitCode.USAGE_ERROR
+    (line,) = ran.stderr.strip().splitlines()
+    assert re.match(r"ERROR: --executor broken: executor 'broken' .* RuntimeError: driver too old$", line)
+
+
+def test_each_executor_that_is_named_is_judged(outside: Path) -> None:
+    ran = run_pytest(outside, *SUITE, "--executor", "native", "--executor", "auto", "--collect-only", "-q")
+    assert ran.returncode == 0
+    tests = [line for line in ran.stdout.splitlines() if "::" in line]
+    native, auto = ([line for line in tests if f"[{name}" in line or f"{name}]" in line] for name in ("native", "auto"))
+    assert len(native) == len(auto) == len(tests) / 2 > 10
+
+
+def test_without_a_name_the_usable_executors_are_judged(outside: Path) -> None:
+    outside.joinpath("test_mine.py").write_text("from moe_ref.conformance.suite import *")
+    ran = run_pytest(outside, "--collect-only", "-q", "-k", "bad_input")
+    usable = [name for name in executors.available() if name != "auto"]
+    assert re.findall(r"test_bad_input_is_refused_in_one_line\[(\w+)\]", ran.stdout) == usable
+
+
+def test_wrong_executor_fails_and_is_told_clause_and_problem(outside: Path) -> None:
+    install(outside, "one_percent", "one_percent:one_percent", ONE_PERCENT)
+    ran = run_pytest(outside, *SUITE, "--executor", "one_percent", "-x", *SMALL)
+    assert ran.returncode == pytest.ExitCode.TESTS_FAILED
+    assert re.search(r"^FAILED .*::test_pinned_problems\[", ran.stdout, re.MULTILINE)
+    told = r"one_percent_more breaks C1, E1, E2: y.*, but must be .* limit.*"
+    problem = r"Problem\(tokens=\d+, experts=\d+, .*config=MoEConfig\(top_k=.*seed=\d+\)"
+    assert re.search(rf"{told}\nE +{problem}", ran.stdout)
+
+
+def test_what_an_executor_does_not_offer_is_said_aloud(outside: Path) -> None:
+    install(outside, "forward_only", "forward_only:ForwardOnly", FORWARD_ONLY)
+    ran = run_pytest(outside, *SUITE, "--executor", "forward_only", *SMALL)
+    assert ran.returncode == 0, ran.stdout
+    assert " passed" in ran.stdout
+    assert "forward_only: routing is done elsewhere; clauses R1-R5 are not applicable" in ran.stdout
+    assert "forward_only: no backward pass; clauses D1-D3 are not applicable" in ran.stdout
+
+
+def test_what_an_executor_offers_is_not_denied(outside: Path) -> None:
+    ran = run_pytest(outside, *SUITE, "--executor", "native", "-k", "pinned and T0")
+    assert ran.returncode == 0, ran.stdout
+    assert "not applicable" not in ran.stdout
+
+
+def test_other_test_runs_pay_nothing(outside: Path) -> None:
+    outside.joinpath("test_unrelated.py").write_text(UNRELATED)
+    ran = run_pytest(outside)
+    assert ran.returncode == 0, ran.stdout

@@ -1,0 +1,192 @@
+"""The shapes in the specification's signatures are true: jaxtyping and beartype check every call.
+
+Annotations are read when `moe_ref` is imported, so this file runs itself in a fresh process, with jaxtyping's types in
+place of `moe_ref._typing`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType, ModuleType
+from typing import Any, get_args
+
+import beartype
+import beartype.roar
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+
+MODULES = ("combine", "experts", "grouping", "layer", "routing", "vjp")
+E, K, H, I = 4, 3, 6, 5  # noqa: E741
+DERIVED = {"2*I": ("I", lambda size: size / 2), "E+1": ("E", lambda size: size - 1)}
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_signatures_are_true(library: str) -> None:
+    assert complaints(library) == ""
+
+
+def test_wrong_shapes_are_refused() -> None:
+    assert complaints("wrong") == ""
+
+
+def complaints(what: str) -> str:
+    """What a fresh process, in which every call is checked, has to say."""
+    command = [sys.executable, "-W", "error", __file__, what]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    return ran.stdout + ran.stderr
+
+
+# In the fresh process --------------------------------------------------------------------------------------------
+
+
+def main(what: str) -> None:
+    install_checks()
+    if what == "wrong":
+        lines = [f"{name} was accepted" for name, call in wrong_calls() if not is_refused(call)]
+    else:
+        functions = list(functions_with_shapes())
+        assert len(functions) > 30
+        called = codes_called(lambda: call_everything(torch.from_numpy if what == "torch" else np.asarray))
+        lines = [f"{name} was never called" for name, code in functions if code not in called]
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+
+
+def install_checks() -> None:
+    typing = ModuleType("moe_ref._typing")
+    typing.Array = np.ndarray | torch.Tensor  # type: ignore[attr-defined]
+    for dtype in ("Bool", "Float", "Int"):
+        setattr(typing, dtype, Annotation(getattr(jaxtyping, dtype)))
+    sys.modules["moe_ref._typing"] = typing
+    jaxtyping.install_import_hook("moe_ref", "__main__.checked")
+
+
+def checked(function: Any) -> Any:
+    """beartype, but not for functions made in each call."""
+    return function if "<locals>" in function.__qualname__ else beartype.beartype(function)
+
+
+class Annotation:
+    """jaxtyping's type, but axes such as 2*I are solved for I: jaxtyping wants to see I itself first."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+
+    def __getitem__(self, item: tuple[Any, str]) -> Any:
+        array, shape = item
+        axes = shape.split()
+        plain = self.dtype[array, " ".join("_" if axis in DERIVED else axis for axis in axes)]
+        derived = [(i - len(axes), *DERIVED[axis]) for i, axis in enumerate(axes) if axis in DERIVED]
+        if not derived:
+            return plain
+        return Derived(f"{self.dtype.__name__}[{shape}]", (), {"plain": get_args(plain), "derived": derived})
+
+
+class Derived(type):
+    """The type of arrays with an axis that is given by an expression."""
+
+    plain: tuple[type, ...]
+    derived: list[tuple[int, str, Callable[[int], float]]]
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, cls.plain) and all(
+            is_axis(solve(value.shape[position]), name) for position, name, solve in cls.derived
+        )
+
+
+def is_axis(size: float, name: str) -> bool:
+    """Whether an axis may have this size, in the call that is being checked."""
+    whole = size == int(size) and size >= 0
+    return whole and isinstance(np.broadcast_to(0, int(size)), jaxtyping.Shaped[np.ndarray, name])
+
+
+def call_everything(array: Callable[[np.ndarray], Any]) -> None:
+    import moe_ref
+    from moe_ref.error_bars import error_bars
+
+    rng = np.random.default_rng(0)
+    scorings, layouts = ("softmax", "topk_softmax", "sigmoid"), ("concatenated", "interleaved")
+    for scoring, layout, bias, batch in itertools.product(scorings, layouts, (False, True), ((0,), (5,), (), (2, 3))):
+        config = moe_ref.MoEConfig(K, scoring, renormalize=bias, limit=1.0, gate_up_layout=layout)
+        shapes = (*batch, H), (*batch, E), (*batch, H), (E, 2 * I, H), (E, H, I), (E, 2 * I), (E, H)
+        x, logits, dy, gate_up, down, *biases = (array(rng.standard_normal(shape)) for shape in shapes)
+        weights = moe_ref.MoEWeights(gate_up, down, *(biases if bias else ()), config=config)
+        routing = moe_ref.route(logits.reshape(-1, E), config)
+        slots = routing.topk_ids.reshape(*batch, K), routing.topk_weights.reshape(*batch, K)
+        moe_ref.moe(x, logits, weights)
+        moe_ref.moe_vjp(x, logits, weights, dy)
+        moe_ref.routed_experts(x, *slots, weights)
+        moe_ref.routed_experts_vjp(x, *slots, weights, dy)
+        if batch == (5,):
+            weighed = {"router_logits": logits} if bias else {"topk_weights": slots[1]}
+            error_bars(x, routing.topk_ids, weights, dy, **weighed, dtype="float32", samples=2)
+
+
+def codes_called(function: Callable[[], None]) -> set[CodeType]:
+    called = set()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            called.add(frame.f_code)
+
+    sys.setprofile(note)
+    function()
+    sys.setprofile(None)
+    return called
+
+
+def functions_with_shapes() -> Iterator[tuple[str, CodeType]]:
+    for module in (importlib.import_module(f"moe_ref.{name}") for name in MODULES):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            original = inspect.unwrap(function)
+            if original.__module__ == module.__name__ and "[Array, " in str(original.__annotations__):
+                yield f"{module.__name__}.{name}", original.__code__
+
+
+def wrong_calls() -> list[tuple[str, Callable[[], Any]]]:
+    from moe_ref import MoEConfig, MoEWeights, Routing
+    from moe_ref import experts as e
+    from moe_ref import grouping as g
+    from moe_ref import routing as r
+    from moe_ref import vjp as v
+    from moe_ref.combine import combine
+    from moe_ref.numerics import EXACT
+    from moe_ref.types import Grouping
+
+    config, a, ids = MoEConfig(K), np.zeros, np.zeros((2, K), dtype=int)
+    order, sizes = np.arange(2 * K), np.zeros(E, dtype=int)
+    return [
+        ("combine: topk_weights without K", lambda: combine(a((2 * K, H)), a(2))),
+        ("combine: topk_weights of integers", lambda: combine(a((2 * K, H)), ids)),
+        ("combine_vjp: dy of other tokens", lambda: v.combine_vjp(a((2 * K, H)), a((2, K)), a((3, H)))),
+        ("permute: order of floats", lambda: g.permute(a((2, H)), a(2 * K), K)),
+        ("unpermute: inverse of fewer slots", lambda: g.unpermute(a((2 * K, H)), order[1:])),
+        ("activation: an odd last axis", lambda: e.activation(a((2, 7)), config)),
+        ("activation_vjp: dh of another I", lambda: v.activation_vjp(a((2, 2 * I)), config, a((2, I + 1)))),
+        ("join_gate_up: halves differ", lambda: e.join_gate_up(a((2, I)), a((2, I + 1)), config)),
+        ("linear: bias of another length", lambda: e.linear("", "", a((2, H)), a((I, H)), a(H), EXACT)),
+        ("softmax: without tokens", lambda: r.softmax(a(E))),
+        ("take_chosen: ids of other tokens", lambda: r.take_chosen(a((3, E)), ids)),
+        ("Routing: another K", lambda: Routing(ids, a((2, K + 1)))),
+        ("Grouping: E offsets", lambda: Grouping(order, order, sizes, sizes)),
+        ("MoEWeights: another I", lambda: MoEWeights(a((E, 2 * I, H)), a((E, H, I + 1)), config=config)),
+        ("MoEWeights: bias of another I", lambda: MoEWeights(a((E, 2 * I, H)), a((E, H, I)), a((E, I)), config=config)),
+    ]
+
+
+def is_refused(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except (jaxtyping.TypeCheckError, beartype.roar.BeartypeCallHintViolation):
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
