@@ -12,7 +12,7 @@ from executors._registry import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 SPECIFICATION = {"numpy", "array_api_compat", "moe_ref"}
-CONFORMANCE = SPECIFICATION | {"hypothesis", "pytest", "safetensors", "torch", "executors"}
+CONFORMANCE = SPECIFICATION | {"hypothesis", "pytest", "safetensors", "threadpoolctl", "torch", "executors"}
 SHARED_WITH_EXECUTORS = ("moe_ref.types", "moe_ref.validation")
 COMMAND_LINE = ("executors._cli", "executors.__main__")
 EXECUTORS = [name for name in BUILT_IN if name != "auto"]

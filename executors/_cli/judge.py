@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from executors._cli.layer_file import Layer
 from moe_ref.conformance.call import Inputs, run
@@ -38,7 +39,7 @@ class Judgement:
 
     Attributes:
         verdicts: of y and of each gradient.
-        z: by tensor, the errors in error bars, for the plot.
+        z: by tensor, the errors in error bars of all elements that can err, for the plot.
     """
 
     verdicts: list[Verdict]
@@ -63,16 +64,17 @@ def exact_answer(layer: Layer, seed: int, progress: Callable[[int, int], None] |
     """
     truth = unjudged(layer, seed)
     inputs = truth.inputs
-    bars = error_bars(
-        _wide(layer.x),
-        inputs.topk_ids.cpu().numpy(),
-        _wide_weights(layer.weights),
-        _wide(inputs.dy),
-        router_logits=_wide(layer.router_logits),
-        dtype=dtype_name(layer.x),
-        seed=seed,
-        progress=progress,
-    )
+    with threadpool_limits(1, "blas"):  # small products, beside torch's own threads: more would only get in the way
+        bars = error_bars(
+            _wide(layer.x),
+            inputs.topk_ids.cpu().numpy(),
+            _wide_weights(layer.weights),
+            _wide(inputs.dy),
+            router_logits=_wide(layer.router_logits),
+            dtype=dtype_name(layer.x),
+            seed=seed,
+            progress=progress,
+        )
     return replace(truth, bars=bars)
 
 
@@ -107,7 +109,8 @@ def judge_executor(executor: Executor, truth: Truth) -> Judgement:
         bars, out = truth.bars[name], dtype_name(tensor)
         verdicts.append(judge(name, result.numpy(name), bars, dtype, out))
         if tensor.shape == bars.exact.shape:
-            scores[name] = standardise(result.numpy(name) - bars.exact, bars.sd(dtype, out))
+            sd = bars.sd(dtype, out)
+            scores[name] = standardise(result.numpy(name) - bars.exact, sd)[sd > 0]
     verdicts += [Verdict(name, failure=f"no gradient for {name}") for name in result.missing]
     return Judgement(verdicts, scores)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from moe_ref.error_bars import TensorBars, error_bars
 from moe_ref.experts import expert, groups, split_gate_up, up
@@ -120,16 +121,17 @@ class Reference:
 def reference(problem: Problem) -> Reference:
     """Builds a problem's numbers and samples its error bars, once for all executors and checks."""
     arrays = build(problem)
-    bars = error_bars(
-        arrays.x,
-        arrays.topk_ids,
-        arrays.weights,
-        arrays.dy,
-        router_logits=arrays.router_logits,
-        topk_weights=arrays.topk_weights,
-        dtype=problem.dtype,
-        seed=problem.seed,
-    )
+    with threadpool_limits(1, "blas"):  # small products, beside torch's own threads: more would only get in the way
+        bars = error_bars(
+            arrays.x,
+            arrays.topk_ids,
+            arrays.weights,
+            arrays.dy,
+            router_logits=arrays.router_logits,
+            topk_weights=arrays.topk_weights,
+            dtype=problem.dtype,
+            seed=problem.seed,
+        )
     if arrays.router_logits is None:
         broken_routing = np.zeros(problem.tokens, dtype=bool)
     else:
