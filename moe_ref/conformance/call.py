@@ -140,8 +140,3 @@ def run(executor: Executor, inputs: Inputs, backward: bool = True) -> Result:
 def _flat(value: Tensor, name: str) -> Tensor:
     value = value.detach().cpu()
     return value if name in PARAMETERS else value.reshape(-1, value.shape[-1])
-
-
-def with_weights(inputs: Inputs, **changes: object) -> Inputs:
-    """The inputs with some fields of their weights replaced."""
-    return replace(inputs, weights=replace(inputs.weights, **changes))  # type: ignore[arg-type]
