@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 import executors
+from executors._cli import report
 from executors._cli.app import app
-from executors._cli.layer_file import save_layer
+from executors._cli.layer_file import bundled_layer, save_layer
+from executors._cli.measure import peak_memory
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.mutants import mutants
 
@@ -54,6 +56,41 @@ def unavailable() -> Iterator[str]:
     executors.unregister("needs_a_gpu")
 
 
+class Odd:
+    """``native``, but for its forward pass."""
+
+    name = "odd"
+    capabilities = executors.Capabilities()
+
+    def __init__(self, forward: Callable[..., torch.Tensor]) -> None:
+        self.forward = forward
+
+    def __call__(self, *arguments: object) -> torch.Tensor:
+        return self.forward(executors.get("native"), *arguments)
+
+    def check(self, _x: torch.Tensor, _weights: MoEWeights) -> None: ...
+
+
+def raises(*_: object) -> torch.Tensor:
+    raise RuntimeError("illegal\nmemory access")
+
+
+def refuses(*_: object) -> torch.Tensor:
+    raise executors.Unsupported("H=16: must be a multiple of 64")
+
+
+def changes_x(native: executors.Executor, x: torch.Tensor, *rest: object) -> torch.Tensor:
+    x.data.mul_(1.5)
+    return native(x, *rest)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def odd(request: pytest.FixtureRequest) -> Iterator[str]:
+    executors.register("aaa", lambda: Odd(request.param))  # sorted before native, so it runs first
+    yield "aaa"
+    executors.unregister("aaa")
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
@@ -77,6 +114,75 @@ def test_wrong_executor_fails_and_the_clause_is_named(layer: Path, one_percent_m
     rows = {r["executor"]: r for r in json.loads((layer.parent / "out" / "compare.json").read_text())["executors"]}
     assert rows["native"]["passed"]
     assert not rows[one_percent_more]["passed"]
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (raises, "raised RuntimeError: illegal memory access"),
+        (changes_x, "E4: x was changed in place"),
+        (lambda native, *a: native(*a).float(), "T2: y is float32, but must be bfloat16"),
+    ],
+    indirect=["odd"],
+)
+def test_one_faulty_executor_spoils_no_other(layer: Path, odd: str, message: str) -> None:
+    result = compare(layer)
+    assert result.exit_code == 1, result.exception
+    assert f"{odd}: {message}" in result.output
+    rows = {r["executor"]: r for r in json.loads((layer.parent / "out" / "compare.json").read_text())["executors"]}
+    assert rows["native"]["passed"]
+    assert rows[odd]["failure"] == message
+
+
+@pytest.mark.parametrize("odd", [refuses], indirect=True)
+def test_executor_that_refuses_the_call_is_a_row_with_its_reason(layer: Path, odd: str) -> None:
+    result = compare(layer)
+    assert result.exit_code == 0, result.exception
+    assert "not run: H=16" in " ".join(result.output.split())
+    assert compare(layer, "--executor", odd).exit_code == 1
+
+
+def test_long_name_leaves_room_for_the_verdict(layer: Path) -> None:
+    name = "an_executor_of_a_plug_in_with_a_long_name_v2"
+    executors.register(name, lambda: executors.get("native"))
+    try:
+        result = compare(layer, "--executor", name)
+    finally:
+        executors.unregister(name)
+    assert "pass" in result.output
+    assert max(map(len, result.output.splitlines()[:-1])) <= 80
+
+
+def test_executor_without_routing_is_judged_in_float64(tmp_path: Path) -> None:
+    class NoRouting(Odd):
+        capabilities = executors.Capabilities(routing=False)
+
+        def experts(self, x: torch.Tensor, **rest: torch.Tensor) -> torch.Tensor:
+            return executors.get("native").experts(x, **rest)  # type: ignore[arg-type]
+
+    weights = MoEWeights(torch.randn(4, 16, 16).double(), torch.randn(4, 16, 8).double(), config=MoEConfig(2))
+    save_layer(tmp_path / "layer", torch.randn(32, 16).double(), torch.randn(32, 4), weights)
+    executors.register("without_routing", lambda: NoRouting(raises))
+    try:
+        result = compare(tmp_path / "layer", "--executor", "without_routing")
+    finally:
+        executors.unregister("without_routing")
+    assert result.exit_code == 0, result.output
+    assert "routing done" in result.output
+
+
+def test_json_holds_no_infinity(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    report.write_json(path, {"z": [float("inf"), 1.0]})
+    assert path.read_text() == '{\n "z": [\n  null,\n  1.0\n ]\n}\n'
+
+
+def test_peak_memory_follows_the_tokens() -> None:
+    """It counts the call's own memory: not code loaded, nor caches filled, by the first call."""
+    peaks = [peak_memory("native", bundled_layer(), 0, "cpu", tokens) for tokens in (64, 1024)]
+    assert peaks[0] is not None
+    assert peaks[1] is not None
+    assert peaks[0] < peaks[1] < 40
 
 
 def test_unavailable_executor_is_a_row_with_its_reason(layer: Path, unavailable: str) -> None:
@@ -128,6 +234,8 @@ def test_bad_arguments_exit_with_2_and_one_line(layer: Path, tmp_path: Path) -> 
         (("compare", tmp_path / "none"), "must be a file that exists"),
         (("explain", __file__), "must be a safetensors file"),
         (("compare", layer, "--executor", "nativ"), "--executor nativ: must be one of native"),
+        (("compare", layer, "--out", layer), f"--out {layer}: must be a folder that can be written"),
+        (("compare", layer, "--device", "meta"), "--device meta: must be a device that torch has here"),
         (("compare", layer, "--device", "quantum"), "--device quantum: must be a device that torch has here"),
     ]
     for arguments, message in cases:

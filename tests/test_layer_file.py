@@ -86,6 +86,26 @@ BAD: dict[str, tuple[Spoil, str]] = {
         lambda t, m: m.update(transposed='["x"]'),
         "metadata transposed=['x']: must be a list out of gate_up_proj, down_proj",
     ),
+    "transposed twice": (
+        lambda t, m: m.update(transposed='["down_proj", "down_proj"]'),
+        "metadata transposed=['down_proj', 'down_proj']: must be a list out of ",
+    ),
+    "config of two lines": (
+        lambda t, m: m.update(config=json.dumps({"top_k": 1, "a\nb": 2})),
+        "metadata config has 'a\\nb': must be one of ",
+    ),
+    "config too deep": (lambda t, m: m.update(config="[" * 100_000), "metadata config='[[["),
+    "config too long a number": (lambda t, m: m.update(config="9" * 5000), "metadata config='999"),
+    "tensor of two lines": (lambda t, m: t.update({"a\nb": torch.ones(1)}), "tensor 'a\\nb' is unknown: "),
+    "no tokens": (
+        lambda t, m: t.update(x=t["x"][:0].clone(), router_logits=t["router_logits"][:0].clone()),
+        "x.shape=(0, 4): must have at least one token",
+    ),
+    "NaN in a projection": (lambda t, m: t["down_proj"].fill_(torch.nan), "down_proj has NaN or infinite elements"),
+    "masked token": (
+        lambda t, m: t["router_logits"][1].fill_(-torch.inf),
+        "router_logits has a row of nothing but -inf: must have a finite element",
+    ),
     "transposed wrongly": (lambda t, m: m.update(transposed='["down_proj"]'), "down_proj.shape=(3, 6, 4): must be "),
     "narrow": (lambda t, m: t.update(x=t["x"][:, 1:].contiguous()), "x.shape=(5, 3): must be (..., 4)"),
     "integers": (lambda t, m: t.update(x=t["x"].int()), "x.dtype=int32: must be one of float64, "),

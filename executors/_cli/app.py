@@ -23,6 +23,7 @@ from executors._cli.layer_file import BadLayerFile, Layer, bundled_layer, first_
 
 SHOW_AFTER_S = 2.0
 WIDTH = 80
+LARGEST_SEED = 2**63 - 1
 
 app = typer.Typer(
     help="Executors of Mixture-of-Experts layers: which are usable here, and which may be trusted.",
@@ -33,20 +34,26 @@ app = typer.Typer(
 
 FileArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="[FILE]", help="A layer file (docs/layer-file.md); default: the bundled layer."),
+    typer.Argument(metavar="FILE", help="A layer file (docs/layer-file.md); default: the bundled layer."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")]
 
 
 @app.command("list")
 def list_executors() -> None:
-    """Lists all executors: usable on this machine or why not, and where they come from."""
+    """Lists all executors: usable here or why not.
+
+    Says where each of them comes from: built in, registered, or from an installed package.
+    """
     _print_rows(executors.explain())
 
 
 @app.command()
 def explain(file: FileArgument = None, device: DeviceOption = "cpu") -> None:
-    """Says for each executor whether it can take a layer, and what "auto" would choose."""
+    """Says which executors can take a layer.
+
+    One row for each executor, with the reason why not; then what "auto" would choose, and why.
+    """
     layer = _load(file, device)
     _print_rows(executors.explain(layer.x, layer.weights))
     try:
@@ -62,20 +69,25 @@ def explain(file: FileArgument = None, device: DeviceOption = "cpu") -> None:
 def compare(
     file: FileArgument = None,
     executor: Annotated[
-        list[str] | None, typer.Option("--executor", metavar="NAME", help="Only this one; repeatable. Default: all.")
+        list[str] | None,
+        typer.Option("--executor", metavar="NAME", help="Only this one; repeatable. Default: all but auto."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for compare.json and compare.png.")] = Path("compare-results"),
     device: DeviceOption = "cpu",
     tokens: Annotated[int | None, typer.Option(min=1, help="Only the layer's first N tokens.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each executor.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the upstream gradient and of the samples.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the upstream gradient and of the samples.")
+    ] = 0,
 ) -> None:
-    """Runs every executor on a layer, forward and backward, and judges each in error bars.
+    """Judges and times every executor on a layer.
 
-    Prints one table and writes compare.json and compare.png. Exit status: 0 if all that ran passed, 1 if one failed or
-    an executor asked for by name cannot run, 2 for bad arguments.
+    Runs each forward and backward, judges every output and gradient in error bars, prints one table, and writes
+    compare.json and compare.png. "auto" is left out: it is one of the others. Exit status: 0 if all that ran passed, 1
+    if one failed or an executor asked for by name cannot run, 2 for bad arguments.
     """
     names = _names(executor)
+    _make_folder(out)
     layer = first_tokens(_load(file, device), tokens)
     started = time.monotonic()
     with _progress() as show:
@@ -85,8 +97,9 @@ def compare(
     heading = report.heading(layer, truth, comparison.display(layer.path))
     console.print(escape(heading))
     console.print(report.table(rows))
+    for line in report.failures(rows):
+        console.print(escape(line))
     arguments = {"device": device, "tokens": tokens, "repeats": repeats, "seed": seed}
-    out.mkdir(parents=True, exist_ok=True)
     report.write_json(out / "compare.json", report.as_json(layer, truth, rows, arguments))
     _plot(out / "compare.png", rows, heading)
     seconds = time.monotonic() - started
@@ -102,6 +115,14 @@ def _plot(path: Path, rows: list[comparison.Row], heading: str) -> None:
     plot(path, rows, heading)
 
 
+def _make_folder(out: Path) -> None:
+    """Before the work, not after it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _refuse(f"--out {out}: must be a folder that can be written: {error.strerror}")
+
+
 def _names(chosen: list[str] | None) -> list[str]:
     known = comparison.everyone()
     for name in chosen or []:
@@ -112,7 +133,7 @@ def _names(chosen: list[str] | None) -> list[str]:
 
 def _load(file: Path | None, device: str) -> Layer:
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         _refuse(f"--device {device}: must be a device that torch has here: {str(error).splitlines()[0]}")
     try:

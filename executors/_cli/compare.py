@@ -15,6 +15,16 @@ from executors._cli.layer_file import Layer
 from executors._cli.measure import measure_times, peak_memory
 
 MILLISECONDS = 1000.0
+LABELS = {
+    "y": "y",
+    "x": "dx",
+    "router_logits": "d router_logits",
+    "topk_weights": "d topk_weights",
+    "gate_up_proj": "d gate_up_proj",
+    "down_proj": "d down_proj",
+    "gate_up_proj_bias": "d gate_up_proj_bias",
+    "down_proj_bias": "d down_proj_bias",
+}
 
 
 @dataclass(eq=False)
@@ -27,6 +37,7 @@ class Row:
         judgement: its verdicts, if it ran.
         seconds: timed calls, by "forward" and "forward_backward".
         peak_mib: peak memory of a call with backward, in MiB.
+        note: what it declares not to offer, so that a pass is not mistaken for more than it is; or "".
     """
 
     name: str
@@ -34,6 +45,7 @@ class Row:
     judgement: Judgement | None = None
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peak_mib: float | None = None
+    note: str = ""
 
     @property
     def failed(self) -> bool:
@@ -45,10 +57,10 @@ class Row:
         samples = self.seconds.get(what)
         return MILLISECONDS * statistics.median(samples) if samples else None
 
-    def worst(self) -> tuple[str, float]:
-        """The tensor with the largest z, and that z."""
+    def worst(self) -> tuple[str, float | None]:
+        """The tensor with the largest z, and that z; ("", None) where nothing was judged."""
         if self.judgement is None or not self.judgement.verdicts:
-            return "", 0.0
+            return "", None
         verdict = max(self.judgement.verdicts, key=lambda v: v.max_z)
         return verdict.name, verdict.max_z
 
@@ -80,14 +92,25 @@ def compare(
     """
     reasons = {row.name: row.reason for row in executors.explain(truth.inputs.x, truth.inputs.weights)}
     rows = [Row(name, reason=reasons[name]) for name in names]
+    by_name = {row.name: row for row in rows}
     running = [row for row in rows if not row.reason]
     for row in running:
         progress(f"judging {row.name}")
-        row.judgement = judge_executor(executors.get(row.name), truth)
-    contenders = {row.name: (executors.get(row.name), inputs_for(executors.get(row.name), truth)) for row in running}
+        try:
+            row.judgement = judge_executor(executors.get(row.name), truth)
+        except (executors.Unavailable, executors.Unsupported) as error:
+            row.reason = " ".join(str(error).split())
+    measured = [row for row in running if row.judgement is not None and not row.judgement.fault]
+    contenders = {row.name: (executors.get(row.name), inputs_for(executors.get(row.name), truth)) for row in measured}
+    for name, (executor, _) in contenders.items():
+        lacks = (
+            ("forward only", executor.capabilities.backward),
+            ("routing done elsewhere", executor.capabilities.routing),
+        )
+        by_name[name].note = ", ".join(text for text, offered in lacks if not offered)
     times = measure_times(contenders, repeats, lambda: progress("timing"))
-    device = truth.inputs.x.device.type
-    for row in running:
+    device = str(truth.inputs.x.device)
+    for row in measured:
         progress(f"memory of {row.name}")
         row.seconds = times[row.name]
         row.peak_mib = peak_memory(row.name, layer.path, seed, device, tokens)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
+from executors import Unavailable, Unsupported
 from executors._cli.layer_file import Layer
-from moe_ref.conformance.call import Inputs, run
+from moe_ref.conformance.call import Inputs, Result, run
 from moe_ref.conformance.checks import CLAUSES
 from moe_ref.conformance.gates import Verdict, judge, standardise
 from moe_ref.conformance.poison import poisoned
@@ -22,6 +23,12 @@ from moe_ref.validation import dtype_name
 
 if TYPE_CHECKING:
     from executors import Executor
+
+# What an executor may raise without ending the comparison of the others.
+FAULTS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError),
+    *(RuntimeError, TypeError, ValueError),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +47,18 @@ class Judgement:
     Attributes:
         verdicts: of y and of each gradient.
         z: by tensor, the errors in error bars of all elements that can err, for the plot.
+        fault: what no gate measures: the executor raised, changed an input, or returned another shape or dtype; or "".
     """
 
     verdicts: list[Verdict]
     z: dict[str, np.ndarray]
+    fault: str = ""
 
     @property
     def failure(self) -> str:
         """The first broken clause in a few words, or ""."""
+        if self.fault:
+            return self.fault
         for verdict in self.verdicts:
             if verdict.failure:
                 return f"{CLAUSES[verdict.name]}: {verdict.failure}"
@@ -95,14 +106,28 @@ def inputs_for(executor: Executor, truth: Truth) -> Inputs:
         return truth.inputs
     assert truth.inputs.router_logits is not None
     routing = route(truth.inputs.router_logits.detach(), truth.inputs.weights.config)
-    return replace(truth.inputs, router_logits=None, topk_weights=_leaf(routing.topk_weights.float()))
+    wide = torch.promote_types(truth.inputs.x.dtype, torch.float32)
+    return replace(truth.inputs, router_logits=None, topk_weights=_leaf(routing.topk_weights.to(wide)))
 
 
 def judge_executor(executor: Executor, truth: Truth) -> Judgement:
-    """Runs an executor forward and backward, in poisoned memory, and judges every tensor."""
-    inputs = inputs_for(executor, truth)
-    with poisoned():
-        result = run(executor, inputs, executor.capabilities.backward)
+    """Runs an executor forward and backward, in poisoned memory, and judges every tensor.
+
+    It works on copies, so that one which changes its input fails alone.
+
+    Raises:
+        Unsupported: the executor does not take this layer after all.
+    """
+    given = inputs_for(executor, truth)
+    inputs = _copied(given)
+    try:
+        with poisoned():
+            result = run(executor, inputs, executor.capabilities.backward)
+    except (Unavailable, Unsupported):
+        raise
+    except FAULTS as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return Judgement([], {}, f"raised {said}")
     dtype = dtype_name(inputs.x)
     verdicts, scores = [], {}
     for name, tensor in result.tensors.items():
@@ -112,7 +137,42 @@ def judge_executor(executor: Executor, truth: Truth) -> Judgement:
             sd = bars.sd(dtype, out)
             scores[name] = standardise(result.numpy(name) - bars.exact, sd)[sd > 0]
     verdicts += [Verdict(name, failure=f"no gradient for {name}") for name in result.missing]
-    return Judgement(verdicts, scores)
+    return Judgement(verdicts, scores, _changed(given, inputs) or _wrong_form(result, inputs))
+
+
+def _changed(given: Inputs, inputs: Inputs) -> str:
+    """E4: an executor leaves its inputs alone, to the last bit."""
+    before, after = (i.tensors() | {"dy": i.dy, "topk_ids": i.topk_ids} for i in (given, inputs))
+    for name, value in after.items():
+        if not torch.equal(_bits(before[name]), _bits(value)):
+            return f"E4: {name} was changed in place"
+    return ""
+
+
+def _wrong_form(result: Result, inputs: Inputs) -> str:
+    """E3 and T2: y has x's shape, y and every gradient the dtype of what they belong to."""
+    if result.shape != inputs.x.shape:
+        return f"E3: y.shape={tuple(result.shape)}, but must be {tuple(inputs.x.shape)}, x's"
+    leaves = inputs.tensors() | {"y": inputs.x}
+    for name, tensor in result.tensors.items():
+        if tensor.dtype != leaves[name].dtype:
+            what = name if name == "y" else f"the gradient of {name}"
+            return f"T2: {what} is {dtype_name(tensor)}, but must be {dtype_name(leaves[name])}"
+    return ""
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def _copied(inputs: Inputs) -> Inputs:
+    def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+    values = {f.name: getattr(inputs, f.name) for f in fields(inputs) if f.name != "weights"}
+    weights = {f.name: getattr(inputs.weights, f.name) for f in fields(inputs.weights) if f.name != "config"}
+    copies = MoEWeights(**{n: copy(v) for n, v in weights.items()}, config=inputs.weights.config)
+    return Inputs(**{n: copy(v) for n, v in values.items()}, weights=copies)  # type: ignore[arg-type]
 
 
 def _wide(tensor: torch.Tensor) -> np.ndarray:

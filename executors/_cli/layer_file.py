@@ -76,11 +76,11 @@ def load_layer(path: Path, device: str = "cpu") -> Layer:
         BadLayerFile: it is not of that form; one line says why.
     """
     try:
-        with safe_open(path, framework="pt", device=device) as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             names = set(file.keys())
             _check_names(path, names)
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name).to(device) for name in names}
     except FileNotFoundError:
         raise BadLayerFile(f"{path}: must be a file that exists") from None
     except (SafetensorError, OSError) as error:
@@ -153,14 +153,14 @@ def _check_names(path: Path, names: set[str]) -> None:
     if missing:
         raise BadLayerFile(f"{path}: tensor {missing[0]} is missing: must have {', '.join(REQUIRED)}")
     if unknown:
-        raise BadLayerFile(f"{path}: tensor {unknown[0]} is unknown: must be one of {', '.join(allowed)}")
+        raise BadLayerFile(f"{path}: tensor {_shown(unknown[0])} is unknown: must be one of {', '.join(allowed)}")
 
 
 def _metadata(path: Path, metadata: dict[str, str], key: str) -> Any:
     text = metadata.get(key, "")
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, lists thousands deep
         raise BadLayerFile(f"{path}: metadata {key}={text!r:.60}: must be JSON") from None
 
 
@@ -174,14 +174,16 @@ def _config(path: Path, metadata: dict[str, str]) -> MoEConfig:
         raise BadLayerFile(f"{path}: metadata config={found!r:.60}: must be an object with top_k")
     unknown = sorted(set(found) - set(known))
     if unknown:
-        raise BadLayerFile(f"{path}: metadata config has {unknown[0]}: must be one of {', '.join(known)}")
+        raise BadLayerFile(f"{path}: metadata config has {_shown(unknown[0])}: must be one of {', '.join(known)}")
     return MoEConfig(**found)
 
 
 def _transposed(path: Path, metadata: dict[str, str]) -> list[str]:
     found = _metadata(path, metadata, "transposed") if "transposed" in metadata else []
-    if not isinstance(found, list) or not set(map(str, found)) <= set(PROJECTIONS):
-        raise BadLayerFile(f"{path}: metadata transposed={found!r:.60}: must be a list out of {', '.join(PROJECTIONS)}")
+    names = found if isinstance(found, list) else [None]
+    if any(name not in PROJECTIONS or names.count(name) > 1 for name in names):
+        allowed = f"must be a list out of {', '.join(PROJECTIONS)}, each at most once"
+        raise BadLayerFile(f"{path}: metadata transposed={found!r:.60}: {allowed}")
     return found
 
 
@@ -192,10 +194,20 @@ def _check_layer(path: Path, x: Tensor, router_logits: Tensor, weights: MoEWeigh
         check_inputs(x, router_logits, weights)
     except (ValueError, TypeError) as error:
         raise BadLayerFile(f"{path}: {error}") from error
-    if not torch.isfinite(x).all():
-        raise BadLayerFile(f"{path}: x has NaN or infinite elements: must be finite")
+    if not len(x):
+        raise BadLayerFile(f"{path}: x.shape={tuple(x.shape)}: must have at least one token")
+    for name, value in {"x": x, **{n: getattr(weights, n) for n in (*PROJECTIONS, *OPTIONAL)}}.items():
+        if value is not None and not torch.isfinite(value).all():
+            raise BadLayerFile(f"{path}: {name} has NaN or infinite elements: must be finite")
     if torch.isnan(router_logits).any() or (router_logits == torch.inf).any():
         raise BadLayerFile(f"{path}: router_logits has NaN or +inf elements: must be finite or -inf")
+    if weights.config.scoring != "sigmoid" and (router_logits == -torch.inf).all(dim=1).any():
+        raise BadLayerFile(f"{path}: router_logits has a row of nothing but -inf: must have a finite element")
+
+
+def _shown(name: str) -> str:
+    """A name from a file, on one line and not too long."""
+    return name if name.isidentifier() and len(name) <= 60 else f"{name!r:.60}"
 
 
 def _one_line(error: Exception) -> str:

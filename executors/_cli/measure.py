@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_ref.conformance.call import Inputs, call, run
+from moe_ref.conformance.call import Inputs, call
 
 if TYPE_CHECKING:
     from executors import Executor
@@ -37,9 +37,9 @@ def measure_times(
     times: dict[str, dict[str, list[float]]] = {n: {"forward": [], "forward_backward": []} for n in contenders}
     for number in range(-WARM_UP, repeats):
         for name, (executor, inputs) in contenders.items():
-            seconds = {"forward": _seconds(lambda e=executor, i=inputs: _forward(e, i))}  # type: ignore[misc]
+            seconds = {"forward": _seconds(_forward, executor, inputs)}
             if executor.capabilities.backward:
-                seconds["forward_backward"] = _seconds(lambda e=executor, i=inputs: run(e, i))  # type: ignore[misc]
+                seconds["forward_backward"] = _seconds(forward_backward, executor, inputs)
             if number >= 0:
                 for what, value in seconds.items():
                     times[name][what].append(value)
@@ -50,17 +50,27 @@ def measure_times(
 def peak_memory(name: str, path: Path, seed: int, device: str, tokens: int | None) -> float | None:
     """Peak memory of one call, forward and backward, above what the layer itself takes.
 
-    On a GPU from the allocator's statistics; on a CPU from the peak resident set of a fresh process, so that nothing
-    freed earlier is used again unseen.
+    A process of its own for each executor, so that nothing another one left is used again unseen. How it measures is
+    told in `executors._cli.memory`.
 
     Returns:
-        MiB, or None where it cannot be measured: no /proc, or an executor registered in this process only.
+        MiB, or None where it cannot be measured: not Linux with glibc, or an executor registered in this process only.
     """
     command = [sys.executable, "-m", "executors._cli.memory", name, str(path), str(seed), device, str(tokens or 0)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=MEMORY_TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=MEMORY_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return None
     if done.returncode != 0:
         return None
     return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
+
+
+def forward_backward(executor: Executor, inputs: Inputs) -> None:
+    """A call and its backward pass; the gradients stay where they are."""
+    for leaf in inputs.tensors().values():
+        leaf.grad = None
+    torch.autograd.backward(call(executor, inputs), inputs.dy)
 
 
 def _forward(executor: Executor, inputs: Inputs) -> None:
@@ -68,14 +78,14 @@ def _forward(executor: Executor, inputs: Inputs) -> None:
         call(executor, inputs)
 
 
-def _seconds(action: Callable[[], object]) -> float:
-    _wait()
+def _seconds(action: Callable[[Executor, Inputs], None], executor: Executor, inputs: Inputs) -> float:
+    _wait(inputs)
     start = time.perf_counter()
-    action()
-    _wait()
+    action(executor, inputs)
+    _wait(inputs)
     return time.perf_counter() - start
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _wait(inputs: Inputs) -> None:
+    if inputs.x.is_cuda:
+        torch.cuda.synchronize(inputs.x.device)

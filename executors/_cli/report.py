@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from dataclasses import asdict
@@ -14,36 +15,41 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from executors._cli.compare import Row, sizes, skew
+from executors._cli.compare import LABELS, Row, sizes, skew
 from executors._cli.judge import Truth
 from executors._cli.layer_file import Layer
+from moe_ref.conformance.checks import CLAUSES
 from moe_ref.validation import dtype_name
 
 SCHEMA = 1
+LONGEST_NAME = 20
 
 
 def table(rows: list[Row]) -> Table:
     """One row for each executor, in 80 columns; what could not run stands with its reason."""
     out = Table(width=80)
-    out.add_column("executor", no_wrap=True)
+    out.add_column("executor", overflow="fold", max_width=LONGEST_NAME)
     out.add_column("verdict", ratio=1)
     for heading in ("max z", "forward", "+backward", "peak"):
         out.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         if row.judgement is None:
-            out.add_row(row.name, f"[dim]not run: {escape(row.reason)}[/dim]", "", "", "", "")
+            out.add_row(escape(row.name), f"[dim]not run: {escape(row.reason)}[/dim]", "", "", "", "")
             continue
-        failure = row.judgement.failure
-        verdict = f"[red]FAIL[/red] {escape(failure)}" if failure else "[green]pass[/green]"
         out.add_row(
-            row.name,
-            verdict,
-            f"{row.worst()[1]:.1f}",
+            escape(row.name),
+            _verdict(row),
+            _figure(row.worst()[1], ""),
             _figure(row.milliseconds("forward"), "ms"),
             _figure(row.milliseconds("forward_backward"), "ms"),
             _figure(row.peak_mib, "MiB"),
         )
     return out
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """For each executor that failed, the first broken clause in full."""
+    return [f"{row.name}: {row.judgement.failure}" for row in rows if row.judgement and row.failed]
 
 
 def heading(layer: Layer, truth: Truth, name: str) -> str:
@@ -88,8 +94,20 @@ def machine() -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    """The same, with null for NaN and infinity: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row(row: Row) -> dict[str, Any]:
@@ -100,14 +118,31 @@ def _row(row: Row) -> dict[str, Any]:
         "reason": row.reason,
         "passed": judgement is not None and not judgement.failure,
         "failure": judgement.failure if judgement else "",
+        "note": row.note,
         "tensors": [asdict(v) for v in judgement.verdicts] if judgement else [],
         "seconds": row.seconds,
         "peak_mib": row.peak_mib,
     }
 
 
+def _verdict(row: Row) -> str:
+    """A word, the broken clause, and the tensor that errs most."""
+    assert row.judgement is not None
+    if row.judgement.fault:
+        return f"[red]FAIL[/red] {escape(row.judgement.fault.split(':')[0])}"
+    parts = ["[green]pass[/green]"]
+    for verdict in row.judgement.verdicts:
+        if verdict.failure:
+            parts = [f"[red]FAIL[/red] {CLAUSES[verdict.name]}: {LABELS[verdict.name]}"]
+            break
+    name = row.worst()[0]
+    parts += [row.note] if row.note else []
+    parts += [f"[dim]max z in {LABELS[name]}[/dim]"] if name else []
+    return "\n".join(parts)
+
+
 def _figure(value: float | None, unit: str) -> str:
-    return "n/a" if value is None else f"{value:.1f} {unit}"
+    return "n/a" if value is None else f"{value:.1f} {unit}".rstrip()
 
 
 def _processor() -> str:
