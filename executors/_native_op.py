@@ -6,9 +6,10 @@ fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +18,24 @@ from torch.nn.functional import linear
 from executors import _activation
 from executors._activation import Activation
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _without_autocast(kernel: Callable[P, R]) -> Callable[P, R]:
+    """The kernel in the dtypes it was given: autocast reaches into custom operators and would round products."""
+
+    @functools.wraps(kernel)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = next(a for a in args if isinstance(a, Tensor))
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(*args, **kwargs)
+
+    return plain
+
 
 @torch.library.custom_op("moe_ref::native", mutates_args=())
+@_without_autocast
 def forward(
     x: Tensor,
     topk_ids: Tensor,
@@ -38,11 +55,11 @@ def forward(
     num_experts, both, hidden = gate_up_proj.shape
     tokens, top_k = topk_ids.shape
     order, group_offsets = _group(topk_ids, num_experts)
+    token_of = order // top_k
     outputs = x.new_zeros(tokens * top_k, hidden)
     kept = x.new_zeros(tokens * top_k if keep_z else 0, both)
     for expert, rows in _groups(group_offsets):
-        slots = order[rows]
-        z = linear(x[slots // top_k], gate_up_proj[expert])
+        z = linear(x[token_of[rows]], gate_up_proj[expert])
         if gate_up_proj_bias is not None:
             z = _add_bias(z, gate_up_proj_bias[expert])
         if keep_z:
@@ -50,7 +67,7 @@ def forward(
         o = linear(_activation.forward(z, act), down_proj[expert])
         if down_proj_bias is not None:
             o = _add_bias(o, down_proj_bias[expert])
-        outputs[slots] = o
+        outputs[order[rows]] = o
     y = _combine(outputs.view(tokens, top_k, hidden), _slot_weights(topk_ids, topk_weights, num_experts, x.dtype))
     return y, kept, order, group_offsets
 
@@ -77,6 +94,7 @@ def _(
 
 
 @torch.library.custom_op("moe_ref::native_backward", mutates_args=())
+@_without_autocast
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -111,22 +129,24 @@ def backward(
     d_slot_weights = flat_weights.new_zeros(tokens * top_k if need_weights else 0)
     d_slots = x.new_zeros(tokens * top_k if need_x else 0, x.shape[1])
     need_dz = need_x or need_gate_up or need_gate_up_bias
+    token_of = order // top_k
 
     for expert, rows in _groups(group_offsets):
-        slots = order[rows]
-        upstream = dy[slots // top_k]
+        slots, tokens_here = order[rows], token_of[rows]
+        upstream = dy[tokens_here]
         weight = flat_weights[slots, None]
+        h = _activation.forward(z[rows], act) if need_down or need_weights else z[:0]
         if need_down or need_down_bias:
             weighted = weight * upstream.to(wide)
             if need_down_bias:
                 d_down_bias[expert] = weighted.sum(0)
             if need_down:
-                d_down[expert] = weighted.to(x.dtype).t() @ _activation.forward(z[rows], act)
+                d_down[expert] = weighted.to(x.dtype).t() @ h
         if not (need_dz or need_weights):
             continue
         dh = (upstream @ down_proj[expert]).to(wide)
         if need_weights:  # <dy, o> without keeping o: <W_d^T dy, h> + <dy, b_d>, with dy unweighted (D3)
-            d_weight = (dh * _activation.forward(z[rows], act).to(wide)).sum(1)
+            d_weight = (dh * h.to(wide)).sum(1)
             if down_proj_bias is not None:
                 d_weight = d_weight + (upstream.to(wide) * down_proj_bias[expert].to(wide)).sum(1)
             d_slot_weights[slots] = d_weight
@@ -137,7 +157,7 @@ def backward(
             d_gate_up_bias[expert] = dz.sum(0)
         dz = dz.to(x.dtype)
         if need_gate_up:
-            d_gate_up[expert] = dz.t() @ x[slots // top_k]
+            d_gate_up[expert] = dz.t() @ x[tokens_here]
         if need_x:
             d_slots[slots] = dz @ gate_up_proj[expert]
 

@@ -10,6 +10,7 @@ ADR 2 records why tolerances are measured this way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -80,12 +81,12 @@ class TensorBars:
         """Standard deviation of the gain <error, y> / <y, y>."""
         gains = self._scaled(dtype, self.storage.gains, self.accumulation.gains)
         y = np.abs(self.exact[np.isfinite(self.exact)])
-        square = float(y @ y) or 1.0
+        largest = float(y.max(initial=0.0)) or 1.0
+        y, out = y / largest, FORMATS[out_dtype]  # so that no square of a tiny tensor underflows
         _, groups = np.unique(y.astype(np.float32), return_inverse=True)  # equal values round equally
-        out = FORMATS[out_dtype]
-        together = np.bincount(groups, weights=y * np.maximum(y, out.smallest_normal)) if y.size else np.zeros(1)
-        rounding = out.unit_roundoff**2 / 3 * float(together @ together) / square**2
-        return float(np.sqrt(np.mean(gains**2) + rounding))
+        together = np.bincount(groups, weights=y * np.maximum(y, out.smallest_normal / largest), minlength=1)
+        rounding = out.unit_roundoff / math.sqrt(3) * float(np.linalg.norm(together)) / (float(y @ y) or 1.0)
+        return math.hypot(math.sqrt(np.mean(gains**2)), rounding)
 
     def rms_sd(self, dtype: str, out_dtype: str) -> float:
         """Standard deviation, over the samples, of the root mean square of z: how far errors move together."""
@@ -182,6 +183,8 @@ class _Sums:
         self.gains: list[np.ndarray] = []
         self.probes: list[np.ndarray] = []
         self.finite = np.where(np.isfinite(exact), exact, 0.0)
+        self.largest = float(np.abs(self.finite).max(initial=0.0)) or 1.0
+        self.finite = self.finite / self.largest
         self.norm = float(np.sum(self.finite**2)) or 1.0
 
     def add(self, values: np.ndarray, scale: float, count: int) -> None:
@@ -190,7 +193,7 @@ class _Sums:
         errors = np.broadcast_to(errors, (count, *self.exact.shape))
         self.squares += np.sum(errors**2, axis=0)
         flat = errors.reshape(count, -1)
-        self.gains.append(flat @ self.finite.ravel() / self.norm)
+        self.gains.append(flat @ self.finite.ravel() / self.norm / self.largest)
         self.probes.append(flat[:, self.probed].astype(np.float32))
 
     def part(self) -> Part:

@@ -9,6 +9,7 @@ from array_api_compat import array_namespace, device
 from moe_ref._typing import Array, Bool, Float, Int
 from moe_ref.numerics import EXACT, Rounding, sum_last
 from moe_ref.types import MoEConfig, Routing
+from moe_ref.validation import check_route_inputs
 
 
 def route(router_logits: Float[Array, "*#samples T E"], config: MoEConfig, rounding: Rounding = EXACT) -> Routing:
@@ -21,7 +22,11 @@ def route(router_logits: Float[Array, "*#samples T E"], config: MoEConfig, round
 
     Returns:
         Routing with topk_ids [T, K] int64 and topk_weights [T, K] float64.
+
+    Raises:
+        ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
+    check_route_inputs(router_logits, config)
     xp = array_namespace(router_logits)
     logits = xp.astype(router_logits, xp.float64)
     topk_ids = choose(logits, config)
@@ -75,8 +80,6 @@ def chosen_scores(
 def softmax(logits: Float[Array, "*#samples T N"], rounding: Rounding = EXACT) -> Float[Array, "*#samples T N"]:
     """exp(l - max l) / sum exp(l - max l), over the last axis."""
     xp = array_namespace(logits)
-    if logits.shape[-2] == 0:
-        return logits
     shifted = logits - xp.max(logits, axis=-1, keepdims=True)
     shifted = rounding.accumulate(
         "shifted_logits", shifted, lambda: xp.where(xp.isfinite(shifted), xp.abs(shifted), xp.zeros_like(shifted))

@@ -9,6 +9,8 @@ import math
 from numbers import Integral
 from typing import Any, get_args
 
+import numpy as np
+
 from moe_ref._typing import Array
 from moe_ref.types import Activation, GateUpLayout, MoEConfig, MoEWeights, Scoring
 
@@ -91,6 +93,20 @@ def check_inputs(x: Array, router_logits: Array, weights: MoEWeights) -> None:
     _check_shape("router_logits", router_logits, expected, "x's leading dimensions and E")
 
 
+def check_route_inputs(router_logits: Array, config: MoEConfig) -> None:
+    """Checks the arguments of ``moe_ref.route(router_logits, config)``.
+
+    Raises:
+        ValueError, TypeError: one line naming the argument, its value, and what is allowed.
+    """
+    _check_array("router_logits", router_logits)
+    if router_logits.ndim < 2 or router_logits.shape[-1] < 1:
+        raise ValueError(f"router_logits.shape={tuple(router_logits.shape)}: must be (T, E), E at least 1")
+    check_config(config, router_logits.shape[-1])
+    if config.top_k is None:
+        raise ValueError("top_k=None: must be an integer from 1 to E, to choose experts")
+
+
 def check_router_logits(router_logits: Array, weights: MoEWeights) -> None:
     """Checks the arguments of ``route(router_logits, weights)``.
 
@@ -169,7 +185,7 @@ def _check_integer(name: str, value: Any) -> None:
 
 
 def _check_finite(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
         raise TypeError(f"{name}={_short(value)}: must be a float or int")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}={value}: must be finite")
@@ -181,7 +197,8 @@ def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _library(value: Array) -> str:
-    return type(value).__module__.partition(".")[0]
+    """The library at the root of the array's class: a subclass of torch.Tensor is a torch array."""
+    return [c.__module__.partition(".")[0] for c in type(value).__mro__ if c.__module__ != "builtins"][-1]
 
 
 def _device(value: Array) -> Any:

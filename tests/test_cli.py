@@ -185,6 +185,36 @@ def test_peak_memory_follows_the_tokens() -> None:
     assert peaks[0] < peaks[1] < 40
 
 
+def clamped_layer(path: Path, limit: float, scale: float) -> Path:
+    """In bf16, with many pre-activations at the clamp's limit, where the derivative jumps."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int, by: float) -> torch.Tensor:
+        return (by * torch.randn(shape, generator=generator)).bfloat16()
+
+    config = MoEConfig(2, scoring="topk_softmax", alpha=1.702, limit=limit, up_offset=1.0)
+    weights = MoEWeights(normal(4, 128, 64, by=1 / 8), normal(4, 64, 64, by=1 / 8), config=config)
+    save_layer(path, normal(256, 64, by=scale), torch.randn(256, 4, generator=generator), weights)
+    return path
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(1.0, 1.0), (7.0, 3.0)])
+def test_tokens_at_the_clamp_s_limit_reject_nobody(tmp_path: Path, limit: float, scale: float) -> None:
+    result = compare(clamped_layer(tmp_path / "clamped.safetensors", limit, scale))
+    assert result.exit_code == 0, result.output
+    assert "left out of the gradients, within rounding of the clamp's limit: " in result.output
+
+
+def test_unrepeatable_executor_fails(layer: Path) -> None:
+    executors.register("not_repeatable", lambda: mutants(executors.get("native"))["not_repeatable"])
+    try:
+        result = compare(layer, "--executor", "not_repeatable")
+    finally:
+        executors.unregister("not_repeatable")
+    assert result.exit_code == 1
+    assert "C1" in result.output
+
+
 def test_unavailable_executor_is_a_row_with_its_reason(layer: Path, unavailable: str) -> None:
     result = compare(layer)
     assert result.exit_code == 0

@@ -136,6 +136,51 @@ def test_repeatability_can_fail() -> None:
         check_repeatable(mutant("not_repeatable"), PROBLEM)
 
 
+def test_remembered_weights_are_seen() -> None:
+    """A cache of prepared weights by their address is stale after an optimiser's step."""
+    prepared: dict[int, torch.Tensor] = {}
+
+    def cached(inner, x, ids, w, weights: MoEWeights):  # type: ignore[no-untyped-def]
+        known = prepared.setdefault(weights.down_proj.data_ptr(), weights.down_proj.detach().clone())
+        down = weights.down_proj + (known - weights.down_proj).detach()
+        return inner.experts(x, topk_ids=ids, topk_weights=w, weights=replace(weights, down_proj=down))
+
+    with pytest.raises(ConformanceError, match="the same ones put where others were"):
+        check_repeatable(Wrapped("cached", native(), slots=cached), PROBLEM)
+
+
+def test_a_second_backward_pass_is_judged() -> None:
+    class Spent(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):  # type: ignore[no-untyped-def]
+            ctx.times = 0
+            return value.view_as(value)
+
+        @staticmethod
+        def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+            ctx.times += 1
+            return gradient / ctx.times
+
+    def spent(inner, x, ids, w, weights):  # type: ignore[no-untyped-def]
+        return Spent.apply(inner.experts(x, topk_ids=ids, topk_weights=w, weights=weights))
+
+    with pytest.raises(ConformanceError, match="two backward passes through one graph"):
+        check_repeatable(Wrapped("spent", native(), slots=spent), PROBLEM)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_combine_in_low_precision_is_seen(dtype: str) -> None:
+    def narrow(inner, x, ids, w, weights):  # type: ignore[no-untyped-def]
+        slots = range(ids.shape[1])
+        parts = [
+            inner.experts(x, topk_ids=ids[:, k : k + 1], topk_weights=w[:, k : k + 1], weights=weights) for k in slots
+        ]
+        return sum(parts[1:], parts[0])
+
+    with pytest.raises(ConformanceError, match="wide_combine"):
+        check_exact(Wrapped("narrow", native(), slots=narrow), "wide_combine", dtype)
+
+
 @pytest.mark.parametrize(
     ("law", "breaker"),
     [
@@ -167,6 +212,7 @@ def test_each_exact_case_can_fail(case: str, dtype: str) -> None:
         "long_sums": mutant("hidden_tail_dropped"),
         "many_rows": mutant("weight_gradient_lacks_one_row"),
         "clamp_at_equality": mutant("clamp_forgotten"),
+        "wide_combine": mutant("one_percent_more"),
     }
     with pytest.raises(ConformanceError, match=case):
         check_exact(breakers[case], case, dtype)

@@ -35,6 +35,8 @@ def panel(tokens: int) -> tuple[Problem, ...]:
         replace(base, dtype="bfloat16", logits="ties", config=concatenated, seed=2),
         replace(base, experts=33, entry="experts", empty_slots=True, seed=3),
         replace(base, dtype="bfloat16", broken_logits=3, config=PLAIN, intermediate=64, seed=4),
+        replace(base, logits="shifted", seed=6),
+        replace(base, dtype="float64", routing_dtype="float64", logits="close", seed=7),
         replace(base, experts=17, dtype="float16", entry="experts", cut_points=True, seed=5),
     )
 

@@ -179,3 +179,17 @@ def test_weights_may_hold_parameters() -> None:
     weights = MoEWeights(module["gate_up"], module["down"], config=MoEConfig(1))
     native()(torch.randn(5, 4), torch.randn(5, 3), weights).sum().backward()
     assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_autocast_changes_nothing(dtype: str) -> None:
+    """It would otherwise reach into the operator and round fp32 products to bf16, forward or backward."""
+    plain, cast = (inputs_of(replace(PROBLEM, dtype=dtype, entry="experts")) for _ in range(2))
+    expected = call(native(), plain)
+    expected.backward(plain.dy)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = call(native(), cast)
+        actual.backward(cast.dy)
+    assert torch.equal(expected, actual)
+    for name, leaf in plain.tensors().items():
+        assert torch.equal(leaf.grad, cast.tensors()[name].grad), name

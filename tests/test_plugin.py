@@ -143,3 +143,18 @@ def test_other_test_runs_pay_nothing(outside: Path) -> None:
     outside.joinpath("test_unrelated.py").write_text(UNRELATED)
     ran = run_pytest(outside)
     assert ran.returncode == 0, ran.stdout
+
+
+def test_a_file_of_one_line_is_enough(outside: Path) -> None:
+    """Without --executor and without a profile: no deadline of Hypothesis' own may strike."""
+    outside.joinpath("test_mine.py").write_text("from moe_ref.conformance.suite import *\n")
+    ran = run_pytest(outside, "-q", "-k", "repeatable and native")
+    assert ran.returncode == 0, ran.stdout
+    assert "1 passed" in ran.stdout
+
+
+@pytest.mark.parametrize("profile", ["dev", "ci", "nightly"])
+def test_profiles_can_be_asked_for_without_an_executor(outside: Path, profile: str) -> None:
+    outside.joinpath("test_mine.py").write_text("from moe_ref.conformance.suite import *\n")
+    ran = run_pytest(outside, "--collect-only", "-q", f"--hypothesis-profile={profile}")
+    assert ran.returncode == 0, ran.stderr

@@ -16,6 +16,7 @@ from moe_ref.conformance.call import Inputs, Result, run
 from moe_ref.conformance.checks import CLAUSES
 from moe_ref.conformance.gates import Verdict, judge, standardise
 from moe_ref.conformance.poison import poisoned
+from moe_ref.conformance.problem import pushes_off_limit
 from moe_ref.error_bars import TensorBars, error_bars
 from moe_ref.routing import route
 from moe_ref.types import MoEWeights
@@ -33,11 +34,20 @@ FAULTS = (
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """The exact answer with its error bars, for one layer and one upstream gradient."""
+    """The exact answer with its error bars, for one layer and one upstream gradient.
+
+    Attributes:
+        inputs: what executors are called with.
+        bars: exact values and error bars.
+        group_sizes: [E] tokens of each expert.
+        near_limit: tokens with a pre-activation so near the clamp's limit that rounding may carry it across, where the
+            derivative jumps; their upstream gradient is 0.
+    """
 
     inputs: Inputs
     bars: dict[str, TensorBars]
     group_sizes: np.ndarray
+    near_limit: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,19 +84,22 @@ def exact_answer(layer: Layer, seed: int, progress: Callable[[int, int], None] |
         progress: called with (samples done, samples in all).
     """
     truth = unjudged(layer, seed)
-    inputs = truth.inputs
+    ids, weights = truth.inputs.topk_ids.cpu().numpy(), _wide_weights(layer.weights)
+    near = pushes_off_limit(_wide(layer.x), ids, weights, dtype_name(layer.x)).any(axis=1)
+    dy = truth.inputs.dy.masked_fill(torch.from_numpy(near).to(layer.x.device)[:, None], 0.0)
+    inputs = replace(truth.inputs, dy=dy)
     with threadpool_limits(1, "blas"):  # small products, beside torch's own threads: more would only get in the way
         bars = error_bars(
             _wide(layer.x),
-            inputs.topk_ids.cpu().numpy(),
-            _wide_weights(layer.weights),
-            _wide(inputs.dy),
+            ids,
+            weights,
+            _wide(dy),
             router_logits=_wide(layer.router_logits),
             dtype=dtype_name(layer.x),
             seed=seed,
             progress=progress,
         )
-    return replace(truth, bars=bars)
+    return replace(truth, inputs=inputs, bars=bars, near_limit=int(near.sum()))
 
 
 def unjudged(layer: Layer, seed: int) -> Truth:
@@ -118,16 +131,20 @@ def judge_executor(executor: Executor, truth: Truth) -> Judgement:
     Raises:
         Unsupported: the executor does not take this layer after all.
     """
-    given = inputs_for(executor, truth)
-    inputs = _copied(given)
     try:
-        with poisoned():
-            result = run(executor, inputs, executor.capabilities.backward)
+        return _judge(executor, truth)
     except (Unavailable, Unsupported):
         raise
     except FAULTS as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         return Judgement([], {}, f"raised {said}")
+
+
+def _judge(executor: Executor, truth: Truth) -> Judgement:
+    given = inputs_for(executor, truth)
+    inputs = _copied(given)
+    with poisoned():
+        result = run(executor, inputs, executor.capabilities.backward)
     dtype = dtype_name(inputs.x)
     verdicts, scores = [], {}
     for name, tensor in result.tensors.items():
@@ -137,7 +154,31 @@ def judge_executor(executor: Executor, truth: Truth) -> Judgement:
             sd = bars.sd(dtype, out)
             scores[name] = standardise(result.numpy(name) - bars.exact, sd)[sd > 0]
     verdicts += [Verdict(name, failure=f"no gradient for {name}") for name in result.missing]
-    return Judgement(verdicts, scores, _changed(given, inputs) or _wrong_form(result, inputs))
+    fault = _changed(given, inputs) or _wrong_form(result, inputs) or _wrong_route(executor, inputs)
+    return Judgement(verdicts, scores, fault or _not_repeatable(executor, inputs, result))
+
+
+def _wrong_route(executor: Executor, inputs: Inputs) -> str:
+    """R2: the executor's own ids are the specification's."""
+    choose = getattr(executor, "route", None)
+    if choose is None or inputs.router_logits is None:
+        return ""
+    with torch.no_grad():
+        ids = choose(inputs.router_logits, inputs.weights).topk_ids
+    wrong = (ids != inputs.topk_ids).any(dim=-1).nonzero()
+    if not len(wrong):
+        return ""
+    t = int(wrong[0])
+    return f"R2: topk_ids[{t}]={ids[t].tolist()}, but must be {inputs.topk_ids[t].tolist()}"
+
+
+def _not_repeatable(executor: Executor, inputs: Inputs, first: Result) -> str:
+    """C1: a second run gives the same bits."""
+    second = run(executor, inputs, executor.capabilities.backward)
+    for name, tensor in first.tensors.items():
+        if not torch.equal(_bits(tensor), _bits(second.tensors[name])):
+            return f"C1: {name} differs between two runs"
+    return ""
 
 
 def _changed(given: Inputs, inputs: Inputs) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 from pathlib import Path
@@ -89,7 +90,8 @@ def _finish(ax: Axes, ran: list[Row], label: str) -> None:
     names = [f"{textwrap.fill(row.name, 20)}\n{'FAIL' if row.failed else 'pass'}" for row in ran]
     ax.set_yticks(range(len(ran)), names, fontsize=9)
     ax.set_ylim(max(len(ran), 3) - 0.4, -0.6)
-    ax.set_xlim(0, 1.25 * (ax.dataLim.xmax if ax.patches else 1.0))
+    longest = ax.dataLim.xmax
+    ax.set_xlim(0, 1.25 * longest if math.isfinite(longest) and longest > 0 else 1.0)
     ax.set_xlabel(label)
     ax.spines[["top", "right"]].set_visible(False)
 

@@ -53,9 +53,12 @@ def failures(rows: list[Row]) -> list[str]:
 
 
 def heading(layer: Layer, truth: Truth, name: str) -> str:
-    """Two lines on the layer."""
+    """Two lines on the layer, and a third where tokens lie at the clamp's limit."""
     numbers = ", ".join(f"{letter}={value}" for letter, value in sizes(layer).items())
-    return f"{name}: {numbers}, {dtype_name(layer.x)}\nrouting: {skew(truth.group_sizes)}"
+    lines = [f"{name}: {numbers}, {dtype_name(layer.x)}", f"routing: {skew(truth.group_sizes)}"]
+    if truth.near_limit:
+        lines.append(f"left out of the gradients, within rounding of the clamp's limit: {truth.near_limit} tokens")
+    return "\n".join(lines)
 
 
 def as_json(layer: Layer, truth: Truth, rows: list[Row], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -71,6 +74,7 @@ def as_json(layer: Layer, truth: Truth, rows: list[Row], arguments: dict[str, An
             **sizes(layer),
             "config": asdict(layer.weights.config),
             "group_sizes": truth.group_sizes.tolist(),
+            "tokens_near_limit": truth.near_limit,
         },
         "arguments": arguments,
         "executors": [_row(row) for row in rows],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,18 +76,21 @@ def to_torch(problem: Problem, arrays: Arrays, device: str = "cpu") -> Inputs:
         if array is not None:
             weights[name] = needing(name, lay_out(tensor(array, problem.dtype_of(name)), problem.weights_layout))
     logits, topk_weights = arrays.router_logits, arrays.topk_weights
+    config = problem.config if problem.top_k_given else replace(problem.config, top_k=None)
     ids_dtype = problem.ids_dtype if arrays.topk_weights is not None else "int64"
     return Inputs(
         x=token_tensor("x", arrays.x, problem.dtype, problem.x_layout),
         dy=token_tensor("dy", arrays.dy, problem.dtype, problem.dy_layout).detach(),
         router_logits=None
         if logits is None
-        else token_tensor("router_logits", logits, problem.routing_dtype, "contiguous"),
-        topk_ids=tensor(arrays.topk_ids, ids_dtype).view(*leading_shape(problem), arrays.topk_ids.shape[-1]),
+        else token_tensor("router_logits", logits, problem.routing_dtype, problem.routing_layout),
+        topk_ids=lay_out(tensor(arrays.topk_ids, ids_dtype), problem.routing_layout).reshape(
+            *leading_shape(problem), arrays.topk_ids.shape[-1]
+        ),
         topk_weights=None
         if topk_weights is None
-        else token_tensor("topk_weights", topk_weights, problem.routing_dtype, "contiguous"),
-        weights=MoEWeights(**weights, config=problem.config),
+        else token_tensor("topk_weights", topk_weights, problem.routing_dtype, problem.routing_layout),
+        weights=MoEWeights(**weights, config=config),
     )
 
 
@@ -96,7 +99,8 @@ def lay_out(value: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return value.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "sliced":
-        larger = torch.full((*value.shape[:-1], 2 * value.shape[-1] + 1), torch.nan, dtype=value.dtype)
+        filler = torch.nan if value.is_floating_point() else 0
+        larger = torch.full((*value.shape[:-1], 2 * value.shape[-1] + 1), filler, dtype=value.dtype)
         larger = larger.to(value.device)
         larger[..., 1::2] = value
         return larger[..., 1::2]
@@ -117,17 +121,25 @@ def call(executor: Executor, inputs: Inputs) -> Tensor:
     )
 
 
-def run(executor: Executor, inputs: Inputs, backward: bool = True) -> Result:
-    """Forward, and backward for everything that needs a gradient."""
+def run(executor: Executor, inputs: Inputs, backward: bool = True, passes: int = 1) -> Result:
+    """Forward, and backward for everything that needs a gradient.
+
+    Args:
+        executor: whom to call.
+        inputs: what to call it with.
+        backward: whether to differentiate.
+        passes: backward passes through the one graph; the last one's gradients count.
+    """
     leaves = inputs.tensors()
-    for leaf in leaves.values():
-        leaf.grad = None
     needing = [name for name, leaf in leaves.items() if leaf.requires_grad]
     y = call(executor, inputs)
     tensors = {"y": _flat(y, "y")}
     if not backward or not needing:
         return Result(tensors, tuple(y.shape))
-    torch.autograd.backward(y, inputs.dy)
+    for left in reversed(range(passes)):
+        for leaf in leaves.values():
+            leaf.grad = None
+        torch.autograd.backward(y, inputs.dy, retain_graph=left > 0)
     for name in needing:
         gradient = leaves[name].grad
         if gradient is not None:

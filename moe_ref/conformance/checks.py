@@ -12,7 +12,7 @@ import torch
 from moe_ref.conformance.call import Inputs, Result, run, to_torch
 from moe_ref.conformance.gates import Verdict, judge
 from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import PARAMETERS, Problem, Reference, reference
+from moe_ref.conformance.problem import PARAMETERS, Problem, Reference, build, reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,9 @@ def check_problem(executor: Executor, problem: Problem, device: str = "cpu") -> 
     _check_form(executor, problem, result, inputs)
     chosen = _check_route(executor, problem, truth, inputs)
     verdicts = verdicts_of(result_arrays(result), problem, truth, chosen)
-    for verdict in verdicts:
+    with poisoned(), torch.no_grad():  # inference may take another path
+        inference = run(executor, inputs, backward=False)
+    for verdict in verdicts + verdicts_of(result_arrays(inference), problem, truth, chosen):
         if verdict.failure:
             clause = "R4" if truth.broken.any() else CLAUSES[verdict.name]
             raise ConformanceError(executor, problem, clause, verdict.failure)
@@ -76,18 +78,32 @@ def check_problem(executor: Executor, problem: Problem, device: str = "cpu") -> 
 
 
 def check_repeatable(executor: Executor, problem: Problem, device: str = "cpu") -> None:
-    """C1: two runs agree to the last bit, forward and backward.
+    """C1: two runs agree to the last bit, and so do two backward passes; nothing of earlier weights is remembered.
 
     Raises:
         ConformanceError: if they do not.
     """
     problem = applicable(executor, problem)
-    inputs = to_torch(problem, reference(problem).arrays, device)
-    first = run(executor, inputs, executor.capabilities.backward)
-    second = run(executor, inputs, executor.capabilities.backward)
-    for name, value in first.tensors.items():
-        if not _same_bits(value, second.tensors[name]):
-            raise ConformanceError(executor, problem, "C1", f"{name} differs between two runs on the same input")
+    arrays = build(problem)
+    inputs = to_torch(problem, arrays, device)
+    backward = executor.capabilities.backward
+    first = run(executor, inputs, backward)
+
+    def same(second: Result, difference: str) -> None:
+        for name, value in first.tensors.items():
+            if not _same_bits(value, second.tensors[name]):
+                raise ConformanceError(executor, problem, "C1", f"{name} differs between {difference}")
+
+    same(run(executor, inputs, backward), "two runs on the same input")
+    same(run(executor, inputs, backward, passes=2), "two backward passes through one graph")
+    other = to_torch(problem, arrays, device)
+    with torch.no_grad():
+        for tensor in (other.weights.gate_up_proj, other.weights.down_proj):
+            tensor.mul_(2)
+        run(executor, other, backward=False)
+        for tensor in (other.weights.gate_up_proj, other.weights.down_proj):
+            tensor.div_(2)
+    same(run(executor, other, backward), "new weights and the same ones put where others were")
 
 
 def result_arrays(result: Result) -> dict[str, np.ndarray]:
@@ -111,8 +127,8 @@ def verdicts_of(
         judged = None
         if name in PARAMETERS:
             judged = _judged_experts(actual, problem, truth, chosen)
-        elif name != "y":
-            judged = ~truth.broken
+        else:
+            judged = ~truth.infinite if name == "y" else ~truth.broken
         verdicts.append(judge(name, actual, truth.bars[name], problem.dtype, problem.dtype_of(name), judged))
     return verdicts
 

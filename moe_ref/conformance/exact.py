@@ -16,6 +16,7 @@ from moe_ref.conformance.checks import ConformanceError, result_arrays
 from moe_ref.conformance.poison import poisoned
 from moe_ref.conformance.problem import Arrays, Problem
 from moe_ref.error_bars import named
+from moe_ref.numerics import FORMATS
 from moe_ref.types import MoEConfig, MoEWeights
 from moe_ref.vjp import routed_experts_vjp
 
@@ -83,6 +84,20 @@ def clamp_at_equality(dtype: str) -> tuple[Problem, Arrays, str]:
     )
 
 
+def wide_combine(dtype: str) -> tuple[Problem, Arrays, str]:
+    """A large slot and two small ones add up in at least fp32, in y and in dx (C1, E2)."""
+    large = 2.0 ** min(FORMATS[dtype].precision, 11)
+    return _case(
+        dtype,
+        "C1",
+        x=np.ones((2, 1)),
+        dy=np.ones((2, 1)),
+        gate=np.ones((3, 1, 1)),
+        up=np.zeros((3, 1, 1)),
+        down=np.array([[[large]], [[1.0]], [[1.0]]]),
+    )
+
+
 def _case(
     dtype: str,
     clause: str,
@@ -93,12 +108,12 @@ def _case(
     down: np.ndarray,
     limit: float | None = None,
 ) -> tuple[Problem, Arrays, str]:
-    config = MoEConfig(top_k=1, alpha=1000.0, limit=limit, up_offset=1.0)
-    tokens, hidden = x.shape
+    (tokens, hidden), experts = x.shape, gate.shape[0]
+    config = MoEConfig(top_k=experts, alpha=1000.0, limit=limit, up_offset=1.0)
     problem = Problem(tokens, gate.shape[0], hidden, gate.shape[1], config, dtype=dtype, entry="experts")
     weights = MoEWeights(np.concatenate([gate, up], axis=1), down, config=config)
-    ids = np.zeros((tokens, 1), dtype=np.int64)
-    return problem, Arrays(x, dy, ids, None, np.ones((tokens, 1)), weights), clause
+    ids = np.tile(np.arange(experts), (tokens, 1))  # every token goes to every expert, with weight 1
+    return problem, Arrays(x, dy, ids, None, np.ones(ids.shape), weights), clause
 
 
-CASES = {case.__name__: case for case in (long_sums, many_rows, clamp_at_equality)}
+CASES = {case.__name__: case for case in (long_sums, many_rows, clamp_at_equality, wide_combine)}

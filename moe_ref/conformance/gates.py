@@ -39,7 +39,6 @@ def judge(
     dtype: str,
     out_dtype: str,
     judged: np.ndarray | None = None,
-    widen: float = 1.0,
 ) -> Verdict:
     """Puts one tensor through the gates.
 
@@ -50,7 +49,6 @@ def judge(
         dtype: x's dtype.
         out_dtype: the tensor's own dtype.
         judged: boolean, broadcastable from the left; elements outside it do not count (they may be NaN by R4).
-        widen: multiplies the error bars (sqrt 2 for the difference of two implementations).
     """
     if actual.shape != bars.exact.shape:
         return Verdict(name, failure=f"{name}.shape={actual.shape}, but must be {bars.exact.shape}")
@@ -61,7 +59,7 @@ def judge(
     if failure:
         return Verdict(name, failure=failure)
     mask &= np.isfinite(bars.exact)
-    sd = widen * bars.sd(dtype, out_dtype)
+    sd = bars.sd(dtype, out_dtype)
     error = np.where(mask, actual - np.where(mask, bars.exact, 0.0), 0.0)
     wrong_zero = mask & (sd == 0) & (error != 0)
     if wrong_zero.any():
@@ -72,8 +70,10 @@ def judge(
     max_z = float(np.abs(z).max(initial=0.0))
     rms_z = float(np.sqrt(np.sum(z**2) / counted)) if counted else 0.0
     y = np.where(mask, bars.exact, 0.0).ravel()
-    gain_sd = widen * bars.gain_sd(dtype, out_dtype)
-    gain_z = float(error.ravel() @ y / (y @ y) / gain_sd) if y.any() and gain_sd > 0 else 0.0
+    gain_sd = bars.gain_sd(dtype, out_dtype)
+    largest = float(np.abs(y).max(initial=0.0)) or 1.0
+    y = y / largest
+    gain_z = float(error.ravel() @ y / (y @ y) / largest / gain_sd) if y.any() and gain_sd > 0 else 0.0
     if max_z > MAX_Z:
         where = _first(np.abs(z) == np.abs(z).max())
         failure = (

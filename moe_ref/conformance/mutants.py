@@ -162,6 +162,13 @@ def input_changed_in_place(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, w
     return y
 
 
+@_slot_mutant
+def inference_path_wrong(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """Right while gradients are recorded, zeros without."""
+    y = experts(inner, x, ids, w, weights)
+    return y if torch.is_grad_enabled() else torch.zeros_like(y)
+
+
 # Slots and groups ------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +214,13 @@ def weights_in_bf16(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights:
 def empty_slot_counts(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """An empty slot is sent to the nearest expert instead of nowhere (R7)."""
     return experts(inner, x, ids.clamp(0, weights.num_experts - 1), w.nan_to_num(1.0, 1.0), weights)
+
+
+@_slot_mutant
+def ids_read_as_int32(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """The upper half of int64 ids is lost, so that 2**32 means expert 0."""
+    clean = w.nan_to_num(1.0, 1.0) if ids.dtype == torch.int64 else w
+    return experts(inner, x, ids.to(torch.int32), clean, weights)
 
 
 # Experts ---------------------------------------------------------------------------------------------------------
@@ -427,6 +441,28 @@ def higher_id_wins_ties(inner: Executor, x: Tensor, logits: Tensor, weights: MoE
 def logits_in_bf16(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
     """Logits are rounded to bf16 before the choice (R1)."""
     return inner(x, logits.to(torch.bfloat16).to(logits.dtype), weights)
+
+
+@_layer_mutant
+def choice_in_fp32(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
+    """Logits in fp64 are rounded to fp32 before the choice (R1)."""
+    return inner(x, logits.to(torch.float32), weights)
+
+
+@_layer_mutant
+def softmax_without_maximum(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
+    """The softmax does not take the largest logit off first, so exp overflows in fp32."""
+    config = weights.config
+    if config.scoring == "sigmoid":
+        return inner(x, logits, weights)
+    routing = route(logits, config)
+    chosen = logits.float() if config.scoring == "softmax" else logits.float().gather(-1, routing.topk_ids)
+    exponentials = chosen.exp()
+    scores = exponentials / exponentials.sum(dim=-1, keepdim=True)
+    scores = scores.gather(-1, routing.topk_ids) if config.scoring == "softmax" else scores
+    if config.renormalize:
+        scores = scores / (scores.sum(dim=-1, keepdim=True) + config.renormalize_eps)
+    return experts(inner, x, routing.topk_ids, _narrow(scores * config.routed_scaling_factor, x), weights)
 
 
 @_layer_mutant

@@ -37,16 +37,19 @@ class Problem:
         bias_dtype: of both biases.
         gate_up_bias, down_bias: whether the layer has them.
         logits: "random"; "ties" (whole numbers from -1 to 1, +0 and -0 among them); "masked" (a third are -inf);
-            "skewed" (some experts are far more likely).
+            "skewed" (some experts are far more likely); "shifted" (rows around +100, or -100 for the softmax kinds);
+            "close" (1 and its neighbours at a distance of 1e-12: ties in all but float64).
         cut_points: for entry "experts": group sizes by cut points drawn with replacement from E + 1 places, so that
             empty experts and duplicates in a row come by themselves; otherwise K distinct random ids a row.
         empty_slots: for entry "experts": some ids lie outside [0, E), with NaN and inf among their weights.
         broken_logits: rows spoiled with NaN, +inf, or nothing but -inf.
-        broken_x: rows of x spoiled with one NaN.
+        broken_x: rows of x spoiled with one NaN or infinity.
         batch: split the tokens over two leading dimensions (where T is even), or none (where T is 1).
-        x_layout, weights_layout, dy_layout: "contiguous"; "transposed" (stored with the last two axes swapped);
+        x_layout, weights_layout, dy_layout, routing_layout:
+            "contiguous"; "transposed" (stored with the last two axes swapped);
             "sliced" (every other element of a larger array); for x "expanded" (all tokens are one row, stride 0); for
             dy "scalar" (all ones, strides 0, as ``y.sum().backward()`` has it).
+        top_k_given: for entry "experts": whether the configuration names K, or has None and ``topk_ids`` tell it.
         frozen: names of inputs that need no gradient.
         seed: of all numbers.
     """
@@ -72,6 +75,8 @@ class Problem:
     x_layout: str = "contiguous"
     weights_layout: str = "contiguous"
     dy_layout: str = "contiguous"
+    routing_layout: str = "contiguous"
+    top_k_given: bool = True
     frozen: frozenset[str] = frozenset()
     seed: int = 0
 
@@ -108,20 +113,23 @@ class Reference:
         arrays: the problem's numbers.
         bars: exact value and error bars of y and of every gradient, token dimension flat.
         broken_routing: [T] tokens whose routing weights are undefined (R4).
-        broken: [T] those, and the tokens with a NaN in x.
+        broken: [T] those, and the tokens with a NaN or an infinity in x.
+        infinite: [T] tokens with an infinity in x, whose own output may be anything.
     """
 
     arrays: Arrays
     bars: dict[str, TensorBars]
     broken_routing: np.ndarray
     broken: np.ndarray
+    infinite: np.ndarray
 
 
 @lru_cache(maxsize=64)
 def reference(problem: Problem) -> Reference:
     """Builds a problem's numbers and samples its error bars, once for all executors and checks."""
     arrays = build(problem)
-    with threadpool_limits(1, "blas"):  # small products, beside torch's own threads: more would only get in the way
+    # One BLAS thread: the products are small, and beside torch's own threads more would only get in the way.
+    with threadpool_limits(1, "blas"), np.errstate(invalid="ignore"):
         bars = error_bars(
             arrays.x,
             arrays.topk_ids,
@@ -136,7 +144,8 @@ def reference(problem: Problem) -> Reference:
         broken_routing = np.zeros(problem.tokens, dtype=bool)
     else:
         broken_routing = broken_rows(arrays.router_logits, problem.config)
-    return Reference(arrays, bars, broken_routing, broken_routing | np.isnan(arrays.x).any(axis=1))
+    broken = broken_routing | ~np.isfinite(arrays.x).all(axis=1)
+    return Reference(arrays, bars, broken_routing, broken, np.isinf(arrays.x).any(axis=1))
 
 
 def build(problem: Problem) -> Arrays:
@@ -169,7 +178,7 @@ def build(problem: Problem) -> Arrays:
     if problem.config.limit is not None:
         x, dy = _clear_of_limit(x, dy, topk_ids, weights, problem)
     for row in rng.permutation(tokens)[: problem.broken_x]:
-        x[row, rng.integers(hidden)] = math.nan
+        x[row, rng.integers(hidden)] = rng.choice([math.nan, math.inf, -math.inf])
     return Arrays(x, dy, topk_ids, logits, topk_weights, weights)
 
 
@@ -177,7 +186,12 @@ def _logits(problem: Problem, rng: np.random.Generator) -> np.ndarray:
     shape = (problem.tokens, problem.experts)
     if problem.logits == "ties":
         return np.copysign(rng.integers(-1, 2, shape).astype(float), rng.choice([-1.0, 1.0], shape))
+    if problem.logits == "close":
+        return round_to_nearest(1 + 1e-12 * rng.integers(-1, 2, shape), problem.routing_dtype)
     logits = rng.standard_normal(shape) * 2
+    if problem.logits == "shifted":
+        signs = [1.0] if problem.config.scoring == "sigmoid" else [1.0, -1.0]  # sigmoid(-100) leaves fp32's range
+        logits = logits + 100 * rng.choice(signs, (problem.tokens, 1))
     if problem.logits == "skewed":
         logits = logits + 4 * rng.standard_normal(problem.experts)
     if problem.logits == "masked":
@@ -207,7 +221,8 @@ def _ids(problem: Problem, rng: np.random.Generator) -> np.ndarray:
     else:
         ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k]
     if problem.empty_slots:
-        foreign = rng.choice([-1, experts, experts + 7, -(2**31)], ids.shape)
+        beyond = 2**32 if problem.ids_dtype == "int64" else 2**31 - 1  # int64 must not be read as int32
+        foreign = rng.choice([-1, experts, experts + 7, -(2**31), beyond], ids.shape)
         ids = np.where(rng.random(ids.shape) < 0.3, foreign, ids)
     return ids.astype(np.int64)
 
@@ -230,24 +245,35 @@ def _clear_of_limit(
     """
     expanded = problem.x_layout == "expanded"
     for _ in range(6):
-        push = _pushes(x, topk_ids, weights, problem)
+        push = pushes_off_limit(x, topk_ids, weights, problem.dtype)
         if expanded and len(push):
             push = np.repeat(push.sum(axis=0, keepdims=True), len(push), axis=0)
         if not push.any():
             return x, dy
         x = round_to_nearest(x + push, problem.dtype)
-    near = np.count_nonzero(_pushes(x, topk_ids, weights, problem), axis=1, keepdims=True)
+    near = np.count_nonzero(pushes_off_limit(x, topk_ids, weights, problem.dtype), axis=1, keepdims=True)
     if problem.dy_layout == "scalar":
         near = near.sum(axis=0, keepdims=True)
     return x, np.where(near > 0, 0.0, dy)
 
 
-def _pushes(x: np.ndarray, topk_ids: np.ndarray, weights: MoEWeights, problem: Problem) -> np.ndarray:
-    """[T, H]: for each token, the smallest steps that take its offending pre-activations out of the margin."""
+def pushes_off_limit(x: np.ndarray, topk_ids: np.ndarray, weights: MoEWeights, dtype: str) -> np.ndarray:
+    """For each token, the smallest steps that take its pre-activations out of the clamp limit's margin.
+
+    Args:
+        x: [T, H] float64.
+        topk_ids: [T, K].
+        weights: the layer's parameters, float64.
+        dtype: in which an implementation stores; its rounding is the margin.
+
+    Returns:
+        [T, H], zero where a token is clear of the limit, or where there is none.
+    """
     limit = weights.config.limit
-    assert limit is not None
-    u = FORMATS[problem.dtype].unit_roundoff
-    grouping = group(topk_ids, problem.experts)
+    if limit is None:
+        return np.zeros_like(x)
+    u = FORMATS[dtype].unit_roundoff
+    grouping = group(topk_ids, weights.num_experts)
     push = np.zeros_like(x)
     for index, where in groups(grouping.group_offsets):
         slots = grouping.order[where]

@@ -26,6 +26,11 @@ PROFILES = {
 }
 
 
+def current() -> settings:
+    """The active profile if it is one of these by name, else ``dev``: what the suite's tests are decorated with."""
+    return PROFILES.get(settings.get_current_profile_name(), PROFILES["dev"])
+
+
 def register() -> None:
     """Makes the profiles known to Hypothesis under their names."""
     for name, profile in PROFILES.items():

@@ -51,7 +51,7 @@ def problems(draw: st.DrawFn, dtypes: Collection[str] = DTYPES, routing: bool = 
     experts = draw(EXPERTS, label="experts")
     config = draw(configs(experts), label="config")
     by_logits = draw(st.sampled_from([True, False]), label="entry is the layer") and routing
-    logits = draw(st.sampled_from(["random", "ties", "masked", "skewed"]), label="logits")
+    logits = draw(st.sampled_from(["random", "ties", "masked", "skewed", "shifted", "close"]), label="logits")
     broken_logits = draw(st.integers(0, 3), label="broken_logits")
     cut_points = draw(st.booleans(), label="cut_points")
     empty_slots = draw(st.booleans(), label="empty_slots")
@@ -83,6 +83,8 @@ def problems(draw: st.DrawFn, dtypes: Collection[str] = DTYPES, routing: bool = 
         weights_layout=draw(st.sampled_from(["contiguous", "transposed", "sliced"]), label="weights_layout"),
         # A sum of equal terms errs systematically, not as a random walk: never x and dy constant at once.
         dy_layout="contiguous" if all_equal and dy_layout == "scalar" else dy_layout,
+        routing_layout=draw(st.sampled_from(["contiguous", "sliced"]), label="routing_layout"),
+        top_k_given=draw(st.sampled_from([True, False]), label="top_k_given") or by_logits,
         frozen=frozenset(_frozen(name, by_logits) for name in frozen),
         seed=draw(st.integers(0, 2**32 - 1), label="seed"),
     )

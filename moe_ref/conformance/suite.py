@@ -16,7 +16,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from moe_ref.conformance import pinned
+from moe_ref.conformance import pinned, profiles
 from moe_ref.conformance.checks import check_problem, check_repeatable
 from moe_ref.conformance.errors import check_errors, check_no_double_backward
 from moe_ref.conformance.exact import CASES, check_exact
@@ -27,6 +27,8 @@ from moe_ref.validation import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from executors import Executor
+
+PROFILE = profiles.current()
 
 __all__ = [
     "test_bad_input_is_refused_in_one_line",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 
+@PROFILE
 @given(data=st.data())
 def test_matches_specification(executor: Executor, conformance_device: str, data: st.DataObject) -> None:
     """Routing, output and all gradients lie within their error bars; NaN stays where it belongs; inputs stay."""
@@ -54,12 +57,14 @@ def test_pinned_problems(executor: Executor, conformance_device: str, problem: P
 
 
 @pytest.mark.parametrize("law", LAWS)
+@PROFILE
 @given(data=st.data())
 def test_laws(executor: Executor, conformance_device: str, law: str, data: st.DataObject) -> None:
     """Metamorphic laws: permute tokens, relabel experts, split the batch, scale weights, add a slot, add an expert."""
     assume(check_law(executor, data.draw(problems_for(executor), label="problem"), law, conformance_device))
 
 
+@PROFILE
 @given(data=st.data())
 def test_repeatable(executor: Executor, conformance_device: str, data: st.DataObject) -> None:
     """C1: bitwise equal from run to run, forward and backward."""
