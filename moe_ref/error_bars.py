@@ -68,19 +68,19 @@ class TensorBars:
             of a single element is noisy; exactly 0 where no error can reach (structural zeros).
         """
         u, ua, out = FORMATS[dtype].unit_roundoff, accumulator(dtype).unit_roundoff, FORMATS[out_dtype]
+        size = np.abs(self._finite())
         inner = u**2 * self.storage.variance + ua**2 * self.accumulation.variance
         inner = 2 * inner if dtype == "float64" else inner  # the specification's own float64 errs by as much
-        reached = (inner > 0) | (np.abs(self.exact) > 0)
-        rounding = (out.unit_roundoff * np.maximum(np.abs(self.exact), out.smallest_normal)) ** 2 / 3
+        reached = (inner > 0) | (size > 0)
+        rounding = (out.unit_roundoff * np.maximum(size, out.smallest_normal)) ** 2 / 3
         variance = np.where(reached, inner + rounding, 0.0)
-        counted = np.maximum(reached.sum(axis=-1, keepdims=True), 1)
-        row = variance.sum(axis=-1, keepdims=True, where=np.isfinite(variance)) / counted
+        row = variance.sum(axis=-1, keepdims=True) / np.maximum(reached.sum(axis=-1, keepdims=True), 1)
         return np.sqrt(np.where(reached, np.maximum(variance, row / 4), 0.0))
 
     def gain_sd(self, dtype: str, out_dtype: str) -> float:
         """Standard deviation of the gain <error, y> / <y, y>."""
         gains = self._scaled(dtype, self.storage.gains, self.accumulation.gains)
-        y = np.abs(self.exact[np.isfinite(self.exact)])
+        y = np.abs(self._finite()).ravel()
         largest = float(y.max(initial=0.0)) or 1.0
         y, out = y / largest, FORMATS[out_dtype]  # so that no square of a tiny tensor underflows
         _, groups = np.unique(y.astype(np.float32), return_inverse=True)  # equal values round equally
@@ -90,13 +90,17 @@ class TensorBars:
 
     def rms_sd(self, dtype: str, out_dtype: str) -> float:
         """Standard deviation, over the samples, of the root mean square of z: how far errors move together."""
-        exact, sd = self.exact.ravel()[self.probed], self.sd(dtype, out_dtype).ravel()[self.probed]
+        exact, sd = self._finite().ravel()[self.probed], self.sd(dtype, out_dtype).ravel()[self.probed]
         errors = self._scaled(dtype, self.storage.probes, self.accumulation.probes)
         keys = np.random.default_rng(0).integers(0, 2**63, (len(errors), 1), dtype=np.uint64)
         out = FORMATS[out_dtype]
         errors = errors + out.unit_roundoff * uniform_of(exact, keys) * np.maximum(np.abs(exact), out.smallest_normal)
         z = np.divide(errors, sd, out=np.zeros_like(errors), where=sd > 0)
         return float(np.std(np.sqrt(np.mean(z**2, axis=1)))) if z.size else 0.0
+
+    def _finite(self) -> np.ndarray:
+        """The exact value, with 0 where it is NaN or infinite: there is nothing to measure."""
+        return np.where(np.isfinite(self.exact), self.exact, 0.0)
 
     @staticmethod
     def _scaled(dtype: str, storage: np.ndarray, accumulation: np.ndarray) -> np.ndarray:

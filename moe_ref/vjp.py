@@ -285,13 +285,15 @@ def route_vjp(
     logits = xp.where(broken, xp.zeros_like(router_logits), router_logits)
     d_scores = d_topk_weights * config.routed_scaling_factor
     if config.renormalize:
-        d_scores = renormalize_vjp(chosen_scores(logits, topk_ids, config), config.renormalize_eps, d_scores, rounding)
+        scores = chosen_scores(logits, topk_ids, config, rounding)
+        d_scores = renormalize_vjp(scores, config.renormalize_eps, d_scores, rounding)
     if config.scoring == "softmax":
-        d_logits = softmax_vjp(softmax(logits), put_chosen(d_scores, topk_ids, logits.shape[-1]), rounding)
+        p = softmax(logits, rounding)
+        d_logits = softmax_vjp(p, put_chosen(d_scores, topk_ids, logits.shape[-1]), rounding)
     else:
         chosen = take_chosen(logits, topk_ids)
         if config.scoring == "topk_softmax":
-            d_chosen = softmax_vjp(softmax(chosen), d_scores, rounding)
+            d_chosen = softmax_vjp(softmax(chosen, rounding), d_scores, rounding)
         else:
             d_chosen = d_scores * sigmoid(chosen) * sigmoid(-chosen)
             magnitude = xp.abs(d_scores) * sigmoid(chosen)  # an implementation may form s (1 - s)

@@ -94,3 +94,14 @@ def test_exactly_one_kind_of_routing() -> None:
     arrays = build(PROBLEM)
     with pytest.raises(TypeError, match=r"^router_logits, topk_weights: exactly one of the two must be given$"):
         sampled(replace(arrays, router_logits=None))
+
+
+def test_infinite_elements_are_left_out() -> None:
+    """One infinity in x spoils its experts' gradients, and no figure of any other element."""
+    problem = replace(PROBLEM, tokens=64, hidden=64, intermediate=32, dtype="float32", broken_x=1)
+    truth = next(t for t in (reference(replace(problem, seed=s)) for s in range(20)) if t.infinite.any())
+    for name, bars in truth.bars.items():
+        for figure in (bars.sd("float32", "float32"), bars.rms_sd("float32", "float32")):
+            assert np.isfinite(figure).all(), name
+        assert np.isfinite(bars.gain_sd("float32", "float32"))
+        assert not bars.sd("float32", "float32")[~np.isfinite(bars.exact)].any()

@@ -50,6 +50,18 @@ EXAMPLES = (
     Problem(8, 8, 17, 1, MoEConfig(1, up_offset=1.0), entry="experts", cut_points=True, x_layout="expanded"),
     # a true gradient of 3e-11 that fp16 rounds to zero: its gain is -1, and its error bar must know it
     Problem(1, 2, 1, 1, MoEConfig(1, renormalize=True, renormalize_eps=1e-6), routing_dtype="float16"),
+    # a softmax whose other expert is e**-18: its gradient has the relative error of that exponential
+    Problem(
+        130,
+        2,
+        1,
+        1,
+        MoEConfig(2, renormalize=True, alpha=1.702),
+        gate_up_bias=True,
+        logits="skewed",
+        dy_layout="scalar",
+        seed=2,
+    ),
     # every kind of broken row at once
     Problem(9, 5, 8, 8, MoEConfig(2, scoring="topk_softmax"), broken_logits=3, broken_x=1, seed=4),
     # -inf logits that must be chosen
