@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 PROFILES = {
-    "dev": settings(max_examples=40, deadline=None, suppress_health_check=_SLOW, print_blob=True),
+    "dev": settings(max_examples=30, deadline=None, suppress_health_check=_SLOW, print_blob=True),
     "ci": settings(
         max_examples=100,
         deadline=None,
