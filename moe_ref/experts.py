@@ -68,14 +68,14 @@ def experts(
 def up(
     rows: Float[Array, "*#samples n H"], parameters: Expert, rounding: Rounding = EXACT
 ) -> Float[Array, "*#samples n 2*I"]:
-    """Z = x W_gu^T + b_gu."""
+    """The up projection: z = x W_gu^T + b_gu."""
     return linear("gate_up", "z", rows, parameters.gate_up_proj, parameters.gate_up_proj_bias, rounding)
 
 
 def down(
     h: Float[Array, "*#samples n I"], parameters: Expert, rounding: Rounding = EXACT
 ) -> Float[Array, "*#samples n H"]:
-    """O = h W_d^T + b_d."""
+    """The down projection: o = h W_d^T + b_d."""
     return linear("down", "o", h, parameters.down_proj, parameters.down_proj_bias, rounding)
 
 
@@ -119,7 +119,7 @@ def join_gate_up(
 def activation(
     z: Float[Array, "*#samples n 2*I"], config: MoEConfig, rounding: Rounding = EXACT
 ) -> Float[Array, "*#samples n I"]:
-    """H = (clamp(u, -L, L) + up_offset) * g' * sigmoid(alpha g') with g' = min(g, L).
+    """The activation h = (clamp(u, -L, L) + up_offset) * g' * sigmoid(alpha g') with g' = min(g, L).
 
     Source: SwiGLU from Shazeer 2020 (arXiv:2002.05202); the clamped form from gpt-oss's model code.
     """

@@ -6,6 +6,7 @@ Each ``f_vjp`` takes the inputs of ``f`` and the gradient of its output, and ret
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from array_api_compat import array_namespace, device
 
@@ -95,14 +96,11 @@ def _with_shapes(
 ) -> tuple[Array, MoEGradients]:
     xp = array_namespace(y)
     d_logits = gradients.router_logits
-    shaped = MoEGradients(
+    shaped = replace(
+        gradients,
         x=xp.reshape(gradients.x, tuple(shape)),
         router_logits=None if d_logits is None or logits_shape is None else xp.reshape(d_logits, tuple(logits_shape)),
         topk_weights=xp.reshape(gradients.topk_weights, (*shape[:-1], gradients.topk_weights.shape[-1])),
-        gate_up_proj=gradients.gate_up_proj,
-        down_proj=gradients.down_proj,
-        gate_up_proj_bias=gradients.gate_up_proj_bias,
-        down_proj_bias=gradients.down_proj_bias,
     )
     return xp.reshape(y, tuple(shape)), shaped
 
@@ -149,7 +147,7 @@ def combine_vjp(
     dy: Float[Array, "*#samples T H"],
     rounding: Rounding = EXACT,
 ) -> tuple[Float[Array, "*#samples S H"], Float[Array, "*#samples T K"]]:
-    """D outputs = w dy, and d topk_weights[t, k] = <dy[t], o[t, k]> with dy unweighted (D3)."""
+    """Gradients: d outputs = w dy, and d topk_weights[t, k] = <dy[t], o[t, k]> with dy unweighted (D3)."""
     xp = array_namespace(outputs, topk_weights, dy)
     tokens, top_k = topk_weights.shape[-2:]
     hidden = dy.shape[-1]
@@ -252,7 +250,7 @@ def activation_vjp(
     dh: Float[Array, "*#samples n I"],
     rounding: Rounding = EXACT,
 ) -> Float[Array, "*#samples n 2*I"]:
-    """Dz of the gated activation; the clamp's derivative at equality is 1 (E1)."""
+    """The gradient dz of the gated activation; the clamp's derivative at equality is 1 (E1)."""
     xp = array_namespace(z, dh)
     gate, up = split_gate_up(z, config)
     limit = math.inf if config.limit is None else config.limit
@@ -279,7 +277,7 @@ def route_vjp(
     d_topk_weights: Float[Array, "*#samples T K"],
     rounding: Rounding = EXACT,
 ) -> Float[Array, "*#samples T E"]:
-    """D router_logits, through the weights (D1). Rows with undefined weights (R4) get NaN."""
+    """The gradient of router_logits, through the weights (D1). Rows with undefined weights (R4) get NaN."""
     xp = array_namespace(router_logits, d_topk_weights)
     broken = broken_rows(router_logits, config)[..., None]
     logits = xp.where(broken, xp.zeros_like(router_logits), router_logits)
@@ -305,7 +303,7 @@ def route_vjp(
 def softmax_vjp(
     p: Float[Array, "*#samples T N"], dp: Float[Array, "*#samples T N"], rounding: Rounding = EXACT
 ) -> Float[Array, "*#samples T N"]:
-    """D logits = p (dp - <p, dp>): a difference of nearly equal terms, whose error is that of the terms."""
+    """Gradient d logits = p (dp - <p, dp>): a difference of nearly equal terms, whose error is that of the terms."""
     xp = array_namespace(p, dp)
     terms = p * dp
     d_logits = terms - p * xp.sum(terms, axis=-1, keepdims=True)
@@ -319,7 +317,7 @@ def softmax_vjp(
 def renormalize_vjp(
     scores: Float[Array, "*#samples T K"], eps: float, dw: Float[Array, "*#samples T K"], rounding: Rounding = EXACT
 ) -> Float[Array, "*#samples T K"]:
-    """D scores of w = scores / (sum + eps): (dw - <w, dw>) / (sum + eps)."""
+    """Gradient of the scores of w = scores / (sum + eps): (dw - <w, dw>) / (sum + eps)."""
     xp = array_namespace(scores, dw)
     total = xp.sum(scores, axis=-1, keepdims=True) + eps
     terms = scores / total * dw

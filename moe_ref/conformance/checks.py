@@ -70,6 +70,7 @@ def check_problem(executor: Executor, problem: Problem, device: str = "cpu") -> 
     verdicts = verdicts_of(result_arrays(result), problem, truth, chosen)
     with poisoned(), torch.no_grad():  # inference may take another path
         inference = run(executor, inputs, backward=False)
+    _check_form(executor, problem, inference, inputs)
     for verdict in verdicts + verdicts_of(result_arrays(inference), problem, truth, chosen):
         if verdict.failure:
             clause = "R4" if truth.broken.any() else CLAUSES[verdict.name]
