@@ -2,7 +2,7 @@
 
     >>> import executors, moe_ref
     >>> executors.names()
-    ['auto', 'native']
+    ['auto', 'grouped_mm', 'native']
 
     y = executors.get("native")(x, router_logits, weights)
 
@@ -10,6 +10,7 @@ An executor that was asked for by name never falls back to another one: it raise
 something) or `Unsupported` (this input). Importing this package imports no torch.
 """
 
+from executors._checkpoint import checkpoint_policy
 from executors._protocol import Capabilities, Executor, RoutingExecutor, Unavailable, UnknownExecutor, Unsupported
 from executors._registry import Explanation, available, explain, get, names, register, unregister
 
@@ -22,6 +23,7 @@ __all__ = [
     "UnknownExecutor",
     "Unsupported",
     "available",
+    "checkpoint_policy",
     "explain",
     "get",
     "names",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from moe_ref.types import MoEWeights, Routing
 
-PREFERENCE = ("native",)
+PREFERENCE = ("native", "grouped_mm")
 
 
 class Auto:

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from moe_ref.types import MoEWeights, Routing
 
 
+# The literals of moe_ref.types.Activation, which a test compares: importing them here would import NumPy.
+ACTIVATIONS = frozenset({"swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu2"})
+
+
 class Unavailable(RuntimeError):
     """This machine lacks something that the executor needs; the message says what."""
 
@@ -35,6 +39,10 @@ class Capabilities:
         dtypes: names of the dtypes that x and the projections may have.
         backward: whether it has gradients (D1).
         routing: whether it can be called with router_logits; False offers only ``.experts``.
+        activations: names of the activations that it has (``MoEConfig.activation``).
+        selection: whether it chooses experts by groups and with a selection bias (R2, R3).
+        scale_input: whether it has that form of weighting (C3).
+        lora: whether it takes adapters.
         batch_invariant: whether a token's output never depends on other tokens, to the last bit (C2).
     """
 
@@ -42,6 +50,10 @@ class Capabilities:
     dtypes: frozenset[str] = frozenset({"float64", "float32", "bfloat16", "float16"})
     backward: bool = True
     routing: bool = True
+    activations: frozenset[str] = ACTIVATIONS
+    selection: bool = True
+    scale_input: bool = True
+    lora: bool = True
     batch_invariant: bool = False
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 GROUP = "moe_ref.executors"
 BUILT_IN = {
     "auto": "executors._auto:Auto",
+    "grouped_mm": "executors.grouped_mm:GroupedMM",
     "native": "executors.native:Native",
 }
 

@@ -1,6 +1,7 @@
-"""Choosing experts in torch, for every executor that routes (clauses R1, R2, R4, R5, R6).
+"""Choosing experts in torch, for every executor that routes (clauses R1 to R6).
 
-No host synchronisation, no data-dependent shape: traceable, and differentiable by autograd.
+No host synchronisation, no data-dependent shape. The choice is a custom operator, so that an activation checkpoint can
+keep its ids (`executors.checkpoint_policy`, D5); the weights are plain torch, differentiable by autograd.
 """
 
 from __future__ import annotations
@@ -9,43 +10,87 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from moe_ref.types import MoEConfig, MoEWeights, Routing
 from moe_ref.validation import check_router_logits
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from typing import Any
 
 
 def route_checked(router_logits: Tensor, weights: MoEWeights) -> Routing:
     """`route` with validation, for any leading dimensions: what an executor offers as its ``route``."""
     check_router_logits(router_logits, weights)
-    flat = router_logits.reshape(-1, weights.num_experts)
-    routing = route(flat, weights.config, weights.gate_up_proj.dtype)
+    routing = route(router_logits.reshape(-1, weights.num_experts), weights)
     shape = (*router_logits.shape[:-1], routing.topk_ids.shape[-1])
     return Routing(routing.topk_ids.reshape(shape), routing.topk_weights.reshape(shape))
 
 
-def route(router_logits: Tensor, config: MoEConfig, dtype: torch.dtype) -> Routing:
+def route(router_logits: Tensor, weights: MoEWeights) -> Routing:
     """Chooses K experts for each token and weighs them.
+
+    Scores are computed in the widest of the projections' dtype, the logits' dtype and fp32.
 
     Args:
         router_logits: [T, E], any float dtype, read exactly.
-        config: ``top_k`` must be set.
-        dtype: x's dtype; scores are computed in the widest of it, the logits' dtype and fp32.
+        weights: the layer's parameters and configuration; ``config.top_k`` must be set.
 
     Returns:
-        Routing with topk_ids [T, K] int64, ordered by (logit descending, id ascending), and topk_weights [T, K].
+        Routing with topk_ids [T, K] int64, ordered by (key descending, id ascending), and topk_weights [T, K].
     """
+    config, bias = weights.config, weights.selection_bias
     assert config.top_k is not None
-    ids = torch.sort(router_logits.detach(), dim=-1, descending=True, stable=True).indices[:, : config.top_k]
-    wide = torch.promote_types(torch.promote_types(dtype, router_logits.dtype), torch.float32)
+    groups = config.num_groups, config.topk_groups, config.group_score
+    bias = None if bias is None else bias.detach()
+    ids = choose(router_logits.detach(), bias, config.top_k, config.scoring, *groups)
+    wide = torch.promote_types(torch.promote_types(weights.gate_up_proj.dtype, router_logits.dtype), torch.float32)
     logits = router_logits.to(wide)
     broken = _broken_rows(logits.detach(), config)
-    weights = _chosen_scores(logits.masked_fill(broken, 0.0), ids, config)
+    chosen = _chosen_scores(logits.masked_fill(broken, 0.0), ids, config)
     if config.renormalize:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + config.renormalize_eps)
-    return Routing(ids, (weights * config.routed_scaling_factor).masked_fill(broken, math.nan))
+        chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + config.renormalize_eps)
+    return Routing(ids, (chosen * config.routed_scaling_factor).masked_fill(broken, math.nan))
+
+
+@torch.library.custom_op("moe_ref::choose", mutates_args=())
+def choose(
+    router_logits: Tensor,
+    selection_bias: Tensor | None,
+    top_k: int,
+    scoring: str,
+    num_groups: int,
+    topk_groups: int,
+    group_score: str,
+) -> Tensor:
+    """Ids [T, K] int64 of the experts chosen for router_logits [T, E] (R2, R3, R4)."""
+    if selection_bias is None and num_groups == 1:  # every scoring orders as the logits do: exact in any dtype
+        return _largest(router_logits, top_k)
+    scores = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+    impossible = scores.isnan() | (scores == -math.inf)
+    if scoring == "softmax":
+        scores = scores.softmax(dim=-1)
+    elif scoring == "sigmoid":
+        scores = scores.sigmoid()
+    keys = scores if selection_bias is None else scores + selection_bias.to(scores.dtype)
+    keys = keys.masked_fill(impossible | keys.isnan(), -math.inf)
+    if num_groups > 1:
+        members = keys.unflatten(-1, (num_groups, -1))
+        best = members.sort(dim=-1, descending=True).values
+        of_groups = best[..., 0] if group_score == "max" else best[..., 0] + best[..., 1]
+        kept = torch.zeros_like(of_groups, dtype=torch.bool).scatter(-1, _largest(of_groups, topk_groups), True)
+        keys = members.masked_fill(~kept[..., None], -math.inf).flatten(-2)
+    return _largest(keys, top_k)
+
+
+@choose.register_fake
+def _(router_logits: Tensor, selection_bias: Tensor | None, top_k: int, *_choice: Any) -> Tensor:
+    return router_logits.new_empty((*router_logits.shape[:-1], top_k), dtype=torch.int64)
+
+
+def _largest(keys: Tensor, count: int) -> Tensor:
+    """Places of the largest keys, the lower place of equals first."""
+    return torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., :count].contiguous()
 
 
 def _broken_rows(logits: Tensor, config: MoEConfig) -> Tensor:

@@ -2,10 +2,11 @@
 
 from moe_ref.layer import moe, routed_experts
 from moe_ref.routing import route
-from moe_ref.types import Grouping, MoEConfig, MoEGradients, MoEWeights, Routing
+from moe_ref.types import ExpertLoRA, Grouping, MoEConfig, MoEGradients, MoEWeights, Routing
 from moe_ref.vjp import moe_vjp, routed_experts_vjp
 
 __all__ = [
+    "ExpertLoRA",
     "Grouping",
     "MoEConfig",
     "MoEGradients",

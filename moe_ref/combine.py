@@ -13,7 +13,14 @@ def combine(
 ) -> Float[Array, "*#samples T H"]:
     """y[t] = sum over k, in increasing order, of topk_weights[t, k] * outputs[t*K + k]."""
     xp = array_namespace(outputs, topk_weights)
-    tokens, top_k = topk_weights.shape[-2:]
-    slots = xp.reshape(outputs, (*outputs.shape[:-2], tokens, top_k, outputs.shape[-1]))
-    weighted = rounding.store("weighted_o", topk_weights[..., None] * slots)
-    return sum_last(rounding, "y", xp.moveaxis(weighted, -2, -1))
+    weighted = xp.reshape(topk_weights, (*topk_weights.shape[:-2], -1, 1)) * outputs
+    return sum_slots("y", rounding.store("weighted_o", weighted), topk_weights.shape[-1], rounding)
+
+
+def sum_slots(
+    site: str, slots: Float[Array, "*#samples S H"], top_k: int, rounding: Rounding = EXACT
+) -> Float[Array, "*#samples T H"]:
+    """The sum over each token's K slots, in increasing k."""
+    xp = array_namespace(slots)
+    apart = xp.reshape(slots, (*slots.shape[:-2], slots.shape[-2] // top_k, top_k, slots.shape[-1]))
+    return sum_last(rounding, site, xp.moveaxis(apart, -2, -1))

@@ -8,33 +8,47 @@ from dataclasses import dataclass
 from array_api_compat import array_namespace, device
 
 from moe_ref._typing import Array, Float, Int
+from moe_ref.activations import activation
 from moe_ref.numerics import EXACT, Rounding, matmul_transposed
-from moe_ref.routing import sigmoid
-from moe_ref.types import MoEConfig, MoEWeights
+from moe_ref.types import MoEWeights
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """One expert's projection from k to m features, widened to float64, with its adapter of rank r."""
+
+    matrix: Float[Array, "m k"]
+    bias: Float[Array, " m"] | None = None
+    lora_a: Float[Array, "r k"] | None = None
+    lora_b: Float[Array, "m r"] | None = None
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """One expert's parameters, widened to float64."""
+    """One expert's parameters."""
 
-    gate_up_proj: Float[Array, "2*I H"]
-    down_proj: Float[Array, "H I"]
-    gate_up_proj_bias: Float[Array, " 2*I"] | None
-    down_proj_bias: Float[Array, " H"] | None
+    up: Linear
+    down: Linear
 
 
 def expert(weights: MoEWeights, index: int) -> Expert:
     """Widens one expert: the stack stays in its own dtype, so that a real layer fits in memory."""
     xp = array_namespace(weights.gate_up_proj)
-
-    def widen(stack: Array | None) -> Array | None:
-        return None if stack is None else xp.astype(stack[index, ...], xp.float64)
-
+    own = {name: xp.astype(stack[index, ...], xp.float64) for name, stack in weights.parameters().items()}
+    lora = weights.lora
+    scalings = (1.0, 1.0) if lora is None else (lora.gate_up_scaling, lora.down_scaling)
     return Expert(
-        widen(weights.gate_up_proj),
-        widen(weights.down_proj),
-        widen(weights.gate_up_proj_bias),
-        widen(weights.down_proj_bias),
+        *(
+            Linear(
+                own[f"{name}_proj"],
+                own.get(f"{name}_proj_bias"),
+                own.get(f"{name}_lora_a"),
+                own.get(f"{name}_lora_b"),
+                scaling,
+            )
+            for name, scaling in zip(("gate_up", "down"), scalings, strict=True)
+        )
     )
 
 
@@ -67,68 +81,56 @@ def experts(
 
 def up(
     rows: Float[Array, "*#samples n H"], parameters: Expert, rounding: Rounding = EXACT
-) -> Float[Array, "*#samples n 2*I"]:
+) -> Float[Array, "*#samples n J"]:
     """The up projection: z = x W_gu^T + b_gu."""
-    return linear("gate_up", "z", rows, parameters.gate_up_proj, parameters.gate_up_proj_bias, rounding)
+    return linear("gate_up", "z", rows, parameters.up, rounding)
 
 
 def down(
     h: Float[Array, "*#samples n I"], parameters: Expert, rounding: Rounding = EXACT
 ) -> Float[Array, "*#samples n H"]:
     """The down projection: o = h W_d^T + b_d."""
-    return linear("down", "o", h, parameters.down_proj, parameters.down_proj_bias, rounding)
+    return linear("down", "o", h, parameters.down, rounding)
 
 
 def linear(
     product_site: str,
     site: str,
     rows: Float[Array, "*#samples n k"],
-    matrix: Float[Array, "m k"],
-    bias: Float[Array, " m"] | None,
-    rounding: Rounding,
+    parameters: Linear,
+    rounding: Rounding = EXACT,
 ) -> Float[Array, "*#samples n m"]:
-    """Rows matrix^T + bias; an implementation may round the product before its bias, and the sum."""
-    product = matmul_transposed(rounding, product_site, rows, matrix)
-    if bias is None:
+    """Rows matrix^T + scaling (rows A^T) B^T + bias.
+
+    An implementation may round the product before what is added to it, the adapter's intermediates, and the sum.
+    """
+    product = matmul_transposed(rounding, product_site, rows, parameters.matrix)
+    if parameters.bias is None and parameters.lora_a is None:
         return rounding.store(site, product)
     xp = array_namespace(product)
-    total = rounding.store(product_site, product) + bias
-    return rounding.store(site, rounding.accumulate(site, total, lambda: xp.abs(total)))
+    total = rounding.store(product_site, product)
+    size = xp.zeros_like(total)
+    if parameters.lora_a is not None:
+        delta = rounding.store(
+            f"{product_site}_lora",
+            matmul_transposed(
+                rounding,
+                f"{product_site}_lora",
+                lora_inner(product_site, rows, parameters, rounding),
+                parameters.lora_b,
+            ),
+        )
+        size = xp.abs(total)
+        total = total + delta
+    if parameters.bias is not None:
+        total = total + parameters.bias
+    return rounding.store(site, rounding.accumulate(site, total, lambda: xp.abs(total) + size))
 
 
-def split_gate_up(
-    z: Float[Array, "*#samples n 2*I"], config: MoEConfig
-) -> tuple[Float[Array, "*#samples n I"], Float[Array, "*#samples n I"]]:
-    """(gate, up), by ``gate_up_layout``."""
-    if config.gate_up_layout == "interleaved":
-        return z[..., 0::2], z[..., 1::2]
-    half = z.shape[-1] // 2
-    return z[..., :half], z[..., half:]
-
-
-def join_gate_up(
-    gate: Float[Array, "*#samples n I"], up: Float[Array, "*#samples n I"], config: MoEConfig
-) -> Float[Array, "*#samples n 2*I"]:
-    """The inverse of `split_gate_up`."""
-    xp = array_namespace(gate, up)
-    if config.gate_up_layout == "interleaved":
-        return xp.reshape(xp.stack([gate, up], axis=-1), (*gate.shape[:-1], 2 * gate.shape[-1]))
-    return xp.concat([gate, up], axis=-1)
-
-
-def activation(
-    z: Float[Array, "*#samples n 2*I"], config: MoEConfig, rounding: Rounding = EXACT
-) -> Float[Array, "*#samples n I"]:
-    """The activation h = (clamp(u, -L, L) + up_offset) * g' * sigmoid(alpha g') with g' = min(g, L).
-
-    Source: SwiGLU from Shazeer 2020 (arXiv:2002.05202); the clamped form from gpt-oss's model code.
-    """
-    xp = array_namespace(z)
-    gate, up = split_gate_up(z, config)
-    if config.limit is not None:
-        gate = xp.clip(gate, max=config.limit)
-        up = xp.clip(up, min=-config.limit, max=config.limit)
-    act = gate * sigmoid(config.alpha * gate)
-    act = rounding.store("act", rounding.accumulate("act", act, lambda: xp.abs(act)))
-    h = (up + config.up_offset) * act
-    return rounding.store("h", rounding.accumulate("h", h, lambda: xp.abs(h)))
+def lora_inner(
+    product_site: str, rows: Float[Array, "*#samples n k"], parameters: Linear, rounding: Rounding = EXACT
+) -> Float[Array, "*#samples n r"]:
+    """What stands between an adapter's factors: scaling (rows A^T)."""
+    name = f"{product_site}_lora_inner"
+    inner = rounding.store(name, matmul_transposed(rounding, name, rows, parameters.lora_a))
+    return rounding.store(f"{name}_scaled", parameters.scaling * inner)

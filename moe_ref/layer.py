@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from array_api_compat import array_namespace
 
 from moe_ref._typing import Array, Float, Int
-from moe_ref.combine import combine
+from moe_ref.combine import combine, sum_slots
 from moe_ref.experts import experts
 from moe_ref.grouping import group, is_slot, permute, unpermute
 from moe_ref.numerics import EXACT, Rounding
 from moe_ref.routing import route
-from moe_ref.types import MoEWeights
+from moe_ref.types import Grouping, MoEWeights
 from moe_ref.validation import check_experts_inputs, check_inputs
 
 
@@ -38,8 +40,8 @@ def moe(
     xp = array_namespace(x)
     logits = xp.reshape(router_logits, (-1, weights.num_experts))
     rows = xp.astype(xp.reshape(x, (-1, weights.hidden_size)), xp.float64)
-    routing = route(logits, weights.config, rounding)
-    y = apply_experts(rows, routing.topk_ids, routing.topk_weights, weights, rounding)
+    routing = route(logits, weights.config, weights.selection_bias, rounding)
+    y = outputs_of(run_slots(rows, routing.topk_ids, routing.topk_weights, weights, rounding), weights, rounding)
     return xp.reshape(y, tuple(x.shape))
 
 
@@ -71,20 +73,56 @@ def routed_experts(
     rows = xp.astype(xp.reshape(x, (-1, weights.hidden_size)), xp.float64)
     ids = xp.reshape(topk_ids, (-1, top_k))
     slot_weights = xp.astype(xp.reshape(topk_weights, (-1, top_k)), xp.float64)
-    return xp.reshape(apply_experts(rows, ids, slot_weights, weights, rounding), tuple(x.shape))
+    y = outputs_of(run_slots(rows, ids, slot_weights, weights, rounding), weights, rounding)
+    return xp.reshape(y, tuple(x.shape))
 
 
-def apply_experts(
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """What stands between the choice of experts and the tokens' outputs.
+
+    Attributes:
+        grouping: the slots sorted by expert.
+        weights: zero for empty slots, whatever weight they had (R7).
+        tokens: in expert order, x of each row.
+        rows: in expert order, what the experts are given: x, or with ``scale_input`` its product with the weight (C3).
+        outputs: in slot order, what the experts give; zero for empty slots.
+    """
+
+    grouping: Grouping
+    weights: Float[Array, "*#samples T K"]
+    tokens: Float[Array, "*#samples S H"]
+    rows: Float[Array, "*#samples S H"]
+    outputs: Float[Array, "*#samples S H"]
+
+
+def run_slots(
     x: Float[Array, "*#samples T H"],
     topk_ids: Int[Array, "T K"],
     topk_weights: Float[Array, "*#samples T K"],
     weights: MoEWeights,
     rounding: Rounding = EXACT,
-) -> Float[Array, "*#samples T H"]:
-    """Permute, experts, unpermute, combine; an empty slot weighs nothing, whatever its weight."""
+) -> Slots:
+    """Permute, experts, unpermute."""
     xp = array_namespace(x)
     grouping = group(topk_ids, weights.num_experts)
-    rows = permute(x, grouping.order, topk_ids.shape[-1])
-    outputs = unpermute(experts(rows, grouping.group_offsets, weights, rounding), grouping.inverse)
     mask = is_slot(topk_ids, weights.num_experts)
-    return combine(outputs, xp.where(mask, topk_weights, xp.zeros_like(topk_weights)), rounding)
+    slot_weights = xp.where(mask, topk_weights, xp.zeros_like(topk_weights))
+    rows = tokens = permute(x, grouping.order, topk_ids.shape[-1])
+    if weights.config.scale_input:
+        rows = rounding.store("weighted_x", row_weights(slot_weights, grouping) * tokens)
+    outputs = unpermute(experts(rows, grouping.group_offsets, weights, rounding), grouping.inverse)
+    return Slots(grouping, slot_weights, tokens, rows, outputs)
+
+
+def row_weights(topk_weights: Float[Array, "*#samples T K"], grouping: Grouping) -> Float[Array, "*#samples S 1"]:
+    """The weight of each row, in expert order."""
+    xp = array_namespace(topk_weights)
+    return unpermute(xp.reshape(topk_weights, (*topk_weights.shape[:-2], -1, 1)), grouping.order)
+
+
+def outputs_of(slots: Slots, weights: MoEWeights, rounding: Rounding = EXACT) -> Float[Array, "*#samples T H"]:
+    """Combine: slots weighed and summed (C1), or only summed where the weight is in the input already (C3)."""
+    if weights.config.scale_input:
+        return sum_slots("y", slots.outputs, slots.weights.shape[-1], rounding)
+    return combine(slots.outputs, slots.weights, rounding)

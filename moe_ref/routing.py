@@ -1,4 +1,4 @@
-"""From router_logits to the chosen experts and their weights (clauses R1, R2, R4, R5)."""
+"""From router_logits to the chosen experts and their weights (clauses R1 to R5)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from moe_ref.types import MoEConfig, Routing
 from moe_ref.validation import check_route_inputs
 
 
-def route(router_logits: Float[Array, "*#samples T E"], config: MoEConfig, rounding: Rounding = EXACT) -> Routing:
+def route(
+    router_logits: Float[Array, "*#samples T E"],
+    config: MoEConfig,
+    selection_bias: Float[Array, " E"] | None = None,
+    rounding: Rounding = EXACT,
+) -> Routing:
     """Chooses K experts for each token and weighs them.
 
     Args:
         router_logits: any float dtype, read exactly.
         config: ``top_k`` must be set.
+        selection_bias: any float dtype; moves the choice only, never the weight (R3).
         rounding: rounding policy.
 
     Returns:
@@ -26,22 +32,80 @@ def route(router_logits: Float[Array, "*#samples T E"], config: MoEConfig, round
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
-    check_route_inputs(router_logits, config)
+    check_route_inputs(router_logits, config, selection_bias)
     xp = array_namespace(router_logits)
     logits = xp.astype(router_logits, xp.float64)
-    topk_ids = choose(logits, config)
+    topk_ids = choose(logits, config, selection_bias)
     return Routing(topk_ids, weigh(logits, topk_ids, config, rounding))
 
 
-def choose(logits: Float[Array, "T E"], config: MoEConfig) -> Int[Array, "T K"]:
-    """Ids by (key descending, id ascending); the key is the logit, which orders as every scoring does (R2).
+def choose(
+    logits: Float[Array, "T E"], config: MoEConfig, selection_bias: Float[Array, " E"] | None = None
+) -> Int[Array, "T K"]:
+    """Ids by (key descending, id ascending), within the best groups (R2).
 
     A NaN counts as the smallest key: such a row has NaN weights anyway, and its ids are in range and distinct.
     """
-    xp = array_namespace(logits)
     assert config.top_k is not None
-    keys = xp.where(xp.isnan(logits), xp.full_like(logits, -math.inf), logits)
-    return xp.argsort(-keys, axis=-1, stable=True)[..., : config.top_k]
+    keys = choice_keys(logits, config, selection_bias)
+    if config.num_groups > 1:
+        keys = keys_of_groups(keys, choose_groups(group_keys(keys, config), config))
+    return _largest(keys, config.top_k)
+
+
+def keys_are_rounded(config: MoEConfig, selection_bias: Array | None) -> bool:
+    """Whether the keys come out of arithmetic, so that implementations may differ in their last bits (R2)."""
+    return selection_bias is not None or config.num_groups > 1
+
+
+def choice_keys(
+    logits: Float[Array, "T E"], config: MoEConfig, selection_bias: Float[Array, " E"] | None = None
+) -> Float[Array, "T E"]:
+    """What experts are chosen by: the logit, which orders as every scoring does; with a bias or groups score + bias.
+
+    The score of "topk_softmax" is the logit. A logit of -inf or NaN has key -inf, whatever its bias (R4).
+    """
+    xp = array_namespace(logits)
+    lowest = xp.full_like(logits, -math.inf)
+    keys = logits
+    if keys_are_rounded(config, selection_bias):
+        broken = broken_rows(logits, config)[..., None]
+        if config.scoring == "softmax":
+            keys = softmax(xp.where(broken, xp.zeros_like(logits), logits))
+        elif config.scoring == "sigmoid":
+            keys = sigmoid(logits)
+        if selection_bias is not None:
+            keys = keys + xp.astype(selection_bias, xp.float64)
+    return xp.where(xp.isnan(keys) | ~(logits > -math.inf), lowest, keys)
+
+
+def group_keys(keys: Float[Array, "T E"], config: MoEConfig) -> Float[Array, "T G"]:
+    """The key of each group of E / G neighbouring experts, by ``group_score``."""
+    xp = array_namespace(keys)
+    members = xp.reshape(keys, (*keys.shape[:-1], config.num_groups, keys.shape[-1] // config.num_groups))
+    if config.group_score == "max":
+        return xp.max(members, axis=-1)
+    best = xp.sort(members, axis=-1)
+    return best[..., -1] + best[..., -2]
+
+
+def choose_groups(keys: Float[Array, "T G"], config: MoEConfig) -> Bool[Array, "T G"]:
+    """Which groups are kept: the ``topk_groups`` largest keys, the lower group of equals."""
+    xp = array_namespace(keys)
+    groups = xp.arange(config.num_groups, device=device(keys))
+    chosen = _largest(keys, config.topk_groups)
+    return xp.any(chosen[..., None] == groups, axis=-2)
+
+
+def keys_of_groups(keys: Float[Array, "T E"], kept: Bool[Array, "T G"]) -> Float[Array, "T E"]:
+    """The keys, with -inf for experts outside the groups that are kept."""
+    xp = array_namespace(keys)
+    members = xp.repeat(kept, keys.shape[-1] // kept.shape[-1], axis=-1)
+    return xp.where(members, keys, xp.full_like(keys, -math.inf))
+
+
+def _largest(keys: Array, count: int) -> Array:
+    return array_namespace(keys).argsort(-keys, axis=-1, stable=True)[..., :count]
 
 
 def broken_rows(logits: Float[Array, "*#samples T E"], config: MoEConfig) -> Bool[Array, "*#samples T"]:
@@ -53,12 +117,23 @@ def broken_rows(logits: Float[Array, "*#samples T E"], config: MoEConfig) -> Boo
     return broken | xp.any(logits == math.inf, axis=-1) | xp.all(logits == -math.inf, axis=-1)
 
 
+def undefined_rows(
+    logits: Float[Array, "*#samples T E"], topk_ids: Int[Array, "T K"], config: MoEConfig
+) -> Bool[Array, "*#samples T"]:
+    """Broken rows; and for "topk_softmax" those in which all that is chosen is -inf, which takes groups (R4)."""
+    xp = array_namespace(logits)
+    broken = broken_rows(logits, config)
+    if config.scoring != "topk_softmax":
+        return broken
+    return broken | xp.all(take_chosen(xp.where(logits == -math.inf, 0.0, 1.0), topk_ids) == 0.0, axis=-1)
+
+
 def weigh(
     logits: Float[Array, "*#samples T E"], topk_ids: Int[Array, "T K"], config: MoEConfig, rounding: Rounding = EXACT
 ) -> Float[Array, "*#samples T K"]:
-    """The weights of the chosen experts: score, renormalisation, scaling factor. NaN for broken rows."""
+    """The weights of the chosen experts: score, renormalisation, scaling factor. NaN for undefined rows."""
     xp = array_namespace(logits)
-    broken = broken_rows(logits, config)[..., None]
+    broken = undefined_rows(logits, topk_ids, config)[..., None]
     weights = chosen_scores(xp.where(broken, xp.zeros_like(logits), logits), topk_ids, config, rounding)
     if config.renormalize:
         weights = weights / (sum_last(rounding, "renormalize", weights)[..., None] + config.renormalize_eps)

@@ -8,14 +8,21 @@ Sizes, everywhere: T tokens, E experts, K experts chosen per token (``top_k``), 
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
 from moe_ref._typing import Array, Float, Int
 
 Scoring = Literal["softmax", "topk_softmax", "sigmoid"]
-Activation = Literal["swiglu"]
+GroupScore = Literal["max", "top2_sum"]
+Activation = Literal["swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu2"]
 GateUpLayout = Literal["concatenated", "interleaved"]
+
+GATED: tuple[Activation, ...] = ("swiglu", "geglu", "geglu_tanh")
+DENSE = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+LORA_FACTORS = ("gate_up_lora_a", "gate_up_lora_b", "down_lora_a", "down_lora_b")
+PARAMETERS = DENSE + LORA_FACTORS  # what has a gradient; the selection bias has none (D1)
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,18 @@ class MoEConfig:
         renormalize: divide the K weights by (their sum + ``renormalize_eps``).
         renormalize_eps: the model's own epsilon (DeepSeek-V3: 1e-20), so that a zero sum does not give 0/0.
         routed_scaling_factor: multiplies the weights last (DeepSeek-V3: 2.5).
-        activation: "swiglu": h = (clamp(u, -limit, limit) + up_offset) * g' * sigmoid(alpha * g'), g' = min(g, limit).
-        alpha: slope inside the sigmoid; 1 is plain SiLU, gpt-oss has 1.702.
-        limit: clamp of gate (from above) and up (on both sides); None is no clamp, gpt-oss has 7.
-        up_offset: added to the clamped up half; 0 is plain SwiGLU, gpt-oss has 1.
-        gate_up_layout: rows of gate_up_proj are "concatenated" (all gates, then all ups) or "interleaved"
+        num_groups: experts are chosen within the best of this many groups of neighbours (DeepSeek-V3: 8); 1 is none.
+        topk_groups: how many groups are kept (DeepSeek-V3: 4).
+        group_score: a group's key is the "max" of its experts' keys (DeepSeek-V2) or the sum of its two largest,
+            "top2_sum" (DeepSeek-V3).
+        scale_input: the weight multiplies the expert's input instead of its output (Llama 4).
+        activation: gated, h = act(g) * u: "swiglu", "geglu" (erf), "geglu_tanh"; or not, h = act(z): "silu", "gelu"
+            (erf), "gelu_tanh", "relu2" (max(z, 0)**2). "swiglu" has a clamped form:
+            h = (clamp(u, -limit, limit) + up_offset) * g' * sigmoid(alpha * g'), g' = min(g, limit).
+        alpha: slope inside the sigmoid of "swiglu"; 1 is plain SiLU, gpt-oss has 1.702.
+        limit: clamp of gate (from above) and up (on both sides) of "swiglu"; None is no clamp, gpt-oss has 7.
+        up_offset: added to the clamped up half of "swiglu"; 0 is plain SwiGLU, gpt-oss has 1.
+        gate_up_layout: rows of a gated gate_up_proj are "concatenated" (all gates, then all ups) or "interleaved"
             (gate 0, up 0, gate 1, ...; gpt-oss).
     """
 
@@ -42,24 +56,58 @@ class MoEConfig:
     renormalize: bool = False
     renormalize_eps: float = 1e-20
     routed_scaling_factor: float = 1.0
+    num_groups: int = 1
+    topk_groups: int = 1
+    group_score: GroupScore = "max"
+    scale_input: bool = False
     activation: Activation = "swiglu"
     alpha: float = 1.0
     limit: float | None = None
     up_offset: float = 0.0
     gate_up_layout: GateUpLayout = "concatenated"
 
+    @property
+    def gated(self) -> bool:
+        """Whether gate_up_proj holds gate and up rows, 2I of them (J = 2I), or up rows alone (J = I)."""
+        return self.activation in GATED
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertLoRA:
+    """Low-rank adapters, one for each expert: a projection's result gains ``scaling * (row A^T) B^T``.
+
+    The factors stay separate: no executor forms W + B A. Each projection has both factors or neither. Source: Hu et
+    al. 2021 (arXiv:2106.09685). (Trap: PEFT stores lora_B as (out, r*E) with the expert *fastest*, lora_A as (E*r, in)
+    with the expert slowest; here the expert is the first dimension of both.)
+
+    Attributes:
+        gate_up_lora_a, gate_up_lora_b: A and B of gate_up_proj, of rank r.
+        down_lora_a, down_lora_b: A and B of down_proj, of rank q.
+        gate_up_scaling, down_scaling: PEFT's lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
+    """
+
+    gate_up_lora_a: Float[Array, "E r H"] | None = None
+    gate_up_lora_b: Float[Array, "E J r"] | None = None
+    down_lora_a: Float[Array, "E q I"] | None = None
+    down_lora_b: Float[Array, "E H q"] | None = None
+    gate_up_scaling: float = 1.0
+    down_scaling: float = 1.0
+
 
 @dataclass(frozen=True, eq=False)
 class MoEWeights:
     """A thin view of a layer's parameters: build it per call, free of copies.
 
-    The projections may be views of any strides: a model that stores (E, H, 2I) passes ``.transpose(1, 2)``.
+    The projections may be views of any strides: a model that stores (E, H, 2I) passes ``.transpose(1, 2)``. J is 2I
+    for gated activations and I for the others.
     """
 
-    gate_up_proj: Float[Array, "E 2*I H"]
+    gate_up_proj: Float[Array, "E J H"]
     down_proj: Float[Array, "E H I"]
-    gate_up_proj_bias: Float[Array, "E 2*I"] | None = None
+    gate_up_proj_bias: Float[Array, "E J"] | None = None
     down_proj_bias: Float[Array, "E H"] | None = None
+    selection_bias: Float[Array, " E"] | None = None  # moves the choice only, never the weight (R3)
+    lora: ExpertLoRA | None = None
     _: KW_ONLY
     config: MoEConfig
 
@@ -77,6 +125,24 @@ class MoEWeights:
     def intermediate_size(self) -> int:
         """I."""
         return self.down_proj.shape[2]
+
+    def parameters(self) -> dict[str, Array]:
+        """What has a gradient, by name (those of `PARAMETERS` that the layer has), each with E in front."""
+        found = {name: getattr(self, name) for name in DENSE}
+        found |= {name: getattr(self.lora, name, None) for name in LORA_FACTORS}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def with_parameters(self, changed: dict[str, Array]) -> MoEWeights:
+        """The same layer with other arrays for some of its `parameters`."""
+        dense = {name: value for name, value in changed.items() if name in DENSE}
+        factors = {name: value for name, value in changed.items() if name in LORA_FACTORS}
+        lora = replace(self.lora, **factors) if self.lora is not None else None
+        return replace(self, **dense, lora=lora)
+
+    def map(self, change: Callable[[Array], Array]) -> MoEWeights:
+        """The same layer with every array changed, the selection bias included."""
+        changed = self.with_parameters({name: change(value) for name, value in self.parameters().items()})
+        return replace(changed, selection_bias=None if self.selection_bias is None else change(self.selection_bias))
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,3 +178,7 @@ class MoEGradients:
     down_proj: Array
     gate_up_proj_bias: Array | None = None
     down_proj_bias: Array | None = None
+    gate_up_lora_a: Array | None = None
+    gate_up_lora_b: Array | None = None
+    down_lora_a: Array | None = None
+    down_lora_b: Array | None = None

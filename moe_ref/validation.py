@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from moe_ref._typing import Array
-from moe_ref.types import Activation, GateUpLayout, MoEConfig, MoEWeights, Scoring
+from moe_ref.types import GATED, Activation, ExpertLoRA, GateUpLayout, GroupScore, MoEConfig, MoEWeights, Scoring
 
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 ID_DTYPES = ("int32", "int64")
@@ -38,10 +38,13 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
             most = "" if num_experts is None else f" and at most {num_experts} (E)"
             raise ValueError(f"top_k={top_k}: must be at least 1{most}")
     _check_choice("scoring", config.scoring, get_args(Scoring))
+    _check_choice("group_score", config.group_score, get_args(GroupScore))
     _check_choice("activation", config.activation, get_args(Activation))
     _check_choice("gate_up_layout", config.gate_up_layout, get_args(GateUpLayout))
-    if not isinstance(config.renormalize, bool):
-        raise TypeError(f"renormalize={_short(config.renormalize)}: must be True or False")
+    for name in ("renormalize", "scale_input"):
+        value = getattr(config, name)
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={_short(value)}: must be True or False")
     for name in ("renormalize_eps", "routed_scaling_factor", "alpha", "up_offset"):
         _check_finite(name, getattr(config, name))
     if config.renormalize_eps < 0:
@@ -50,6 +53,39 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
         _check_finite("limit", config.limit)
         if config.limit <= 0:
             raise ValueError(f"limit={config.limit}: must be positive, or None for no clamp")
+    _check_activation(config)
+    _check_groups(config, num_experts)
+
+
+def _check_activation(config: MoEConfig) -> None:
+    """The fields of the clamped form belong to swiglu, a layout to gated activations."""
+    if config.activation != "swiglu":
+        for name, plain in (("alpha", 1.0), ("limit", None), ("up_offset", 0.0)):
+            if getattr(config, name) != plain:
+                only = f"must be {plain} for activation={config.activation!r} (others are for 'swiglu' only)"
+                raise ValueError(f"{name}={getattr(config, name)}: {only}")
+    if config.activation not in GATED and config.gate_up_layout != "concatenated":
+        only = f"must be 'concatenated' for activation={config.activation!r}, which is not gated"
+        raise ValueError(f"gate_up_layout={config.gate_up_layout!r}: {only}")
+
+
+def _check_groups(config: MoEConfig, num_experts: int | None) -> None:
+    for name in ("num_groups", "topk_groups"):
+        _check_integer(name, getattr(config, name))
+    groups, kept, top_k = config.num_groups, config.topk_groups, config.top_k
+    if groups < 1:
+        raise ValueError(f"num_groups={groups}: must be at least 1")
+    if not 1 <= kept <= groups:
+        raise ValueError(f"topk_groups={kept}: must be at least 1 and at most {groups} (num_groups)")
+    if num_experts is None or groups == 1:
+        return
+    if num_experts % groups:
+        raise ValueError(f"num_groups={groups}: must be a divisor of {num_experts} (E)")
+    size = num_experts // groups
+    if config.group_score == "top2_sum" and size < 2:
+        raise ValueError(f"group_score='top2_sum': must be 'max' for groups of one expert (E / num_groups = {size})")
+    if top_k is not None and top_k > kept * size:
+        raise ValueError(f"top_k={top_k}: must be at most {kept * size} (topk_groups * E / num_groups)")
 
 
 def check_weights(weights: MoEWeights) -> None:
@@ -60,22 +96,56 @@ def check_weights(weights: MoEWeights) -> None:
     """
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"weights={_short(weights)}: must be a moe_ref.MoEWeights")
+    if not isinstance(weights.config, MoEConfig):
+        raise TypeError(f"config={_short(weights.config)}: must be a moe_ref.MoEConfig")
+    _check_choice("activation", weights.config.activation, get_args(Activation))
     gate_up, down = weights.gate_up_proj, weights.down_proj
     _check_array("gate_up_proj", gate_up)
     _check_array("down_proj", down, like=("gate_up_proj", gate_up))
     shape = tuple(gate_up.shape)
-    if len(shape) != 3 or min(shape) < 1 or shape[1] % 2:
-        raise ValueError(f"gate_up_proj.shape={shape}: must be (E, 2*I, H), each at least 1")
+    gated = weights.config.gated
+    form = "(E, 2*I, H)" if gated else "(E, I, H)"
+    if len(shape) != 3 or min(shape) < 1 or (gated and shape[1] % 2):
+        raise ValueError(f"gate_up_proj.shape={shape}: must be {form}, each at least 1")
     experts, both, hidden = shape
-    _check_shape("down_proj", down, (experts, hidden, both // 2), "(E, H, I) to match gate_up_proj (E, 2*I, H)")
+    inner = both // 2 if gated else both
+    _check_shape("down_proj", down, (experts, hidden, inner), f"(E, H, I) to match gate_up_proj {form}")
     if dtype_name(down) != dtype_name(gate_up):
         raise TypeError(f"down_proj.dtype={dtype_name(down)}: must be {dtype_name(gate_up)}, gate_up_proj's")
-    for name, size, letters in (("gate_up_proj_bias", both, "(E, 2*I)"), ("down_proj_bias", hidden, "(E, H)")):
-        bias = getattr(weights, name)
-        if bias is not None:
-            _check_array(name, bias, like=("gate_up_proj", gate_up))
-            _check_shape(name, bias, (experts, size), letters)
+    optional = (
+        ("gate_up_proj_bias", (experts, both), "(E, 2*I)" if gated else "(E, I)"),
+        ("down_proj_bias", (experts, hidden), "(E, H)"),
+        ("selection_bias", (experts,), "(E,)"),
+    )
+    for name, expected, letters in optional:
+        value = getattr(weights, name)
+        if value is not None:
+            _check_array(name, value, like=("gate_up_proj", gate_up))
+            _check_shape(name, value, expected, letters)
+    if weights.lora is not None:
+        _check_lora(weights.lora, gate_up, inner)
     check_config(weights.config, experts)
+
+
+def _check_lora(lora: ExpertLoRA, gate_up: Array, inner: int) -> None:
+    if not isinstance(lora, ExpertLoRA):
+        raise TypeError(f"lora={_short(lora)}: must be a moe_ref.ExpertLoRA or None")
+    experts, both, hidden = gate_up.shape
+    for projection, (out, width) in (("gate_up", (both, hidden)), ("down", (hidden, inner))):
+        names = f"{projection}_lora_a", f"{projection}_lora_b"
+        a, b = (getattr(lora, name) for name in names)
+        if a is None and b is None:
+            continue
+        for name, other, factor in ((names[0], names[1], a), (names[1], names[0], b)):
+            if factor is None:
+                raise ValueError(f"{name}=None: must be given with {other}")
+            _check_array(name, factor, like=("gate_up_proj", gate_up))
+        rank = a.shape[1] if a.ndim == 3 else 0
+        if rank < 1 or tuple(a.shape) != (experts, rank, width):
+            shape = tuple(a.shape)
+            raise ValueError(f"{names[0]}.shape={shape}: must be ({experts}, rank, {width}), rank at least 1")
+        _check_shape(names[1], b, (experts, out, rank), f"the shape that goes with {names[0]}")
+        _check_finite(f"{projection}_scaling", getattr(lora, f"{projection}_scaling"))
 
 
 def check_inputs(x: Array, router_logits: Array, weights: MoEWeights) -> None:
@@ -93,8 +163,8 @@ def check_inputs(x: Array, router_logits: Array, weights: MoEWeights) -> None:
     _check_shape("router_logits", router_logits, expected, "x's leading dimensions and E")
 
 
-def check_route_inputs(router_logits: Array, config: MoEConfig) -> None:
-    """Checks the arguments of ``moe_ref.route(router_logits, config)``.
+def check_route_inputs(router_logits: Array, config: MoEConfig, selection_bias: Array | None) -> None:
+    """Checks the arguments of ``moe_ref.route(router_logits, config, selection_bias)``.
 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
@@ -105,6 +175,9 @@ def check_route_inputs(router_logits: Array, config: MoEConfig) -> None:
     check_config(config, router_logits.shape[-1])
     if config.top_k is None:
         raise ValueError("top_k=None: must be an integer from 1 to E, to choose experts")
+    if selection_bias is not None:
+        _check_array("selection_bias", selection_bias, like=("router_logits", router_logits))
+        _check_shape("selection_bias", selection_bias, (router_logits.shape[-1],), "(E,)")
 
 
 def check_router_logits(router_logits: Array, weights: MoEWeights) -> None:
@@ -152,7 +225,7 @@ def check_dy(x: Array, dy: Array) -> None:
 def _check_x(x: Array, weights: MoEWeights) -> None:
     _check_array("x", x, like=("gate_up_proj", weights.gate_up_proj))
     if x.ndim < 1 or x.shape[-1] != weights.hidden_size:
-        allowed = f"(..., {weights.hidden_size}), the last dimension H of gate_up_proj (E, 2*I, H)"
+        allowed = f"(..., {weights.hidden_size}), the last dimension H of gate_up_proj"
         raise ValueError(f"x.shape={tuple(x.shape)}: must be {allowed}")
     if dtype_name(x) != dtype_name(weights.gate_up_proj):
         raise TypeError(f"x.dtype={dtype_name(x)}: must be {dtype_name(weights.gate_up_proj)}, gate_up_proj's")

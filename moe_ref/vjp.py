@@ -1,22 +1,24 @@
 """The backward pass, written out: one function per forward function (clauses D1, D2, D3).
 
-Each ``f_vjp`` takes the inputs of ``f`` and the gradient of its output, and returns the gradients of its inputs.
+Each ``f_vjp``, here, in `experts_vjp` and in `routing_vjp`, takes the inputs of ``f`` and the gradient of its output,
+and returns the gradients of its inputs.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
 from moe_ref._typing import Array, Float, Int
-from moe_ref.combine import combine
-from moe_ref.experts import activation, expert, experts, groups, join_gate_up, split_gate_up, up
-from moe_ref.grouping import group, is_slot, permute, unpermute
-from moe_ref.numerics import EXACT, Rounding, matmul_transposed, sum_last, sum_sd
-from moe_ref.routing import broken_rows, chosen_scores, put_chosen, route, sigmoid, softmax, take_chosen, weigh
-from moe_ref.types import MoEConfig, MoEGradients, MoEWeights
+from moe_ref.combine import sum_slots
+from moe_ref.experts_vjp import experts_vjp
+from moe_ref.grouping import is_slot, unpermute
+from moe_ref.layer import outputs_of, row_weights, run_slots
+from moe_ref.numerics import EXACT, Rounding, sum_sd
+from moe_ref.routing import route, weigh
+from moe_ref.routing_vjp import route_vjp
+from moe_ref.types import MoEGradients, MoEWeights
 from moe_ref.validation import check_dy, check_experts_inputs, check_inputs
 
 
@@ -50,7 +52,7 @@ def moe_vjp(
         xp.astype(xp.reshape(a, (-1, n)), xp.float64)
         for a, n in ((x, hidden), (router_logits, num_experts), (dy, hidden))
     )
-    topk_ids = route(logits, weights.config).topk_ids
+    topk_ids = route(logits, weights.config, weights.selection_bias).topk_ids
     y, gradients = layer_vjp(rows, logits, topk_ids, None, weights, upstream, rounding)
     return _with_shapes(y, gradients, x.shape, router_logits.shape)
 
@@ -121,24 +123,27 @@ def layer_vjp(
     xp = array_namespace(x)
     if topk_weights is None:
         topk_weights = weigh(router_logits, topk_ids, weights.config, rounding)
+    slots = run_slots(x, topk_ids, topk_weights, weights, rounding)
+    y = outputs_of(slots, weights, rounding)
+    top_k, grouping = topk_ids.shape[-1], slots.grouping
+    d_parameters: dict[str, Array]
+    if weights.config.scale_input:
+        upstream = unpermute(xp.repeat(dy, top_k, axis=-2), grouping.order)
+        d_scaled, d_parameters = experts_vjp(slots.rows, grouping.group_offsets, weights, upstream, rounding)
+        d_rows = rounding.store("dx_slot_weighted", row_weights(slots.weights, grouping) * d_scaled)
+        d_weights = unpermute(_dot(slots.tokens, d_scaled, rounding), grouping.inverse)
+        d_weights = xp.reshape(d_weights, (*d_weights.shape[:-2], -1, top_k))
+    else:
+        d_outputs, d_weights = combine_vjp(slots.outputs, slots.weights, dy, rounding)
+        upstream = unpermute(d_outputs, grouping.order)
+        d_rows, d_parameters = experts_vjp(slots.rows, grouping.group_offsets, weights, upstream, rounding)
     mask = is_slot(topk_ids, weights.num_experts)
-    slot_weights = xp.where(mask, topk_weights, xp.zeros_like(topk_weights))
-
-    grouping = group(topk_ids, weights.num_experts)
-    rows = permute(x, grouping.order, topk_ids.shape[-1])
-    outputs = unpermute(experts(rows, grouping.group_offsets, weights, rounding), grouping.inverse)
-    y = combine(outputs, slot_weights, rounding)
-
-    d_outputs, d_weights = combine_vjp(outputs, slot_weights, dy, rounding)
     d_weights = xp.where(mask, d_weights, xp.zeros_like(d_weights))
-    d_rows, d_experts = experts_vjp(
-        rows, grouping.group_offsets, weights, unpermute(d_outputs, grouping.order), rounding
-    )
     d_logits = None
     if router_logits is not None:
         d_logits = route_vjp(router_logits, topk_ids, weights.config, d_weights, rounding)
-    dx = permute_vjp(d_rows, grouping.inverse, topk_ids.shape[-1], rounding)
-    return y, MoEGradients(dx, d_logits, d_weights, *d_experts)
+    dx = permute_vjp(d_rows, grouping.inverse, top_k, rounding)
+    return y, MoEGradients(dx, d_logits, d_weights, **d_parameters)
 
 
 def combine_vjp(
@@ -149,179 +154,26 @@ def combine_vjp(
 ) -> tuple[Float[Array, "*#samples S H"], Float[Array, "*#samples T K"]]:
     """Gradients: d outputs = w dy, and d topk_weights[t, k] = <dy[t], o[t, k]> with dy unweighted (D3)."""
     xp = array_namespace(outputs, topk_weights, dy)
-    tokens, top_k = topk_weights.shape[-2:]
-    hidden = dy.shape[-1]
-    slots = xp.reshape(outputs, (*outputs.shape[:-2], tokens, top_k, hidden))
-    d_slots = rounding.store("weighted_dy", topk_weights[..., None] * dy[..., None, :])
-    terms = slots * dy[..., None, :]
-    totals = xp.sum(terms, axis=-1)
-    d_weights = rounding.accumulate(
-        "d_topk_weights", totals, lambda: sum_sd(totals, xp.sum(terms * terms, axis=-1), hidden)
-    )
-    return xp.reshape(d_slots, (*d_slots.shape[:-3], tokens * top_k, hidden)), d_weights
+    top_k = topk_weights.shape[-1]
+    upstream = xp.repeat(dy, top_k, axis=-2)
+    weighted = xp.reshape(topk_weights, (*topk_weights.shape[:-2], -1, 1)) * upstream
+    d_weights = _dot(outputs, upstream, rounding)
+    return rounding.store("weighted_dy", weighted), xp.reshape(d_weights, (*d_weights.shape[:-2], -1, top_k))
+
+
+def _dot(
+    left: Float[Array, "*#samples S H"], right: Float[Array, "*#samples S H"], rounding: Rounding
+) -> Float[Array, "*#samples S 1"]:
+    """The products of rows with rows: the gradient of a slot's weight."""
+    xp = array_namespace(left, right)
+    terms = left * right
+    total = xp.sum(terms, axis=-1, keepdims=True)
+    squares = xp.sum(terms * terms, axis=-1, keepdims=True)
+    return rounding.accumulate("d_topk_weights", total, lambda: sum_sd(total, squares, terms.shape[-1]))
 
 
 def permute_vjp(
     d_rows: Float[Array, "*#samples S H"], inverse: Int[Array, " S"], top_k: int, rounding: Rounding = EXACT
 ) -> Float[Array, "*#samples T H"]:
     """dx[t] is the sum, in increasing k, over the token's slots."""
-    xp = array_namespace(d_rows)
-    slots = unpermute(d_rows, inverse)
-    slots = xp.reshape(slots, (*slots.shape[:-2], slots.shape[-2] // top_k, top_k, slots.shape[-1]))
-    return sum_last(rounding, "dx", xp.moveaxis(slots, -2, -1))
-
-
-def experts_vjp(
-    rows: Float[Array, "*#samples S H"],
-    group_offsets: Int[Array, " E+1"],
-    weights: MoEWeights,
-    d_outputs: Float[Array, "*#samples S H"],
-    rounding: Rounding = EXACT,
-) -> tuple[Float[Array, "*#samples S H"], tuple[Array, Array, Array | None, Array | None]]:
-    """Gradients of rows and of (gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias).
-
-    An expert without rows has gradients of exactly zero (D2).
-    """
-    xp = array_namespace(rows, d_outputs)
-    d_rows, d_parameters = [], {}
-    for index, where in groups(group_offsets):
-        d_block, *d_parameters[index] = expert_vjp(
-            rows[..., where, :], weights, index, d_outputs[..., where, :], rounding
-        )
-        d_rows.append(d_block)
-    samples = d_rows[0].shape[:-2] if d_rows else rows.shape[:-2]
-    outside = rows.shape[-2] - int(group_offsets[-1])
-    d_rows.append(xp.zeros((*samples, outside, rows.shape[-1]), dtype=xp.float64, device=device(rows)))
-
-    def stack(position: int, parameter: Array | None) -> Array | None:
-        if parameter is None:
-            return None
-        shape = (*samples, *parameter.shape[1:])
-        zero = xp.zeros(shape, dtype=xp.float64, device=device(rows))
-        parts = [
-            xp.broadcast_to(d_parameters[e][position], shape) if e in d_parameters else zero
-            for e in range(weights.num_experts)
-        ]
-        return xp.stack(parts, axis=len(samples))
-
-    parameters = (weights.gate_up_proj, weights.down_proj, weights.gate_up_proj_bias, weights.down_proj_bias)
-    stacks = tuple(stack(i, p) for i, p in enumerate(parameters))
-    return xp.concat(d_rows, axis=-2), stacks  # type: ignore[return-value]
-
-
-def expert_vjp(
-    rows: Float[Array, "*#samples n H"],
-    weights: MoEWeights,
-    index: int,
-    d_outputs: Float[Array, "*#samples n H"],
-    rounding: Rounding = EXACT,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Gradients of one expert: rows, gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias."""
-    parameters = expert(weights, index)
-    z = up(rows, parameters, rounding)
-    h = activation(z, weights.config, rounding)
-    dh, d_down_proj, d_down_proj_bias = linear_vjp("dh", h, parameters.down_proj, d_outputs, rounding)
-    dz = activation_vjp(z, weights.config, dh, rounding)
-    d_rows, d_gate_up_proj, d_gate_up_proj_bias = linear_vjp("dx_slot", rows, parameters.gate_up_proj, dz, rounding)
-    return d_rows, d_gate_up_proj, d_down_proj, d_gate_up_proj_bias, d_down_proj_bias
-
-
-def linear_vjp(
-    site: str,
-    rows: Float[Array, "*#samples n k"],
-    matrix: Float[Array, "m k"],
-    d_product: Float[Array, "*#samples n m"],
-    rounding: Rounding = EXACT,
-) -> tuple[Float[Array, "*#samples n k"], Float[Array, "*#samples m k"], Float[Array, "*#samples m"]]:
-    """Gradients of rows, matrix and bias in rows matrix^T + bias."""
-    xp = array_namespace(rows, matrix, d_product)
-    transposed = xp.matrix_transpose(d_product)
-    d_rows = rounding.store(site, matmul_transposed(rounding, site, d_product, xp.matrix_transpose(matrix)))
-    d_matrix = matmul_transposed(rounding, "d_weight", transposed, xp.matrix_transpose(rows))
-    length = d_product.shape[-2]
-    total = xp.sum(d_product, axis=-2)
-    d_bias = rounding.accumulate("d_bias", total, lambda: sum_sd(total, xp.sum(d_product * d_product, axis=-2), length))
-    return d_rows, d_matrix, d_bias
-
-
-def activation_vjp(
-    z: Float[Array, "*#samples n 2*I"],
-    config: MoEConfig,
-    dh: Float[Array, "*#samples n I"],
-    rounding: Rounding = EXACT,
-) -> Float[Array, "*#samples n 2*I"]:
-    """The gradient dz of the gated activation; the clamp's derivative at equality is 1 (E1)."""
-    xp = array_namespace(z, dh)
-    gate, up = split_gate_up(z, config)
-    limit = math.inf if config.limit is None else config.limit
-    clamped_gate, clamped_up = xp.clip(gate, max=limit), xp.clip(up, min=-limit, max=limit)
-    s = sigmoid(config.alpha * clamped_gate)
-    act = rounding.store("act", clamped_gate * s)
-    slope = s * (1 + config.alpha * clamped_gate * (1 - s))
-    zero = xp.zeros_like(dh * gate)
-    d_gate = xp.where(gate <= limit, dh * (clamped_up + config.up_offset) * slope, zero)
-    d_up = xp.where(xp.abs(up) <= limit, dh * act, zero)
-    dz = join_gate_up(d_gate, d_up, config)
-
-    def sd() -> Array:  # that of 1 - s is u, however small 1 - s
-        magnitude = xp.abs(dh * (clamped_up + config.up_offset)) * s * (1 + xp.abs(config.alpha * clamped_gate))
-        return join_gate_up(xp.where(gate <= limit, magnitude, zero), xp.abs(d_up), config)
-
-    return rounding.store("dz", rounding.accumulate("dz", dz, sd))
-
-
-def route_vjp(
-    router_logits: Float[Array, "*#samples T E"],
-    topk_ids: Int[Array, "T K"],
-    config: MoEConfig,
-    d_topk_weights: Float[Array, "*#samples T K"],
-    rounding: Rounding = EXACT,
-) -> Float[Array, "*#samples T E"]:
-    """The gradient of router_logits, through the weights (D1). Rows with undefined weights (R4) get NaN."""
-    xp = array_namespace(router_logits, d_topk_weights)
-    broken = broken_rows(router_logits, config)[..., None]
-    logits = xp.where(broken, xp.zeros_like(router_logits), router_logits)
-    d_scores = d_topk_weights * config.routed_scaling_factor
-    if config.renormalize:
-        scores = chosen_scores(logits, topk_ids, config, rounding)
-        d_scores = renormalize_vjp(scores, config.renormalize_eps, d_scores, rounding)
-    if config.scoring == "softmax":
-        p = softmax(logits, rounding)
-        d_logits = softmax_vjp(p, put_chosen(d_scores, topk_ids, logits.shape[-1]), rounding)
-    else:
-        chosen = take_chosen(logits, topk_ids)
-        if config.scoring == "topk_softmax":
-            d_chosen = softmax_vjp(softmax(chosen, rounding), d_scores, rounding)
-        else:
-            d_chosen = d_scores * sigmoid(chosen) * sigmoid(-chosen)
-            magnitude = xp.abs(d_scores) * sigmoid(chosen)  # an implementation may form s (1 - s)
-            d_chosen = rounding.accumulate("d_router_logits", d_chosen, lambda: magnitude)
-        d_logits = put_chosen(d_chosen, topk_ids, logits.shape[-1])
-    return xp.where(broken, xp.full_like(d_logits, math.nan), d_logits)
-
-
-def softmax_vjp(
-    p: Float[Array, "*#samples T N"], dp: Float[Array, "*#samples T N"], rounding: Rounding = EXACT
-) -> Float[Array, "*#samples T N"]:
-    """Gradient d logits = p (dp - <p, dp>): a difference of nearly equal terms, whose error is that of the terms."""
-    xp = array_namespace(p, dp)
-    terms = p * dp
-    d_logits = terms - p * xp.sum(terms, axis=-1, keepdims=True)
-    return rounding.accumulate(
-        "d_router_logits",
-        d_logits,
-        lambda: xp.abs(terms) + p * xp.sum(xp.abs(terms), axis=-1, keepdims=True),
-    )
-
-
-def renormalize_vjp(
-    scores: Float[Array, "*#samples T K"], eps: float, dw: Float[Array, "*#samples T K"], rounding: Rounding = EXACT
-) -> Float[Array, "*#samples T K"]:
-    """Gradient of the scores of w = scores / (sum + eps): (dw - <w, dw>) / (sum + eps)."""
-    xp = array_namespace(scores, dw)
-    total = xp.sum(scores, axis=-1, keepdims=True) + eps
-    terms = scores / total * dw
-    d_scores = (dw - xp.sum(terms, axis=-1, keepdims=True)) / total
-    return rounding.accumulate(
-        "d_scores", d_scores, lambda: (xp.abs(dw) + xp.sum(xp.abs(terms), axis=-1, keepdims=True)) / total
-    )
+    return sum_slots("dx", unpermute(d_rows, inverse), top_k, rounding)

@@ -8,25 +8,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_ref import MoEWeights, moe, moe_vjp, routed_experts, routed_experts_vjp
+from moe_ref.activations import activation
+from moe_ref.conformance.build import Arrays, build
+from moe_ref.conformance.checks import with_one_choice
 from moe_ref.conformance.gates import judge
-from moe_ref.conformance.problem import PARAMETERS, Arrays, Problem, build, reference
+from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.reference import reference
 from moe_ref.conformance.strategies import problems
 from moe_ref.error_bars import named
+from moe_ref.experts import down, expert, up
 from moe_ref.vjp import layer_vjp
 
 STEP = 1e-7  # so small that no pre-activation crosses the clamp, whose margin is 1e-5
 
 
 def sound(problem: Problem) -> Problem:
-    """In float64, everything differentiable, nothing broken."""
-    return replace(
-        problem,
-        dtype="float64",
-        routing_dtype="float64",
-        bias_dtype="float64",
-        broken_logits=0,
-        broken_x=0,
-        frozen=frozenset(),
+    """In float64, everything differentiable, nothing broken, one right choice of experts."""
+    return with_one_choice(
+        replace(
+            problem,
+            dtype="float64",
+            routing_dtype="float64",
+            bias_dtype="float64",
+            lora_dtype="float64",
+            broken_logits=0,
+            broken_x=0,
+            frozen=frozenset(),
+        )
     )
 
 
@@ -35,11 +43,10 @@ sound_problems = problems().map(sound)
 
 def in_torch(arrays: Arrays) -> tuple[dict[str, torch.Tensor], MoEWeights]:
     names = ("x", "router_logits", "topk_weights")
-    leaves = {name: getattr(arrays, name) for name in names} | {
-        name: getattr(arrays.weights, name) for name in PARAMETERS
-    }
+    leaves = {name: getattr(arrays, name) for name in names} | arrays.weights.parameters()
     tensors = {n: torch.tensor(v, requires_grad=True) for n, v in leaves.items() if v is not None}
-    return tensors, MoEWeights(**{n: tensors.get(n) for n in PARAMETERS}, config=arrays.weights.config)
+    weights = arrays.weights.map(torch.from_numpy)
+    return tensors, weights.with_parameters({n: tensors[n] for n in weights.parameters()})
 
 
 def agree(problem: Problem, results: dict[str, np.ndarray]) -> None:
@@ -75,7 +82,8 @@ def test_vjp_equals_autograd(problem: Problem) -> None:
         y = moe(tensors["x"], tensors["router_logits"], weights)
     else:
         y = routed_experts(tensors["x"], torch.from_numpy(arrays.topk_ids), tensors["topk_weights"], weights)
-    y.backward(torch.from_numpy(arrays.dy))
+    if y.requires_grad:  # with no tokens, nothing is touched
+        y.backward(torch.from_numpy(arrays.dy))
     zero = {n: torch.zeros_like(t) for n, t in tensors.items()}  # autograd gives None where nothing was touched
     results = {n: (zero[n] if t.grad is None else t.grad).numpy() for n, t in tensors.items()}
     agree(problem, {"y": y.detach().numpy()} | results)
@@ -87,14 +95,13 @@ def test_vjp_equals_central_differences(problem: Problem, data: st.DataObject) -
     arrays = build(problem)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="direction"))
     names = [n for n in ("router_logits", "topk_weights") if getattr(arrays, n) is not None]
-    values = {n: getattr(arrays, n) for n in ("x", *names)} | {n: getattr(arrays.weights, n) for n in PARAMETERS}
+    values = {n: getattr(arrays, n) for n in ("x", *names)} | arrays.weights.parameters()
     values = {n: np.where(np.isfinite(v), v, 0.0) if n == "topk_weights" else v for n, v in values.items()}
-    values = {n: v for n, v in values.items() if v is not None}
     direction = {n: rng.standard_normal(v.shape) for n, v in values.items()}
 
     def run(shift: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         moved = {n: v + shift * direction[n] for n, v in values.items()}
-        weights = MoEWeights(**{n: moved.get(n) for n in PARAMETERS}, config=problem.config)
+        weights = arrays.weights.with_parameters({n: moved[n] for n in arrays.weights.parameters()})
         y, gradients = layer_vjp(
             moved["x"],
             moved.get("router_logits"),
@@ -113,20 +120,38 @@ def test_vjp_equals_central_differences(problem: Problem, data: st.DataObject) -
     assert abs(difference - sum(terms)) <= 1e-6 * (sizes + size_of_y)
 
 
-@given(problem=problems().map(lambda p: replace(p, entry="layer", broken_logits=0)))
+def unscaled(problem: Problem) -> Problem:
+    return replace(problem, entry="layer", config=replace(problem.config, scale_input=False))
+
+
+@given(problem=problems().map(unscaled).map(sound))
 def test_d_topk_weights_needs_no_output(problem: Problem) -> None:
-    """D3: <dy, o> equals <W_d^T dy, h> + <dy, b_d>."""
-    arrays = build(sound(problem))
+    """D3: <dy, o> equals <W_d^T dy, h> + <dy, b_d>, W_d with its adapter."""
+    arrays = build(problem)
     weights = arrays.weights
     _, gradients = moe_vjp(arrays.x, arrays.router_logits, weights, arrays.dy)
-    from moe_ref.experts import activation, expert, up
-
     for t in range(problem.tokens):
         for k, e in enumerate(arrays.topk_ids[t]):
             parameters = expert(weights, int(e))
             h = activation(up(arrays.x[t : t + 1], parameters), problem.config)[0]
-            bias = 0.0 if parameters.down_proj_bias is None else parameters.down_proj_bias
-            projected = parameters.down_proj.T @ arrays.dy[t]
-            size = np.abs(projected) @ np.abs(h) + np.abs(arrays.dy[t]) @ np.abs(bias + np.zeros(problem.hidden)) + 1
-            expected = projected @ h + float(np.sum(arrays.dy[t] * bias))
+            bias = down(np.zeros((1, problem.intermediate)), parameters)[0]
+            columns = down(np.eye(problem.intermediate), parameters) - bias
+            projected = columns @ arrays.dy[t]
+            size = np.abs(columns) @ np.abs(arrays.dy[t]) @ np.abs(h) + np.abs(arrays.dy[t]) @ np.abs(bias) + 1
+            expected = projected @ h + arrays.dy[t] @ bias
             assert abs(gradients.topk_weights[t, k] - expected) <= 1e-12 * size
+
+
+@given(problem=problems().map(sound))
+def test_d_topk_weights_of_scaled_input(problem: Problem) -> None:
+    """D3, C3: with the weight on the input, its gradient is <d(w x), x>: that of a layer whose weights are all 1."""
+    arrays = build(replace(problem, entry="experts", empty_slots=False))
+    weights = replace(arrays.weights, config=replace(problem.config, scale_input=True, limit=None))
+    w, step = arrays.topk_weights, 1e-6
+    _, gradients = routed_experts_vjp(arrays.x, arrays.topk_ids, w, weights, arrays.dy)
+    for k in range(problem.top_k):
+        shift = np.zeros_like(w)
+        shift[:, k] = step
+        high, low = (routed_experts(arrays.x, arrays.topk_ids, w + s, weights) for s in (shift, -shift))
+        difference = np.sum((high - low) * arrays.dy, axis=1) / (2 * step)
+        assert np.allclose(gradients.topk_weights[:, k], difference, rtol=1e-4, atol=1e-4)

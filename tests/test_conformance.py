@@ -10,18 +10,21 @@ from hypothesis import HealthCheck, find, settings
 
 import executors
 from moe_ref import MoEConfig, MoEWeights
+from moe_ref.activations import split_gate_up
 from moe_ref.conformance import profiles
+from moe_ref.conformance.build import build
 from moe_ref.conformance.call import lay_out, run, to_torch
 from moe_ref.conformance.checks import ConformanceError, check_problem, check_repeatable
 from moe_ref.conformance.errors import check_errors, check_no_double_backward
 from moe_ref.conformance.exact import CASES, check_exact
 from moe_ref.conformance.laws import LAWS, check_law
-from moe_ref.conformance.mutants import Wrapped, mutants
+from moe_ref.conformance.mutants import mutants
 from moe_ref.conformance.pinned import EXAMPLES
 from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import Problem, build, reference
+from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.reference import reference
 from moe_ref.conformance.strategies import problems
-from moe_ref.experts import split_gate_up
+from moe_ref.conformance.wrapped import Wrapped
 from moe_ref.numerics import FORMATS
 
 PROBLEM = Problem(24, 7, 16, 12, MoEConfig(3, scoring="sigmoid", renormalize=True), down_bias=True, seed=8)
@@ -213,6 +216,7 @@ def test_each_exact_case_can_fail(case: str, dtype: str) -> None:
         "many_rows": mutant("weight_gradient_lacks_one_row"),
         "clamp_at_equality": mutant("clamp_forgotten"),
         "wide_combine": mutant("one_percent_more"),
+        "small_integers": mutant("another_activation"),
     }
     with pytest.raises(ConformanceError, match=case):
         check_exact(breakers[case], case, dtype)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from moe_ref import MoEConfig, moe_vjp, routed_experts_vjp
-from moe_ref.conformance.problem import Arrays, Problem, build, reference
+from moe_ref.conformance.build import Arrays, build
+from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.reference import reference
 from moe_ref.error_bars import TensorBars, error_bars, named
 from moe_ref.numerics import Nearest, round_to_nearest
 

@@ -5,7 +5,8 @@ import math
 import numpy as np
 
 from moe_ref import MoEConfig, MoEWeights
-from moe_ref.experts import activation, experts, join_gate_up, split_gate_up
+from moe_ref.activations import activation, join_gate_up, split_gate_up
+from moe_ref.experts import experts
 
 
 def silu(v: float) -> float:

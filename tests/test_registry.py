@@ -100,11 +100,10 @@ def test_unknown_name_suggests_the_closest() -> None:
 # Options ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["auto", "native"])
-def test_unknown_option_where_there_are_none(name: str) -> None:
+def test_unknown_option_where_there_are_none() -> None:
     with pytest.raises(TypeError) as caught:
-        executors.get(name, recompute=True)
-    assert str(caught.value) == f"option recompute=True of executor '{name}': there are no options"
+        executors.get("auto", recompute=True)
+    assert str(caught.value) == "option recompute=True of executor 'auto': there are no options"
 
 
 def test_unknown_option_lists_the_options() -> None:
@@ -250,7 +249,7 @@ def test_unavailable_executor_does_not_fall_back(monkeypatch: pytest.MonkeyPatch
 
 LOOP_BACK = """
 import executors
-from moe_ref.conformance.mutants import Wrapped
+from moe_ref.conformance.wrapped import Wrapped
 
 def loop_back():
     return Wrapped("loop_back", executors.get("native"))

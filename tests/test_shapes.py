@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-MODULES = ("combine", "experts", "grouping", "layer", "routing", "vjp")
+MODULES = ["activations", "combine", "experts", "experts_vjp", "grouping", "layer", "routing", "routing_vjp", "vjp"]
 E, K, H, I = 4, 3, 6, 5  # noqa: E741
 DERIVED = {"2*I": ("I", lambda size: size / 2), "E+1": ("E", lambda size: size - 1)}
 
@@ -108,16 +108,23 @@ def is_axis(size: float, name: str) -> bool:
 
 def call_everything(array: Callable[[np.ndarray], Any]) -> None:
     import moe_ref
+    from moe_ref.activations import activation
     from moe_ref.error_bars import error_bars
 
     rng = np.random.default_rng(0)
     scorings, layouts = ("softmax", "topk_softmax", "sigmoid"), ("concatenated", "interleaved")
     for scoring, layout, bias, batch in itertools.product(scorings, layouts, (False, True), ((0,), (5,), (), (2, 3))):
-        config = moe_ref.MoEConfig(K, scoring, renormalize=bias, limit=1.0, gate_up_layout=layout)
-        shapes = (*batch, H), (*batch, E), (*batch, H), (E, 2 * I, H), (E, H, I), (E, 2 * I), (E, H)
+        forms = {"activation": "relu2", "scale_input": True} if bias else {"limit": 1.0, "gate_up_layout": layout}
+        groups = {"num_groups": 2, "topk_groups": 2, "group_score": "top2_sum"} if bias else {}
+        config = moe_ref.MoEConfig(K, scoring, renormalize=bias, **forms, **groups)
+        rows = 2 * I if config.gated else I
+        shapes = (*batch, H), (*batch, E), (*batch, H), (E, rows, H), (E, H, I), (E, rows), (E, H), (E,)
+        factors = (E, 2, H), (E, rows, 2), (E, 3, I), (E, H, 3)
         x, logits, dy, gate_up, down, *biases = (array(rng.standard_normal(shape)) for shape in shapes)
-        weights = moe_ref.MoEWeights(gate_up, down, *(biases if bias else ()), config=config)
-        routing = moe_ref.route(logits.reshape(-1, E), config)
+        lora = moe_ref.ExpertLoRA(*(array(rng.standard_normal(shape)) for shape in factors), 2.0, 0.5)
+        weights = moe_ref.MoEWeights(gate_up, down, *((*biases, lora) if bias else ()), config=config)
+        activation(array(rng.standard_normal((2, 2 * I))), moe_ref.MoEConfig(K, activation="geglu"))
+        routing = moe_ref.route(logits.reshape(-1, E), config, weights.selection_bias)
         slots = routing.topk_ids.reshape(*batch, K), routing.topk_weights.reshape(*batch, K)
         moe_ref.moe(x, logits, weights)
         moe_ref.moe_vjp(x, logits, weights, dy)
@@ -150,13 +157,13 @@ def functions_with_shapes() -> Iterator[tuple[str, CodeType]]:
 
 
 def wrong_calls() -> list[tuple[str, Callable[[], Any]]]:
-    from moe_ref import MoEConfig, MoEWeights, Routing
-    from moe_ref import experts as e
+    from moe_ref import ExpertLoRA, MoEConfig, MoEWeights, Routing
+    from moe_ref import activations as e
     from moe_ref import grouping as g
     from moe_ref import routing as r
     from moe_ref import vjp as v
     from moe_ref.combine import combine
-    from moe_ref.numerics import EXACT
+    from moe_ref.experts import Linear
     from moe_ref.types import Grouping
 
     config, a, ids = MoEConfig(K), np.zeros, np.zeros((2, K), dtype=int)
@@ -168,15 +175,18 @@ def wrong_calls() -> list[tuple[str, Callable[[], Any]]]:
         ("permute: order of floats", lambda: g.permute(a((2, H)), a(2 * K), K)),
         ("unpermute: inverse of fewer slots", lambda: g.unpermute(a((2 * K, H)), order[1:])),
         ("activation: an odd last axis", lambda: e.activation(a((2, 7)), config)),
-        ("activation_vjp: dh of another I", lambda: v.activation_vjp(a((2, 2 * I)), config, a((2, I + 1)))),
+        ("activation_vjp: dh of other rows", lambda: e.activation_vjp(a((2, 2 * I)), config, a((3, I)))),
         ("join_gate_up: halves differ", lambda: e.join_gate_up(a((2, I)), a((2, I + 1)), config)),
-        ("linear: bias of another length", lambda: e.linear("", "", a((2, H)), a((I, H)), a(H), EXACT)),
+        ("Linear: bias of another length", lambda: Linear(a((I, H)), a(H))),
+        ("Linear: factors of two ranks", lambda: Linear(a((I, H)), None, a((2, H)), a((I, 3)))),
+        ("ExpertLoRA: factors of two ranks", lambda: ExpertLoRA(a((E, 2, H)), a((E, I, 3)))),
+        ("choose: bias of other experts", lambda: r.choose(a((2, E)), config, a((E, 1)))),
         ("softmax: without tokens", lambda: r.softmax(a(E))),
         ("take_chosen: ids of other tokens", lambda: r.take_chosen(a((3, E)), ids)),
         ("Routing: another K", lambda: Routing(ids, a((2, K + 1)))),
         ("Grouping: E offsets", lambda: Grouping(order, order, sizes, sizes)),
-        ("MoEWeights: another I", lambda: MoEWeights(a((E, 2 * I, H)), a((E, H, I + 1)), config=config)),
-        ("MoEWeights: bias of another I", lambda: MoEWeights(a((E, 2 * I, H)), a((E, H, I)), a((E, I)), config=config)),
+        ("MoEWeights: another H", lambda: MoEWeights(a((E, 2 * I, H)), a((E, H + 1, I)), config=config)),
+        ("MoEWeights: bias of another J", lambda: MoEWeights(a((E, 2 * I, H)), a((E, H, I)), a((E, I)), config=config)),
     ]
 
 

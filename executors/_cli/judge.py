@@ -15,10 +15,10 @@ from executors._cli.layer_file import Layer
 from moe_ref.conformance.call import Inputs, Result, run
 from moe_ref.conformance.checks import CLAUSES
 from moe_ref.conformance.gates import Verdict, judge, standardise
+from moe_ref.conformance.kinks import pushes_off_kinks
 from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import pushes_off_limit
 from moe_ref.error_bars import TensorBars, error_bars
-from moe_ref.routing import route
+from moe_ref.routing import route, weigh
 from moe_ref.types import MoEWeights
 from moe_ref.validation import dtype_name
 
@@ -85,7 +85,8 @@ def exact_answer(layer: Layer, seed: int, progress: Callable[[int, int], None] |
     """
     truth = unjudged(layer, seed)
     ids, weights = truth.inputs.topk_ids.cpu().numpy(), _wide_weights(layer.weights)
-    near = pushes_off_limit(_wide(layer.x), ids, weights, dtype_name(layer.x)).any(axis=1)
+    topk_weights = weigh(_wide(layer.router_logits), ids, weights.config)
+    near = pushes_off_kinks(_wide(layer.x), ids, topk_weights, weights, dtype_name(layer.x)).any(axis=1)
     dy = truth.inputs.dy.masked_fill(torch.from_numpy(near).to(layer.x.device)[:, None], 0.0)
     inputs = replace(truth.inputs, dy=dy)
     with threadpool_limits(1, "blas"):  # small products, beside torch's own threads: more would only get in the way
@@ -107,7 +108,8 @@ def unjudged(layer: Layer, seed: int) -> Truth:
     x, logits = layer.x, layer.router_logits
     generator = torch.Generator().manual_seed(seed)
     dy = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
-    ids = route(_wide(logits), layer.weights.config).topk_ids
+    bias = layer.weights.selection_bias
+    ids = route(_wide(logits), layer.weights.config, None if bias is None else _wide(bias)).topk_ids
     topk_ids = torch.from_numpy(ids).to(x.device)
     inputs = Inputs(_leaf(x), dy, _leaf(logits), topk_ids, None, _leaf_weights(layer.weights))
     return Truth(inputs, {}, np.bincount(ids.ravel(), minlength=layer.weights.num_experts))
@@ -118,7 +120,8 @@ def inputs_for(executor: Executor, truth: Truth) -> Inputs:
     if executor.capabilities.routing:
         return truth.inputs
     assert truth.inputs.router_logits is not None
-    routing = route(truth.inputs.router_logits.detach(), truth.inputs.weights.config)
+    given = truth.inputs.weights
+    routing = route(truth.inputs.router_logits.detach(), given.config, given.selection_bias)
     wide = torch.promote_types(truth.inputs.x.dtype, torch.float32)
     return replace(truth.inputs, router_logits=None, topk_weights=_leaf(routing.topk_weights.to(wide)))
 
@@ -211,9 +214,7 @@ def _copied(inputs: Inputs) -> Inputs:
         return None if tensor is None else tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
     values = {f.name: getattr(inputs, f.name) for f in fields(inputs) if f.name != "weights"}
-    weights = {f.name: getattr(inputs.weights, f.name) for f in fields(inputs.weights) if f.name != "config"}
-    copies = MoEWeights(**{n: copy(v) for n, v in weights.items()}, config=inputs.weights.config)
-    return Inputs(**{n: copy(v) for n, v in values.items()}, weights=copies)  # type: ignore[arg-type]
+    return Inputs(**{n: copy(v) for n, v in values.items()}, weights=inputs.weights.map(copy))  # type: ignore[arg-type]
 
 
 def _wide(tensor: torch.Tensor) -> np.ndarray:
@@ -221,9 +222,7 @@ def _wide(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _wide_weights(weights: MoEWeights) -> MoEWeights:
-    values = {f.name: getattr(weights, f.name) for f in fields(weights) if f.name != "config"}
-    wide = {name: None if value is None else _wide(value) for name, value in values.items()}
-    return MoEWeights(**wide, config=weights.config)
+    return weights.map(_wide)
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:
@@ -231,5 +230,4 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _leaf_weights(weights: MoEWeights) -> MoEWeights:
-    values = {f.name: getattr(weights, f.name) for f in fields(weights) if f.name != "config"}
-    return MoEWeights(**{n: None if v is None else _leaf(v) for n, v in values.items()}, config=weights.config)
+    return weights.map(_leaf)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moe_ref.conformance.problem import PARAMETERS, Arrays, Problem, leading_shape
-from moe_ref.types import MoEWeights
+from moe_ref.conformance.build import Arrays
+from moe_ref.conformance.problem import Problem, leading_shape
+from moe_ref.types import PARAMETERS, MoEWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +32,7 @@ class Inputs:
     def tensors(self) -> dict[str, Tensor]:
         """Everything differentiable, by name."""
         pairs = [("x", self.x), ("router_logits", self.router_logits), ("topk_weights", self.topk_weights)]
-        pairs += [(name, getattr(self.weights, name)) for name in PARAMETERS]
-        return {name: tensor for name, tensor in pairs if tensor is not None}
+        return {name: tensor for name, tensor in pairs if tensor is not None} | self.weights.parameters()
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Result:
         tensors: "y" and every gradient, flat in the token dimension, as torch tensors on the CPU in their own dtype.
         shape: of y, as it came.
         missing: names of inputs that need a gradient and got none.
-        unasked: names of frozen inputs that got one.
+        unasked: names of frozen inputs that got one, and of the selection bias if it did.
     """
 
     tensors: dict[str, Tensor]
@@ -70,11 +70,15 @@ def to_torch(problem: Problem, arrays: Arrays, device: str = "cpu") -> Inputs:
     def needing(name: str, value: Tensor) -> Tensor:
         return value.detach().requires_grad_(name not in problem.frozen)
 
-    weights = {}
-    for name in PARAMETERS:
-        array = getattr(arrays.weights, name)
-        if array is not None:
-            weights[name] = needing(name, lay_out(tensor(array, problem.dtype_of(name)), problem.weights_layout))
+    weights = arrays.weights.with_parameters(
+        {
+            name: needing(name, lay_out(tensor(array, problem.dtype_of(name)), problem.weights_layout))
+            for name, array in arrays.weights.parameters().items()
+        }
+    )
+    bias = weights.selection_bias
+    if bias is not None:  # it asks for a gradient, and must get none (D1)
+        bias = tensor(bias, problem.dtype_of("selection_bias")).requires_grad_()
     logits, topk_weights = arrays.router_logits, arrays.topk_weights
     config = problem.config if problem.top_k_given else replace(problem.config, top_k=None)
     ids_dtype = problem.ids_dtype if arrays.topk_weights is not None else "int64"
@@ -90,7 +94,7 @@ def to_torch(problem: Problem, arrays: Arrays, device: str = "cpu") -> Inputs:
         topk_weights=None
         if topk_weights is None
         else token_tensor("topk_weights", topk_weights, problem.routing_dtype, problem.routing_layout),
-        weights=MoEWeights(**weights, config=config),
+        weights=replace(weights, selection_bias=bias, config=config),
     )
 
 
@@ -146,6 +150,9 @@ def run(executor: Executor, inputs: Inputs, backward: bool = True, passes: int =
             tensors[name] = _flat(gradient, name)
     missing = tuple(name for name in needing if name not in tensors)
     unasked = tuple(name for name, leaf in leaves.items() if name not in needing and leaf.grad is not None)
+    bias = inputs.weights.selection_bias
+    if bias is not None and bias.grad is not None:
+        unasked = (*unasked, "selection_bias")
     return Result(tensors, tuple(y.shape), missing, unasked)
 
 

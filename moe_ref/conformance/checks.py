@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from moe_ref.conformance.build import build
 from moe_ref.conformance.call import Inputs, Result, run, to_torch
+from moe_ref.conformance.choices import admissible
 from moe_ref.conformance.gates import Verdict, judge
 from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import PARAMETERS, Problem, Reference, build, reference
+from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.reference import Reference, reference
+from moe_ref.routing import keys_are_rounded
+from moe_ref.types import PARAMETERS, Routing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +33,10 @@ CLAUSES = {
     "down_proj": "D1, D2",
     "gate_up_proj_bias": "D1, D2",
     "down_proj_bias": "D1, D2",
+    "gate_up_lora_a": "D1, D2",
+    "gate_up_lora_b": "D1, D2",
+    "down_lora_a": "D1, D2",
+    "down_lora_b": "D1, D2",
 }
 
 
@@ -42,11 +51,25 @@ class ConformanceError(AssertionError):
 def applicable(executor: Executor, problem: Problem) -> Problem:
     """The problem as far as the executor's declared capabilities go.
 
-    One that declares no routing is given ids and weights instead of logits.
+    One that declares no routing is given ids and weights instead of logits. One that does not tell which experts it
+    chooses is given logits that leave it no choice.
     """
     if problem.entry == "layer" and not executor.capabilities.routing:
-        return replace(problem, entry="experts", frozen=problem.frozen - {"router_logits"})
-    return problem
+        return replace(problem, entry="experts", selection_bias="", frozen=problem.frozen - {"router_logits"})
+    return problem if hasattr(executor, "route") else with_one_choice(problem)
+
+
+def with_one_choice(problem: Problem) -> Problem:
+    """The problem, such that only one choice of experts is right.
+
+    Broken logits leave it free; where the weight scales the input, gradients do not show what was chosen there: left
+    out.
+    """
+    if problem.entry != "layer":
+        return problem
+    broken = 0 if problem.config.scale_input else problem.broken_logits
+    rounded = keys_are_rounded(problem.config, problem.selection_bias or None)
+    return replace(problem, margins=rounded, broken_logits=broken)
 
 
 def check_problem(executor: Executor, problem: Problem, device: str = "cpu") -> list[Verdict]:
@@ -61,12 +84,18 @@ def check_problem(executor: Executor, problem: Problem, device: str = "cpu") -> 
     problem = applicable(executor, problem)
     truth = reference(problem)
     inputs = to_torch(problem, truth.arrays, device)
+    routing = _route(executor, inputs)
+    chosen = None
+    if routing is not None:
+        chosen = _check_route(executor, problem, truth, routing)
+        if (chosen != truth.arrays.topk_ids)[~truth.broken_routing].any():  # another right choice: judged on its own
+            truth = reference(problem, tuple(chosen.ravel().tolist()))
+            inputs = to_torch(problem, truth.arrays, device)
     before = _copies(inputs)
     with poisoned():
         result = run(executor, inputs, executor.capabilities.backward)
     _check_untouched(executor, problem, inputs, before)
     _check_form(executor, problem, result, inputs)
-    chosen = _check_route(executor, problem, truth, inputs)
     verdicts = verdicts_of(result_arrays(result), problem, truth, chosen)
     with poisoned(), torch.no_grad():  # inference may take another path
         inference = run(executor, inputs, backward=False)
@@ -99,10 +128,10 @@ def check_repeatable(executor: Executor, problem: Problem, device: str = "cpu") 
     same(run(executor, inputs, backward, passes=2), "two backward passes through one graph")
     other = to_torch(problem, arrays, device)
     with torch.no_grad():
-        for tensor in (other.weights.gate_up_proj, other.weights.down_proj):
+        for tensor in other.weights.parameters().values():
             tensor.mul_(2)
         run(executor, other, backward=False)
-        for tensor in (other.weights.gate_up_proj, other.weights.down_proj):
+        for tensor in other.weights.parameters().values():
             tensor.div_(2)
     same(run(executor, other, backward), "new weights and the same ones put where others were")
 
@@ -183,29 +212,36 @@ def _check_form(executor: Executor, problem: Problem, result: Result, inputs: In
         raise ConformanceError(executor, problem, "D1", f"a gradient for frozen {', '.join(result.unasked)}")
 
 
-def _check_route(executor: Executor, problem: Problem, truth: Reference, inputs: Inputs) -> np.ndarray | None:
-    """R2, R4: the chosen ids are the specification's; in broken rows they are in range and distinct."""
+def _route(executor: Executor, inputs: Inputs) -> Routing | None:
+    """What the executor says it chooses, or None."""
     route = getattr(executor, "route", None)
     if inputs.router_logits is None or route is None:
         return None
-    assert truth.arrays.router_logits is not None
-    with torch.no_grad():
-        routing = route(inputs.router_logits, inputs.weights)
+    with poisoned(), torch.no_grad():
+        return route(inputs.router_logits, inputs.weights)
+
+
+def _check_route(executor: Executor, problem: Problem, truth: Reference, routing: Routing) -> np.ndarray:
+    """R2, R4: the choice is a right one; in broken rows the ids are in range and distinct. Returns the ids [T, K]."""
     ids = routing.topk_ids.reshape(-1, problem.top_k).cpu().numpy()
-    expected = truth.arrays.topk_ids
-    wrong = (ids != expected).any(axis=1) & ~truth.broken_routing
-    if wrong.any():
-        t = int(np.argmax(wrong))
-        message = f"topk_ids[{t}]={ids[t].tolist()}, but must be {expected[t].tolist()}"
-        raise ConformanceError(executor, problem, "R2", message)
+    logits, bias = truth.arrays.router_logits, truth.arrays.weights.selection_bias
+    assert logits is not None
     ordered = np.sort(ids, axis=1)
     bad = (ids < 0).any(axis=1) | (ids >= problem.experts).any(axis=1) | (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
     if bad.any():
         t = int(np.argmax(bad))
         message = f"topk_ids[{t}]={ids[t].tolist()}, but must be distinct and in [0, {problem.experts})"
         raise ConformanceError(executor, problem, "R4", message)
+    expected = truth.arrays.topk_ids
+    wrong = np.flatnonzero((ids != expected).any(axis=1) & ~truth.broken_routing)
+    if keys_are_rounded(problem.config, bias):
+        wrong = wrong[~admissible(ids[wrong], logits[wrong], problem.config, bias)]
+    if wrong.size:
+        t = int(wrong[0])
+        message = f"topk_ids[{t}]={ids[t].tolist()}, but must be {expected[t].tolist()}"
+        raise ConformanceError(executor, problem, "R2", message)
     weights = routing.topk_weights.reshape(-1, problem.top_k).double().cpu().numpy()
-    impossible = np.take_along_axis(truth.arrays.router_logits, ids, axis=1) == -math.inf
+    impossible = np.take_along_axis(logits, ids, axis=1) == -math.inf
     leaking = impossible & (weights != 0) & ~truth.broken_routing[:, None]
     if leaking.any():
         raise ConformanceError(executor, problem, "R4", "an expert with logit -inf has a weight other than 0")

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_ref.conformance.build import build
 from moe_ref.conformance.call import Inputs, call, to_torch
 from moe_ref.conformance.checks import ConformanceError, applicable
-from moe_ref.conformance.problem import Problem, build
+from moe_ref.conformance.problem import Problem
 from moe_ref.layer import moe, routed_experts
-from moe_ref.types import MoEConfig
+from moe_ref.types import ExpertLoRA, MoEConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from executors import Executor
 
 _PROBLEM = Problem(4, 6, 8, 5, MoEConfig(2), gate_up_bias=True, down_bias=True)
@@ -39,6 +42,10 @@ def _config(**changes: Any) -> Callable[[Inputs], Inputs]:
     return _weights(config=lambda config: replace(config, **changes))
 
 
+def _lora(**factors: Tensor) -> Callable[[Inputs], Inputs]:
+    return _weights(lora=lambda _: ExpertLoRA(**factors))
+
+
 # What is wrong -> (how to make it so, the argument that the message must name).
 BAD_INPUTS: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     "x too narrow": (_tensor(x=lambda x: x[..., 1:]), "x.shape"),
@@ -55,7 +62,20 @@ BAD_INPUTS: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     "top_k zero": (_config(top_k=0), "top_k"),
     "top_k a fraction": (_config(top_k=1.5), "top_k"),
     "scoring unknown": (_config(scoring="softmax2"), "scoring"),
-    "activation unknown": (_config(activation="silu"), "activation"),
+    "activation unknown": (_config(activation="swish"), "activation"),
+    "activation not gated": (_config(activation="silu"), "down_proj.shape"),
+    "limit of gelu": (_config(activation="geglu", limit=7.0), "limit"),
+    "num_groups not a divisor": (_config(num_groups=4), "num_groups"),
+    "topk_groups beyond num_groups": (_config(num_groups=2, topk_groups=3), "topk_groups"),
+    "top_k beyond the groups": (_config(top_k=4, num_groups=3, topk_groups=1), "top_k"),
+    "top2_sum of one expert": (_config(num_groups=6, topk_groups=3, group_score="top2_sum"), "group_score"),
+    "group_score unknown": (_config(group_score="mean"), "group_score"),
+    "scale_input no bool": (_config(scale_input=1), "scale_input"),
+    "selection_bias of other experts": (_weights(selection_bias=lambda _: torch.zeros(5)), "selection_bias.shape"),
+    "lora no ExpertLoRA": (_weights(lora=lambda _: {}), "lora"),
+    "lora without its second factor": (_lora(gate_up_lora_a=torch.ones(6, 2, 8)), "gate_up_lora_b"),
+    "lora of other experts": (_lora(down_lora_a=torch.ones(5, 2, 5), down_lora_b=torch.ones(6, 8, 2)), "down_lora_a"),
+    "lora of two ranks": (_lora(down_lora_a=torch.ones(6, 3, 5), down_lora_b=torch.ones(6, 8, 2)), "down_lora_b"),
     "layout unknown": (_config(gate_up_layout="mixed"), "gate_up_layout"),
     "limit negative": (_config(limit=-1.0), "limit"),
     "alpha NaN": (_config(alpha=float("nan")), "alpha"),

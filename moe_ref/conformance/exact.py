@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moe_ref.conformance.build import Arrays
 from moe_ref.conformance.call import run, to_torch
 from moe_ref.conformance.checks import ConformanceError, result_arrays
 from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import Arrays, Problem
+from moe_ref.conformance.problem import Problem
 from moe_ref.error_bars import named
 from moe_ref.numerics import FORMATS
 from moe_ref.types import MoEConfig, MoEWeights
@@ -98,6 +99,27 @@ def wide_combine(dtype: str) -> tuple[Problem, Arrays, str]:
     )
 
 
+def small_integers(dtype: str) -> tuple[Problem, Arrays, str]:
+    """Whole numbers through squared ReLU, without a gate: every step and every gradient is a small whole number (E1).
+
+    Each row and each column of both projections has four elements other than 0, all of them +1 or -1.
+    """
+    rng = np.random.default_rng(0)
+    tokens, experts, top_k, size = 6, 3, 2, 32
+
+    def sparse() -> np.ndarray:
+        places = sum(np.roll(np.eye(size), 5 * shift, axis=1) for shift in range(4))
+        return places * rng.choice([-1.0, 1.0], (experts, size, size))
+
+    config = MoEConfig(top_k=top_k, activation="relu2")
+    problem = Problem(tokens, experts, size, size, config, dtype=dtype, entry="experts")
+    weights = MoEWeights(sparse(), sparse(), config=config)
+    ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k]
+    x, dy = rng.choice([0.0, 1.0], (tokens, size)), rng.choice([-1.0, 0.0, 1.0], (tokens, size))
+    topk_weights = np.tile([1.0, 2.0], (tokens, 1))
+    return problem, Arrays(x, dy, ids, None, topk_weights, weights), "E1"
+
+
 def _case(
     dtype: str,
     clause: str,
@@ -116,4 +138,4 @@ def _case(
     return problem, Arrays(x, dy, ids, None, np.ones(ids.shape), weights), clause
 
 
-CASES = {case.__name__: case for case in (long_sums, many_rows, clamp_at_equality, wide_combine)}
+CASES = {case.__name__: case for case in (long_sums, many_rows, clamp_at_equality, wide_combine, small_integers)}

@@ -58,7 +58,9 @@ def judge(
     failure = _masks_differ(name, actual, bars.exact, mask)
     if failure:
         return Verdict(name, failure=failure)
-    mask &= np.isfinite(bars.exact)
+    finite = np.isfinite(bars.exact)
+    whole = bool((mask | ~finite).all())  # the gain's deviation is that of all elements
+    mask &= finite
     sd = bars.sd(dtype, out_dtype)
     error = np.where(mask, actual - np.where(mask, bars.exact, 0.0), 0.0)
     wrong_zero = mask & (sd == 0) & (error != 0)
@@ -73,7 +75,7 @@ def judge(
     gain_sd = bars.gain_sd(dtype, out_dtype)
     largest = float(np.abs(y).max(initial=0.0)) or 1.0
     y = y / largest
-    gain_z = float(error.ravel() @ y / (y @ y) / largest / gain_sd) if y.any() and gain_sd > 0 else 0.0
+    gain_z = float(error.ravel() @ y / (y @ y) / largest / gain_sd) if whole and y.any() and gain_sd > 0 else 0.0
     if max_z > MAX_Z:
         where = _first(np.abs(z) == np.abs(z).max())
         failure = (

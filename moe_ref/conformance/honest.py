@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, relu, silu
 
-from moe_ref.conformance.mutants import Wrapped, experts
-from moe_ref.conformance.problem import PARAMETERS
-from moe_ref.layer import apply_experts
+from moe_ref.conformance.wrapped import Wrapped, experts
 from moe_ref.numerics import Nearest
-from moe_ref.types import MoEGradients, MoEWeights
+from moe_ref.types import MoEConfig, MoEGradients, MoEWeights
 from moe_ref.validation import dtype_name
 from moe_ref.vjp import layer_vjp
 
@@ -37,85 +36,87 @@ def fp32_throughout(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights:
 
 def features_reversed(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """Adds the products in the opposite order."""
-    bias = weights.down_proj_bias
-    flipped = replace(
-        weights,
-        gate_up_proj=weights.gate_up_proj.flip(2),
-        down_proj=weights.down_proj.flip(1),
-        down_proj_bias=None if bias is None else bias.flip(1),
-    )
+    features = {"gate_up_proj": 2, "gate_up_lora_a": 2, "down_proj": 1, "down_proj_bias": 1, "down_lora_b": 1}
+    parameters = weights.parameters()
+    flipped = weights.with_parameters({n: parameters[n].flip(axis) for n, axis in features.items() if n in parameters})
     return experts(inner, x.flip(1), ids, w, flipped).flip(1)
 
 
 def weight_before_down_projection(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """A loop of plain torch, every step rounded to x's dtype, with the routing weight on h."""
+    """A loop of plain torch, every step rounded to x's dtype, with the routing weight on h (or on x, with C3)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
-    config = weights.config
+    config, lora = weights.config, weights.lora
+    scalings = (1.0, 1.0) if lora is None else (lora.gate_up_scaling, lora.down_scaling)
     for e in range(weights.num_experts):
         tokens, slots = (ids == e).nonzero(as_tuple=True)
         if not len(tokens):
             continue
+        own = {name: value[e] for name, value in weights.parameters().items()}
         weight = w[tokens, slots, None].to(wide)
-        z = linear(x[tokens], weights.gate_up_proj[e])
-        if weights.gate_up_proj_bias is not None:
-            z = (z + weights.gate_up_proj_bias[e].to(wide)).to(x.dtype)
-        gate, up = (z[:, 0::2], z[:, 1::2]) if config.gate_up_layout == "interleaved" else z.chunk(2, dim=1)
-        if config.limit is not None:
-            gate, up = gate.clamp(max=config.limit), up.clamp(-config.limit, config.limit)
-        act = gate.to(wide) * torch.sigmoid(config.alpha * gate.to(wide))
-        h = ((up.to(wide) + config.up_offset) * act * weight).to(x.dtype)
-        o = linear(h, weights.down_proj[e]).to(wide)
-        if weights.down_proj_bias is not None:
-            o = o + weight * weights.down_proj_bias[e].to(wide)
+        rows = x[tokens] if not config.scale_input else (weight * x[tokens]).to(x.dtype)
+        after = torch.ones_like(weight) if config.scale_input else weight
+        z = linear(rows, own["gate_up_proj"]).to(wide) + _adapted(rows, own, "gate_up", scalings[0])
+        if "gate_up_proj_bias" in own:
+            z = z + own["gate_up_proj_bias"].to(wide)
+        h = (_activated(z.to(x.dtype).to(wide), config) * after).to(x.dtype)
+        o = linear(h, own["down_proj"]).to(wide) + _adapted(h, own, "down", scalings[1])
+        if "down_proj_bias" in own:
+            o = o + after * own["down_proj_bias"].to(wide)
         y = y.index_add(0, tokens, o)
     return y.to(x.dtype)
 
 
+def _adapted(rows: Tensor, own: dict[str, Tensor], name: str, scaling: float) -> Tensor | float:
+    """scaling (rows A^T) B^T, the factors in x's dtype where that is theirs, else in at least fp32."""
+    if f"{name}_lora_a" not in own:
+        return 0.0
+    a, b = own[f"{name}_lora_a"], own[f"{name}_lora_b"]
+    dtype = rows.dtype if a.dtype == rows.dtype else torch.promote_types(rows.dtype, torch.float32)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return (linear(linear(rows.to(dtype), a.to(dtype)), b.to(dtype)) * scaling).to(wide)
+
+
+def _activated(z: Tensor, config: MoEConfig) -> Tensor:
+    if not config.gated:
+        curves = {"silu": silu, "gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
+        return relu(z) * relu(z) if config.activation == "relu2" else curves[config.activation](z)
+    gate, up = (z[:, 0::2], z[:, 1::2]) if config.gate_up_layout == "interleaved" else z.chunk(2, dim=1)
+    if config.activation != "swiglu":
+        return gelu(gate, approximate="none" if config.activation == "geglu" else "tanh") * up
+    if config.limit is not None:
+        gate, up = gate.clamp(max=config.limit), up.clamp(-config.limit, config.limit)
+    return (up + config.up_offset) * (gate * torch.sigmoid(config.alpha * gate))
+
+
 def rounded_at_every_site(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """The specification itself, rounding to nearest wherever it may."""
-    tensors = [getattr(weights, name) for name in PARAMETERS]
-    return _Twin.apply(x, ids, w, weights.config, *tensors)  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True, eq=False)
-class _Flat:
-    x: np.ndarray
-    ids: np.ndarray
-    topk_weights: np.ndarray
-    weights: MoEWeights
-
-
-def _flat(x: Tensor, ids: Tensor, w: Tensor, config: Any, parameters: tuple[Tensor | None, ...]) -> _Flat:
-    def numpy(value: Tensor | None) -> Any:
-        return None if value is None else value.detach().double().cpu().numpy()
-
-    weights = MoEWeights(*map(numpy, parameters), config=config)
-    return _Flat(numpy(x), ids.cpu().numpy(), numpy(w), weights)
+    parameters = weights.parameters()
+    return _Twin.apply(x, ids, w, weights, *parameters.values())  # type: ignore[no-untyped-call]
 
 
 class _Twin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ids: Tensor, w: Tensor, config: Any, *parameters: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, ids, w, *parameters)
-        ctx.config = config
-        flat = _flat(x, ids, w, config, parameters)
-        y = apply_experts(flat.x, flat.ids, flat.topk_weights, flat.weights, Nearest(dtype_name(x)))
+    def forward(ctx: Any, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x, ids, w)
+        ctx.weights = weights
+        y = _y_and_gradients(x, ids, w, weights, torch.zeros_like(x))[0]
         return torch.from_numpy(y).to(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, ids, w, *parameters = ctx.saved_tensors
-        flat = _flat(x, ids, w, ctx.config, tuple(parameters))
-        upstream = dy.double().cpu().numpy()
-        _, gradients = layer_vjp(
-            flat.x, None, flat.ids, flat.topk_weights, flat.weights, upstream, Nearest(dtype_name(x))
-        )
+        x, ids, w = ctx.saved_tensors
+        _, gradients = _y_and_gradients(x, ids, w, ctx.weights, dy)
+        owners = {"x": x, "topk_weights": w, **ctx.weights.parameters()}
+        dx, dw, *others = (torch.from_numpy(np.asarray(getattr(gradients, n))).to(owners[n]) for n in owners)
+        return dx, None, dw, None, *others
 
-        def back(name: str, like: Tensor | None) -> Tensor | None:
-            value = getattr(gradients, name)
-            return None if like is None or value is None else torch.from_numpy(np.asarray(value)).to(like)
 
-        assert {f.name for f in fields(MoEGradients)} >= set(PARAMETERS)
-        named = zip(PARAMETERS, parameters, strict=True)
-        return back("x", x), None, back("topk_weights", w), None, *(back(name, p) for name, p in named)
+def _y_and_gradients(
+    x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, dy: Tensor
+) -> tuple[np.ndarray, MoEGradients]:
+    def numpy(value: Tensor) -> np.ndarray:
+        return value.detach().double().cpu().numpy()
+
+    rounding = Nearest(dtype_name(x))
+    return layer_vjp(numpy(x), None, ids.cpu().numpy(), numpy(w), weights.map(numpy), numpy(dy), rounding)

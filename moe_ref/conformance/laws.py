@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_ref.conformance.build import Arrays
 from moe_ref.conformance.call import run, to_torch
-from moe_ref.conformance.checks import ConformanceError, applicable, result_arrays, verdicts_of
+from moe_ref.conformance.checks import ConformanceError, applicable, result_arrays, verdicts_of, with_one_choice
 from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import PARAMETERS, Arrays, Problem, reference
-from moe_ref.types import MoEWeights
+from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.reference import reference
+from moe_ref.types import PARAMETERS
 
 if TYPE_CHECKING:
     from executors import Executor
@@ -39,7 +41,7 @@ def check_law(executor: Executor, problem: Problem, law: str, device: str = "cpu
     Raises:
         ConformanceError: if the law is broken.
     """
-    problem = applicable(executor, problem)
+    problem = with_one_choice(applicable(executor, problem))
     truth = reference(problem)
     results: list[Results] = []
     for changed, arrays, undo in LAWS[law](problem, truth.arrays):
@@ -67,7 +69,9 @@ def permute_tokens(problem: Problem, arrays: Arrays) -> list[Changed]:
 
 
 def relabel_experts(problem: Problem, arrays: Arrays) -> list[Changed]:
-    """Experts under other names give the same output. Ties are chosen by name: left out."""
+    """Experts under other names give the same output. Ties are chosen by name, groups are neighbours: left out."""
+    if problem.config.num_groups > 1:
+        return []
     if arrays.router_logits is not None:
         ordered = np.sort(arrays.router_logits, axis=1)
         if np.isnan(ordered).any() or (ordered[:, 1:] == ordered[:, :-1]).any():
@@ -80,7 +84,7 @@ def relabel_experts(problem: Problem, arrays: Arrays) -> list[Changed]:
         arrays,
         topk_ids=np.where(valid, inverse[np.where(valid, ids, 0)], ids),
         router_logits=None if arrays.router_logits is None else arrays.router_logits[:, order],
-        weights=_map_weights(arrays.weights, lambda value: value[order]),
+        weights=arrays.weights.map(lambda value: value[order]),
     )
 
     def undo(results: Results) -> Results:
@@ -107,7 +111,7 @@ def split_batch(problem: Problem, arrays: Arrays) -> list[Changed]:
 
 def scale_weights(problem: Problem, arrays: Arrays) -> list[Changed]:
     """Routing weights twice as large give twice the output; 2 is a power of two, so nothing rounds otherwise."""
-    if problem.dtype == "float16":  # its subnormals scale by rounding
+    if problem.dtype == "float16" or problem.config.scale_input:  # subnormals scale by rounding, inputs through act
         return []
     if arrays.topk_weights is None:
         factor = 2 * problem.config.routed_scaling_factor
@@ -142,6 +146,8 @@ def append_slot(problem: Problem, arrays: Arrays) -> list[Changed]:
 
 def append_expert(problem: Problem, arrays: Arrays) -> list[Changed]:
     """One more expert that nobody chooses changes nothing; its weights are NaN, its gradient exactly zero (D2)."""
+    if problem.config.num_groups > 1:
+        return []
     logits = arrays.router_logits
     if logits is not None:
         logits = np.concatenate([logits, np.full((problem.tokens, 1), -math.inf)], axis=1)
@@ -150,7 +156,7 @@ def append_expert(problem: Problem, arrays: Arrays) -> list[Changed]:
         arrays,
         topk_ids=ids,
         router_logits=logits,
-        weights=_map_weights(arrays.weights, lambda v: np.concatenate([v, np.full_like(v[:1], math.nan)])),
+        weights=arrays.weights.map(lambda v: np.concatenate([v, np.full_like(v[:1], math.nan)])),
     )
 
     def undo(results: Results) -> Results:
@@ -182,9 +188,3 @@ def _take_tokens(arrays: Arrays, tokens: np.ndarray) -> Arrays:
     values = {name: getattr(arrays, name) for name in names}
     taken: dict[str, Any] = {name: None if v is None else v[tokens] for name, v in values.items()}
     return replace(arrays, **taken)
-
-
-def _map_weights(weights: MoEWeights, change: Callable[[np.ndarray], np.ndarray]) -> MoEWeights:
-    values = {name: getattr(weights, name) for name in PARAMETERS}
-    changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
-    return replace(weights, **changed)

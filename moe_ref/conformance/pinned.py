@@ -66,4 +66,32 @@ EXAMPLES = (
     Problem(9, 5, 8, 8, MoEConfig(2, scoring="topk_softmax"), broken_logits=3, broken_x=1, seed=4),
     # -inf logits that must be chosen
     Problem(16, 3, 8, 8, MoEConfig(3, scoring="sigmoid", renormalize=True), logits="masked", seed=5),
+    # most experts excused for a broken token: the gain of the rest has not the deviation of the gain of all
+    Problem(
+        64,
+        9,
+        32,
+        17,
+        MoEConfig(7, scoring="sigmoid", activation="relu2"),
+        gate_up_bias=True,
+        gate_up_rank=1,
+        down_rank=3,
+        logits="shifted",
+        broken_logits=1,
+        x_layout="expanded",
+        seed=9457635,
+    ),
+    # two experts chosen out of a group that has one: all that was chosen is -inf, and the weights are undefined
+    Problem(
+        16,
+        6,
+        1,
+        16,
+        MoEConfig(1, scoring="topk_softmax", num_groups=3, topk_groups=1, group_score="top2_sum", activation="silu"),
+        logits="masked",
+    ),
+    # squared ReLU beside an adapter: rounding carries a pre-activation across 0, where no error bar reaches
+    Problem(2, 33, 50, 64, MoEConfig(1, activation="relu2"), "bfloat16", entry="experts", gate_up_rank=1, seed=3),
+    # a broken token with scale_input: the gradient of a bias does not show whom the token chose
+    Problem(1, 16, 1, 1, MoEConfig(1, scale_input=True), down_bias=True, broken_logits=1),
 )

@@ -3,40 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, get_args
 
 from hypothesis import strategies as st
 
-from moe_ref.conformance.problem import PARAMETERS, Problem
-from moe_ref.types import MoEConfig
+from moe_ref.conformance.problem import Problem
+from moe_ref.types import DENSE, GATED, LORA_FACTORS, Activation, MoEConfig
 
 if TYPE_CHECKING:
-    from executors import Executor
+    from executors import Capabilities, Executor
 
 TOKENS = st.one_of(st.integers(0, 9), st.sampled_from([16, 33, 64, 130]))
 EXPERTS = st.one_of(st.integers(1, 9), st.sampled_from([16, 33]))
 WIDTHS = st.sampled_from([1, 7, 8, 16, 17, 32, 50, 64])
+ACTIVATIONS = get_args(Activation)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @st.composite
-def configs(draw: st.DrawFn, experts: int) -> MoEConfig:
+def configs(draw: st.DrawFn, experts: int, activations: Collection[str] = ACTIVATIONS) -> MoEConfig:
     """A configuration for a layer of ``experts`` experts."""
+    wanted = draw(st.sampled_from([1, 1, 2, 3, 4, 8]), label="num_groups")
+    groups = wanted if experts % wanted == 0 else 1
+    kept = min(draw(st.integers(1, 4), label="topk_groups"), groups)
+    size = experts // groups
+    top_k = min(draw(st.integers(1, 8), label="top_k"), kept * size)
+    group_score = draw(st.sampled_from(["max", "top2_sum"]), label="group_score")
+    activation = draw(st.sampled_from([a for a in ACTIVATIONS if a in activations]), label="activation")
+    alpha = draw(st.sampled_from([1.0, 1.702]), label="alpha")
+    limit = draw(st.sampled_from([None, 0.5, 1.0, 7.0]), label="limit")
+    up_offset = draw(st.sampled_from([0.0, 1.0]), label="up_offset")
+    layout = draw(st.sampled_from(["concatenated", "interleaved"]), label="gate_up_layout")
+    clamped = {"alpha": alpha, "limit": limit, "up_offset": up_offset} if activation == "swiglu" else {}
     return MoEConfig(
-        top_k=min(draw(st.integers(1, 8), label="top_k"), experts),
+        top_k=top_k,
         scoring=draw(st.sampled_from(["softmax", "topk_softmax", "sigmoid"]), label="scoring"),
         renormalize=draw(st.booleans(), label="renormalize"),
         renormalize_eps=draw(st.sampled_from([1e-20, 1e-6, 0.1]), label="renormalize_eps"),
         routed_scaling_factor=draw(st.sampled_from([1.0, 2.5]), label="routed_scaling_factor"),
-        alpha=draw(st.sampled_from([1.0, 1.702]), label="alpha"),
-        limit=draw(st.sampled_from([None, 0.5, 1.0, 7.0]), label="limit"),
-        up_offset=draw(st.sampled_from([0.0, 1.0]), label="up_offset"),
-        gate_up_layout=draw(st.sampled_from(["concatenated", "interleaved"]), label="gate_up_layout"),
+        num_groups=groups,
+        topk_groups=kept,
+        group_score=group_score if size > 1 else "max",
+        scale_input=draw(st.booleans(), label="scale_input"),
+        activation=activation,
+        gate_up_layout=layout if activation in GATED else "concatenated",
+        **clamped,
     )
 
 
 @st.composite
-def problems(draw: st.DrawFn, dtypes: Collection[str] = DTYPES, routing: bool = True) -> Problem:
+def problems(
+    draw: st.DrawFn,
+    dtypes: Collection[str] = DTYPES,
+    activations: Collection[str] = ACTIVATIONS,
+    routing: bool = True,
+) -> Problem:
     """A whole problem.
 
     Every problem makes the same draws, whether it uses them or not: Hypothesis takes fewer draws for simpler, and would
@@ -45,11 +67,12 @@ def problems(draw: st.DrawFn, dtypes: Collection[str] = DTYPES, routing: bool = 
     Args:
         draw: given by Hypothesis.
         dtypes: for x and the projections.
+        activations: for the configuration.
         routing: False for executors that only take ids and weights.
     """
     tokens = draw(TOKENS, label="tokens")
     experts = draw(EXPERTS, label="experts")
-    config = draw(configs(experts), label="config")
+    config = draw(configs(experts, activations), label="config")
     by_logits = draw(st.sampled_from([True, False]), label="entry is the layer") and routing
     logits = draw(st.sampled_from(["random", "ties", "masked", "skewed", "shifted", "close"]), label="logits")
     broken_logits = draw(st.integers(0, 3), label="broken_logits")
@@ -58,7 +81,9 @@ def problems(draw: st.DrawFn, dtypes: Collection[str] = DTYPES, routing: bool = 
     x_layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]), label="x_layout")
     dy_layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "scalar"]), label="dy_layout")
     broken_x = draw(st.integers(0, 1), label="broken_x")
-    frozen = draw(st.frozensets(st.sampled_from(["x", "routing", *PARAMETERS])), label="frozen")
+    frozen = draw(st.frozensets(st.sampled_from(["x", "routing", *DENSE, *LORA_FACTORS])), label="frozen")
+    base_frozen = draw(st.booleans(), label="base_frozen")
+    selection_bias = draw(st.sampled_from(["", "small", "large"]), label="selection_bias")
     all_equal = x_layout == "expanded"
     return Problem(
         tokens=tokens,
@@ -73,6 +98,10 @@ def problems(draw: st.DrawFn, dtypes: Collection[str] = DTYPES, routing: bool = 
         bias_dtype=draw(st.sampled_from(DTYPES), label="bias_dtype"),
         gate_up_bias=draw(st.booleans(), label="gate_up_bias"),
         down_bias=draw(st.booleans(), label="down_bias"),
+        selection_bias=selection_bias if by_logits else "",
+        gate_up_rank=draw(st.sampled_from([0, 0, 1, 4]), label="gate_up_rank"),
+        down_rank=draw(st.sampled_from([0, 0, 1, 3]), label="down_rank"),
+        lora_dtype=draw(st.sampled_from(DTYPES), label="lora_dtype"),
         logits=logits if by_logits else "random",
         cut_points=cut_points and not by_logits,
         empty_slots=empty_slots and not by_logits,
@@ -85,7 +114,7 @@ def problems(draw: st.DrawFn, dtypes: Collection[str] = DTYPES, routing: bool = 
         dy_layout="contiguous" if all_equal and dy_layout == "scalar" else dy_layout,
         routing_layout=draw(st.sampled_from(["contiguous", "sliced"]), label="routing_layout"),
         top_k_given=draw(st.sampled_from([True, False]), label="top_k_given") or by_logits,
-        frozen=frozenset(_frozen(name, by_logits) for name in frozen),
+        frozen=frozenset(_frozen(name, by_logits) for name in {*frozen, *(DENSE if base_frozen else ())}),
         seed=draw(st.integers(0, 2**32 - 1), label="seed"),
     )
 
@@ -98,5 +127,19 @@ def _frozen(name: str, by_logits: bool) -> str:
 
 def problems_for(executor: Executor) -> st.SearchStrategy[Problem]:
     """Problems within an executor's declared capabilities."""
-    capabilities = executor.capabilities
-    return problems(capabilities.dtypes, capabilities.routing)
+    able = executor.capabilities
+    drawn = problems(able.dtypes, able.activations, able.routing)
+    return drawn.map(lambda problem: without_undeclared(problem, able))
+
+
+def without_undeclared(problem: Problem, able: Capabilities) -> Problem:
+    """The problem without the features that an executor does not declare."""
+    config = problem.config
+    if not able.scale_input:
+        config = replace(config, scale_input=False)
+    if not able.selection:
+        config = replace(config, num_groups=1, topk_groups=1, group_score="max")
+        problem = replace(problem, selection_bias="")
+    if not able.lora:
+        problem = replace(problem, gate_up_rank=0, down_rank=0)
+    return replace(problem, config=config)

@@ -1,0 +1,51 @@
+"""Products in a loop over the experts that have rows."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+class LoopProducts:
+    """One product for each expert that has rows.
+
+    Args:
+        group_offsets: [E + 1] on the host.
+    """
+
+    def __init__(self, group_offsets: Tensor) -> None:
+        places = enumerate(pairwise(group_offsets.tolist()))
+        self._groups = [(expert, start, stop) for expert, (start, stop) in places if start < stop]
+        self._num_experts = len(group_offsets) - 1
+
+    def rows(self, a: Tensor, matrices: Tensor) -> Tensor:
+        """[S, m]: a [S, k] times matrices [E, m, k] transposed.
+
+        A single row is multiplied together with the next one, whose own expert then writes over it: oneDNN takes a
+        quarter longer for one row than for two (docs/performance.md).
+        """
+        out = a.new_empty(a.shape[0], matrices.shape[1])
+        for expert, start, stop in self._groups:
+            rows = slice(start, max(stop, start + 2))
+            torch.mm(a[rows], matrices[expert].t(), out=out[rows])
+        return out
+
+    def rows_back(self, a: Tensor, matrices: Tensor) -> Tensor:
+        """[S, k]: a [S, m] times matrices [E, m, k]."""
+        out = a.new_empty(a.shape[0], matrices.shape[2])
+        for expert, start, stop in self._groups:
+            torch.mm(a[start:stop], matrices[expert], out=out[start:stop])
+        return out
+
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        """[E, m, k]: a [S, m] transposed times b [S, k], group by group; zeros are written where nothing else is."""
+        out = a.new_empty(self._num_experts, a.shape[1], b.shape[1])
+        done = 0
+        for expert, start, stop in self._groups:
+            out[done:expert].zero_()
+            torch.mm(a[start:stop].t(), b[start:stop], out=out[expert])
+            done = expert + 1
+        out[done:].zero_()
+        return out

@@ -1,0 +1,117 @@
+"""Keeps pre-activations off an activation's kinks: the clamp's limit, where the derivative jumps, and squared ReLU's 0.
+
+An honest executor, rounding, may stand on the other side, where no error bar reaches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moe_ref.activations import split_gate_up
+from moe_ref.experts import expert, groups, linear, lora_inner
+from moe_ref.layer import row_weights, run_slots
+from moe_ref.numerics import EXACT, FORMATS, round_to_nearest
+from moe_ref.types import MoEConfig, MoEWeights
+
+ACCUMULATED = 1e-5  # more than an fp32 sum of a few thousand terms of O(1) errs by
+ROUNDED = 6.0  # deviations of a sum of rounded terms
+
+
+def clear_of_kinks(
+    x: np.ndarray,
+    dy: np.ndarray,
+    topk_ids: np.ndarray,
+    topk_weights: np.ndarray,
+    weights: MoEWeights,
+    dtype: str,
+    equal_rows: tuple[bool, bool] = (False, False),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Moves tokens whose pre-activations lie so near a kink that rounding might carry them across.
+
+    A token that cannot be moved clear gets an upstream gradient of zero: its forward pass still counts, and it
+    disturbs no gradient.
+
+    Args:
+        x: [T, H] float64.
+        dy: [T, H] float64.
+        topk_ids: [T, K].
+        topk_weights: [T, K].
+        weights: the layer's parameters, float64.
+        dtype: of x.
+        equal_rows: whether all rows of x, and all of dy, are and must stay equal.
+
+    Returns:
+        x and dy.
+    """
+    arguments = topk_ids, np.nan_to_num(topk_weights, nan=1.0), weights, dtype
+    for _ in range(6):
+        push = pushes_off_kinks(x, *arguments)
+        if equal_rows[0] and len(push):
+            push = np.repeat(push.sum(axis=0, keepdims=True), len(push), axis=0)
+        if not push.any():
+            return x, dy
+        x = round_to_nearest(x + push, dtype)
+    near = np.count_nonzero(pushes_off_kinks(x, *arguments), axis=1, keepdims=True)
+    if equal_rows[1]:
+        near = near.sum(axis=0, keepdims=True)
+    return x, np.where(near > 0, 0.0, dy)
+
+
+def pushes_off_kinks(
+    x: np.ndarray, topk_ids: np.ndarray, topk_weights: np.ndarray, weights: MoEWeights, dtype: str
+) -> np.ndarray:
+    """For each token, the smallest steps that take its pre-activations out of the kinks' margin.
+
+    Args:
+        x: [T, H] float64.
+        topk_ids: [T, K].
+        topk_weights: [T, K]; they count where they scale the input.
+        weights: the layer's parameters, float64.
+        dtype: in which an implementation stores; its rounding is the margin.
+
+    Returns:
+        [T, H], zero where a token is clear of kinks, or where there are none.
+    """
+    config = weights.config
+    push = np.zeros_like(x)
+    if config.limit is None and config.activation != "relu2":
+        return push
+    u = FORMATS[dtype].unit_roundoff
+    slots = run_slots(x, topk_ids, topk_weights, weights)
+    scale = row_weights(slots.weights, slots.grouping) if config.scale_input else np.ones((len(slots.rows), 1))
+    for index, where in groups(slots.grouping.group_offsets):
+        tokens = slots.grouping.order[where] // topk_ids.shape[1]
+        parameters, rows = expert(weights, index).up, slots.rows[where]
+        z = linear("gate_up", "z", rows, parameters)
+        product = rows @ parameters.matrix.T
+        margin = 2 * u * (np.abs(product) + np.abs(z) + (config.limit or 0.0)) + ACCUMULATED
+        if config.scale_input:
+            margin += ROUNDED * u * np.sqrt(rows**2 @ parameters.matrix.T**2)
+        if parameters.lora_a is not None and parameters.lora_b is not None:
+            inner = lora_inner("gate_up", rows, parameters, EXACT)
+            b = parameters.lora_b.T
+            margin += 2 * u * np.abs(inner @ b) + ROUNDED * u * np.sqrt(inner**2 @ b**2)
+        for step, features in _steps(z, margin, parameters.matrix.T, config):
+            moved = step @ (features / np.maximum((features**2).sum(axis=0), 1e-6)).T
+            np.add.at(push, tokens, moved / np.maximum(scale[where], 0.1))
+    return push
+
+
+def _steps(
+    z: np.ndarray, margin: np.ndarray, features: np.ndarray, config: MoEConfig
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each kink, how far each pre-activation must move, and along what."""
+    if config.limit is None:
+        return [(_step(z, margin), features)]
+    (gate, up), (gate_margin, up_margin) = split_gate_up(z, config), split_gate_up(margin, config)
+    gate_features, up_features = split_gate_up(features, config)
+    return [
+        (_step(gate - config.limit, gate_margin), gate_features),
+        (_step(up - config.limit, up_margin), up_features),
+        (_step(up + config.limit, up_margin), up_features),
+    ]
+
+
+def _step(distance: np.ndarray, margin: np.ndarray) -> np.ndarray:
+    """How far to move what is nearer than its margin: twice the margin, away from the limit."""
+    return np.where(np.abs(distance) < margin, np.where(distance < 0, -2.0, 2.0) * margin, 0.0)

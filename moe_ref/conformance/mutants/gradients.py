@@ -1,0 +1,67 @@
+"""Right outputs, wrong gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe_ref.conformance.mutants._registry import slot_mutant
+from moe_ref.conformance.mutants.experts import with_own_down_bias
+from moe_ref.conformance.wrapped import experts
+from moe_ref.types import MoEWeights
+
+if TYPE_CHECKING:
+    from executors import Executor
+
+
+class _ChangeGradient(torch.autograd.Function):
+    """Identity forward; backward sends the gradient through a function."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.change(gradient), None
+
+
+def _change_gradient(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    return _ChangeGradient.apply(value, change)  # type: ignore[no-untyped-call]
+
+
+@slot_mutant
+def empty_experts_gradient_stale(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """The gradient of an expert without tokens is whatever the memory held (D2)."""
+    used = torch.zeros(weights.num_experts, dtype=torch.bool, device=x.device)
+    used[ids[(ids >= 0) & (ids < weights.num_experts)].long()] = True
+    stale = _change_gradient(
+        weights.gate_up_proj, lambda g: torch.where(used[:, None, None], g, torch.full_like(g, 1e-4))
+    )
+    return experts(inner, x, ids, w, replace(weights, gate_up_proj=stale))
+
+
+@slot_mutant
+def weight_gradient_lacks_one_row(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """The last row of down_proj's gradient is never written."""
+    damaged = _change_gradient(weights.down_proj, lambda g: torch.cat([g[:, :-1], torch.empty_like(g[:, -1:])], dim=1))
+    return experts(inner, x, ids, w, replace(weights, down_proj=damaged))
+
+
+@slot_mutant
+def x_gradient_of_first_slot_only(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """Dx leaves out the token's other slots: the last one is overwritten, not added."""
+    first = torch.where(torch.arange(ids.shape[1], device=x.device) == 0, ids, torch.full_like(ids, -1))
+    rest = torch.where(torch.arange(ids.shape[1], device=x.device) == 0, torch.full_like(ids, -1), ids)
+    return experts(inner, x, first, w, weights) + experts(inner, x.detach(), rest, w, weights)
+
+
+@slot_mutant
+def d3_bias_term_missing(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """D topk_weights forgets <dy, b_d> (D3)."""
+    return with_own_down_bias(inner, x, ids, w, weights, w.detach())

@@ -1,0 +1,64 @@
+"""The exact answer to a problem, with its error bars."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from moe_ref.conformance.build import Arrays, build
+from moe_ref.conformance.problem import Problem
+from moe_ref.error_bars import TensorBars, error_bars
+from moe_ref.routing import weigh
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The exact answer.
+
+    Attributes:
+        arrays: the problem's numbers.
+        bars: exact value and error bars of y and of every gradient, token dimension flat.
+        broken_routing: [T] tokens whose routing weights are undefined (R4).
+        broken: [T] those, and the tokens with a NaN or an infinity in x.
+        infinite: [T] tokens with an infinity in x, whose own output may be anything.
+    """
+
+    arrays: Arrays
+    bars: dict[str, TensorBars]
+    broken_routing: np.ndarray
+    broken: np.ndarray
+    infinite: np.ndarray
+
+
+@lru_cache(maxsize=64)
+def reference(problem: Problem, chosen: tuple[int, ...] | None = None) -> Reference:
+    """Builds a problem's numbers and samples its error bars, once for all executors and checks.
+
+    Args:
+        problem: the description.
+        chosen: ids that an executor chose where more than one choice is right, T*K of them.
+    """
+    arrays = build(problem, chosen)
+    # One BLAS thread: the products are small, and beside torch's own threads more would only get in the way.
+    with threadpool_limits(1, "blas"), np.errstate(invalid="ignore"):
+        bars = error_bars(
+            arrays.x,
+            arrays.topk_ids,
+            arrays.weights,
+            arrays.dy,
+            router_logits=arrays.router_logits,
+            topk_weights=arrays.topk_weights,
+            dtype=problem.dtype,
+            seed=problem.seed,
+        )
+    if arrays.router_logits is None:
+        broken_routing = np.zeros(problem.tokens, dtype=bool)
+    else:
+        with np.errstate(invalid="ignore"):
+            weights = weigh(arrays.router_logits, arrays.topk_ids, problem.config)
+        broken_routing = np.isnan(weights).any(axis=1)
+    broken = broken_routing | ~np.isfinite(arrays.x).all(axis=1)
+    return Reference(arrays, bars, broken_routing, broken, np.isinf(arrays.x).any(axis=1))

@@ -1,0 +1,80 @@
+"""An executor made of another one, by a change of what it is given or returns: the stuff of mutants and variants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe_ref.routing import route
+from moe_ref.types import MoEWeights
+
+if TYPE_CHECKING:
+    from executors import Capabilities, Executor
+
+SlotChange = Callable[["Executor", Tensor, Tensor, Tensor, MoEWeights], Tensor]
+LayerChange = Callable[["Executor", Tensor, Tensor, MoEWeights], Tensor]
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """An executor made of another one. It routes by the specification and offers no ``route``."""
+
+    name: str
+    inner: Executor
+    slots: SlotChange | None = None
+    layer: LayerChange | None = None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Those of the inner executor."""
+        return self.inner.capabilities
+
+    def __call__(self, x: Tensor, router_logits: Tensor, weights: MoEWeights) -> Tensor:
+        """The changed layer, on flat tokens."""
+        rows, logits = x.reshape(-1, x.shape[-1]), router_logits.reshape(-1, weights.num_experts)
+        if self.layer is not None:
+            return self.layer(self.inner, rows, logits, weights).reshape(x.shape)
+        routing = route(logits, weights.config, weights.selection_bias)
+        y = self.experts(rows, topk_ids=routing.topk_ids, topk_weights=narrow(routing.topk_weights, x), weights=weights)
+        return y.reshape(x.shape)
+
+    def experts(self, x: Tensor, *, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
+        """The changed layer, routing done elsewhere."""
+        top_k = topk_ids.shape[-1]
+        rows, ids, slot_weights = (
+            x.reshape(-1, x.shape[-1]),
+            topk_ids.reshape(-1, top_k),
+            topk_weights.reshape(-1, top_k),
+        )
+        change = self.slots or experts
+        return change(self.inner, rows, ids, slot_weights, weights).reshape(x.shape)
+
+    def check(self, x: Tensor, weights: MoEWeights) -> None:
+        """As the inner executor's."""
+        self.inner.check(x, weights)
+
+
+def experts(inner: Executor, x: Tensor, ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
+    """The inner executor, unchanged."""
+    return inner.experts(x, topk_ids=ids, topk_weights=topk_weights, weights=weights)
+
+
+def narrow(topk_weights: Tensor, x: Tensor) -> Tensor:
+    """Weights of the specification in the dtype that an executor would give them."""
+    return topk_weights.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def configured(weights: MoEWeights, **changes: Any) -> MoEWeights:
+    """The layer with another configuration."""
+    return replace(weights, config=replace(weights.config, **changes))
+
+
+def column_mask(value: Tensor) -> Tensor:
+    """Ones, and a zero in the last place."""
+    mask = torch.ones_like(value)
+    mask[..., -1:] = 0
+    return mask
