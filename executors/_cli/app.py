@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import torch
 import typer
@@ -20,6 +21,9 @@ from executors._cli import compare as comparison
 from executors._cli import report
 from executors._cli.judge import exact_answer
 from executors._cli.layer_file import BadLayerFile, Layer, bundled_layer, first_tokens, load_layer
+
+if TYPE_CHECKING:
+    from executors._cli.bench import Case
 
 SHOW_AFTER_S = 2.0
 WIDTH = 80
@@ -109,10 +113,83 @@ def compare(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    layer: Annotated[
+        list[str] | None, typer.Option("--layer", metavar="NAME", help="A model's layer; repeatable.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="T; repeatable. Default: 1, 8, 64, 512.")] = None,
+    routing: Annotated[
+        list[str] | None,
+        typer.Option(help="real, uniform or skewed; repeatable. Default: all forward, real with backward."),
+    ] = None,
+    direction: Annotated[
+        list[str] | None, typer.Option(help="forward or forward_backward; repeatable. Default: both.")
+    ] = None,
+    executor: Annotated[
+        list[str] | None,
+        typer.Option("--executor", metavar="NAME", help="Only this one of ours; repeatable. Default: all but auto."),
+    ] = None,
+    scale: Annotated[int, typer.Option(min=1, help="Divides H and I, for a quick look.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long each case is timed; 7 rounds at least.")] = 10.0,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench-results"),
+    device: DeviceOption = "cpu",
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights, inputs and samples.")] = 0,
+) -> None:
+    """Times every executor, and transformers' experts functions, on layers of real models.
+
+    All contenders get the same random bf16 weights and the same tokens, are judged in error bars first, and are timed
+    in turn, round by round. Prints a table for each layer, routing and direction, and writes bench.json and bench.png.
+    Exit status: 0 if all executors passed, 1 if one failed or an executor asked for by name cannot run, 2 for bad
+    arguments. The peers need transformers: pip install "moe-ref[bench]".
+    """
+    from executors._cli import bench as benchmark
+    from executors._cli import bench_report
+
+    _check_device(device)
+    settings = benchmark.Settings(
+        names=tuple(_names(executor)),
+        layers=tuple(_choice("--layer", layer, benchmark.known_layers()) or benchmark.DEFAULT_LAYERS),
+        tokens=tuple(dict.fromkeys(tokens)) if tokens else benchmark.default_tokens(device),
+        routings=_choice("--routing", routing, benchmark.known_routings()),
+        directions=_choice("--direction", direction, benchmark.DIRECTIONS) or benchmark.DIRECTIONS,
+        scale=scale,
+        seconds=seconds,
+        device=device,
+        seed=seed,
+        load=os.getloadavg()[0],
+    )
+    _make_folder(out)
+    started = time.monotonic()
+    with _progress() as show:
+        ceilings, cases = benchmark.run(settings, show)
+    console = _console()
+    heading = bench_report.heading(settings, ceilings)
+    console.print(escape("\n".join(heading)))
+    for title, table in bench_report.tables(cases, ceilings):
+        console.print(escape(f"\n{title}"))
+        console.print(table)
+    for line in bench_report.notes(cases):
+        console.print(escape(line))
+    taken = time.monotonic() - started
+    report.write_json(out / "bench.json", bench_report.as_json(settings, ceilings, cases, taken))
+    _plot_bench(out / "bench.png", cases, heading[0])
+    console.print(escape(f"wrote {out / 'bench.json'} and {out / 'bench.png'} ({taken:.0f} s)"))
+    rows = [row for case in cases for row in case.rows if row.ours]
+    if any(row.failed for row in rows) or (executor and any(row.reason for row in rows)):
+        raise typer.Exit(1)
+
+
 def _plot(path: Path, rows: list[comparison.Row], heading: str) -> None:
     from executors._cli.plot import plot  # matplotlib takes a second to import: only where it is needed
 
     plot(path, rows, heading)
+
+
+def _plot_bench(path: Path, cases: list[Case], title: str) -> None:
+    from executors._cli.bench_plot import plot
+
+    plot(path, cases, title)
 
 
 def _make_folder(out: Path) -> None:
@@ -131,11 +208,22 @@ def _names(chosen: list[str] | None) -> list[str]:
     return list(dict.fromkeys(chosen)) if chosen else known
 
 
-def _load(file: Path | None, device: str) -> Layer:
+def _choice(option: str, chosen: list[str] | None, known: Sequence[str]) -> tuple[str, ...] | None:
+    for name in chosen or []:
+        if name not in known:
+            _refuse(f"{option} {name}: must be one of {', '.join(known)}")
+    return tuple(dict.fromkeys(chosen)) if chosen else None
+
+
+def _check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         _refuse(f"--device {device}: must be a device that torch has here: {str(error).splitlines()[0]}")
+
+
+def _load(file: Path | None, device: str) -> Layer:
+    _check_device(device)
     try:
         return load_layer(file or bundled_layer(), device)
     except BadLayerFile as error:

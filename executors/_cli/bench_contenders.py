@@ -1,0 +1,64 @@
+"""Who takes part in the benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+import executors
+from executors._cli.bench_layers import BenchLayer
+from executors._cli.bench_routing import Batch
+
+
+def no_refusal(tokens: int, backward: bool) -> str:
+    """Takes every size."""
+    return ""
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """An executor, or a peer, on one layer.
+
+    Attributes:
+        name: in tables.
+        ours: whether it is an executor of this project or of a plug-in, which must be right.
+        call: the experts' forward pass, for a batch; None where it cannot run at all.
+        reason: why it cannot run at all, or "".
+        backward: whether it has gradients.
+        refusal: why it is left out for so many tokens, with or without backward, or "".
+    """
+
+    name: str
+    ours: bool
+    call: Callable[[Batch], Tensor] | None = None
+    reason: str = ""
+    backward: bool = True
+    refusal: Callable[[int, bool], str] = no_refusal
+
+    def why_not(self, tokens: int, backward: bool) -> str:
+        """Why it is left out of a case, or ""."""
+        if self.reason:
+            return self.reason
+        if backward and not self.backward:
+            return "forward only"
+        return self.refusal(tokens, backward)
+
+
+def our_contenders(layer: BenchLayer, batch: Batch, names: list[str]) -> list[Contender]:
+    """The executors of those names, usable or with the reason why not."""
+    reasons = {row.name: row.reason for row in executors.explain(batch.x, layer.weights())}
+    return [
+        Contender(name, True, reason=reasons[name]) if reasons[name] else _ours(layer, executors.get(name), name)
+        for name in names
+    ]
+
+
+def _ours(layer: BenchLayer, executor: executors.Executor, name: str) -> Contender:
+    def call(batch: Batch) -> Tensor:
+        return executor.experts(
+            batch.x, topk_ids=batch.topk_ids, topk_weights=batch.topk_weights, weights=layer.weights()
+        )
+
+    return Contender(name, True, call, backward=executor.capabilities.backward)

@@ -1,0 +1,164 @@
+"""The exact answer for a few tokens of a large layer, with error bars.
+
+It is sampled as `moe_ref.error_bars` samples it, from the specification's own functions in float64, one expert widened
+at a time. Only what can be judged is computed: the tokens' own outputs and gradients, and of the gradients of the
+projections a few rows of the experts that these tokens chose. dy is zero for all other tokens, so nobody else adds to
+those. (`error_bars` itself samples the gradient of every weight, which at these sizes takes hours.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from executors._cli.bench_layers import BenchLayer, Shape
+from executors._cli.bench_routing import Batch
+from moe_ref.activations import activation, activation_vjp
+from moe_ref.combine import combine
+from moe_ref.error_bars import PROBES, Part, TensorBars
+from moe_ref.experts import down, expert, groups, up
+from moe_ref.grouping import group, permute, unpermute
+from moe_ref.numerics import EXACT, FORMATS, Perturbed, Rounding, matmul_transposed, sum_sd
+from moe_ref.types import MoEWeights
+from moe_ref.vjp import combine_vjp, permute_vjp
+
+SAMPLES = 32
+ROWS = 8  # judged of each projection's gradient, for each expert
+MOST_JUDGED = 4
+DEAR = 5_000_000  # K * H * I from which only half as many tokens are judged
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """Exact values with error bars.
+
+    Attributes:
+        bars: by tensor; those of the parameters' gradients are [A, ...] with the rows of ``rows``.
+        active: [A] experts that the judged tokens chose, ascending.
+        rows: for each projection, the rows that are judged.
+    """
+
+    bars: dict[str, TensorBars]
+    active: Tensor
+    rows: dict[str, Tensor]
+
+
+def judged_tokens(shape: Shape) -> int:
+    """How many tokens are judged."""
+    dear = shape.top_k * shape.hidden * shape.intermediate > DEAR
+    return MOST_JUDGED // 2 if dear else MOST_JUDGED
+
+
+def sample_truth(layer: BenchLayer, batch: Batch, backward: bool, seed: int) -> Truth:
+    """Computes the exact answer for the batch's judged tokens, and samples its error bars.
+
+    Args:
+        layer: the layer.
+        batch: the input.
+        backward: whether gradients are wanted.
+        seed: of the samples.
+    """
+    shape, where = layer.shape, batch.judged
+    ids = batch.topk_ids[where].cpu()
+    active, local = torch.unique(ids, return_inverse=True)
+    x, dy, slot_weights = (t.detach()[where].double().cpu()[None] for t in (batch.x, batch.dy, batch.topk_weights))
+    weights = _only(layer.weights(), active)
+    rows = {
+        name: torch.linspace(0, size - 1, min(ROWS, size)).round().long()
+        for name, size in (("gate_up_proj", 2 * shape.intermediate), ("down_proj", shape.hidden))
+    }
+
+    def run(rounding: Rounding) -> dict[str, np.ndarray]:
+        found = _layer(x, local, slot_weights, weights, dy if backward else None, rows, rounding)
+        return {name: value.numpy() for name, value in found.items()}
+
+    exact = {name: value[0] for name, value in run(EXACT).items()}
+    parts = []
+    for kind in ("storage", "accumulation"):
+        rounding = Perturbed(kind, SAMPLES, seed, 0, FORMATS["bfloat16"].smallest_normal)
+        errors = {name: (value - exact[name]) / rounding.scale for name, value in run(rounding).items()}
+        parts.append({name: _part(value, exact[name], seed) for name, value in errors.items()})
+    storage, accumulation = parts
+    bars = {n: TensorBars(v, storage[n], accumulation[n], _probe(v, seed)) for n, v in exact.items()}
+    return Truth(bars, active, rows)
+
+
+def _layer(
+    x: Tensor,
+    ids: Tensor,
+    slot_weights: Tensor,
+    weights: MoEWeights,
+    dy: Tensor | None,
+    rows: dict[str, Tensor],
+    rounding: Rounding,
+) -> dict[str, Tensor]:
+    """The specification's layer, and with ``dy`` its gradients, with an axis of samples in front."""
+    grouping = group(ids, weights.num_experts)
+    tokens = permute(x, grouping.order, ids.shape[-1])
+    kept, outputs = [], []
+    for index, where in groups(grouping.group_offsets):
+        parameters = expert(weights, index)
+        z = up(tokens[..., where, :], parameters, rounding)
+        h = activation(z, weights.config, rounding)
+        kept.append((index, where, z, h))
+        outputs.append(down(h, parameters, rounding))
+    slots = unpermute(torch.cat(outputs, dim=-2), grouping.inverse)
+    found = {"y": combine(slots, slot_weights, rounding)}
+    if dy is None:
+        return found
+    d_slots, found["topk_weights"] = combine_vjp(slots, slot_weights, dy, rounding)
+    d_outputs = unpermute(d_slots, grouping.order)
+    d_tokens, d_parameters = [], []
+    for index, where, z, h in kept:
+        parameters = expert(weights, index)
+        dh, d_down = _linear("down", "dh", h, parameters.down.matrix, d_outputs[..., where, :], rows, rounding)
+        dz = activation_vjp(z, weights.config, dh, rounding)
+        own = tokens[..., where, :]
+        d_rows, d_up = _linear("gate_up", "dx_slot", own, parameters.up.matrix, dz, rows, rounding)
+        d_tokens.append(d_rows)
+        d_parameters.append(d_up | d_down)
+    found["x"] = permute_vjp(torch.cat(d_tokens, dim=-2), grouping.inverse, ids.shape[-1], rounding)
+    given = [name for name in d_parameters[0] if getattr(weights, name) is not None]
+    return found | {name: torch.stack([d[name] for d in d_parameters], dim=1) for name in given}
+
+
+def _linear(
+    name: str,
+    site: str,
+    rows: Tensor,
+    matrix: Tensor,
+    d_out: Tensor,
+    judged: dict[str, Tensor],
+    rounding: Rounding,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`moe_ref.experts_vjp.linear_vjp`, with only the judged rows of the matrix' gradient."""
+    d_rows = rounding.store(site, matmul_transposed(rounding, site, d_out, matrix.mT))
+    chosen = d_out[..., judged[f"{name}_proj"]]
+    d_matrix = matmul_transposed(rounding, "d_weight", chosen.mT, rows.mT)
+    total, length = d_out.sum(dim=-2), d_out.shape[-2]
+    d_bias = rounding.accumulate("d_bias", total, lambda: sum_sd(total, (d_out * d_out).sum(dim=-2), length))
+    return d_rows, {f"{name}_proj": d_matrix, f"{name}_proj_bias": d_bias}
+
+
+def _only(weights: MoEWeights, active: Tensor) -> MoEWeights:
+    """The active experts' parameters, on the CPU."""
+    tensors = {f.name: value for f in fields(weights) if isinstance(value := getattr(weights, f.name), Tensor)}
+    chosen = {n: t.detach()[active.to(t.device)].cpu() for n, t in tensors.items()}
+    return replace(weights, **chosen)  # type: ignore[arg-type]
+
+
+def _part(errors: np.ndarray, exact: np.ndarray, seed: int) -> Part:
+    """One kind of error, from its samples [samples, ...]; as `moe_ref.error_bars` sums them up."""
+    errors = np.broadcast_to(errors, (SAMPLES, *exact.shape)).reshape(SAMPLES, -1)
+    norm = float(np.sum(exact**2)) or 1.0
+    variance = np.mean(errors**2, axis=0).reshape(exact.shape)
+    return Part(variance, errors @ exact.ravel() / norm, errors[:, _probe(exact, seed)].astype(np.float32))
+
+
+def _probe(exact: np.ndarray, seed: int) -> np.ndarray:
+    if exact.size <= PROBES:
+        return np.arange(exact.size)
+    return np.sort(np.random.default_rng(seed).choice(exact.size, PROBES, replace=False))
