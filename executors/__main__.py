@@ -1,4 +1,4 @@
-"""The command line: ``python -m executors list | explain | compare``."""
+"""The command line: ``python -m executors list | explain | compare | bench``."""
 
 import sys
 
@@ -10,7 +10,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("executors", "moe_ref"):
             raise
-        sys.exit(f'the command line needs {error.name}: pip install "moe-ref[cli,conformance]"')
+        sys.exit(f'the command line needs {error.name}: pip install "moe-ref[all]"')
     app(prog_name="python -m executors")
 
 

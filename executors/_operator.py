@@ -228,10 +228,10 @@ def _make_layer(
     factors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     static: tuple[float, float, bool, str, float, float | None, float, str],
 ) -> Layer:
-    gate_up_scaling, down_scaling, scale_input, *act = static
+    gate_up_scaling, down_scaling, scale_input = static[:3]
     up = Projection(dense[0], dense[2], factors[0], factors[1], gate_up_scaling)
     down = Projection(dense[1], dense[3], factors[2], factors[3], down_scaling)
-    return Layer(*routed, order, up, down, Activation(*act), scale_input)
+    return Layer(*routed, order, up, down, Activation(*static[3:]), scale_input)
 
 
 def _without_autocast(kernel: Callable[P, R]) -> Callable[P, R]:

@@ -115,3 +115,11 @@ class RoutingExecutor(Protocol):
 
     def route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
         """topk_ids and topk_weights [..., K] for router_logits [..., E], as ``__call__`` uses them."""
+
+
+@runtime_checkable
+class NotingExecutor(Protocol):
+    """An executor that has something to say of a call that works."""
+
+    def note(self, x: Tensor, weights: MoEWeights) -> str:
+        """What a user should know of such a call, in one line, or ""."""

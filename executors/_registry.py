@@ -16,7 +16,7 @@ from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from executors._protocol import Executor, Unavailable, UnknownExecutor, Unsupported
+from executors._protocol import Executor, NotingExecutor, Unavailable, UnknownExecutor, Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +69,7 @@ class Explanation:
         reason: why not, in one line; "" if usable.
         target: "module:attribute", or the registered factory as text.
         source: "built-in", "registered", or "from distribution D".
+        note: what to know of a call that works, such as that it waits for the GPU; or "".
     """
 
     name: str
@@ -76,6 +77,7 @@ class Explanation:
     reason: str
     target: str
     source: str
+    note: str = ""
 
 
 _registered: dict[str, Entry] = {}
@@ -250,12 +252,14 @@ def _options(factory: Factory) -> list[str] | None:
 
 
 def _explain(entry: Entry, x: Tensor | None, weights: MoEWeights | None) -> Explanation:
-    reason = ""
+    reason = note = ""
     refusals = (Unavailable, Unsupported, ValueError, TypeError)
     try:
         executor = get(entry.name)
         if x is not None and weights is not None:
             _call(entry, "asked", partial(executor.check, x, weights), passing=refusals)
+            if isinstance(executor, NotingExecutor):
+                note = _call(entry, "asked", partial(executor.note, x, weights), passing=refusals)
     except refusals as error:
         reason = " ".join(str(error).split())
-    return Explanation(entry.name, not reason, reason, entry.target_name, entry.source)
+    return Explanation(entry.name, not reason, reason, entry.target_name, entry.source, note)

@@ -75,7 +75,7 @@ def choose(
     keys = scores if selection_bias is None else scores + selection_bias.to(scores.dtype)
     keys = keys.masked_fill(impossible | keys.isnan(), -math.inf)
     if num_groups > 1:
-        members = keys.unflatten(-1, (num_groups, -1))
+        members = keys.view(*keys.shape[:-1], num_groups, keys.shape[-1] // num_groups)
         best = members.sort(dim=-1, descending=True).values
         of_groups = best[..., 0] if group_score == "max" else best[..., 0] + best[..., 1]
         kept = torch.zeros_like(of_groups, dtype=torch.bool).scatter(-1, _largest(of_groups, topk_groups), True)

@@ -84,7 +84,7 @@ def _is_aligned(matrices: Tensor) -> bool:
     return 1 in (row, column) and pitch >= width and _is_whole(matrices, batch, pitch, matrices.storage_offset())
 
 
-def _is_whole(value: Tensor, *places: int) -> bool:
+def _is_whole(value: Tensor, *places: int | torch.SymInt) -> bool:
     return all(place * value.element_size() % ALIGNMENT == 0 for place in places)
 
 

@@ -299,4 +299,4 @@ def test_missing_extra_is_one_line(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from executors.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == 'the command line needs typer: pip install "moe-ref[cli,conformance]"\n'
+    assert done.stderr == 'the command line needs typer: pip install "moe-ref[all]"\n'

@@ -17,6 +17,7 @@ from moe_ref.conformance.call import lay_out, run, to_torch
 from moe_ref.conformance.checks import ConformanceError, check_problem, check_repeatable
 from moe_ref.conformance.errors import check_errors, check_no_double_backward
 from moe_ref.conformance.exact import CASES, check_exact
+from moe_ref.conformance.invariance import check_batch_invariance
 from moe_ref.conformance.laws import LAWS, check_law
 from moe_ref.conformance.mutants import mutants
 from moe_ref.conformance.pinned import EXAMPLES
@@ -301,3 +302,47 @@ def test_weights_of_empty_slots_may_be_anything() -> None:
     assert empty.any()
     assert not np.isfinite(arrays.topk_weights[empty]).all()
     assert math.isfinite(arrays.topk_weights[~empty].sum())
+
+
+@dataclass(frozen=True)
+class Declared(Wrapped):
+    """Declares batch invariance."""
+
+    @property
+    def capabilities(self) -> executors.Capabilities:
+        return replace(self.inner.capabilities, batch_invariant=True)
+
+
+def token_by_token(inner, x, ids, w, weights):  # type: ignore[no-untyped-def]
+    parts = [
+        inner.experts(x[t : t + 1], topk_ids=ids[t : t + 1], topk_weights=w[t : t + 1], weights=weights)
+        for t in range(len(x))
+    ]
+    return torch.cat(parts) if parts else x
+
+
+def with_the_batch(inner, x, ids, w, weights):  # type: ignore[no-untyped-def]
+    """One row more or less changes the last bits."""
+    y = inner.experts(x, topk_ids=ids, topk_weights=w, weights=weights)
+    return y * (1 + 2.0**-23 * (len(x) % 2))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_batch_invariance_is_judged_where_it_is_declared(seed: int) -> None:
+    """C2."""
+    problem = replace(PROBLEM, tokens=23 + seed, seed=seed)
+    assert not check_batch_invariance(Wrapped("silent", native(), slots=with_the_batch), problem)
+    assert check_batch_invariance(Declared("invariant", native(), slots=token_by_token), problem)
+
+
+def test_broken_batch_invariance_is_seen() -> None:
+    """C2."""
+    found = []
+    for seed in range(5):
+        try:
+            check_batch_invariance(
+                Declared("variant", native(), slots=with_the_batch), replace(PROBLEM, tokens=23, seed=seed)
+            )
+        except ConformanceError as error:
+            found.append(error.clause)
+    assert set(found) == {"C2"}

@@ -389,6 +389,30 @@ def test_grouped_mm_has_no_float64() -> None:
     assert executors.get("auto").choose(inputs.x, inputs.weights)[0] == "native"
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "free"),
+    [((9, 0), "bfloat16", True), ((9, 0), "float32", False), ((8, 0), "bfloat16", False)],
+)
+def test_grouped_mm_says_where_it_waits(
+    capability: tuple[int, int], dtype: str, free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """explain has a remark, and capture is refused, wherever torch reads the offsets on the host."""
+    inputs = inputs_of(replace(PROBLEM, dtype=dtype))
+    executor = executors.get("grouped_mm")
+    assert executor.note(inputs.x, inputs.weights) == ""  # on a CPU nothing waits
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert (executor.note(inputs.x, inputs.weights) == "") == free
+    executor.check(inputs.x, inputs.weights)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    if free:
+        executor.check(inputs.x, inputs.weights)
+    else:
+        with pytest.raises(executors.Unsupported, match=f"^x.dtype={dtype} during CUDA-graph capture: .* on the host"):
+            executor.check(inputs.x, inputs.weights)
+
+
 @both
 def test_weights_may_hold_parameters(name: str) -> None:
     module = torch.nn.ParameterDict({"gate_up": torch.randn(3, 8, 4), "down": torch.randn(3, 4, 4)})

@@ -205,6 +205,17 @@ def test_input_that_an_executor_cannot_take_is_explained() -> None:
     assert row("native", X, WEIGHTS).usable
 
 
+def test_remark_on_an_input_that_works_is_explained() -> None:
+    class Slow(Native):
+        def note(self, x, weights):  # type: ignore[no-untyped-def]
+            return "waits for the GPU"
+
+    executors.register("slow", Slow)
+    explained = row("slow", X, WEIGHTS)
+    assert (explained.usable, explained.reason, explained.note) == (True, "", "waits for the GPU")
+    assert row("native", X, WEIGHTS).note == ""
+
+
 def test_arrays_of_another_library_are_explained() -> None:
     explained = row("native", NUMPY_X, NUMPY_WEIGHTS)
     assert (explained.usable, explained.reason) == (False, "x is a numpy.ndarray: must be a torch.Tensor")

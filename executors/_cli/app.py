@@ -19,7 +19,7 @@ from rich.table import Table
 import executors
 from executors._cli import compare as comparison
 from executors._cli import report
-from executors._cli.judge import exact_answer
+from executors._cli.judge import exact_answer, with_clear_choice
 from executors._cli.layer_file import BadLayerFile, Layer, bundled_layer, first_tokens, load_layer
 
 if TYPE_CHECKING:
@@ -92,7 +92,11 @@ def compare(
     """
     names = _names(executor)
     _make_folder(out)
-    layer = first_tokens(_load(file, device), tokens)
+    given = first_tokens(_load(file, device), tokens)
+    layer = with_clear_choice(given)
+    left_out = len(given.x) - len(layer.x)
+    if not len(layer.x):
+        _refuse("router_logits: must have a token for which only one choice of experts is right")
     started = time.monotonic()
     with _progress() as show:
         truth = exact_answer(layer, seed, lambda done, total: show("sampling error bars", done, total))
@@ -101,6 +105,8 @@ def compare(
     heading = report.heading(layer, truth, comparison.display(layer.path))
     console.print(escape(heading))
     console.print(report.table(rows))
+    if left_out:
+        console.print(f"{left_out} tokens left out: more than one choice of experts is right for them (R2)")
     for line in report.failures(rows):
         console.print(escape(line))
     arguments = {"device": device, "tokens": tokens, "repeats": repeats, "seed": seed}
@@ -244,10 +250,10 @@ def _print_rows(rows: list[executors.Explanation]) -> None:
     out.add_column("executor", no_wrap=True)
     out.add_column("usable", no_wrap=True)
     out.add_column("from", no_wrap=True)
-    out.add_column("why not", ratio=1)
+    out.add_column("why not, or a remark", ratio=1)
     for row in rows:
         usable = "[green]yes[/green]" if row.usable else "[red]no[/red]"
-        out.add_row(row.name, usable, escape(row.source), escape(row.reason))
+        out.add_row(row.name, usable, escape(row.source), escape(row.reason or row.note))
     _console().print(out)
 
 

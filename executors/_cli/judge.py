@@ -14,6 +14,7 @@ from executors import Unavailable, Unsupported
 from executors._cli.layer_file import Layer
 from moe_ref.conformance.call import Inputs, Result, run
 from moe_ref.conformance.checks import CLAUSES
+from moe_ref.conformance.choices import have_margins
 from moe_ref.conformance.gates import Verdict, judge, standardise
 from moe_ref.conformance.kinks import pushes_off_kinks
 from moe_ref.conformance.poison import poisoned
@@ -73,6 +74,14 @@ class Judgement:
             if verdict.failure:
                 return f"{CLAUSES[verdict.name]}: {verdict.failure}"
         return ""
+
+
+def with_clear_choice(layer: Layer) -> Layer:
+    """The layer without the tokens for which more than one choice of experts is right (R2)."""
+    bias = layer.weights.selection_bias
+    clear = have_margins(_wide(layer.router_logits), layer.weights.config, None if bias is None else _wide(bias))
+    kept = torch.from_numpy(clear).to(layer.x.device)
+    return layer if clear.all() else replace(layer, x=layer.x[kept], router_logits=layer.router_logits[kept])
 
 
 def exact_answer(layer: Layer, seed: int, progress: Callable[[int, int], None] | None = None) -> Truth:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT = "moe-ref layer 1"
 REQUIRED = ("x", "router_logits", "gate_up_proj", "down_proj")
-OPTIONAL = ("gate_up_proj_bias", "down_proj_bias")
+OPTIONAL = ("gate_up_proj_bias", "down_proj_bias", "selection_bias")
 PROJECTIONS = ("gate_up_proj", "down_proj")
 BUNDLED = "tiny_gpt_oss_layer.safetensors"
 

@@ -58,10 +58,10 @@ def build(problem: Problem, chosen: tuple[int, ...] | None = None) -> Arrays:
         logits = _break_logits(logits, problem, rng)
         topk_ids = route(logits, config, bias).topk_ids
         topk_ids = topk_ids if chosen is None else np.reshape(chosen, topk_ids.shape)
+        slot_weights = weigh(logits, topk_ids, config)
     else:
         topk_ids = _ids(problem, rng)
-        topk_weights = _topk_weights(topk_ids, problem, rng)
-    slot_weights = topk_weights if logits is None else weigh(logits, topk_ids, config)
+        slot_weights = topk_weights = _topk_weights(topk_ids, problem, rng)
     equal_rows = problem.x_layout == "expanded", problem.dy_layout == "scalar"
     x, dy = clear_of_kinks(x, dy, topk_ids, slot_weights, weights, problem.dtype, equal_rows)
     for row in rng.permutation(tokens)[: problem.broken_x]:

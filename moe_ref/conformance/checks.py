@@ -121,7 +121,7 @@ def check_repeatable(executor: Executor, problem: Problem, device: str = "cpu") 
 
     def same(second: Result, difference: str) -> None:
         for name, value in first.tensors.items():
-            if not _same_bits(value, second.tensors[name]):
+            if not same_bits(value, second.tensors[name]):
                 raise ConformanceError(executor, problem, "C1", f"{name} differs between {difference}")
 
     same(run(executor, inputs, backward), "two runs on the same input")
@@ -181,7 +181,7 @@ def _judged_experts(
 
 def _check_untouched(executor: Executor, problem: Problem, inputs: Inputs, before: dict[str, Tensor]) -> None:
     for name, value in _copies(inputs).items():
-        if not _same_bits(value, before[name]):
+        if not same_bits(value, before[name]):
             raise ConformanceError(executor, problem, "E4", f"{name} was changed in place")
 
 
@@ -190,7 +190,8 @@ def _copies(inputs: Inputs) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal to the last bit, NaN included."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     kind = kinds[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))

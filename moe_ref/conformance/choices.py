@@ -54,7 +54,13 @@ def _slack(logits: np.ndarray, config: MoEConfig, selection_bias: np.ndarray | N
     if not keys_are_rounded(config, selection_bias):
         return np.zeros(len(logits))
     finite = np.where(np.isfinite(logits), logits, 0.0)
-    scores = {"softmax": softmax, "sigmoid": sigmoid}.get(config.scoring, lambda value: value)(finite)
+    scores = (
+        finite
+        if config.scoring == "topk_softmax"
+        else softmax(finite)
+        if config.scoring == "softmax"
+        else sigmoid(finite)
+    )
     sizes = np.abs(scores)
     if selection_bias is not None:
         sizes = np.maximum(sizes, np.abs(selection_bias))

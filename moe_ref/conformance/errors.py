@@ -43,7 +43,7 @@ def _config(**changes: Any) -> Callable[[Inputs], Inputs]:
 
 
 def _lora(**factors: Tensor) -> Callable[[Inputs], Inputs]:
-    return _weights(lora=lambda _: ExpertLoRA(**factors))
+    return _weights(lora=lambda _: ExpertLoRA(**factors))  # type: ignore[arg-type]
 
 
 # What is wrong -> (how to make it so, the argument that the message must name).

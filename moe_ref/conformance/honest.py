@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,14 +78,19 @@ def _adapted(rows: Tensor, own: dict[str, Tensor], name: str, scaling: float) ->
 
 def _activated(z: Tensor, config: MoEConfig) -> Tensor:
     if not config.gated:
-        curves = {"silu": silu, "gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
-        return relu(z) * relu(z) if config.activation == "relu2" else curves[config.activation](z)
+        if config.activation == "relu2":
+            return relu(z) * relu(z)
+        return silu(z) if config.activation == "silu" else _gelu(z, config)
     gate, up = (z[:, 0::2], z[:, 1::2]) if config.gate_up_layout == "interleaved" else z.chunk(2, dim=1)
     if config.activation != "swiglu":
-        return gelu(gate, approximate="none" if config.activation == "geglu" else "tanh") * up
+        return _gelu(gate, config) * up
     if config.limit is not None:
         gate, up = gate.clamp(max=config.limit), up.clamp(-config.limit, config.limit)
     return (up + config.up_offset) * (gate * torch.sigmoid(config.alpha * gate))
+
+
+def _gelu(gate: Tensor, config: MoEConfig) -> Tensor:
+    return gelu(gate, approximate="tanh" if config.activation.endswith("_tanh") else "none")
 
 
 def rounded_at_every_site(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:

@@ -65,7 +65,7 @@ def permute_tokens(problem: Problem, arrays: Arrays) -> list[Changed]:
     def undo(results: Results) -> Results:
         return {n: v[inverse] if n in TOKEN_TENSORS else v for n, v in results.items()}
 
-    return [(_plain(problem), _take_tokens(arrays, order), undo)]
+    return [(*of_tokens(problem, arrays, order), undo)]
 
 
 def relabel_experts(problem: Problem, arrays: Arrays) -> list[Changed]:
@@ -101,8 +101,7 @@ def split_batch(problem: Problem, arrays: Arrays) -> list[Changed]:
     middle = problem.tokens // 2
     return [
         (
-            replace(_plain(problem), tokens=len(part)),
-            _take_tokens(arrays, part),
+            *of_tokens(problem, arrays, part),
             lambda results: {n: v for n, v in results.items() if n in TOKEN_TENSORS},
         )
         for part in (np.arange(middle), np.arange(middle, problem.tokens))
@@ -177,14 +176,11 @@ LAWS: dict[str, Law] = {
 }
 
 
-def _plain(problem: Problem) -> Problem:
-    """The problem in shapes and strides that survive a change of tokens."""
+def of_tokens(problem: Problem, arrays: Arrays, tokens: np.ndarray) -> tuple[Problem, Arrays]:
+    """Some of the tokens, in shapes and strides that survive the change."""
     expanded = problem.x_layout == "expanded"
-    return replace(problem, batch=False, x_layout="contiguous" if expanded else problem.x_layout)
-
-
-def _take_tokens(arrays: Arrays, tokens: np.ndarray) -> Arrays:
+    x_layout = "contiguous" if expanded else problem.x_layout
     names = ("x", "dy", "topk_ids", "router_logits", "topk_weights")
     values = {name: getattr(arrays, name) for name in names}
     taken: dict[str, Any] = {name: None if v is None else v[tokens] for name, v in values.items()}
-    return replace(arrays, **taken)
+    return replace(problem, tokens=len(tokens), batch=False, x_layout=x_layout), replace(arrays, **taken)

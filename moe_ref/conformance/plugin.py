@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from executors import Executor
+    from executors import Capabilities, Executor
 
 _JUDGED = pytest.StashKey[list[str]]()
 
@@ -111,14 +111,37 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     import executors
 
-    lines = []
+    lines: list[str] = []
     for name in names:
         capabilities = executors.get(name).capabilities
-        if not capabilities.routing:
-            lines.append(f"{name}: routing is done elsewhere; clauses R1-R5 are not applicable")
-        if not capabilities.backward:
-            lines.append(f"{name}: no backward pass; clauses D1-D3 are not applicable")
+        lines += [f"{name}: {line}" for line in _undeclared(capabilities)]
     if lines:
         terminalreporter.section("conformance")
         for line in lines:
             terminalreporter.write_line(line)
+
+
+def _undeclared(capabilities: Capabilities) -> list[str]:
+    from executors._protocol import ACTIVATIONS
+    from moe_ref.validation import FLOAT_DTYPES
+
+    lines = []
+    if not capabilities.routing:
+        lines.append("routing is done elsewhere; clauses R1-R5 are not applicable")
+    elif not capabilities.selection:
+        lines.append("no selection bias and no groups; clause R3 and those parts of R2 are not applicable")
+    if not capabilities.backward:
+        lines.append("no backward pass; clauses D1-D5 are not applicable")
+    missing_dtypes = [dtype for dtype in FLOAT_DTYPES if dtype not in capabilities.dtypes]
+    if missing_dtypes:
+        lines.append(f"not judged in {', '.join(missing_dtypes)}")
+    missing = sorted(ACTIVATIONS - capabilities.activations)
+    if missing:
+        lines.append(f"no {', '.join(missing)}; those parts of E1 are not applicable")
+    if not capabilities.scale_input:
+        lines.append("no scale_input; clause C3 is not applicable")
+    if not capabilities.lora:
+        lines.append("no adapters; clause E6 is not applicable")
+    if not capabilities.batch_invariant:
+        lines.append("batch invariance is not declared; clause C2 is not judged")
+    return lines

@@ -35,7 +35,7 @@ def configs(draw: st.DrawFn, experts: int, activations: Collection[str] = ACTIVA
     limit = draw(st.sampled_from([None, 0.5, 1.0, 7.0]), label="limit")
     up_offset = draw(st.sampled_from([0.0, 1.0]), label="up_offset")
     layout = draw(st.sampled_from(["concatenated", "interleaved"]), label="gate_up_layout")
-    clamped = {"alpha": alpha, "limit": limit, "up_offset": up_offset} if activation == "swiglu" else {}
+    gated, clamped = activation in GATED, activation == "swiglu"
     return MoEConfig(
         top_k=top_k,
         scoring=draw(st.sampled_from(["softmax", "topk_softmax", "sigmoid"]), label="scoring"),
@@ -44,11 +44,13 @@ def configs(draw: st.DrawFn, experts: int, activations: Collection[str] = ACTIVA
         routed_scaling_factor=draw(st.sampled_from([1.0, 2.5]), label="routed_scaling_factor"),
         num_groups=groups,
         topk_groups=kept,
-        group_score=group_score if size > 1 else "max",
+        group_score=group_score if size > 1 else "max",  # type: ignore[arg-type]
         scale_input=draw(st.booleans(), label="scale_input"),
         activation=activation,
-        gate_up_layout=layout if activation in GATED else "concatenated",
-        **clamped,
+        alpha=alpha if clamped else 1.0,
+        limit=limit if clamped else None,
+        up_offset=up_offset if clamped else 0.0,
+        gate_up_layout=layout if gated else "concatenated",  # type: ignore[arg-type]
     )
 
 

@@ -20,6 +20,7 @@ from moe_ref.conformance import pinned, profiles
 from moe_ref.conformance.checks import check_problem, check_repeatable
 from moe_ref.conformance.errors import check_errors, check_no_double_backward
 from moe_ref.conformance.exact import CASES, check_exact
+from moe_ref.conformance.invariance import check_batch_invariance
 from moe_ref.conformance.laws import LAWS, check_law
 from moe_ref.conformance.problem import Problem
 from moe_ref.conformance.strategies import problems_for
@@ -32,6 +33,7 @@ PROFILE = profiles.current()
 
 __all__ = [
     "test_bad_input_is_refused_in_one_line",
+    "test_batch_invariance",
     "test_double_backward_is_refused",
     "test_exact_cases",
     "test_laws",
@@ -44,13 +46,16 @@ __all__ = [
 @PROFILE
 @given(data=st.data())
 def test_matches_specification(executor: Executor, conformance_device: str, data: st.DataObject) -> None:
-    """Routing, output and all gradients lie within their error bars; NaN stays where it belongs; inputs stay."""
+    """Routing, output and all gradients lie within their error bars; NaN stays where it belongs; inputs stay.
+
+    T1, T2; R1, R2, R3, R4, R5, R6, R7; G1; E1, E2, E3, E4, E6; C1, C3; D1, D2, D3.
+    """
     check_problem(executor, data.draw(problems_for(executor), label="problem"), conformance_device)
 
 
 @pytest.mark.parametrize("problem", pinned.EXAMPLES + pinned.LARGE, ids=lambda p: f"T{p.tokens}-E{p.experts}-{p.dtype}")
 def test_pinned_problems(executor: Executor, conformance_device: str, problem: Problem) -> None:
-    """Many tokens, the sizes of real layers, and every bug that was found."""
+    """Many tokens, the sizes of real layers, and every bug that was found (E3, R4)."""
     if problem.dtype not in executor.capabilities.dtypes:
         pytest.skip(f"{executor.name} does not take {problem.dtype}")
     check_problem(executor, problem, conformance_device)
@@ -60,7 +65,10 @@ def test_pinned_problems(executor: Executor, conformance_device: str, problem: P
 @PROFILE
 @given(data=st.data())
 def test_laws(executor: Executor, conformance_device: str, law: str, data: st.DataObject) -> None:
-    """Metamorphic laws: permute tokens, relabel experts, split the batch, scale weights, add a slot, add an expert."""
+    """Metamorphic laws: permute tokens, relabel experts, split the batch, scale weights, add a slot, add an expert.
+
+    G1, R7, D2, C1.
+    """
     assume(check_law(executor, data.draw(problems_for(executor), label="problem"), law, conformance_device))
 
 
@@ -69,6 +77,15 @@ def test_laws(executor: Executor, conformance_device: str, law: str, data: st.Da
 def test_repeatable(executor: Executor, conformance_device: str, data: st.DataObject) -> None:
     """C1: bitwise equal from run to run, forward and backward."""
     check_repeatable(executor, data.draw(problems_for(executor), label="problem"), conformance_device)
+
+
+@PROFILE
+@given(data=st.data())
+def test_batch_invariance(executor: Executor, conformance_device: str, data: st.DataObject) -> None:
+    """C2: if declared, a token's output never depends on other tokens, to the last bit."""
+    if not executor.capabilities.batch_invariant:
+        pytest.skip(f"{executor.name} does not declare batch invariance")
+    check_batch_invariance(executor, data.draw(problems_for(executor), label="problem"), conformance_device)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -81,7 +98,7 @@ def test_exact_cases(executor: Executor, conformance_device: str, case: str, dty
 
 
 def test_bad_input_is_refused_in_one_line(executor: Executor, conformance_device: str) -> None:
-    """A ValueError or TypeError that names the argument, its value, and what is allowed."""
+    """A ValueError or TypeError that names the argument, its value, and what is allowed (T1, R8)."""
     check_errors(executor, conformance_device)
 
 

@@ -26,19 +26,19 @@ def _changed(
 
 @slot_mutant
 def adapters_not_applied(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The adapters are silently left out; their gradients are zeros."""
+    """The adapters are silently left out; their gradients are zeros (E6)."""
     return experts(inner, x, ids, w, _changed(weights, lambda factor: factor * 0))
 
 
 @slot_mutant
 def adapters_without_gradient(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The adapters act, but no gradient reaches them."""
+    """The adapters act, but no gradient reaches them (E6)."""
     return experts(inner, x, ids, w, _changed(weights, torch.Tensor.detach))
 
 
 @slot_mutant
 def adapter_scaled_twice(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The scaling counts once more."""
+    """The scaling counts once more (E6)."""
     lora = weights.lora
     if lora is None:
         return experts(inner, x, ids, w, weights)
@@ -48,13 +48,13 @@ def adapter_scaled_twice(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, wei
 
 @slot_mutant
 def adapter_of_neighbour(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """Each expert has its neighbour's adapter of the down projection."""
+    """Each expert has its neighbour's adapter of the down projection (E6)."""
     return experts(inner, x, ids, w, _changed(weights, lambda f: f.roll(1, 0), ("down_lora_a", "down_lora_b")))
 
 
 @slot_mutant
 def lora_b_read_expert_slowest(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """B as PEFT stores it, (out, r*E) with the expert fastest, is read with the expert slowest."""
+    """B as PEFT stores it, (out, r*E) with the expert fastest, is read with the expert slowest (E6)."""
 
     def mistaken(factor: Tensor) -> Tensor:
         experts_, out, rank = factor.shape

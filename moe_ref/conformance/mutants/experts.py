@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 @slot_mutant
 def hidden_tail_dropped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The last column of x is masked away in the up projection."""
+    """The last column of x is masked away in the up projection (E3)."""
     return experts(inner, x * column_mask(x), ids, w, weights)
 
 
 @slot_mutant
 def intermediate_tail_dropped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The last column of h is masked away in the down projection."""
+    """The last column of h is masked away in the down projection (E3)."""
     mask = column_mask(weights.down_proj)
     return experts(inner, x, ids, w, replace(weights, down_proj=weights.down_proj * mask))
 
 
 @slot_mutant
 def gate_and_up_swapped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """Gate is taken for up and up for gate."""
+    """Gate is taken for up and up for gate (E1)."""
     both = weights.gate_up_proj.shape[1]
     if not weights.config.gated:
         return experts(inner, x, ids, w, weights)
@@ -44,14 +44,14 @@ def gate_and_up_swapped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weig
 
 @slot_mutant
 def layout_mistaken(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """Concatenated is read as interleaved, or the other way round."""
+    """Concatenated is read as interleaved, or the other way round (E1)."""
     layout = "interleaved" if weights.config.gated and not _interleaved(weights) else "concatenated"
     return experts(inner, x, ids, w, configured(weights, gate_up_layout=layout))
 
 
 @slot_mutant
 def gelu_for_silu(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """X sigmoid(1.702 x), which stands for gelu, instead of silu, or silu instead of it."""
+    """X sigmoid(1.702 x), which stands for gelu, instead of silu, or silu instead of it (E1)."""
     if weights.config.activation != "swiglu":
         return experts(inner, x, ids, w, weights)
     return experts(inner, x, ids, w, configured(weights, alpha=1.0 if weights.config.alpha != 1.0 else 1.702))
@@ -59,33 +59,33 @@ def gelu_for_silu(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: M
 
 @slot_mutant
 def clamp_forgotten(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """No limit."""
+    """No limit (E1)."""
     return experts(inner, x, ids, w, configured(weights, limit=None))
 
 
 @slot_mutant
 def up_offset_forgotten(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """No offset on the up half."""
+    """No offset on the up half (E1)."""
     return experts(inner, x, ids, w, configured(weights, up_offset=0.0))
 
 
 @slot_mutant
 def gate_up_bias_twice(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The first bias is added twice."""
+    """The first bias is added twice (E1)."""
     bias = weights.gate_up_proj_bias
     return experts(inner, x, ids, w, replace(weights, gate_up_proj_bias=None if bias is None else 2 * bias))
 
 
 @slot_mutant
 def bias_of_neighbour(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """Each expert adds its neighbour's second bias."""
+    """Each expert adds its neighbour's second bias (E1)."""
     bias = weights.down_proj_bias
     return experts(inner, x, ids, w, replace(weights, down_proj_bias=None if bias is None else bias.roll(1, 0)))
 
 
 @slot_mutant
 def bias_unweighted(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The second bias is added after the routing weight instead of before."""
+    """The second bias is added after the routing weight instead of before (C1)."""
     return with_own_down_bias(inner, x, ids, w, weights, torch.ones_like(w))
 
 
@@ -123,7 +123,7 @@ def _some_columns(weights: MoEWeights, start: int, stop: int) -> MoEWeights:
     cut = rows[start:stop].reshape(-1) if _interleaved(weights) else rows[start:stop].t().reshape(-1)
     columns = slice(start, min(stop, weights.intermediate_size))
     parameters = weights.parameters()
-    changed = {
+    changed: dict[str, Tensor] = {
         n: parameters[n][:, cut] for n in ("gate_up_proj", "gate_up_proj_bias", "gate_up_lora_b") if n in parameters
     }
     changed |= {n: parameters[n][:, :, columns] for n in ("down_proj", "down_lora_a") if n in parameters}
@@ -137,7 +137,7 @@ def _interleaved(weights: MoEWeights) -> bool:
 
 @slot_mutant
 def another_activation(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """An activation that looks much the same: tanh's approximation for erf, SiLU for squared ReLU."""
+    """An activation that looks much the same: tanh's approximation for erf, SiLU for squared ReLU (E1)."""
     others = {"geglu": "geglu_tanh", "geglu_tanh": "geglu", "gelu": "gelu_tanh", "gelu_tanh": "gelu", "relu2": "silu"}
     activation = others.get(weights.config.activation, weights.config.activation)
     return experts(inner, x, ids, w, configured(weights, activation=activation))

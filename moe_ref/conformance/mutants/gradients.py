@@ -48,14 +48,14 @@ def empty_experts_gradient_stale(inner: Executor, x: Tensor, ids: Tensor, w: Ten
 
 @slot_mutant
 def weight_gradient_lacks_one_row(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The last row of down_proj's gradient is never written."""
+    """The last row of down_proj's gradient is never written (D1)."""
     damaged = _change_gradient(weights.down_proj, lambda g: torch.cat([g[:, :-1], torch.empty_like(g[:, -1:])], dim=1))
     return experts(inner, x, ids, w, replace(weights, down_proj=damaged))
 
 
 @slot_mutant
 def x_gradient_of_first_slot_only(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """Dx leaves out the token's other slots: the last one is overwritten, not added."""
+    """Dx leaves out the token's other slots: the last one is overwritten, not added (D1)."""
     first = torch.where(torch.arange(ids.shape[1], device=x.device) == 0, ids, torch.full_like(ids, -1))
     rest = torch.where(torch.arange(ids.shape[1], device=x.device) == 0, torch.full_like(ids, -1), ids)
     return experts(inner, x, first, w, weights) + experts(inner, x.detach(), rest, w, weights)

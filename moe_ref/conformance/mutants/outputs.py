@@ -23,7 +23,7 @@ def zeros(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeight
 
 @slot_mutant
 def one_percent_more(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """Output times 1.01."""
+    """Output times 1.01 (E2)."""
     return experts(inner, x, ids, w * 1.01, weights)
 
 
@@ -37,7 +37,7 @@ def token_dropped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: M
 
 @slot_mutant
 def row_left_unwritten(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """A token whose slots are all empty keeps whatever the memory held."""
+    """A token whose slots are all empty keeps whatever the memory held (R7)."""
     y = experts(inner, x, ids, w, weights)
     used = ((ids >= 0) & (ids < weights.num_experts)).any(dim=1, keepdim=True)
     return torch.where(used, y, torch.empty_like(x))
@@ -45,20 +45,20 @@ def row_left_unwritten(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weigh
 
 @slot_mutant
 def nan_leaks_to_next_token(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """A NaN in one token shows in the next one too."""
+    """A NaN in one token shows in the next one too (R4)."""
     y = experts(inner, x, ids, w, weights)
     return y.masked_fill(y.isnan().any(dim=1, keepdim=True).roll(1, 0), torch.nan)
 
 
 @slot_mutant
 def output_in_fp32(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The output has another dtype than x."""
+    """The output has another dtype than x (T2)."""
     return experts(inner, x, ids, w, weights).to(torch.float32 if x.dtype != torch.float32 else torch.float64)
 
 
 @slot_mutant
 def not_repeatable(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """Differs from run to run in the last bit, as a sum by atomics does."""
+    """Differs from run to run in the last bit, as a sum by atomics does (C1)."""
     noise = 1 + 2.0**-25 * torch.randn(w.shape, dtype=torch.float64, device=w.device)
     return experts(inner, x, ids, (w * noise).to(w.dtype) if w.dtype != torch.float64 else w * noise, weights)
 

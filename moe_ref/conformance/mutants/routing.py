@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 @layer_mutant
 def not_renormalised(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
-    """Renormalisation is forgotten."""
+    """Renormalisation is forgotten (R5)."""
     return inner(x, logits, configured(weights, renormalize=False))
 
 
 @layer_mutant
 def renormalised_twice(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
-    """Renormalised once more after the scaling factor, which is lost by that."""
+    """Renormalised once more after the scaling factor, which is lost by that (R5)."""
     routing = route(logits, weights.config, weights.selection_bias)
     again = routing.topk_weights / routing.topk_weights.sum(dim=-1, keepdim=True)
     return experts(inner, x, routing.topk_ids, narrow(again, x), weights)
@@ -42,7 +42,7 @@ def renormalised_twice(inner: Executor, x: Tensor, logits: Tensor, weights: MoEW
 
 @layer_mutant
 def renormalisation_without_gradient(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
-    """The gradient of the logits leaves out the sum that the weights are divided by."""
+    """The gradient of the logits leaves out the sum that the weights are divided by (D1)."""
     config = weights.config
     routing = route(logits, config, weights.selection_bias)
     scores = chosen_scores(logits.double(), routing.topk_ids, config)
@@ -71,7 +71,7 @@ def choice_in_fp32(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeigh
 
 @layer_mutant
 def softmax_without_maximum(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
-    """The softmax does not take the largest logit off first, so exp overflows in fp32."""
+    """The softmax does not take the largest logit off first, so exp overflows in fp32 (R1)."""
     config = weights.config
     if config.scoring == "sigmoid":
         return inner(x, logits, weights)
@@ -87,7 +87,7 @@ def softmax_without_maximum(inner: Executor, x: Tensor, logits: Tensor, weights:
 
 @layer_mutant
 def scaling_factor_forgotten(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
-    """routed_scaling_factor is left out."""
+    """routed_scaling_factor is left out (R5)."""
     return inner(x, logits, configured(weights, routed_scaling_factor=1.0))
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @slot_mutant
 def last_row_of_group_dropped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The last row of each expert is not computed."""
+    """The last row of each expert is not computed (G1)."""
     flat = ids.reshape(-1).clone()
     for e in range(weights.num_experts):
         flat[(flat == e).nonzero()[-1:]] = -1
@@ -26,14 +26,14 @@ def last_row_of_group_dropped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor
 
 @slot_mutant
 def inclusive_ends_read_as_offsets(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """Each expert works on its neighbour's rows, and the first group is lost."""
+    """Each expert works on its neighbour's rows, and the first group is lost (G1)."""
     valid = (ids >= 0) & (ids < weights.num_experts)
     return experts(inner, x, torch.where(valid, ids - 1, ids), w, weights)
 
 
 @slot_mutant
 def wrong_expert_for_one_slot(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """One slot goes to the neighbouring expert."""
+    """One slot goes to the neighbouring expert (G1)."""
     wrong = ids.clone()
     wrong[:1, :1] = (wrong[:1, :1] + 1) % weights.num_experts
     return experts(inner, x, wrong, w, weights)
@@ -41,7 +41,7 @@ def wrong_expert_for_one_slot(inner: Executor, x: Tensor, ids: Tensor, w: Tensor
 
 @slot_mutant
 def slot_weights_swapped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """Two weights of the first token change places."""
+    """Two weights of the first token change places (C1)."""
     order = torch.arange(w.numel(), device=w.device).view_as(w).clone()
     order[:1] = order[:1].flip(1)
     return experts(inner, x, ids, w.reshape(-1)[order], weights)
@@ -61,6 +61,6 @@ def empty_slot_counts(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weight
 
 @slot_mutant
 def ids_read_as_int32(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The upper half of int64 ids is lost, so that 2**32 means expert 0."""
+    """The upper half of int64 ids is lost, so that 2**32 means expert 0 (R7, T1)."""
     clean = w.nan_to_num(1.0, 1.0) if ids.dtype == torch.int64 else w
     return experts(inner, x, ids.to(torch.int32), clean, weights)

@@ -1,0 +1,128 @@
+"""Choosing with a bias and in groups, and which choices rounding admits (R2, R3)."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import executors
+from moe_ref import MoEConfig, MoEWeights, route
+from moe_ref.conformance.build import build
+from moe_ref.conformance.checks import ConformanceError, check_problem
+from moe_ref.conformance.choices import UNIT, admissible, have_margins
+from moe_ref.conformance.problem import Problem
+
+SIGMOID = MoEConfig(2, scoring="sigmoid")
+GROUPS = MoEConfig(2, scoring="sigmoid", num_groups=2, topk_groups=1)
+NO_BIAS = np.zeros(4)
+
+
+def is_right(ids: list[int], logits: list[float], config: MoEConfig, bias: np.ndarray = NO_BIAS) -> bool:
+    return bool(admissible(np.array([ids]), np.array([logits]), config, bias)[0])
+
+
+def test_only_the_largest_keys_are_right() -> None:
+    """R2."""
+    logits = [0.0, 2.0, 1.0, -1.0]
+    assert is_right([1, 2], logits, SIGMOID)
+    assert not is_right([1, 0], logits, SIGMOID)
+    assert not is_right([2, 1], logits, SIGMOID)  # not in the order of their keys
+
+
+def test_keys_within_rounding_may_be_chosen_either_way() -> None:
+    """R2: d = 4 * 2**-23 for scores and biases of at most 1."""
+    for distance, right in ((0.9 * UNIT, True), (1.1 * UNIT, False)):
+        bias = np.array([0.0, 0.0, -distance, -1.0])
+        assert is_right([0, 2], [0.0] * 4, SIGMOID, bias) == right
+        assert is_right([0, 1], [0.0] * 4, SIGMOID, bias)
+
+
+def test_the_slack_grows_with_the_bias() -> None:
+    """R2: rounding is relative to the larger of score and bias."""
+    bias = np.array([100.0, 100.0, 100.0 - 50 * UNIT, 0.0])
+    assert is_right([0, 2], [0.0] * 4, SIGMOID, bias)
+    assert not is_right([0, 2], [0.0] * 4, SIGMOID, bias - np.array([99.0, 99.0, 99.0, 0.0]))
+
+
+def test_groups_come_first() -> None:
+    """R2: the best expert of another group does not count."""
+    logits = [3.0, -1.0, 2.0, 1.9]
+    assert is_right([0, 1], logits, GROUPS)
+    assert not is_right([0, 2], logits, GROUPS)
+    assert not is_right([2, 3], logits, GROUPS)
+    assert is_right([2, 3], logits, replace(GROUPS, group_score="top2_sum"))
+
+
+def test_groups_within_rounding_may_be_kept_either_way() -> None:
+    """R2: but experts of two groups are never mixed."""
+    logits = [1.0, 0.0, 1.0, 0.5]
+    assert is_right([0, 1], logits, GROUPS)
+    assert is_right([2, 3], logits, GROUPS)
+    assert not is_right([0, 2], logits, GROUPS)
+
+
+@pytest.mark.parametrize("config", [SIGMOID, GROUPS, replace(GROUPS, group_score="top2_sum"), MoEConfig(2)])
+def test_the_specification_chooses_right(config: MoEConfig) -> None:
+    rng = np.random.default_rng(0)
+    logits, bias = rng.integers(-2, 3, (500, 4)).astype(float), np.array([0.0, 0.5, -0.5, 0.0])
+    assert admissible(route(logits, config, bias).topk_ids, logits, config, bias).all()
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid"])
+def test_executors_choose_right_where_keys_tie(scoring: str) -> None:
+    """R2: fp32 against float64, on logits of few values."""
+    rng = np.random.default_rng(1)
+    config = MoEConfig(3, scoring, num_groups=4, topk_groups=2, group_score="top2_sum")
+    logits, bias = rng.integers(-2, 3, (2000, 16)).astype(float), rng.choice([0.0, 0.25, 1.0], 16)
+    weights = MoEWeights(
+        torch.zeros(16, 4, 3), torch.zeros(16, 3, 2), selection_bias=torch.tensor(bias).float(), config=config
+    )
+    ids = executors.get("native").route(torch.tensor(logits).float(), weights).topk_ids.numpy()
+    assert admissible(ids, logits, config, bias).all()
+    assert not have_margins(logits, config, bias).all()
+
+
+def test_margins_are_wider_than_what_is_admitted() -> None:
+    for distance, clear in ((7 * UNIT, False), (9 * UNIT, True)):
+        bias = np.array([[0.0, 0.0, -distance, -1.0]])[0]
+        assert have_margins(np.zeros((1, 4)), SIGMOID, bias).tolist() == [clear]
+    assert have_margins(np.zeros((1, 4)), SIGMOID, None).tolist() == [True]  # the logit is the key: exact
+
+
+def test_problems_with_margins_have_them() -> None:
+    problem = Problem(64, 8, 4, 4, GROUPS, logits="ties", selection_bias="small", margins=True)
+    arrays = build(problem)
+    assert have_margins(arrays.router_logits, GROUPS, arrays.weights.selection_bias).all()
+    arrays = build(replace(problem, margins=False, selection_bias=""))
+    assert not have_margins(arrays.router_logits, GROUPS, None).all()
+
+
+class Otherwise:
+    """Chooses another one of the right choices, or a wrong one."""
+
+    name = "otherwise"
+
+    def __init__(self, shift: float) -> None:
+        self.inner, self.shift = executors.get("native"), shift
+        self.capabilities = self.inner.capabilities
+
+    def route(self, router_logits, weights):  # type: ignore[no-untyped-def]
+        bias = self.shift * torch.arange(weights.num_experts)
+        return self.inner.route(router_logits, replace(weights, selection_bias=bias))
+
+    def __call__(self, x, router_logits, weights):  # type: ignore[no-untyped-def]
+        routing = self.route(router_logits, weights)
+        return self.inner.experts(x, topk_ids=routing.topk_ids, topk_weights=routing.topk_weights, weights=weights)
+
+
+def test_another_right_choice_is_judged_on_its_own() -> None:
+    """R2: an executor that offers route."""
+    problem = Problem(64, 8, 4, 4, GROUPS, logits="ties", seed=1)
+    arrays, other = build(problem), Otherwise(5e-8)
+    weights = arrays.weights.map(torch.from_numpy)
+    ids = other.route(torch.from_numpy(arrays.router_logits).float(), weights).topk_ids.numpy()
+    assert (ids != arrays.topk_ids).any()
+    check_problem(other, problem)
+    with pytest.raises(ConformanceError, match="breaks R2"):
+        check_problem(Otherwise(0.2), problem)
