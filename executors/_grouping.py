@@ -6,26 +6,22 @@ import torch
 from torch import Tensor
 
 
-def sort_slots(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """[S] The slot in each row: slots stably sorted by expert, empty ones last.
+def group(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Sorts the slots stably by expert; empty slots come last and belong to no group.
 
     Args:
         topk_ids: [T, K], int32 or int64; ids outside [0, E) are empty slots.
         num_experts: E.
+
+    Returns:
+        order [S]: the slot in each row; group_offsets [E + 1]: expert e has rows group_offsets[e] to
+        group_offsets[e + 1] - 1. Both int64.
     """
-    return torch.sort(_flat_ids(topk_ids, num_experts), stable=True).indices
-
-
-def offsets(topk_ids: Tensor, order: Tensor, num_experts: int) -> Tensor:
-    """[E + 1] int64: expert e has rows offsets[e] .. offsets[e + 1] - 1; empty slots belong to no group."""
-    ids = _flat_ids(topk_ids, num_experts)
-    edges = torch.arange(num_experts + 1, dtype=ids.dtype, device=ids.device)
-    return torch.searchsorted(ids[order], edges)
-
-
-def _flat_ids(topk_ids: Tensor, num_experts: int) -> Tensor:
     ids = topk_ids.reshape(-1)
-    return ids.masked_fill((ids < 0) | (ids > num_experts), num_experts)
+    ids = ids.masked_fill((ids < 0) | (ids > num_experts), num_experts)
+    sorted_ids, order = torch.sort(ids, stable=True)
+    edges = torch.arange(num_experts + 1, dtype=ids.dtype, device=ids.device)
+    return order, torch.searchsorted(sorted_ids, edges)
 
 
 def expert_of_rows(topk_ids: Tensor, order: Tensor, num_experts: int) -> Tensor:
@@ -46,16 +42,22 @@ def slot_weights(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, dtype
     return topk_weights.to(wide).masked_fill((topk_ids < 0) | (topk_ids >= num_experts), 0.0)
 
 
-def combine(outputs: Tensor, weights: Tensor | None) -> Tensor:
-    """y [T, H] from outputs [T, K, H] and weights [T, K], None for ones: in increasing k, rounded once (C1)."""
-    wide = torch.promote_types(outputs.dtype, torch.float32)
-    slots = outputs.to(wide)
-    if weights is None:
-        total = slots[:, 0].clone()
-        for k in range(1, slots.shape[1]):
-            total += slots[:, k]
-    else:
-        total = slots[:, 0] * weights[:, 0, None]
-        for k in range(1, slots.shape[1]):
-            total.addcmul_(slots[:, k], weights[:, k, None])
-    return total.to(outputs.dtype)
+def combine(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum over each token's slots, in increasing k, in at least fp32, rounded once (C1).
+
+    One slot of every token at a time: what is gathered stays in the cache, and nothing of T*K*H is made.
+
+    Args:
+        rows: [S, H] in expert order; zeros for empty slots.
+        row_of_slot: [T, K].
+        weights: [T, K], or None for ones.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    total = torch.zeros(row_of_slot.shape[0], rows.shape[1], dtype=wide, device=rows.device)
+    for k in range(row_of_slot.shape[1]):
+        slots = rows.index_select(0, row_of_slot[:, k])
+        if weights is None:
+            total += slots
+        else:
+            total.addcmul_(slots.to(wide), weights[:, k, None])
+    return total.to(rows.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from executors import _activation
 from executors._activation import Activation
-from executors._grouping import combine, expert_of_rows, inverse_of, offsets, slot_weights
+from executors._grouping import combine, expert_of_rows, group, inverse_of, slot_weights
 
 
 class Products(Protocol):
@@ -31,6 +31,9 @@ class Products(Protocol):
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         """[E, m, k]: a [S, m] transposed times b [S, k], group by group; exactly 0 for an expert without rows (D2)."""
+
+    def clear(self, rows: Tensor) -> Tensor:
+        """The same tensor, with zeros written past the last group."""
 
 
 class Projection(NamedTuple):
@@ -79,7 +82,7 @@ class Layer(NamedTuple):
 
     def group_sizes(self) -> Tensor:
         """[E] The rows of each expert."""
-        group_offsets = offsets(self.topk_ids, self.order, self.num_experts)
+        group_offsets = group(self.topk_ids, self.num_experts)[1]
         return group_offsets[1:] - group_offsets[:-1]
 
     def rows(self) -> Tensor:
@@ -94,8 +97,7 @@ def forward(layer: Layer, products: Products) -> tuple[Tensor, Tensor]:
     """y [T, H] and z [S, J]."""
     z = preactivations(layer, products)
     o = _linear(_activation.forward(z, layer.act), layer.down, layer, products)
-    slots = _by_slot(o, layer)
-    return combine(slots, None if layer.scale_input else layer.weights()), z
+    return _combine(products.clear(o), layer, None if layer.scale_input else layer.weights()), z
 
 
 def preactivations(layer: Layer, products: Products) -> Tensor:
@@ -155,7 +157,7 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
                         found["topk_weights"] = _weight_gradients((wide * layer.x[layer.tokens()]).sum(1), layer)
                     d_rows = (wide * layer.weights().reshape(-1)[layer.order, None]).to(layer.x.dtype)
                 if needs["x"]:
-                    found["x"] = combine(_by_slot(d_rows, layer), None)
+                    found["x"] = _combine(products.clear(d_rows), layer, None)
     return found
 
 
@@ -228,11 +230,9 @@ def _sums(rows: Tensor, layer: Layer) -> Tensor:
     return torch.segment_reduce(rows, "sum", lengths=layer.group_sizes(), axis=0, unsafe=True)
 
 
-def _by_slot(rows: Tensor, layer: Layer) -> Tensor:
-    """[T, K, H] Rows in slot order, exactly 0 for empty slots."""
-    tokens, top_k = layer.topk_ids.shape
-    slots = rows[inverse_of(layer.order)].view(tokens, top_k, rows.shape[1])
-    return slots.masked_fill_(_empty(layer)[..., None], 0.0)
+def _combine(rows: Tensor, layer: Layer, weights: Tensor | None) -> Tensor:
+    row_of_slot = inverse_of(layer.order).view(layer.topk_ids.shape)
+    return combine(rows, row_of_slot, weights)
 
 
 def _weight_gradients(of_rows: Tensor, layer: Layer) -> Tensor:

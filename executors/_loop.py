@@ -19,6 +19,7 @@ class LoopProducts:
         places = enumerate(pairwise(group_offsets.tolist()))
         self._groups = [(expert, start, stop) for expert, (start, stop) in places if start < stop]
         self._num_experts = len(group_offsets) - 1
+        self._end = self._groups[-1][2] if self._groups else 0
 
     def rows(self, a: Tensor, matrices: Tensor) -> Tensor:
         """[S, m]: a [S, k] times matrices [E, m, k] transposed.
@@ -49,3 +50,8 @@ class LoopProducts:
             done = expert + 1
         out[done:].zero_()
         return out
+
+    def clear(self, rows: Tensor) -> Tensor:
+        """The same tensor, with zeros written past the last group."""
+        rows[self._end :].zero_()
+        return rows

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from executors import _layer
 from executors._activation import Activation
-from executors._grouping import offsets, sort_slots
+from executors._grouping import group
 from executors._layer import Layer, Products, Projection
 from moe_ref.types import PARAMETERS, MoEWeights
 
@@ -75,9 +75,7 @@ def define(multiplication: Multiplication) -> Operator:
         up_offset: float,
         layout: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        num_experts = gate_up_proj.shape[0]
-        order = sort_slots(topk_ids, num_experts)
-        group_offsets = offsets(topk_ids, order, num_experts)
+        order, group_offsets = group(topk_ids, gate_up_proj.shape[0])
         kept = group_offsets.cpu() if on_host else group_offsets
         layer = _make_layer(
             (x, topk_ids, topk_weights),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moe_ref.types import MoEWeights
 
 ALIGNMENT = 16  # bytes
+INT32_MAX = 2**31 - 1
 WITHOUT_HOST = ((9, 0), (10, 0))  # compute capabilities on which torch's bf16 kernel reads the offsets by itself
 
 
@@ -36,6 +37,7 @@ class GroupedProducts:
 
     def __init__(self, group_offsets: Tensor) -> None:
         self._ends = group_offsets[1:].to(torch.int32)
+        self._end = group_offsets[-1]
         self._empty = group_offsets[1:] == group_offsets[:-1]
 
     def rows(self, a: Tensor, matrices: Tensor) -> Tensor:
@@ -48,16 +50,29 @@ class GroupedProducts:
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         """[E, m, k]: a [S, m] transposed times b [S, k], group by group."""
+        _check_rows(a)
         out = F.grouped_mm(_aligned_rows(a).t(), _aligned_rows(b), offs=self._ends)[:, : a.shape[1], : b.shape[1]]
         if out.is_cuda:  # some GPU kernels write something for groups without rows
             out.masked_fill_(self._empty[:, None, None], 0.0)
         return out
 
+    def clear(self, rows: Tensor) -> Tensor:
+        """The same tensor, with zeros written past the last group."""
+        places = torch.arange(rows.shape[0], device=rows.device)
+        return rows.masked_fill_((places >= self._end)[:, None], 0.0)
+
     def _product(self, a: Tensor, matrices: Tensor) -> Tensor:
         """[S, n]: a [S, r] times matrices [E, r, n]."""
+        _check_rows(a)
         if _padding(a) or not _is_aligned(matrices):
             matrices = _copy(matrices.transpose(1, 2)).transpose(1, 2)  # of the whole stack: odd sizes, odd strides
         return F.grouped_mm(_aligned_rows(a), matrices, offs=self._ends)
+
+
+def _check_rows(rows: Tensor) -> None:
+    """E5: torch's ``offs`` are int32."""
+    if rows.shape[0] > INT32_MAX:
+        raise Unsupported(f"T*K={rows.shape[0]} slots: must be at most {INT32_MAX} for grouped_mm")
 
 
 def _padding(value: Tensor) -> int:

@@ -1,6 +1,6 @@
 """Which tests hold which clause: the source of docs/clauses.md. Rewrite that page with ``python tests/clauses.py``.
 
-A test holds the clauses that its docstring names. Tests that run on every executor are those of the suite, and those
+A test holds the clauses that its docstring or its name names. Tests that run on every executor are those of the suite, and those
 that take an executor's name.
 """
 
@@ -67,11 +67,13 @@ def functions(path: Path) -> list[ast.FunctionDef]:
 def takes_executor(function: ast.FunctionDef) -> bool:
     """Whether a test is repeated for the executors' names."""
     marks = {ast.unparse(mark) for mark in function.decorator_list}
-    return any(mark in ("both", "every_executor") or "EXECUTORS" in mark or "OPERATORS" in mark for mark in marks)
+    return any(mark == "both" or "EXECUTORS" in mark or mark.startswith("catches(") for mark in marks)
 
 
 def named(function: ast.FunctionDef) -> list[str]:
-    return sorted(set(CLAUSE.findall(ast.get_docstring(function) or "")))
+    in_name = re.match(r"test_([a-z]\d)_", function.name)
+    found = CLAUSE.findall(ast.get_docstring(function) or "") + ([in_name[1].upper()] if in_name else [])
+    return sorted(set(found))
 
 
 def cells(names: list[str]) -> str:

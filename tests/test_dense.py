@@ -103,7 +103,7 @@ def test_host_reads(name: str, entry: str, monkeypatch: pytest.MonkeyPatch) -> N
 @both
 def test_host_reads_are_seen_inside_the_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     combine = _layer.combine
-    monkeypatch.setattr(_layer, "combine", lambda o, w: combine(o * o.isfinite().all().item(), w))
+    monkeypatch.setattr(_layer, "combine", lambda o, *a: combine(o * o.isfinite().all().item(), *a))
     inputs = inputs_of(PROBLEM)
     with HostReads() as mode:
         call(executors.get(name), inputs)
@@ -465,5 +465,16 @@ def test_rows_past_the_last_group_are_never_used(monkeypatch: pytest.MonkeyPatch
 def test_offsets_are_64_bit() -> None:
     """E5."""
     ids = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32)
-    order = _grouping.sort_slots(ids, 3)
-    assert (order.dtype, _grouping.offsets(ids, order, 3).dtype) == (torch.int64, torch.int64)
+    assert [tensor.dtype for tensor in _grouping.group(ids, 3)] == [torch.int64, torch.int64]
+
+
+def test_more_rows_than_32_bits_count_are_refused() -> None:
+    """E5: torch's grouped_mm takes int32 ends, which would wrap to negative ones."""
+    products = grouped_mm.GroupedProducts(torch.empty(3, dtype=torch.int64, device="meta"))
+    rows, matrices = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((2**31, 8), (2, 8, 8)))
+    for product in (products.rows, products.rows_back):
+        with pytest.raises(executors.Unsupported, match=r"^T\*K=2147483648 slots: must be at most 2147483647"):
+            product(rows, matrices)
+    with pytest.raises(executors.Unsupported, match="slots"):
+        products.outer(rows, rows)
+    assert products.rows(rows[1:], matrices).shape == (2**31 - 1, 8)

@@ -9,6 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import executors
+from moe_ref.conformance.mutants import mutants
+
 clauses = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "clauses.py")))
 DOCS = Path(__file__).parent.parent / "docs"
 CLAUSES = clauses.clauses()
@@ -47,3 +50,9 @@ def test_clauses_that_a_mutant_can_break_have_one() -> None:
     _, _, mutants = clauses.held_by()
     elsewhere = {"T1", "R8", "E5", "C2", "D4", "D5"}
     assert [clause for clause in CLAUSES if not mutants[clause] and clause not in elsewhere] == []
+
+
+def test_the_readme_counts_the_mutants() -> None:
+    text = (DOCS.parent / "README.md").read_text()
+    (said,) = re.findall(r"(\d+) deliberately wrong executors", text)
+    assert int(said) == len(mutants(executors.get("native")))

@@ -77,6 +77,19 @@ def gate_up_bias_twice(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weigh
 
 
 @slot_mutant
+def gate_up_bias_after_activation(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """The first bias, as far as it is the gate's, is added to h instead of to z (E1)."""
+    bias, down = weights.gate_up_proj_bias, weights.down_proj_bias
+    if bias is None:
+        return experts(inner, x, ids, w, weights)
+    gate = bias[:, 0::2] if _interleaved(weights) else bias[:, : weights.intermediate_size]
+    wide = torch.promote_types(torch.promote_types(x.dtype, bias.dtype), torch.float32)
+    late = torch.einsum("ehi,ei->eh", weights.down_proj.to(wide), gate.to(wide))
+    late = late if down is None else late + down
+    return experts(inner, x, ids, w, replace(weights, gate_up_proj_bias=None, down_proj_bias=late))
+
+
+@slot_mutant
 def bias_of_neighbour(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """Each expert adds its neighbour's second bias (E1)."""
     bias = weights.down_proj_bias
