@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+BLOCK_ELEMENTS = 2**17  # of z: half a MiB in fp32
+
+
 class Activation(NamedTuple):
     """The parts of ``MoEConfig`` that shape the activation."""
 
@@ -31,30 +34,49 @@ class Activation(NamedTuple):
 
 def forward(z: Tensor, act: Activation) -> Tensor:
     """h [n, I] from z [n, J], in z's dtype."""
-    if not act.gated:
-        return _plain(z, act.name)
-    gate, up = _split(z, act.layout)
-    if act.plain:  # torch evaluates in fp32 within each of the two: act(g) and h are rounded once each
-        return _plain(gate, act.name) * up
-    gate, up = _clamp(_widen(gate), _widen(up), act)
-    return ((up + act.up_offset) * gate * torch.sigmoid(act.alpha * gate)).to(z.dtype)
+    h = z.new_empty(z.shape[0], z.shape[1] // (2 if act.gated else 1))
+    for rows in _blocks(z):
+        h[rows] = _forward(z[rows], act)
+    return h
 
 
 def backward(z: Tensor, dh: Tensor, act: Activation) -> Tensor:
     """dz [n, J] from z [n, J] and dh [n, I], in at least fp32; the clamp's derivative at equality is 1."""
+    dz = torch.empty(z.shape, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+    for rows in _blocks(z):
+        _backward(dz[rows], z[rows], dh[rows], act)
+    return dz
+
+
+def _blocks(z: Tensor) -> list[slice]:
+    """Rows that a CPU's cache holds while they pass through several operators; on a GPU all of them."""
+    step = max(1, BLOCK_ELEMENTS // z.shape[1]) if z.device.type == "cpu" else max(1, z.shape[0])
+    return [slice(start, start + step) for start in range(0, z.shape[0], step)]
+
+
+def _forward(z: Tensor, act: Activation) -> Tensor:
     if not act.gated:
-        return dh * _value_and_slope(_widen(z), act)[1]
+        return _plain(z, act.name)
+    gate, up = _split(z, act.layout)
+    if act.plain:  # torch evaluates in fp32 within each of the two: act(g) and h are rounded once each
+        return _plain(gate, act.name).mul_(up)
+    gate, up = _clamp(_widen(gate), _widen(up), act)
+    return torch.sigmoid(act.alpha * gate).mul_(gate).mul_(up + act.up_offset)
+
+
+def _backward(dz: Tensor, z: Tensor, dh: Tensor, act: Activation) -> None:
+    if not act.gated:
+        torch.mul(dh, _value_and_slope(_widen(z), act)[1], out=dz)
+        return
     gate, up = (_widen(half) for half in _split(z, act.layout))
     clamped_gate, clamped_up = _clamp(gate, up, act)
     value, slope = _value_and_slope(clamped_gate, act)
-    factor = clamped_up + act.up_offset if act.up_offset else clamped_up
-    d_gate, d_up = slope.mul_(factor).mul_(dh), value.mul_(dh)
+    d_gate, d_up = slope.mul_(clamped_up + act.up_offset).mul_(dh), value.mul_(dh)
     if act.limit is not None:
         d_gate.masked_fill_(gate > act.limit, 0.0)
         d_up.masked_fill_(up.abs() > act.limit, 0.0)
-    if act.layout == "interleaved":
-        return torch.stack((d_gate, d_up), dim=-1).flatten(-2)
-    return torch.cat((d_gate, d_up), dim=-1)
+    for whole, half in zip(_split(dz, act.layout), (d_gate, d_up), strict=True):
+        whole.copy_(half)
 
 
 def _plain(gate: Tensor, name: str) -> Tensor:

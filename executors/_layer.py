@@ -87,7 +87,7 @@ class Layer(NamedTuple):
 
     def rows(self) -> Tensor:
         """[S, H] What the experts are given: x, or its product with the weight (C3)."""
-        rows = self.x[self.tokens()]
+        rows = self.x.index_select(0, self.tokens())
         if not self.scale_input:
             return rows
         return (self.weights().reshape(-1)[self.order, None] * rows).to(rows.dtype)
@@ -116,7 +116,7 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
         needs: for "x", "topk_weights" and the names of parameters, whether a gradient is wanted.
     """
     found: dict[str, Tensor] = {}
-    upstream = dy[layer.tokens()]
+    upstream = dy.index_select(0, layer.tokens())
     weight = None if layer.scale_input else layer.weights().reshape(-1)[layer.order, None]
     need_weights = needs["topk_weights"]
     up_parameters = any(needs[name] for name in needs if name.startswith("gate_up"))
@@ -162,15 +162,12 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
 
 
 def _linear(rows: Tensor, projection: Projection, layer: Layer, products: Products) -> Tensor:
-    product = products.rows(rows, projection.matrices)
-    if projection.bias is None and projection.lora_a is None:
-        return product
-    total = product.to(layer.wide)
+    total = products.rows(rows, projection.matrices)
     if projection.lora_b is not None:
         inner = _inner(rows, projection, products)
-        total = total + products.rows(inner, _factor(projection.lora_b, rows))
-    if projection.bias is not None:
-        total = total + projection.bias[layer.experts()]
+        total = total.to(layer.wide) + products.rows(inner, _factor(projection.lora_b, rows))
+    if projection.bias is not None:  # torch adds in at least fp32 and rounds once, in place too
+        total.add_(projection.bias.index_select(0, layer.experts()))
     return total.to(rows.dtype)
 
 

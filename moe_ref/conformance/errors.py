@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -13,7 +13,8 @@ from moe_ref.conformance.call import Inputs, call, to_torch
 from moe_ref.conformance.checks import ConformanceError, applicable
 from moe_ref.conformance.problem import Problem
 from moe_ref.layer import moe, routed_experts
-from moe_ref.types import ExpertLoRA, MoEConfig
+from moe_ref.types import Activation, ExpertLoRA, MoEConfig
+from moe_ref.validation import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,7 +125,11 @@ def check_no_double_backward(executor: Executor, device: str = "cpu") -> None:
     """
     if not executor.capabilities.backward:
         return
-    problem = applicable(executor, _PROBLEM)
+    able = executor.capabilities
+    dtype = next(d for d in ("float32", *FLOAT_DTYPES) if d in able.dtypes)
+    activation = next(a for a in get_args(Activation) if a in able.activations)
+    config = replace(_PROBLEM.config, activation=activation)
+    problem = applicable(executor, replace(_PROBLEM, dtype=dtype, config=config))
     inputs = to_torch(problem, build(problem), device)
     y = call(executor, inputs)
     (dx,) = torch.autograd.grad(y.square().sum(), inputs.x, create_graph=True)

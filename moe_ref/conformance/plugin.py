@@ -56,6 +56,10 @@ def _refuse_unusable(names: list[str], device: str) -> None:
             executors.get(name)
         except (executors.UnknownExecutor, executors.Unavailable, ValueError) as error:
             raise pytest.UsageError(f"--executor {name}: {error}") from error
+        devices = executors.get(name).capabilities.devices
+        if devices and device.partition(":")[0] not in devices:
+            allowed = " or ".join(sorted(devices))
+            raise pytest.UsageError(f"--executor-device {device}: must be {allowed}, which {name} declares")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -5,12 +5,13 @@ A `Problem` prints as the call that makes it, so a failing example can be pasted
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 from moe_ref.types import LORA_FACTORS, MoEConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Problem:
     """Everything that defines a call and its upstream gradient; the bulk of the numbers comes from ``seed``.
 
@@ -76,6 +77,9 @@ class Problem:
     frozen: frozenset[str] = frozenset()
     seed: int = 0
 
+    def __repr__(self) -> str:
+        return _call_of(self)
+
     @property
     def top_k(self) -> int:
         """K."""
@@ -104,3 +108,10 @@ def leading_shape(problem: Problem) -> tuple[int, ...]:
     if tokens == 1:
         return ()
     return (2, tokens // 2) if tokens % 2 == 0 else (1, tokens)
+
+
+def _call_of(value: Any) -> str:
+    """The call that makes a dataclass, without the fields that have their defaults."""
+    given = [(f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default]
+    texts = [f"{name}={_call_of(v) if is_dataclass(v) else repr(v)}" for name, v in given]
+    return f"{type(value).__name__}({', '.join(texts)})"

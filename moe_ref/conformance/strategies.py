@@ -145,3 +145,18 @@ def without_undeclared(problem: Problem, able: Capabilities) -> Problem:
     if not able.lora:
         problem = replace(problem, gate_up_rank=0, down_rank=0)
     return replace(problem, config=config)
+
+
+def undeclared(problem: Problem, able: Capabilities) -> str:
+    """What a problem needs that an executor does not declare, such as "float16, adapters"; or ""."""
+    config = problem.config
+    chooses = able.routing and problem.entry == "layer"
+    needs = {
+        problem.dtype: problem.dtype in able.dtypes,
+        config.activation: config.activation in able.activations,
+        "groups": able.selection or not chooses or config.num_groups == 1,
+        "a selection bias": able.selection or not chooses or not problem.selection_bias,
+        "scale_input": able.scale_input or not config.scale_input,
+        "adapters": able.lora or not (problem.gate_up_rank or problem.down_rank),
+    }
+    return ", ".join(need for need, met in needs.items() if not met)

@@ -23,7 +23,7 @@ from moe_ref.conformance.exact import CASES, check_exact
 from moe_ref.conformance.invariance import check_batch_invariance
 from moe_ref.conformance.laws import LAWS, check_law
 from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.strategies import problems_for
+from moe_ref.conformance.strategies import problems_for, undeclared
 from moe_ref.validation import FLOAT_DTYPES
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def test_matches_specification(executor: Executor, conformance_device: str, data
 @pytest.mark.parametrize("problem", pinned.EXAMPLES + pinned.LARGE, ids=lambda p: f"T{p.tokens}-E{p.experts}-{p.dtype}")
 def test_pinned_problems(executor: Executor, conformance_device: str, problem: Problem) -> None:
     """Many tokens, the sizes of real layers, and every bug that was found (E3, R4)."""
-    if problem.dtype not in executor.capabilities.dtypes:
-        pytest.skip(f"{executor.name} does not take {problem.dtype}")
+    _skip_undeclared(executor, problem)
     check_problem(executor, problem, conformance_device)
 
 
@@ -92,8 +91,7 @@ def test_batch_invariance(executor: Executor, conformance_device: str, data: st.
 @pytest.mark.parametrize("case", CASES)
 def test_exact_cases(executor: Executor, conformance_device: str, case: str, dtype: str) -> None:
     """Where every step is representable, the result is exact (E1, E2)."""
-    if dtype not in executor.capabilities.dtypes:
-        pytest.skip(f"{executor.name} does not take {dtype}")
+    _skip_undeclared(executor, CASES[case](dtype)[0])
     check_exact(executor, case, dtype, conformance_device)
 
 
@@ -105,3 +103,9 @@ def test_bad_input_is_refused_in_one_line(executor: Executor, conformance_device
 def test_double_backward_is_refused(executor: Executor, conformance_device: str) -> None:
     """D1: a second derivative is an error, never a silent zero."""
     check_no_double_backward(executor, conformance_device)
+
+
+def _skip_undeclared(executor: Executor, problem: Problem) -> None:
+    lacking = undeclared(problem, executor.capabilities)
+    if lacking:
+        pytest.skip(f"{executor.name} does not declare {lacking}")
