@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 BLOCK_ELEMENTS = 2**17  # of z: half a MiB in fp32
 
 

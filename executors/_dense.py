@@ -55,7 +55,7 @@ class DenseExecutor:
             Unsupported: right input that this executor cannot take.
         """
         check_inputs(x, router_logits, weights)
-        self._check_supported(x, weights)
+        self.check(x, weights)
         routing = route(router_logits.reshape(-1, weights.num_experts), weights)
         return apply(self.operator, x, routing.topk_ids, routing.topk_weights, weights, self.recompute)
 
@@ -76,7 +76,7 @@ class DenseExecutor:
             Unsupported: right input that this executor cannot take.
         """
         check_experts_inputs(x, topk_ids, topk_weights, weights)
-        self._check_supported(x, weights)
+        self.check(x, weights)
         top_k = topk_ids.shape[-1]
         ids, slot_weights = topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)
         return apply(self.operator, x, ids, slot_weights, weights, self.recompute)
@@ -97,11 +97,7 @@ class DenseExecutor:
         return route_checked(router_logits, weights)
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:
-        """Raises Unsupported where a call would, and the call's error for weights that are not right."""
+        """Raises Unsupported for what this executor cannot take: arrays of another library."""
         check_weights(weights)
-        self._check_supported(x, weights)
-
-    def _check_supported(self, x: Tensor, weights: MoEWeights) -> None:
-        """What this executor cannot take: arrays of another library."""
         if not isinstance(x, torch.Tensor):
             raise Unsupported(f"x is a {type(x).__module__}.{type(x).__name__}: must be a torch.Tensor")

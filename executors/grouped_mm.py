@@ -120,9 +120,9 @@ class GroupedMM(DenseExecutor):
         devices=frozenset({"cpu", "cuda"}), dtypes=frozenset({"float32", "bfloat16", "float16"})
     )
 
-    def _check_supported(self, x: Tensor, weights: MoEWeights) -> None:
-        """Other devices and dtypes than it has, and a capture that it would break."""
-        super()._check_supported(x, weights)
+    def check(self, x: Tensor, weights: MoEWeights) -> None:
+        """Raises Unsupported for other devices and dtypes than it has, and where it would break a capture."""
+        super().check(x, weights)
         able = self.capabilities
         if x.device.type not in able.devices:
             raise Unsupported(f"x.device={x.device}: must be one of {', '.join(sorted(able.devices))} for grouped_mm")

@@ -1,7 +1,7 @@
 """Which tests hold which clause: the source of docs/clauses.md. Rewrite that page with ``python tests/clauses.py``.
 
-A test holds the clauses that its docstring or its name names. Tests that run on every executor are those of the suite, and those
-that take an executor's name.
+A test holds the clauses that its docstring or its name names. Tests that run on every executor are those of the suite,
+and those that take an executor's name.
 """
 
 from __future__ import annotations

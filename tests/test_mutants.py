@@ -35,6 +35,7 @@ GROUPED = MoEConfig(
     activation="geglu",
 )
 WHOLE_GROUP = replace(GROUPED, top_k=4, topk_groups=1)
+BY_LOGIT = replace(WHOLE_GROUP, scoring="topk_softmax")  # keys below 0 must be chosen
 SCALED = MoEConfig(2, scoring="topk_softmax", scale_input=True, activation="relu2")
 
 
@@ -52,7 +53,7 @@ def panel(tokens: int) -> tuple[Problem, ...]:
         replace(base, config=SCALED, gate_up_rank=4, down_rank=3, seed=8),
         replace(base, experts=16, config=GROUPED, selection_bias="small", intermediate=16, seed=9),
         replace(base, experts=16, config=WHOLE_GROUP, selection_bias="large", intermediate=16, seed=10),
-        replace(base, experts=16, config=GROUPED, down_rank=3, intermediate=16, seed=11),
+        replace(base, experts=16, config=BY_LOGIT, down_rank=3, intermediate=16, seed=11),
         replace(base, dtype="bfloat16", logits="close", routing_dtype="float64", seed=7),
         replace(base, experts=17, dtype="float16", entry="experts", cut_points=True, seed=5),
     )
