@@ -2,17 +2,15 @@
 
 import doctest
 import re
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import clauses
 import executors
 from moe_ref.conformance.mutants import mutants
 
-clauses = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "clauses.py")))
 DOCS = Path(__file__).parent.parent / "docs"
 CLAUSES = clauses.clauses()
 

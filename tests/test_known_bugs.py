@@ -4,7 +4,6 @@ Every test takes an executor. The decorator lists planted bugs, in which the tes
 Bugs of training and memory are in test_known_bugs_training.py, those of routing in test_known_bugs_routing.py.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,30 +17,39 @@ import executors
 from executors import Executor
 from moe_ref import MoEConfig, MoEWeights, routed_experts_vjp
 from moe_ref.conformance.build import Arrays, build
-from moe_ref.conformance.call import Inputs, run, to_torch
-from moe_ref.conformance.checks import check_problem, check_repeatable, result_arrays, verdicts_of
+from moe_ref.conformance.call import run, to_torch
+from moe_ref.conformance.checks import check_problem, check_repeatable, result_arrays
 from moe_ref.conformance.exact import CASES
-from moe_ref.conformance.mutants import mutants
 from moe_ref.conformance.poison import poisoned
 from moe_ref.conformance.problem import Problem
 from moe_ref.conformance.reference import reference
-from moe_ref.conformance.wrapped import SlotChange, Wrapped, experts
+from moe_ref.conformance.wrapped import experts
 from moe_ref.error_bars import named
 from moe_ref.types import DENSE, PARAMETERS
-
-NAMES = ("native", "grouped_mm")
-BASE = Problem(24, 5, 16, 8, MoEConfig(2), entry="experts", gate_up_bias=True, down_bias=True)
-ADAPTED = replace(BASE, gate_up_rank=2, down_rank=3)
+from planted import (
+    ADAPTED,
+    BASE,
+    NAMES,
+    Bug,
+    Catches,
+    Check,
+    bug,
+    demand_caught,
+    demand_error_bars,
+    inputs_of,
+    with_gradient,
+    with_gradients,
+)
 
 # Bugs whose tests stand elsewhere.
 COVERED_ELSEWHERE = {
     "shapes that depend on data, bincount among them, break capture (pytorch 192343)": (
-        "test_dense.py::test_host_reads",
-        "test_dense.py::test_grouped_mm_never_looks_at_a_value",
-        "test_dense.py::test_compiles_whole_with_dynamic_tokens",
+        "test_dense_tracing.py::test_host_reads",
+        "test_dense_tracing.py::test_grouped_mm_never_looks_at_a_value",
+        "test_dense_tracing.py::test_compiles_whole_with_dynamic_tokens",
     ),
     "rows past the last group, as torch's own operator leaves them (pytorch 193633)": (
-        "test_dense.py::test_rows_past_the_last_group_are_never_used",
+        "test_grouped_mm.py::test_rows_past_the_last_group_are_never_used",
     ),
     "offsets of 32 bits (Liger 1246)": ("test_dense.py::test_offsets_are_64_bit",),
     "a copy of the whole stack of weights (axolotl 3439)": ("test_dense.py::test_transposed_weights_are_not_copied",),
@@ -50,60 +58,18 @@ COVERED_ELSEWHERE = {
         "test_dense.py::test_memory_kept_for_backward",
     ),
     "the logits drift under a replay (unsloth-zoo 1008)": (
-        "test_dense.py::test_checkpointing_never_chooses_again",
-        "test_dense.py::test_a_replay_that_would_choose_otherwise",
+        "test_dense_checkpoint.py::test_checkpointing_never_chooses_again",
+        "test_dense_checkpoint.py::test_a_replay_that_would_choose_otherwise",
     ),
     "weights remembered by their address": ("test_conformance.py::test_remembered_weights_are_seen",),
 }
 
-Bug = str | Callable[[Executor], Executor]  # a mutant's name, or what makes a wrong executor of a right one
-Check = Callable[[Executor], None]
-CAUGHT: list[tuple[Check, Bug]] = []
-
-
-def catches(*bugs: Bug) -> Callable[[Check], Check]:
-    """Names the planted bugs in which a test must fail."""
-
-    def listed(test: Check) -> Check:
-        CAUGHT.extend((test, bug) for bug in bugs)
-        return test
-
-    return listed
-
-
-def bug(change: SlotChange) -> Bug:
-    """A planted bug that changes the layer with routing done elsewhere."""
-    return lambda inner: Wrapped(getattr(change, "__name__", str(change)), inner, slots=change)
+catches = Catches()
 
 
 @pytest.fixture(params=NAMES)
 def executor(request: pytest.FixtureRequest) -> Executor:
     return executors.get(request.param)
-
-
-def inputs_of(problem: Problem) -> Inputs:
-    return to_torch(problem, build(problem))
-
-
-def demand_error_bars(executor: Executor, problem: Problem, inputs: Inputs) -> None:
-    """The same numbers as the problem's, in other strides."""
-    with poisoned():
-        result = run(executor, inputs)
-    for verdict in verdicts_of(result_arrays(result), problem, reference(problem)):
-        assert not verdict.failure
-
-
-def with_gradient(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The value, whose gradient is changed on its way back."""
-    value = value.view_as(value)
-    if value.requires_grad:
-        value.register_hook(change)
-    return value
-
-
-def with_gradients(weights: MoEWeights, change: Callable[[Tensor], Tensor], names: tuple[str, ...]) -> MoEWeights:
-    parameters = weights.parameters()
-    return weights.with_parameters({n: with_gradient(parameters[n], change) for n in names if n in parameters})
 
 
 def is_empty(ids: Tensor, weights: MoEWeights) -> Tensor:
@@ -315,22 +281,13 @@ def test_e3_few_experts(executor: Executor) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    ("check", "planted"), [pytest.param(*pair, id=f"{pair[0].__name__}-{i}") for i, pair in enumerate(CAUGHT)]
-)
+@pytest.mark.parametrize(("check", "planted"), catches.pairs())
 def test_planted_bug_is_caught(check: Check, planted: Bug, name: str) -> None:
-    inner = executors.get(name)
-    with pytest.raises(AssertionError):
-        check(mutants(inner)[planted] if isinstance(planted, str) else planted(inner))
+    demand_caught(check, planted, name)
 
 
 def test_every_test_of_an_executor_has_a_planted_bug() -> None:
-    """And passes where a wrapper, as planted bugs are, changes nothing."""
-    tests = {n: f for n, f in globals().items() if n.startswith("test_") and "executor" in f.__annotations__}
-    assert set(tests) == {check.__name__ for check, _ in CAUGHT}
-    harmless = Wrapped("harmless", executors.get("native"), layer=lambda inner, *given: inner(*given))
-    for test in tests.values():
-        test(harmless)
+    catches.demand_that_all_have_bugs(globals())
 
 
 @pytest.mark.parametrize("place", [place for places in COVERED_ELSEWHERE.values() for place in places])

@@ -13,30 +13,17 @@ import executors
 from executors import Executor
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.checks import check_problem
-from moe_ref.conformance.mutants import mutants
 from moe_ref.conformance.problem import Problem
 from moe_ref.conformance.wrapped import LayerChange, Wrapped, configured, experts, narrow
 from moe_ref.routing import route, weigh
 from moe_ref.types import Routing
+from planted import NAMES, Bug, Catches, Check, demand_caught
 
-NAMES = ("native", "grouped_mm")
 SCORINGS = ("softmax", "topk_softmax", "sigmoid")
 SIGMOID = MoEConfig(2, scoring="sigmoid", renormalize=True)
 GROUPED = replace(SIGMOID, num_groups=2, topk_groups=1)
 
-Bug = str | Callable[[Executor], Executor]
-Check = Callable[[Executor], None]
-CAUGHT: list[tuple[Check, Bug]] = []
-
-
-def catches(*bugs: Bug) -> Callable[[Check], Check]:
-    """Names the planted bugs in which a test must fail: mutants, or what makes a wrong executor of a right one."""
-
-    def listed(test: Check) -> Check:
-        CAUGHT.extend((test, bug) for bug in bugs)
-        return test
-
-    return listed
+catches = Catches()
 
 
 def bug(change: LayerChange) -> Bug:
@@ -211,19 +198,10 @@ def test_r5_no_zero_over_zero(executor: Executor) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    ("check", "planted"), [pytest.param(*pair, id=f"{pair[0].__name__}-{i}") for i, pair in enumerate(CAUGHT)]
-)
+@pytest.mark.parametrize(("check", "planted"), catches.pairs())
 def test_planted_bug_is_caught(check: Check, planted: Bug, name: str) -> None:
-    inner = executors.get(name)
-    with pytest.raises(AssertionError):
-        check(mutants(inner)[planted] if isinstance(planted, str) else planted(inner))
+    demand_caught(check, planted, name)
 
 
 def test_every_test_of_an_executor_has_a_planted_bug() -> None:
-    """And passes where a wrapper, as planted bugs are, changes nothing."""
-    tests = {n: f for n, f in globals().items() if n.startswith("test_") and "executor" in f.__annotations__}
-    assert set(tests) == {check.__name__ for check, _ in CAUGHT}
-    harmless = Wrapped("harmless", executors.get("native"), layer=lambda inner, *given: inner(*given))
-    for test in tests.values():
-        test(harmless)
+    catches.demand_that_all_have_bugs(globals())

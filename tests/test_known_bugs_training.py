@@ -17,67 +17,33 @@ import executors
 from executors import Executor, _operator, grouped_mm
 from moe_ref import MoEConfig, MoEWeights, routed_experts_vjp
 from moe_ref.conformance.build import build
-from moe_ref.conformance.call import Inputs, call, run, to_torch
-from moe_ref.conformance.checks import check_problem, result_arrays, verdicts_of
-from moe_ref.conformance.mutants import mutants
+from moe_ref.conformance.call import call
+from moe_ref.conformance.checks import check_problem
 from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import Problem
 from moe_ref.conformance.reference import reference
-from moe_ref.conformance.wrapped import SlotChange, Wrapped, experts
+from moe_ref.conformance.wrapped import Wrapped, experts
 from moe_ref.types import DENSE, LORA_FACTORS, PARAMETERS
+from planted import (
+    ADAPTED,
+    BASE,
+    NAMES,
+    Bug,
+    Catches,
+    Check,
+    bug,
+    demand_caught,
+    demand_error_bars,
+    inputs_of,
+    with_gradient,
+    with_gradients,
+)
 
-NAMES = ("native", "grouped_mm")
-BASE = Problem(24, 5, 16, 8, MoEConfig(2), entry="experts", gate_up_bias=True, down_bias=True)
-ADAPTED = replace(BASE, gate_up_rank=2, down_rank=3)
-
-Bug = str | Callable[[Executor], Executor]  # a mutant's name, or what makes a wrong executor of a right one
-Check = Callable[[Executor], None]
-CAUGHT: list[tuple[Check, Bug]] = []
-
-
-def catches(*bugs: Bug) -> Callable[[Check], Check]:
-    """Names the planted bugs in which a test must fail."""
-
-    def listed(test: Check) -> Check:
-        CAUGHT.extend((test, bug) for bug in bugs)
-        return test
-
-    return listed
-
-
-def bug(change: SlotChange) -> Bug:
-    """A planted bug that changes the layer with routing done elsewhere."""
-    return lambda inner: Wrapped(getattr(change, "__name__", str(change)), inner, slots=change)
+catches = Catches()
 
 
 @pytest.fixture(params=NAMES)
 def executor(request: pytest.FixtureRequest) -> Executor:
     return executors.get(request.param)
-
-
-def inputs_of(problem: Problem) -> Inputs:
-    return to_torch(problem, build(problem))
-
-
-def demand_error_bars(executor: Executor, problem: Problem, inputs: Inputs) -> None:
-    """The same numbers as the problem's, in other strides."""
-    with poisoned():
-        result = run(executor, inputs)
-    for verdict in verdicts_of(result_arrays(result), problem, reference(problem)):
-        assert not verdict.failure
-
-
-def with_gradient(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The value, whose gradient is changed on its way back."""
-    value = value.view_as(value)
-    if value.requires_grad:
-        value.register_hook(change)
-    return value
-
-
-def with_gradients(weights: MoEWeights, change: Callable[[Tensor], Tensor], names: tuple[str, ...]) -> MoEWeights:
-    parameters = weights.parameters()
-    return weights.with_parameters({n: with_gradient(parameters[n], change) for n in names if n in parameters})
 
 
 def gradient_lost(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, name: str) -> Tensor:
@@ -335,19 +301,10 @@ def test_d4_nothing_stays_alive_after_a_call(executor: Executor) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    ("check", "planted"), [pytest.param(*pair, id=f"{pair[0].__name__}-{i}") for i, pair in enumerate(CAUGHT)]
-)
+@pytest.mark.parametrize(("check", "planted"), catches.pairs())
 def test_planted_bug_is_caught(check: Check, planted: Bug, name: str) -> None:
-    inner = executors.get(name)
-    with pytest.raises(AssertionError):
-        check(mutants(inner)[planted] if isinstance(planted, str) else planted(inner))
+    demand_caught(check, planted, name)
 
 
 def test_every_test_of_an_executor_has_a_planted_bug() -> None:
-    """And passes where a wrapper, as planted bugs are, changes nothing."""
-    tests = {n: f for n, f in globals().items() if n.startswith("test_") and "executor" in f.__annotations__}
-    assert set(tests) == {check.__name__ for check, _ in CAUGHT}
-    harmless = Wrapped("harmless", executors.get("native"), layer=lambda inner, *given: inner(*given))
-    for test in tests.values():
-        test(harmless)
+    catches.demand_that_all_have_bugs(globals())

@@ -1,0 +1,71 @@
+"""Problems for native and grouped_mm, and eyes for what happens inside their operators."""
+
+from dataclasses import replace
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from executors import _operator, grouped_mm, native
+from moe_ref import MoEConfig
+from moe_ref.conformance.build import build
+from moe_ref.conformance.call import Inputs, to_torch
+from moe_ref.conformance.problem import Problem
+
+CONFIG = MoEConfig(2, scoring="sigmoid", renormalize=True, limit=1.0, up_offset=1.0, gate_up_layout="interleaved")
+PROBLEM = Problem(12, 5, 16, 8, CONFIG, gate_up_bias=True, down_bias=True)
+GROUPED = replace(CONFIG, num_groups=2, topk_groups=1, scale_input=True)
+EVERYTHING = Problem(
+    12, 6, 16, 8, GROUPED, gate_up_bias=True, down_bias=True, selection_bias="small", gate_up_rank=2, down_rank=3
+)
+OPERATORS = {"native": native.OPERATOR, "grouped_mm": grouped_mm.OPERATOR}
+
+# Operators that wait for a GPU: they bring a value to the host, or have a shape that depends on one.
+SYNCHRONISING = ("_local_scalar_dense", "aten::item", "nonzero", "masked_select", "bincount", "unique")
+
+both = pytest.mark.parametrize("name", OPERATORS)
+
+
+class Watched(TorchDispatchMode):
+    """Sees every operator below autograd, those inside the executors' own as well.
+
+    A mode is off while an operator that it was told of runs, so a custom operator's insides would go unseen: here its
+    kernel is run with the mode on.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kernels = {}
+        for name, operator in OPERATORS.items():
+            kernels |= {f"moe_ref::{name}": operator.forward, f"moe_ref::{name}_backward": operator.backward}
+        if func.name() in kernels:
+            with self:
+                return kernels[func.name()]._init_fn(*args, **kwargs or {})
+        out = func(*args, **kwargs or {})
+        self.saw(func.name(), out)
+        return out
+
+    def saw(self, name: str, out: object) -> None:
+        """Called with each operator and its result."""
+
+
+class HostReads(Watched):
+    """Lists what would make the host wait for a GPU, beside .cpu()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+        self.count = 0
+
+    def saw(self, name: str, out: object) -> None:
+        self.count += 1
+        if any(word in name for word in SYNCHRONISING):
+            self.reads.append(name)
+
+
+def inputs_of(problem: Problem) -> Inputs:
+    return to_torch(problem, build(problem))
+
+
+def arguments(inputs: Inputs) -> tuple[list[object], list[object]]:
+    """The operator's tensors, and what is static."""
+    given = _operator.arguments_of(inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.weights)
+    return list(given[:11]), list(given[11:])

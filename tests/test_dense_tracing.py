@@ -1,0 +1,138 @@
+"""What native and grouped_mm promise to tracers: no look at a value, right operators, one graph for all T."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import executors
+from dense_cases import EVERYTHING, OPERATORS, PROBLEM, HostReads, arguments, both, inputs_of
+from executors import _layer, grouped_mm, native
+from moe_ref.conformance.call import Inputs, call
+from moe_ref.conformance.problem import Problem
+
+
+@both
+@pytest.mark.parametrize("entry", ["layer", "experts"])
+def test_host_reads(name: str, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """native reads the group offsets once per forward pass, grouped_mm never does; backward reads nothing."""
+    reads: list[str] = []
+    to_host = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: reads.append("cpu") or to_host(self))
+    inputs = inputs_of(replace(EVERYTHING, entry=entry))
+    expected = ["cpu"] if name == "native" else []
+    with HostReads() as forward:
+        y = call(executors.get(name), inputs)
+    assert reads == expected
+    assert forward.reads == []
+    with HostReads() as backward:
+        y.backward(inputs.dy)
+    assert reads == expected
+    assert backward.reads == []
+    assert min(forward.count, backward.count) > 50  # the insides were seen
+
+
+@both
+def test_host_reads_are_seen_inside_the_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    combine = _layer.combine
+    monkeypatch.setattr(_layer, "combine", lambda o, *a: combine(o * o.isfinite().all().item(), *a))
+    inputs = inputs_of(PROBLEM)
+    with HostReads() as mode:
+        call(executors.get(name), inputs)
+        torch.ones(3).nonzero()
+    assert len(mode.reads) > 1
+
+
+def without_values(inputs: Inputs) -> tuple[list[torch.Tensor | None], list[object]]:
+    """The operator's arguments as tensors that have no values: whatever looks at one raises."""
+    tensors, static = arguments(inputs)
+    return [None if t is None else t.detach().to("meta") for t in tensors], static
+
+
+def kernel(operator):  # type: ignore[no-untyped-def]
+    """What runs inside the operator; autocast, which it turns off, knows no such device."""
+    return operator._init_fn.__wrapped__
+
+
+@pytest.mark.parametrize("problem", [PROBLEM, EVERYTHING, replace(PROBLEM, tokens=0), replace(PROBLEM, hidden=7)])
+def test_grouped_mm_never_looks_at_a_value(problem: Problem) -> None:
+    """Forward and backward on tensors without values: what a host would have to wait for raises here."""
+    inputs = inputs_of(replace(problem, entry="experts", dtype="bfloat16", lora_dtype="bfloat16"))
+    tensors, static = without_values(inputs)
+    y, *kept = kernel(grouped_mm.OPERATOR.forward)(*tensors, True, *static)
+    assert (y.shape, y.device.type) == (inputs.x.shape, "meta")
+    needs = [True, True, *(t is not None for t in tensors[3:])]
+    gradients = kernel(grouped_mm.OPERATOR.backward)(y, *kept, *tensors, needs, *static)
+    for gradient, owner in zip(gradients, [tensors[0], *tensors[2:]], strict=True):
+        assert owner is None or gradient.shape == owner.shape
+
+
+def test_native_looks_at_its_offsets() -> None:
+    """The trace above can fail."""
+    tensors, static = without_values(inputs_of(replace(PROBLEM, entry="experts")))
+    with pytest.raises(NotImplementedError, match="no data"):
+        kernel(native.OPERATOR.forward)(*tensors, True, *static)
+
+
+@both
+@pytest.mark.parametrize("problem", [PROBLEM, EVERYTHING, replace(PROBLEM, gate_up_bias=False, down_bias=False)])
+@pytest.mark.parametrize("tokens", [0, 12])
+def test_operators_are_registered_right(name: str, tokens: int, problem: Problem) -> None:
+    """torch.library.opcheck: schema, autograd, fake kernels, dynamic shapes."""
+    operator = OPERATORS[name]
+    inputs = inputs_of(replace(problem, tokens=tokens, entry="experts"))
+    tensors, static = arguments(inputs)
+    torch.library.opcheck(operator.forward, (*tensors, True, *static))
+    _, *kept = (t.detach() for t in operator.forward(*tensors, True, *static))
+    detached = [None if t is None else t.detach() for t in tensors]
+    needs = [True, True, *(t is not None for t in tensors[3:])]
+    torch.library.opcheck(operator.backward, (inputs.dy, *kept, *detached, needs, *static))
+
+
+def test_the_choice_is_registered_right() -> None:
+    from executors._routing import choose
+
+    logits, bias = torch.randn(5, 8), torch.randn(8)
+    torch.library.opcheck(choose, (logits, bias, 2, "sigmoid", 4, 2, "top2_sum"))
+    torch.library.opcheck(choose, (logits, None, 2, "softmax", 1, 1, "max"))
+
+
+@both
+@pytest.mark.parametrize("problem", [PROBLEM, EVERYTHING])
+def test_compiles_whole_with_dynamic_tokens(name: str, problem: Problem) -> None:
+    """fullgraph=True, forward and backward, without a recompilation when T changes."""
+    executor = executors.get(name)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _example: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(executor, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (12, 7, 33):
+        of_tokens = replace(problem, tokens=tokens, seed=tokens)
+        eager, traced = inputs_of(of_tokens), inputs_of(of_tokens)
+        expected, actual = call(executor, eager), compiled(traced.x, traced.router_logits, traced.weights)
+        expected.backward(eager.dy)
+        actual.backward(traced.dy)
+        assert torch.equal(expected, actual)
+        for leaf, value in eager.tensors().items():
+            assert torch.equal(value.grad, traced.tensors()[leaf].grad), leaf
+    assert len(graphs) == 1
+
+
+@both
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, inside inductor
+def test_compiled_backends_agree(name: str, backend: str) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    executor, inputs = executors.get(name), inputs_of(EVERYTHING)
+    torch._dynamo.reset()
+    compiled = torch.compile(executor, fullgraph=True, dynamic=True, backend=backend)
+    y = compiled(inputs.x, inputs.router_logits, inputs.weights)
+    torch.testing.assert_close(y, call(executor, inputs), rtol=1e-5, atol=1e-5)
+    y.backward(inputs.dy)
+    assert inputs.x.grad is not None
