@@ -30,7 +30,7 @@ class LoopProducts:
         out = a.new_empty(a.shape[0], matrices.shape[1])
         transposed = matrices.transpose(1, 2)
         for expert, start, stop in self._groups:
-            rows = slice(start, max(stop, start + 2))
+            rows = slice(start, min(max(stop, start + 2), self._end))
             torch.mm(a[rows], transposed[expert], out=out[rows])
         return out
 

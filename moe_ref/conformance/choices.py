@@ -54,13 +54,9 @@ def _slack(logits: np.ndarray, config: MoEConfig, selection_bias: np.ndarray | N
     if not keys_are_rounded(config, selection_bias):
         return np.zeros(len(logits))
     finite = np.where(np.isfinite(logits), logits, 0.0)
-    scores = (
-        finite
-        if config.scoring == "topk_softmax"
-        else softmax(finite)
-        if config.scoring == "softmax"
-        else sigmoid(finite)
-    )
+    scores = finite
+    if config.scoring != "topk_softmax":
+        scores = softmax(finite) if config.scoring == "softmax" else sigmoid(finite)
     sizes = np.abs(scores)
     if selection_bias is not None:
         sizes = np.maximum(sizes, np.abs(selection_bias))
