@@ -7,7 +7,8 @@ import torch
 
 import executors
 from dense_cases import EVERYTHING, OPERATORS, PROBLEM, Watched, arguments, both, inputs_of
-from executors import _grouping, _layer
+from executors import _grouping, _layer, _operator
+from executors._loop import LoopProducts
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.build import build
 from moe_ref.conformance.call import call
@@ -159,3 +160,22 @@ def test_offsets_are_64_bit() -> None:
     """E5."""
     ids = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32)
     assert [tensor.dtype for tensor in _grouping.group(ids, 3)] == [torch.int64, torch.int64]
+
+
+class PlainProducts(LoopProducts):
+    """For a single expert, by an operator that autocast knows: it leaves torch.mm(out=) and grouped_mm alone."""
+
+    def rows(self, a: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        return a @ matrices[0].t()
+
+
+def test_autocast_does_not_reach_into_an_operator() -> None:
+    """Whatever its products are made of."""
+    operator = _operator.define(_operator.Multiplication("plain_probe", PlainProducts, on_host=True))
+    tensors, static = arguments(inputs_of(Problem(12, 1, 16, 8, MoEConfig(1), entry="experts")))
+    with torch.no_grad():
+        expected = operator.forward(*tensors, True, *static)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (tensors[0] @ tensors[3][0].t()).dtype == torch.bfloat16
+            actual = operator.forward(*tensors, True, *static)
+    assert all(torch.equal(e, a) and e.dtype == a.dtype for e, a in zip(expected, actual, strict=True))
