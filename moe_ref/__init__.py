@@ -2,7 +2,7 @@
 
 from moe_ref.layer import moe, routed_experts
 from moe_ref.routing import route
-from moe_ref.types import ExpertLoRA, Grouping, MoEConfig, MoEGradients, MoEWeights, Routing
+from moe_ref.types import ExpertLoRA, Grouping, MoEConfig, MoEGradients, MoEWeights, NF4Tensor, Routing
 from moe_ref.vjp import moe_vjp, routed_experts_vjp
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "MoEConfig",
     "MoEGradients",
     "MoEWeights",
+    "NF4Tensor",
     "Routing",
     "moe",
     "moe_vjp",

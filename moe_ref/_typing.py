@@ -7,8 +7,9 @@ module's place and so checks every shape and dtype of every public function.
 from typing import Annotated as Bool
 from typing import Annotated as Float
 from typing import Annotated as Int
+from typing import Annotated as UInt8
 from typing import Any
 
 Array = Any  # an array of any library that array-api-compat knows: numpy.ndarray, torch.Tensor
 
-__all__ = ["Array", "Bool", "Float", "Int"]
+__all__ = ["Array", "Bool", "Float", "Int", "UInt8"]

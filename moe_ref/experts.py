@@ -9,6 +9,7 @@ from array_api_compat import array_namespace, device
 
 from moe_ref._typing import Array, Float, Int
 from moe_ref.activations import activation
+from moe_ref.nf4 import decode_expert
 from moe_ref.numerics import EXACT, Rounding, matmul_transposed
 from moe_ref.types import MoEWeights
 
@@ -33,9 +34,11 @@ class Expert:
 
 
 def expert(weights: MoEWeights, index: int) -> Expert:
-    """Widens one expert: the stack stays in its own dtype, so that a real layer fits in memory."""
-    xp = array_namespace(weights.gate_up_proj)
-    own = {name: xp.astype(stack[index, ...], xp.float64) for name, stack in weights.parameters().items()}
+    """Widens one expert: the stack stays in its own dtype, or in 4 bits, so that a real layer fits in memory."""
+    parameters = {name: stack[index, ...] for name, stack in weights.parameters().items()}
+    parameters |= {name: decode_expert(stack, index) for name, stack in weights.packed().items()}
+    xp = array_namespace(parameters["gate_up_proj"])
+    own = {name: xp.astype(value, xp.float64) for name, value in parameters.items()}
     lora = weights.lora
     scalings = (1.0, 1.0) if lora is None else (lora.gate_up_scaling, lora.down_scaling)
     return Expert(

@@ -5,22 +5,36 @@ Nothing here reads an array's elements, so nothing here waits for a GPU.
 
 from __future__ import annotations
 
-import math
-from numbers import Integral
-from typing import Any, get_args
+from typing import get_args
 
-import numpy as np
-
+from moe_ref._checks import (
+    FLOAT_DTYPES,
+    ID_DTYPES,
+    check_array,
+    check_choice,
+    check_finite,
+    check_integer,
+    check_shape,
+    dtype_name,
+    short,
+)
+from moe_ref._nf4_checks import check_nf4, check_quantize
 from moe_ref._typing import Array
 from moe_ref.types import GATED, Activation, ExpertLoRA, GateUpLayout, GroupScore, MoEConfig, MoEWeights, Scoring
 
-FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
-ID_DTYPES = ("int32", "int64")
-
-
-def dtype_name(array: Array) -> str:
-    """The dtype's name without its library: "bfloat16" for torch.bfloat16."""
-    return str(array.dtype).rpartition(".")[2]
+__all__ = [
+    "FLOAT_DTYPES",
+    "check_config",
+    "check_dy",
+    "check_experts_inputs",
+    "check_inputs",
+    "check_nf4",
+    "check_quantize",
+    "check_route_inputs",
+    "check_router_logits",
+    "check_weights",
+    "dtype_name",
+]
 
 
 def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
@@ -30,27 +44,27 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
         ValueError, TypeError: one line naming the field, its value, and what is allowed.
     """
     if not isinstance(config, MoEConfig):
-        raise TypeError(f"config={_short(config)}: must be a moe_ref.MoEConfig")
+        raise TypeError(f"config={short(config)}: must be a moe_ref.MoEConfig")
     top_k = config.top_k
     if top_k is not None:
-        _check_integer("top_k", top_k)
+        check_integer("top_k", top_k)
         if top_k < 1 or (num_experts is not None and top_k > num_experts):
             most = "" if num_experts is None else f" and at most {num_experts} (E)"
             raise ValueError(f"top_k={top_k}: must be at least 1{most}")
-    _check_choice("scoring", config.scoring, get_args(Scoring))
-    _check_choice("group_score", config.group_score, get_args(GroupScore))
-    _check_choice("activation", config.activation, get_args(Activation))
-    _check_choice("gate_up_layout", config.gate_up_layout, get_args(GateUpLayout))
+    check_choice("scoring", config.scoring, get_args(Scoring))
+    check_choice("group_score", config.group_score, get_args(GroupScore))
+    check_choice("activation", config.activation, get_args(Activation))
+    check_choice("gate_up_layout", config.gate_up_layout, get_args(GateUpLayout))
     for name in ("renormalize", "scale_input"):
         value = getattr(config, name)
         if not isinstance(value, bool):
-            raise TypeError(f"{name}={_short(value)}: must be True or False")
+            raise TypeError(f"{name}={short(value)}: must be True or False")
     for name in ("renormalize_eps", "routed_scaling_factor", "alpha", "up_offset"):
-        _check_finite(name, getattr(config, name))
+        check_finite(name, getattr(config, name))
     if config.renormalize_eps < 0:
         raise ValueError(f"renormalize_eps={config.renormalize_eps}: must be at least 0")
     if config.limit is not None:
-        _check_finite("limit", config.limit)
+        check_finite("limit", config.limit)
         if config.limit <= 0:
             raise ValueError(f"limit={config.limit}: must be positive, or None for no clamp")
     _check_activation(config)
@@ -71,7 +85,7 @@ def _check_activation(config: MoEConfig) -> None:
 
 def _check_groups(config: MoEConfig, num_experts: int | None) -> None:
     for name in ("num_groups", "topk_groups"):
-        _check_integer(name, getattr(config, name))
+        check_integer(name, getattr(config, name))
     groups, kept, top_k = config.num_groups, config.topk_groups, config.top_k
     if groups < 1:
         raise ValueError(f"num_groups={groups}: must be at least 1")
@@ -95,13 +109,15 @@ def check_weights(weights: MoEWeights) -> None:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
     if not isinstance(weights, MoEWeights):
-        raise TypeError(f"weights={_short(weights)}: must be a moe_ref.MoEWeights")
+        raise TypeError(f"weights={short(weights)}: must be a moe_ref.MoEWeights")
     if not isinstance(weights.config, MoEConfig):
-        raise TypeError(f"config={_short(weights.config)}: must be a moe_ref.MoEConfig")
-    _check_choice("activation", weights.config.activation, get_args(Activation))
+        raise TypeError(f"config={short(weights.config)}: must be a moe_ref.MoEConfig")
+    check_choice("activation", weights.config.activation, get_args(Activation))
     gate_up, down = weights.gate_up_proj, weights.down_proj
-    _check_array("gate_up_proj", gate_up)
-    _check_array("down_proj", down, like=("gate_up_proj", gate_up))
+    for name, projection in weights.packed().items():
+        check_nf4(name, projection)
+    check_array("gate_up_proj", gate_up)
+    check_array("down_proj", down, like=("gate_up_proj", gate_up))
     shape = tuple(gate_up.shape)
     gated = weights.config.gated
     form = "(E, 2*I, H)" if gated else "(E, I, H)"
@@ -109,7 +125,7 @@ def check_weights(weights: MoEWeights) -> None:
         raise ValueError(f"gate_up_proj.shape={shape}: must be {form}, each at least 1")
     experts, both, hidden = shape
     inner = both // 2 if gated else both
-    _check_shape("down_proj", down, (experts, hidden, inner), f"(E, H, I) to match gate_up_proj {form}")
+    check_shape("down_proj", down, (experts, hidden, inner), f"(E, H, I) to match gate_up_proj {form}")
     if dtype_name(down) != dtype_name(gate_up):
         raise TypeError(f"down_proj.dtype={dtype_name(down)}: must be {dtype_name(gate_up)}, gate_up_proj's")
     optional = (
@@ -120,8 +136,8 @@ def check_weights(weights: MoEWeights) -> None:
     for name, expected, letters in optional:
         value = getattr(weights, name)
         if value is not None:
-            _check_array(name, value, like=("gate_up_proj", gate_up))
-            _check_shape(name, value, expected, letters)
+            check_array(name, value, like=("gate_up_proj", gate_up))
+            check_shape(name, value, expected, letters)
     if weights.lora is not None:
         _check_lora(weights.lora, gate_up, inner)
     check_config(weights.config, experts)
@@ -129,7 +145,7 @@ def check_weights(weights: MoEWeights) -> None:
 
 def _check_lora(lora: ExpertLoRA, gate_up: Array, inner: int) -> None:
     if not isinstance(lora, ExpertLoRA):
-        raise TypeError(f"lora={_short(lora)}: must be a moe_ref.ExpertLoRA or None")
+        raise TypeError(f"lora={short(lora)}: must be a moe_ref.ExpertLoRA or None")
     experts, both, hidden = gate_up.shape
     for projection, (out, width) in (("gate_up", (both, hidden)), ("down", (hidden, inner))):
         names = f"{projection}_lora_a", f"{projection}_lora_b"
@@ -139,13 +155,13 @@ def _check_lora(lora: ExpertLoRA, gate_up: Array, inner: int) -> None:
         for name, other, factor in ((names[0], names[1], a), (names[1], names[0], b)):
             if factor is None:
                 raise ValueError(f"{name}=None: must be given with {other}")
-            _check_array(name, factor, like=("gate_up_proj", gate_up))
+            check_array(name, factor, like=("gate_up_proj", gate_up))
         rank = a.shape[1] if a.ndim == 3 else 0
         if rank < 1 or tuple(a.shape) != (experts, rank, width):
             shape = tuple(a.shape)
             raise ValueError(f"{names[0]}.shape={shape}: must be ({experts}, rank, {width}), rank at least 1")
-        _check_shape(names[1], b, (experts, out, rank), f"the shape that goes with {names[0]}")
-        _check_finite(f"{projection}_scaling", getattr(lora, f"{projection}_scaling"))
+        check_shape(names[1], b, (experts, out, rank), f"the shape that goes with {names[0]}")
+        check_finite(f"{projection}_scaling", getattr(lora, f"{projection}_scaling"))
 
 
 def check_inputs(x: Array, router_logits: Array, weights: MoEWeights) -> None:
@@ -158,9 +174,9 @@ def check_inputs(x: Array, router_logits: Array, weights: MoEWeights) -> None:
     _check_x(x, weights)
     if weights.config.top_k is None:
         raise ValueError("top_k=None: must be an integer from 1 to E, unless topk_ids are given")
-    _check_array("router_logits", router_logits, like=("x", x))
+    check_array("router_logits", router_logits, like=("x", x))
     expected = (*x.shape[:-1], weights.num_experts)
-    _check_shape("router_logits", router_logits, expected, "x's leading dimensions and E")
+    check_shape("router_logits", router_logits, expected, "x's leading dimensions and E")
 
 
 def check_route_inputs(router_logits: Array, config: MoEConfig, selection_bias: Array | None) -> None:
@@ -169,15 +185,15 @@ def check_route_inputs(router_logits: Array, config: MoEConfig, selection_bias: 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
-    _check_array("router_logits", router_logits)
+    check_array("router_logits", router_logits)
     if router_logits.ndim < 2 or router_logits.shape[-1] < 1:
         raise ValueError(f"router_logits.shape={tuple(router_logits.shape)}: must be (T, E), E at least 1")
     check_config(config, router_logits.shape[-1])
     if config.top_k is None:
         raise ValueError("top_k=None: must be an integer from 1 to E, to choose experts")
     if selection_bias is not None:
-        _check_array("selection_bias", selection_bias, like=("router_logits", router_logits))
-        _check_shape("selection_bias", selection_bias, (router_logits.shape[-1],), "(E,)")
+        check_array("selection_bias", selection_bias, like=("router_logits", router_logits))
+        check_shape("selection_bias", selection_bias, (router_logits.shape[-1],), "(E,)")
 
 
 def check_router_logits(router_logits: Array, weights: MoEWeights) -> None:
@@ -189,7 +205,7 @@ def check_router_logits(router_logits: Array, weights: MoEWeights) -> None:
     check_weights(weights)
     if weights.config.top_k is None:
         raise ValueError("top_k=None: must be an integer from 1 to E, to choose experts")
-    _check_array("router_logits", router_logits, like=("gate_up_proj", weights.gate_up_proj))
+    check_array("router_logits", router_logits, like=("gate_up_proj", weights.gate_up_proj))
     if router_logits.ndim < 1 or router_logits.shape[-1] != weights.num_experts:
         allowed = f"(..., {weights.num_experts}), the last dimension E"
         raise ValueError(f"router_logits.shape={tuple(router_logits.shape)}: must be {allowed}")
@@ -203,13 +219,13 @@ def check_experts_inputs(x: Array, topk_ids: Array, topk_weights: Array, weights
     """
     check_weights(weights)
     _check_x(x, weights)
-    _check_array("topk_ids", topk_ids, like=("x", x), dtypes=ID_DTYPES)
-    _check_array("topk_weights", topk_weights, like=("x", x))
+    check_array("topk_ids", topk_ids, like=("x", x), dtypes=ID_DTYPES)
+    check_array("topk_weights", topk_weights, like=("x", x))
     shape, leading = tuple(topk_ids.shape), tuple(x.shape[:-1])
     if len(shape) != len(leading) + 1 or shape[:-1] != leading or shape[-1] < 1:
         wanted = ", ".join([*map(str, leading), "K"])
         raise ValueError(f"topk_ids.shape={shape}: must be ({wanted}), x's leading dimensions and K of at least 1")
-    _check_shape("topk_weights", topk_weights, shape, "the shape of topk_ids")
+    check_shape("topk_weights", topk_weights, shape, "the shape of topk_ids")
 
 
 def check_dy(x: Array, dy: Array) -> None:
@@ -218,66 +234,14 @@ def check_dy(x: Array, dy: Array) -> None:
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
-    _check_array("dy", dy, like=("x", x))
-    _check_shape("dy", dy, tuple(x.shape), "x's shape")
+    check_array("dy", dy, like=("x", x))
+    check_shape("dy", dy, tuple(x.shape), "x's shape")
 
 
 def _check_x(x: Array, weights: MoEWeights) -> None:
-    _check_array("x", x, like=("gate_up_proj", weights.gate_up_proj))
+    check_array("x", x, like=("gate_up_proj", weights.gate_up_proj))
     if x.ndim < 1 or x.shape[-1] != weights.hidden_size:
         allowed = f"(..., {weights.hidden_size}), the last dimension H of gate_up_proj"
         raise ValueError(f"x.shape={tuple(x.shape)}: must be {allowed}")
     if dtype_name(x) != dtype_name(weights.gate_up_proj):
         raise TypeError(f"x.dtype={dtype_name(x)}: must be {dtype_name(weights.gate_up_proj)}, gate_up_proj's")
-
-
-def _check_array(
-    name: str, value: Any, like: tuple[str, Array] | None = None, dtypes: tuple[str, ...] = FLOAT_DTYPES
-) -> None:
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        raise TypeError(f"{name}={_short(value)}: must be an array")
-    if dtype_name(value) not in dtypes:
-        raise TypeError(f"{name}.dtype={dtype_name(value)}: must be one of {', '.join(dtypes)}")
-    if like is None:
-        return
-    other_name, other = like
-    if _library(value) != _library(other):
-        raise TypeError(f"{name} is a {_library(value)} array: must be a {_library(other)} array, as {other_name}")
-    if _device(value) != _device(other):
-        raise ValueError(f"{name}.device={_device(value)}: must be {_device(other)}, {other_name}'s")
-
-
-def _check_shape(name: str, value: Array, expected: tuple[int, ...], meaning: str) -> None:
-    if tuple(value.shape) != tuple(expected):
-        raise ValueError(f"{name}.shape={tuple(value.shape)}: must be {tuple(expected)}, {meaning}")
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}={_short(value)}: must be an integer")
-
-
-def _check_finite(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise TypeError(f"{name}={_short(value)}: must be a float or int")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}={value}: must be finite")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name}={_short(value)}: must be one of {', '.join(map(repr, allowed))}")
-
-
-def _library(value: Array) -> str:
-    """The library at the root of the array's class: a subclass of torch.Tensor is a torch array."""
-    return [c.__module__.partition(".")[0] for c in type(value).__mro__ if c.__module__ != "builtins"][-1]
-
-
-def _device(value: Array) -> Any:
-    return getattr(value, "device", "cpu")
-
-
-def _short(value: Any) -> str:
-    text = repr(value).replace("\n", " ")
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -61,7 +61,7 @@ def main(what: str) -> None:
 def install_checks() -> None:
     typing = ModuleType("moe_ref._typing")
     typing.Array = np.ndarray | torch.Tensor  # type: ignore[attr-defined]
-    for dtype in ("Bool", "Float", "Int"):
+    for dtype in ("Bool", "Float", "Int", "UInt8"):
         setattr(typing, dtype, Annotation(getattr(jaxtyping, dtype)))
     sys.modules["moe_ref._typing"] = typing
     jaxtyping.install_import_hook("moe_ref", "__main__.checked")

@@ -1,0 +1,80 @@
+"""Checks of single arguments, told in one line: argument, value, what is allowed."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from moe_ref._typing import Array
+from moe_ref.types import NF4Tensor
+
+FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
+ID_DTYPES = ("int32", "int64")
+
+
+def dtype_name(array: Array) -> str:
+    """The dtype's name without its library: "bfloat16" for torch.bfloat16."""
+    return str(array.dtype).rpartition(".")[2]
+
+
+def check_array(
+    name: str, value: Any, like: tuple[str, Array] | None = None, dtypes: tuple[str, ...] = FLOAT_DTYPES
+) -> None:
+    """Checks that it is an array, its dtype, and that library and device are those of ``like``, (name, array)."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(f"{name}={short(value)}: must be an array")
+    if dtype_name(value) not in dtypes:
+        raise TypeError(f"{name}.dtype={dtype_name(value)}: must be one of {', '.join(dtypes)}")
+    if like is None:
+        return
+    other_name, other = like
+    if library_of(value) != library_of(other):
+        raise TypeError(f"{name} is a {library_of(value)} array: must be a {library_of(other)} array, as {other_name}")
+    if device_of(value) != device_of(other):
+        raise ValueError(f"{name}.device={device_of(value)}: must be {device_of(other)}, {other_name}'s")
+
+
+def check_shape(name: str, value: Array, expected: tuple[int, ...], meaning: str) -> None:
+    """Checks a shape, whose meaning is told."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name}.shape={tuple(value.shape)}: must be {tuple(expected)}, {meaning}")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Checks that it is an integer, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}={short(value)}: must be an integer")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Checks that it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise TypeError(f"{name}={short(value)}: must be a float or int")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}={value}: must be finite")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Checks that it is one of several texts."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={short(value)}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def library_of(value: Array) -> str:
+    """The library at the root of the array's class: a subclass of torch.Tensor is a torch array."""
+    value = value.packed if isinstance(value, NF4Tensor) else value
+    return [c.__module__.partition(".")[0] for c in type(value).__mro__ if c.__module__ != "builtins"][-1]
+
+
+def device_of(value: Array) -> Any:
+    """Its device; the CPU where it has none to tell."""
+    return getattr(value, "device", "cpu")
+
+
+def short(value: Any) -> str:
+    """A value in a message: one line, cut where it is long."""
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,92 @@
+"""Checks of what is in 4 bits, told in one line: argument, value, what is allowed."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any, get_args
+
+from moe_ref._checks import check_array, check_choice, check_integer, check_shape, short
+from moe_ref._typing import Array
+from moe_ref.types import NF4Tensor, QuantType
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DECODED_DTYPES = ("float32", "bfloat16", "float16")
+NESTED = ("nested_absmax", "nested_code", "nested_offset")
+
+
+def check_nf4(name: str, tensor: Any) -> None:
+    """Checks that the arrays of an `NF4Tensor` belong together (Q1, Q3, Q5); reads none of their elements.
+
+    Args:
+        name: of the argument.
+        tensor: what must be an `NF4Tensor`.
+
+    Raises:
+        ValueError, TypeError: one line naming the field, its value, and what is allowed.
+    """
+    if not isinstance(tensor, NF4Tensor):
+        raise TypeError(f"{name}={short(tensor)}: must be a moe_ref.NF4Tensor")
+    _check_format(f"{name}.", tensor.dtype, tensor.quant_type, tensor.blocksize)
+    shape = tensor.shape
+    if not isinstance(shape, tuple) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
+        raise TypeError(f"{name}.shape={short(shape)}: must be a tuple of integers, each at least 0")
+    if not isinstance(tensor.transposed, bool):
+        raise TypeError(f"{name}.transposed={short(tensor.transposed)}: must be True or False")
+    if tensor.transposed and len(shape) < 2:
+        raise ValueError(f"{name}.transposed=True: must be False for a tensor of shape {shape}")
+    size, packed = tensor.size, (f"{name}.packed", tensor.packed)
+    blocks = ceil(size / tensor.blocksize)
+    check_array(*packed, dtypes=("uint8",))
+    check_shape(*packed, (ceil(size / 2),), f"two of {size} codes to a byte")
+    missing = [n for n in NESTED if getattr(tensor, n) is None]
+    nested = len(missing) < len(NESTED)
+    if nested and missing:
+        raise ValueError(f"{name}.{missing[0]}=None: must be given with the other nested statistics")
+    check_array(f"{name}.absmax", tensor.absmax, like=packed, dtypes=("uint8",) if nested else ("float32",))
+    check_shape(f"{name}.absmax", tensor.absmax, (blocks,), f"one for each {tensor.blocksize} of {size} codes")
+    if nested:
+        _check_nested(name, tensor, blocks)
+
+
+def _check_nested(name: str, tensor: NF4Tensor, blocks: int) -> None:
+    check_integer(f"{name}.nested_blocksize", tensor.nested_blocksize)
+    if tensor.nested_blocksize < 1:
+        raise ValueError(f"{name}.nested_blocksize={tensor.nested_blocksize}: must be at least 1")
+    for field in NESTED:
+        value: Array = getattr(tensor, field)
+        check_array(f"{name}.{field}", value, like=(f"{name}.packed", tensor.packed), dtypes=("float32",))
+    check_shape(f"{name}.nested_code", tensor.nested_code, (256,), "one for each code of a byte")
+    offset: Array = tensor.nested_offset
+    shape = tuple(offset.shape)
+    if shape not in ((), tuple(tensor.shape[:1])):
+        raise ValueError(
+            f"{name}.nested_offset.shape={shape}: must be (), or {tuple(tensor.shape[:1])}, one per expert"
+        )
+    segments = tensor.segments
+    if shape and segments and tensor.size // segments % tensor.blocksize:
+        own = tensor.size // segments
+        allowed = f"must be (), since the {own} numbers of an expert are not a multiple of {tensor.blocksize}"
+        raise ValueError(f"{name}.nested_offset.shape={shape}: {allowed} (blocksize)")
+    per_segment = ceil(blocks / segments / tensor.nested_blocksize) if segments else 0
+    meaning = f"one for each {tensor.nested_blocksize} of {blocks} blocks, in {segments} segments"
+    check_shape(f"{name}.nested_absmax", tensor.nested_absmax, (segments * per_segment,), meaning)
+
+
+def check_quantize(values: Any, dtype: Any, quant_type: Any, blocksize: Any, nested: Any) -> None:
+    """Checks the arguments of ``quantize``; that the values are finite is the caller's promise.
+
+    Raises:
+        ValueError, TypeError: one line naming the argument, its value, and what is allowed.
+    """
+    check_array("values", values, dtypes=DECODED_DTYPES)
+    _check_format("", dtype, quant_type, blocksize)
+    if not isinstance(nested, bool):
+        raise TypeError(f"nested={short(nested)}: must be True or False")
+
+
+def _check_format(prefix: str, dtype: Any, quant_type: Any, blocksize: Any) -> None:
+    check_choice(f"{prefix}dtype", dtype, DECODED_DTYPES)
+    check_choice(f"{prefix}quant_type", quant_type, get_args(QuantType))
+    check_integer(f"{prefix}blocksize", blocksize)
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"{prefix}blocksize={blocksize}: must be one of {', '.join(map(str, BLOCKSIZES))}")
