@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from moe_ref.types import MoEWeights, Routing
 
-PREFERENCE = ("native", "grouped_mm")
+PREFERENCE = ("native", "grouped_mm", "grouped_nf4")
 
 
 class Auto:
@@ -28,7 +28,7 @@ class Auto:
     """
 
     name: ClassVar[str] = "auto"
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    capabilities: ClassVar[Capabilities] = Capabilities(weights=frozenset({"dense", "nf4", "fp4"}))
 
     def __init__(self) -> None:
         candidates: list[Executor] = []

@@ -7,7 +7,7 @@ nothing adds by atomics, so results are bitwise repeatable.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,18 +15,21 @@ from torch import Tensor
 from executors import _activation
 from executors._activation import Activation
 from executors._grouping import combine, expert_of_rows, group, inverse_of, slot_weights
+from executors._stack import Stack
+
+Matrices = Tensor | Stack  # [E, m, k]; of a Stack no gradient is ever asked for
 
 
 class Products(Protocol):
-    """Products of rows, sorted by expert, with that expert's matrix.
+    """Products of rows, sorted by expert, with that expert's matrix. Stacks are for executors of 4-bit weights.
 
     Rows past the last group are never read; what stands there in a result is unspecified, NaN at worst.
     """
 
-    def rows(self, a: Tensor, matrices: Tensor) -> Tensor:
+    def rows(self, a: Tensor, matrices: Any) -> Tensor:
         """[S, m]: a [S, k] times matrices [E, m, k] transposed, in a's dtype."""
 
-    def rows_back(self, a: Tensor, matrices: Tensor) -> Tensor:
+    def rows_back(self, a: Tensor, matrices: Any) -> Tensor:
         """[S, k]: a [S, m] times matrices [E, m, k], in a's dtype."""
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
@@ -39,7 +42,7 @@ class Products(Protocol):
 class Projection(NamedTuple):
     """A projection's parameters: [E, m, k], bias [E, m], adapter factors [E, r, k] and [E, m, r]."""
 
-    matrices: Tensor
+    matrices: Matrices
     bias: Tensor | None
     lora_a: Tensor | None
     lora_b: Tensor | None

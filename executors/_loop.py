@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from executors._layer import Matrices
+from executors._stack import Stack
 
 
 class LoopProducts:
@@ -21,24 +25,23 @@ class LoopProducts:
         self._num_experts = len(group_offsets) - 1
         self._end = self._groups[-1][2] if self._groups else 0
 
-    def rows(self, a: Tensor, matrices: Tensor) -> Tensor:
+    def rows(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, m]: a [S, k] times matrices [E, m, k] transposed.
 
         A single row is multiplied together with the next one, whose own expert then writes over it: oneDNN takes a
         quarter longer for one row than for two (docs/performance.md).
         """
         out = a.new_empty(a.shape[0], matrices.shape[1])
-        transposed = matrices.transpose(1, 2)
-        for expert, start, stop in self._groups:
+        for matrix, start, stop in self._matrices(matrices):
             rows = slice(start, min(max(stop, start + 2), self._end))
-            torch.mm(a[rows], transposed[expert], out=out[rows])
+            torch.mm(a[rows], matrix.t(), out=out[rows])
         return out
 
-    def rows_back(self, a: Tensor, matrices: Tensor) -> Tensor:
+    def rows_back(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, k]: a [S, m] times matrices [E, m, k]."""
         out = a.new_empty(a.shape[0], matrices.shape[2])
-        for expert, start, stop in self._groups:
-            torch.mm(a[start:stop], matrices[expert], out=out[start:stop])
+        for matrix, start, stop in self._matrices(matrices):
+            torch.mm(a[start:stop], matrix, out=out[start:stop])
         return out
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
@@ -56,3 +59,8 @@ class LoopProducts:
         """The same tensor, with zeros written past the last group."""
         rows[self._end :].zero_()
         return rows
+
+    def _matrices(self, matrices: Matrices) -> Iterator[tuple[Tensor, int, int]]:
+        """Each expert's matrix with its rows' start and stop; one in 4 bits is decoded when its turn comes."""
+        for place, (expert, start, stop) in enumerate(self._groups):
+            yield matrices.expert(expert, place) if isinstance(matrices, Stack) else matrices[expert], start, stop

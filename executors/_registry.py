@@ -27,6 +27,7 @@ GROUP = "moe_ref.executors"
 BUILT_IN = {
     "auto": "executors._auto:Auto",
     "grouped_mm": "executors.grouped_mm:GroupedMM",
+    "grouped_nf4": "executors.grouped_nf4:GroupedNF4",
     "native": "executors.native:Native",
 }
 

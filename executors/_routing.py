@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_ref.types import MoEConfig, MoEWeights, Routing
-from moe_ref.validation import check_router_logits
+from moe_ref.validation import check_router_logits, dtype_name
 
 if TYPE_CHECKING:
     from typing import Any
@@ -44,7 +44,8 @@ def route(router_logits: Tensor, weights: MoEWeights) -> Routing:
     groups = config.num_groups, config.topk_groups, config.group_score
     bias = None if bias is None else bias.detach()
     ids = choose(router_logits.detach(), bias, config.top_k, config.scoring, *groups)
-    wide = torch.promote_types(torch.promote_types(weights.gate_up_proj.dtype, router_logits.dtype), torch.float32)
+    of_x = getattr(torch, dtype_name(weights.gate_up_proj))
+    wide = torch.promote_types(torch.promote_types(of_x, router_logits.dtype), torch.float32)
     logits = router_logits.to(wide)
     broken = _broken_rows(logits.detach(), config)
     chosen = _chosen_scores(logits.masked_fill(broken, 0.0), ids, config)

@@ -10,105 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch.nn import functional as F
-
-from executors._dense import DenseExecutor
+from executors._executor import OperatorExecutor
+from executors._grouped import GroupedProducts, check_grouped, host_note
 from executors._operator import Multiplication, Operator, define
-from executors._protocol import Capabilities, Unsupported
-from moe_ref.validation import dtype_name
+from executors._protocol import Capabilities
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_ref.types import MoEWeights
 
-ALIGNMENT = 16  # bytes
-INT32_MAX = 2**31 - 1
-WITHOUT_HOST = ((9, 0), (10, 0))  # compute capabilities on which torch's bf16 kernel reads the offsets by itself
-
-
-class GroupedProducts:
-    """Products by ``torch.nn.functional.grouped_mm``.
-
-    Args:
-        group_offsets: [E + 1] on the device. (Trap: ``offs`` are inclusive ends, [E] and int32.)
-    """
-
-    def __init__(self, group_offsets: Tensor) -> None:
-        self._ends = group_offsets[1:].to(torch.int32)
-        self._end = group_offsets[-1]
-        self._empty = group_offsets[1:] == group_offsets[:-1]
-
-    def rows(self, a: Tensor, matrices: Tensor) -> Tensor:
-        """[S, m]: a [S, k] times matrices [E, m, k] transposed."""
-        return self._product(a, matrices.transpose(1, 2))
-
-    def rows_back(self, a: Tensor, matrices: Tensor) -> Tensor:
-        """[S, k]: a [S, m] times matrices [E, m, k]."""
-        return self._product(a, matrices)
-
-    def outer(self, a: Tensor, b: Tensor) -> Tensor:
-        """[E, m, k]: a [S, m] transposed times b [S, k], group by group."""
-        _check_rows(a)
-        out = F.grouped_mm(_aligned_rows(a).t(), _aligned_rows(b), offs=self._ends)[:, : a.shape[1], : b.shape[1]]
-        if out.is_cuda:  # some GPU kernels write something for groups without rows
-            out.masked_fill_(self._empty[:, None, None], 0.0)
-        return out
-
-    def clear(self, rows: Tensor) -> Tensor:
-        """The same tensor, with zeros written past the last group."""
-        places = torch.arange(rows.shape[0], device=rows.device)
-        return rows.masked_fill_((places >= self._end)[:, None], 0.0)
-
-    def _product(self, a: Tensor, matrices: Tensor) -> Tensor:
-        """[S, n]: a [S, r] times matrices [E, r, n]."""
-        _check_rows(a)
-        if _padding(a) or not _is_aligned(matrices):
-            matrices = _copy(matrices.transpose(1, 2)).transpose(1, 2)  # of the whole stack: odd sizes, odd strides
-        return F.grouped_mm(_aligned_rows(a), matrices, offs=self._ends)
-
-
-def _check_rows(rows: Tensor) -> None:
-    """E5: torch's ``offs`` are int32."""
-    if rows.shape[0] > INT32_MAX:
-        raise Unsupported(f"T*K={rows.shape[0]} slots: must be at most {INT32_MAX} for grouped_mm")
-
-
-def _padding(value: Tensor) -> int:
-    """Columns that are missing to whole 16 bytes."""
-    return -value.shape[-1] % (ALIGNMENT // value.element_size())
-
-
-def _copy(value: Tensor) -> Tensor:
-    """The same in rows of whole 16 bytes, zeros after the last column."""
-    padding = _padding(value)
-    return F.pad(value, (0, padding)) if padding else value.clone(memory_format=torch.contiguous_format)
-
-
-def _aligned_rows(value: Tensor) -> Tensor:
-    pitch, column = value.stride()
-    whole = _is_whole(value, pitch, value.storage_offset()) and not _padding(value)
-    return value if whole and column == 1 and pitch >= value.shape[1] else _copy(value)
-
-
-def _is_aligned(matrices: Tensor) -> bool:
-    """Whether rows, or else columns, lie in one piece, and everything else is whole 16 bytes."""
-    batch, row, column = matrices.stride()
-    pitch, width = (row, matrices.shape[2]) if column == 1 else (column, matrices.shape[1])
-    return 1 in (row, column) and pitch >= width and _is_whole(matrices, batch, pitch, matrices.storage_offset())
-
-
-def _is_whole(value: Tensor, *places: int | torch.SymInt) -> bool:
-    return all(place * value.element_size() % ALIGNMENT == 0 for place in places)
-
-
 OPERATOR = define(Multiplication("grouped_mm", GroupedProducts, on_host=False))
 
 
 @dataclass(frozen=True)
-class GroupedMM(DenseExecutor):
-    """The executor ``grouped_mm``. Its option is ``recompute``.
+class GroupedMM(OperatorExecutor):
+    """The executor ``grouped_mm``. Its option is ``recompute``: keep no z for backward.
 
     Example:
         >>> y = executors.get("grouped_mm")(x, router_logits, weights)
@@ -123,25 +40,8 @@ class GroupedMM(DenseExecutor):
     def check(self, x: Tensor, weights: MoEWeights) -> None:
         """Raises Unsupported for other devices and dtypes than it has, and where it would break a capture."""
         super().check(x, weights)
-        able = self.capabilities
-        if x.device.type not in able.devices:
-            raise Unsupported(f"x.device={x.device}: must be one of {', '.join(sorted(able.devices))} for grouped_mm")
-        if dtype_name(x) not in able.dtypes:
-            raise Unsupported(
-                f"x.dtype={dtype_name(x)}: must be one of {', '.join(sorted(able.dtypes))} for grouped_mm"
-            )
-        if x.is_cuda and torch.cuda.is_current_stream_capturing() and self.note(x, weights):
-            raise Unsupported(f"x.dtype={dtype_name(x)} during CUDA-graph capture: {self.note(x, weights)}")
+        check_grouped(x, weights, self.capabilities, self.name)
 
     def note(self, x: Tensor, weights: MoEWeights) -> str:
         """What a user should know of a call that works: whether torch reads the group offsets on the host."""
-        if not x.is_cuda:
-            return ""
-        adapters = [] if weights.lora is None else list(weights.parameters().values())
-        narrow = all(tensor.dtype == torch.bfloat16 for tensor in (x, *adapters))
-        if narrow and torch.cuda.get_device_capability(x.device) in WITHOUT_HOST:
-            return ""
-        return (
-            "torch's grouped_mm reads the group offsets on the host, once per product: "
-            "must be bfloat16, adapters too, on compute capability 9.0 or 10.0 to do without"
-        )
+        return host_note(x, weights)

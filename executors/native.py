@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from executors._dense import DenseExecutor
+from executors._executor import OperatorExecutor
 from executors._loop import LoopProducts
 from executors._operator import Multiplication, Operator, define
 
@@ -17,8 +17,8 @@ OPERATOR = define(Multiplication("native", LoopProducts, on_host=True))
 
 
 @dataclass(frozen=True)
-class Native(DenseExecutor):
-    """The executor ``native``. Its option is ``recompute``.
+class Native(OperatorExecutor):
+    """The executor ``native``. Its option is ``recompute``: keep no z for backward.
 
     Example:
         >>> y = executors.get("native")(x, router_logits, weights)

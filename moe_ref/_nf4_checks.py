@@ -37,13 +37,13 @@ def check_nf4(name: str, tensor: Any) -> None:
     size, packed = tensor.size, (f"{name}.packed", tensor.packed)
     blocks = ceil(size / tensor.blocksize)
     check_array(*packed, dtypes=("uint8",))
-    check_shape(*packed, (ceil(size / 2),), f"two of {size} codes to a byte")
+    check_shape(*packed, (ceil(size / 2),), "two codes to a byte")
     missing = [n for n in NESTED if getattr(tensor, n) is None]
     nested = len(missing) < len(NESTED)
     if nested and missing:
         raise ValueError(f"{name}.{missing[0]}=None: must be given with the other nested statistics")
     check_array(f"{name}.absmax", tensor.absmax, like=packed, dtypes=("uint8",) if nested else ("float32",))
-    check_shape(f"{name}.absmax", tensor.absmax, (blocks,), f"one for each {tensor.blocksize} of {size} codes")
+    check_shape(f"{name}.absmax", tensor.absmax, (blocks,), "one for each block of codes")
     if nested:
         _check_nested(name, tensor, blocks)
 
@@ -68,7 +68,7 @@ def _check_nested(name: str, tensor: NF4Tensor, blocks: int) -> None:
         allowed = f"must be (), since the {own} numbers of an expert are not a multiple of {tensor.blocksize}"
         raise ValueError(f"{name}.nested_offset.shape={shape}: {allowed} (blocksize)")
     per_segment = ceil(blocks / segments / tensor.nested_blocksize) if segments else 0
-    meaning = f"one for each {tensor.nested_blocksize} of {blocks} blocks, in {segments} segments"
+    meaning = "one for each nested block of each segment"
     check_shape(f"{name}.nested_absmax", tensor.nested_absmax, (segments * per_segment,), meaning)
 
 

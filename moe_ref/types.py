@@ -187,8 +187,8 @@ class MoEWeights:
     for gated activations and I for the others. Each projection is an array, or an `NF4Tensor`.
     """
 
-    gate_up_proj: Array  # Float[E J H], or in 4 bits
-    down_proj: Array  # Float[E H I], or in 4 bits
+    gate_up_proj: Float[Array, "E J H"]  # or in 4 bits
+    down_proj: Float[Array, "E H I"]  # or in 4 bits
     gate_up_proj_bias: Float[Array, "E J"] | None = None
     down_proj_bias: Float[Array, "E H"] | None = None
     selection_bias: Float[Array, " E"] | None = None  # moves the choice only, never the weight (R3)
@@ -226,7 +226,7 @@ class MoEWeights:
         return {name: value for name, value in projections.items() if isinstance(value, NF4Tensor)}
 
     def with_parameters(self, changed: dict[str, Array]) -> MoEWeights:
-        """The same layer with other arrays for some of its `parameters`."""
+        """The same layer with other arrays for some of its `parameters`, or others for what is `packed`."""
         dense = {name: value for name, value in changed.items() if name in DENSE}
         factors = {name: value for name, value in changed.items() if name in LORA_FACTORS}
         lora = replace(self.lora, **factors) if self.lora is not None else None

@@ -18,11 +18,12 @@ from moe_ref._checks import (
     dtype_name,
     short,
 )
-from moe_ref._nf4_checks import check_nf4, check_quantize
+from moe_ref._nf4_checks import DECODED_DTYPES, check_nf4, check_quantize
 from moe_ref._typing import Array
 from moe_ref.types import GATED, Activation, ExpertLoRA, GateUpLayout, GroupScore, MoEConfig, MoEWeights, Scoring
 
 __all__ = [
+    "DECODED_DTYPES",
     "FLOAT_DTYPES",
     "check_config",
     "check_dy",

@@ -1,8 +1,11 @@
 """Problems for native and grouped_mm, and eyes for what happens inside their operators."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from executors import _operator, grouped_mm, native
@@ -65,7 +68,16 @@ def inputs_of(problem: Problem) -> Inputs:
     return to_torch(problem, build(problem))
 
 
-def arguments(inputs: Inputs) -> tuple[list[object], list[object]]:
-    """The operator's tensors, and what is static."""
-    given = _operator.arguments_of(inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.weights)
-    return list(given[:11]), list(given[11:])
+def arguments(inputs: Inputs) -> tuple[list[Any], list[Any]]:
+    """The operator's tensors and lists of tensors, and what is static: between them stands what to keep."""
+    return _operator.arguments_of(inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.weights)
+
+
+def each(tensors: list[Any], change: Callable[[torch.Tensor], torch.Tensor]) -> list[Any]:
+    """An operator's tensors, all changed, those in lists too."""
+    return [each(t, change) if isinstance(t, list) else None if t is None else change(t) for t in tensors]
+
+
+def needs_all(tensors: list[Any]) -> list[bool]:
+    """What to ask of backward: a gradient for everything that has one."""
+    return [True, True, *(t is not None and t.is_floating_point() for t in tensors[3 : _operator.TENSORS])]

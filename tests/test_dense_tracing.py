@@ -2,13 +2,15 @@
 
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 import executors
-from dense_cases import EVERYTHING, OPERATORS, PROBLEM, HostReads, arguments, both, inputs_of
+from dense_cases import EVERYTHING, OPERATORS, PROBLEM, HostReads, arguments, both, each, inputs_of, needs_all
 from executors import _layer, grouped_mm, native
+from executors._operator import TENSORS
 from moe_ref.conformance.call import Inputs, call
 from moe_ref.conformance.problem import Problem
 
@@ -44,10 +46,10 @@ def test_host_reads_are_seen_inside_the_operator(name: str, monkeypatch: pytest.
     assert len(mode.reads) > 1
 
 
-def without_values(inputs: Inputs) -> tuple[list[torch.Tensor | None], list[object]]:
+def without_values(inputs: Inputs) -> tuple[list[Any], list[Any]]:
     """The operator's arguments as tensors that have no values: whatever looks at one raises."""
     tensors, static = arguments(inputs)
-    return [None if t is None else t.detach().to("meta") for t in tensors], static
+    return each(tensors, lambda t: t.detach().to("meta")), static
 
 
 def kernel(operator):  # type: ignore[no-untyped-def]
@@ -60,11 +62,10 @@ def test_grouped_mm_never_looks_at_a_value(problem: Problem) -> None:
     """Forward and backward on tensors without values: what a host would have to wait for raises here."""
     inputs = inputs_of(replace(problem, entry="experts", dtype="bfloat16", lora_dtype="bfloat16"))
     tensors, static = without_values(inputs)
-    y, *kept = kernel(grouped_mm.OPERATOR.forward)(*tensors, True, *static)
+    y, *kept = kernel(grouped_mm.OPERATOR.forward)(*tensors, True, False, *static)
     assert (y.shape, y.device.type) == (inputs.x.shape, "meta")
-    needs = [True, True, *(t is not None for t in tensors[3:])]
-    gradients = kernel(grouped_mm.OPERATOR.backward)(y, *kept, *tensors, needs, *static)
-    for gradient, owner in zip(gradients, [tensors[0], *tensors[2:]], strict=True):
+    gradients = kernel(grouped_mm.OPERATOR.backward)(y, *kept, *tensors, needs_all(tensors), *static)
+    for gradient, owner in zip(gradients, [tensors[0], *tensors[2:TENSORS]], strict=True):
         assert owner is None or gradient.shape == owner.shape
 
 
@@ -72,7 +73,7 @@ def test_native_looks_at_its_offsets() -> None:
     """The trace above can fail."""
     tensors, static = without_values(inputs_of(replace(PROBLEM, entry="experts")))
     with pytest.raises(NotImplementedError, match="no data"):
-        kernel(native.OPERATOR.forward)(*tensors, True, *static)
+        kernel(native.OPERATOR.forward)(*tensors, True, False, *static)
 
 
 @both
@@ -83,11 +84,10 @@ def test_operators_are_registered_right(name: str, tokens: int, problem: Problem
     operator = OPERATORS[name]
     inputs = inputs_of(replace(problem, tokens=tokens, entry="experts"))
     tensors, static = arguments(inputs)
-    torch.library.opcheck(operator.forward, (*tensors, True, *static))
-    _, *kept = (t.detach() for t in operator.forward(*tensors, True, *static))
-    detached = [None if t is None else t.detach() for t in tensors]
-    needs = [True, True, *(t is not None for t in tensors[3:])]
-    torch.library.opcheck(operator.backward, (inputs.dy, *kept, *detached, needs, *static))
+    torch.library.opcheck(operator.forward, (*tensors, True, False, *static))
+    _, *kept = (t.detach() for t in operator.forward(*tensors, True, False, *static))
+    detached = each(tensors, torch.Tensor.detach)
+    torch.library.opcheck(operator.backward, (inputs.dy, *kept, *detached, needs_all(tensors), *static))
 
 
 def test_the_choice_is_registered_right() -> None:

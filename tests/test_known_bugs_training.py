@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import executors
+from dense_cases import needs_all
 from executors import Executor, _operator, grouped_mm
 from moe_ref import MoEConfig, MoEWeights, routed_experts_vjp
 from moe_ref.conformance.build import build
@@ -22,7 +23,7 @@ from moe_ref.conformance.checks import check_problem
 from moe_ref.conformance.poison import poisoned
 from moe_ref.conformance.reference import reference
 from moe_ref.conformance.wrapped import Wrapped, experts
-from moe_ref.types import DENSE, LORA_FACTORS, PARAMETERS
+from moe_ref.types import DENSE, LORA_FACTORS
 from planted import (
     ADAPTED,
     BASE,
@@ -218,13 +219,11 @@ def narrow_integers_of_a_huge_layer() -> set[tuple[int, ...]]:
         meta(num_experts, 2 * inner, hidden), meta(num_experts, hidden, inner), config=MoEConfig(top_k)
     )
     ids, slot_weights = meta(tokens, top_k, dtype=torch.int64), meta(tokens, top_k, dtype=torch.float32)
-    arguments = _operator.arguments_of(meta(tokens, hidden), ids, slot_weights, weights)
-    tensors, static = arguments[: 3 + len(PARAMETERS)], arguments[3 + len(PARAMETERS) :]
+    tensors, static = _operator.arguments_of(meta(tokens, hidden), ids, slot_weights, weights)
     forward, backward = (kernel._init_fn.__wrapped__ for kernel in grouped_mm.OPERATOR)
-    needs = [True, True, *(t is not None for t in tensors[3:])]
     with Integers() as seen:
-        y, z, *kept = forward(*tensors, True, *static)
-        gradients = backward(y, z, *kept, *tensors, needs, *static)
+        y, z, *kept = forward(*tensors, True, False, *static)
+        gradients = backward(y, z, *kept, *tensors, needs_all(tensors), *static)
     assert (y.shape, z.shape) == ((tokens, hidden), (tokens * top_k, 2 * inner))
     assert min(gradients[0].numel(), z.numel(), weights.gate_up_proj.numel()) > 2**31
     assert gradients[2].shape == weights.gate_up_proj.shape

@@ -2,18 +2,22 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 
 import executors
 from moe_ref import MoEConfig
 from moe_ref.conformance.checks import ConformanceError, check_problem, check_repeatable
+from moe_ref.conformance.exact import check_every_code
 from moe_ref.conformance.honest import honest_variants
 from moe_ref.conformance.mutants import mutants
+from moe_ref.conformance.mutants._registry import PACKED_MUTANTS
 from moe_ref.conformance.problem import Problem
 
-EXECUTORS = ("native", "grouped_mm")
+EXECUTORS = ("native", "grouped_mm", "grouped_nf4")
 FEW, MANY = 64, 2048  # tokens
+EXACT = ("decoded_in_fp32", "nested_scales_fused")  # far below any error bar: only equality sees them, whatever T is
 FULL = MoEConfig(
     4,
     scoring="softmax",
@@ -39,9 +43,25 @@ BY_LOGIT = replace(WHOLE_GROUP, scoring="topk_softmax")  # keys below 0 must be 
 SCALED = MoEConfig(2, scoring="topk_softmax", scale_input=True, activation="relu2")
 
 
-@cache
-def panel(tokens: int) -> tuple[Problem, ...]:
+def panel(name: str, tokens: int) -> tuple[Problem, ...]:
     """Problems that between them have every feature that a mutant may get wrong."""
+    return panel_in_4_bits(tokens) if name == "grouped_nf4" else dense_panel(tokens)
+
+
+@cache
+def panel_in_4_bits(tokens: int) -> tuple[Problem, ...]:
+    """The same with other weights, in dtypes that those may have; blocks straddle experts in some."""
+    forms = (
+        {"quant_type": "nf4", "nested": "per expert", "blocksize": 32, "hidden": 64},
+        {"quant_type": "nf4", "nested": "one", "weights_layout": "transposed"},
+        {"quant_type": "fp4", "blocksize": 128},
+    )
+    return tuple(replace(p, **forms[place % len(forms)]) for place, p in enumerate(dense_panel(tokens)))
+
+
+@cache
+def dense_panel(tokens: int) -> tuple[Problem, ...]:
+    """Those for executors of dense weights."""
     base = Problem(tokens, 9, 32, 33, FULL, gate_up_bias=True, down_bias=True, seed=1)
     concatenated = replace(FULL, gate_up_layout="concatenated")
     return (
@@ -69,31 +89,50 @@ def rejected_by(executor: executors.Executor, problem: Problem) -> str:
     return ""
 
 
-@pytest.mark.parametrize("mutant", sorted(mutants(executors.get("native"))))
-@pytest.mark.parametrize("name", EXECUTORS)
+def decodes_wrongly(executor: executors.Executor, nested: str, dtype: str) -> bool:
+    """Whether a number comes out that is not the specification's."""
+    try:
+        check_every_code(executor, "nf4", nested, dtype)
+    except ConformanceError:
+        return True
+    return False
+
+
+def mutants_to_kill(name: str) -> list[str]:
+    """All of those for dense weights; for 4 bits those that concern what is new there, since the rest is shared."""
+    every = sorted(mutants(executors.get(name)))
+    return [m for m in every if m in PACKED_MUTANTS or "adapter" in m] if name == "grouped_nf4" else every
+
+
+@pytest.mark.parametrize(("name", "mutant"), [(name, mutant) for name in EXECUTORS for mutant in mutants_to_kill(name)])
 def test_mutant_is_rejected(name: str, mutant: str) -> None:
     wrong = mutants(executors.get(name))[mutant]
-    places = list(range(len(panel(FEW))))
+    if mutant in EXACT:
+        assert any(decodes_wrongly(wrong, *form) for form in product(("one", "per expert"), ("float32", "bfloat16")))
+        return
+    places = list(range(len(panel(name, FEW))))
     for tokens in (FEW, MANY):
-        killers = (place for place in places if rejected_by(wrong, panel(tokens)[place]))
+        killers = (place for place in places if rejected_by(wrong, panel(name, tokens)[place]))
         killer = next(killers, None)
         assert killer is not None, f"{mutant} of {name} survives at T={tokens}"
         places.sort(key=lambda place, first=killer: place != first)  # what killed it once is tried first
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
-@pytest.mark.parametrize("variant", sorted(honest_variants(executors.get("native"))))
-@pytest.mark.parametrize("name", EXECUTORS)
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [(name, variant) for name in EXECUTORS for variant in sorted(honest_variants(executors.get(name)))],
+)
 def test_honest_variant_is_accepted(name: str, variant: str, tokens: int) -> None:
     honest = honest_variants(executors.get(name))[variant]
-    for problem in panel(tokens):
+    for problem in panel(name, tokens):
         check_problem(honest, problem)
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_one_percent_is_seen_in_bf16(tokens: int) -> None:
     """A systematic error far below a single rounding's size per element is caught by the gain."""
-    problem = replace(panel(tokens)[1], logits="random")
+    problem = replace(dense_panel(tokens)[1], logits="random")
     with pytest.raises(ConformanceError):
         check_problem(mutants(executors.get("native"))["one_percent_more"], problem)
 
@@ -103,6 +142,6 @@ def test_panel_leaves_experts_empty() -> None:
     from moe_ref.conformance.build import build
 
     for tokens in (FEW, MANY):
-        problem = panel(tokens)[-1]
+        problem = dense_panel(tokens)[-1]
         used = set(build(problem).topk_ids.ravel().tolist())
         assert len(used) < problem.experts

@@ -9,6 +9,7 @@ import numpy as np
 
 from moe_ref.conformance.choices import have_margins
 from moe_ref.conformance.kinks import clear_of_kinks
+from moe_ref.conformance.packed import quantized
 from moe_ref.conformance.problem import Problem
 from moe_ref.grouping import is_slot
 from moe_ref.numerics import round_to_nearest
@@ -21,7 +22,10 @@ SCALINGS = (2.0, 0.5)  # of the adapters of gate_up_proj and of down_proj
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """A problem's numbers, in float64 NumPy, each representable in its own dtype. Token dimension flat."""
+    """A problem's numbers, in float64 NumPy, each representable in its own dtype. Token dimension flat.
+
+    What is in 4 bits has NumPy arrays of its own dtypes.
+    """
 
     x: np.ndarray
     dy: np.ndarray
@@ -93,7 +97,8 @@ def _weights(problem: Problem, rng: np.random.Generator) -> MoEWeights:
     if problem.gate_up_rank or problem.down_rank:
         pairs = factors(problem.gate_up_rank, rows, hidden), factors(problem.down_rank, hidden, inner)
         lora = ExpertLoRA(*pairs[0], *pairs[1], *SCALINGS)
-    return MoEWeights(gate_up, down, gate_up_bias, down_bias, selection, lora, config=problem.config)
+    weights = MoEWeights(gate_up, down, gate_up_bias, down_bias, selection, lora, config=problem.config)
+    return quantized(weights, problem) if problem.quant_type else weights
 
 
 def _with_margins(

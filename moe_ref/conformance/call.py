@@ -34,6 +34,11 @@ class Inputs:
         pairs = [("x", self.x), ("router_logits", self.router_logits), ("topk_weights", self.topk_weights)]
         return {name: tensor for name, tensor in pairs if tensor is not None} | self.weights.parameters()
 
+    def codes(self) -> dict[str, Tensor]:
+        """The arrays of projections in 4 bits, such as "down_proj.absmax"."""
+        packed = self.weights.packed()
+        return {f"{name}.{part}": array for name, tensor in packed.items() for part, array in tensor.arrays().items()}
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -79,6 +84,9 @@ def to_torch(problem: Problem, arrays: Arrays, device: str = "cpu") -> Inputs:
     bias = weights.selection_bias
     if bias is not None:  # it asks for a gradient, and must get none (D1)
         bias = tensor(bias, problem.dtype_of("selection_bias")).requires_grad_()
+    weights = weights.with_parameters(
+        {n: t.map(lambda array: torch.from_numpy(np.array(array)).to(device)) for n, t in weights.packed().items()}
+    )
     logits, topk_weights = arrays.router_logits, arrays.topk_weights
     config = problem.config if problem.top_k_given else replace(problem.config, top_k=None)
     ids_dtype = problem.ids_dtype if arrays.topk_weights is not None else "int64"

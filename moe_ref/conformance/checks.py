@@ -130,10 +130,18 @@ def check_repeatable(executor: Executor, problem: Problem, device: str = "cpu") 
     with torch.no_grad():
         for tensor in other.weights.parameters().values():
             tensor.mul_(2)
+        _swap_codes(other)
         run(executor, other, backward=False)
         for tensor in other.weights.parameters().values():
             tensor.div_(2)
+        _swap_codes(other)
     same(run(executor, other, backward), "new weights and the same ones put where others were")
+
+
+def _swap_codes(inputs: Inputs) -> None:
+    """Other codes in the same memory; twice is none."""
+    for tensor in inputs.weights.packed().values():
+        tensor.packed.bitwise_xor_(0x11)
 
 
 def result_arrays(result: Result) -> dict[str, np.ndarray]:
@@ -186,7 +194,7 @@ def _check_untouched(executor: Executor, problem: Problem, inputs: Inputs, befor
 
 
 def _copies(inputs: Inputs) -> dict[str, Tensor]:
-    tensors = inputs.tensors() | {"dy": inputs.dy, "topk_ids": inputs.topk_ids}
+    tensors = inputs.tensors() | inputs.codes() | {"dy": inputs.dy, "topk_ids": inputs.topk_ids}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 

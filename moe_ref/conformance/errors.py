@@ -39,6 +39,15 @@ def _tensor(**changes: Callable[[Any], Any]) -> Callable[[Inputs], Inputs]:
     return change
 
 
+def _packed(**changes: Callable[[Any], Any]) -> Callable[[Inputs], Inputs]:
+    """Changes of gate_up_proj in 4 bits."""
+
+    def change(tensor: Any) -> Any:
+        return replace(tensor, **{name: f(getattr(tensor, name)) for name, f in changes.items()})
+
+    return _weights(gate_up_proj=change)
+
+
 def _config(**changes: Any) -> Callable[[Inputs], Inputs]:
     return _weights(config=lambda config: replace(config, **changes))
 
@@ -83,6 +92,17 @@ BAD_INPUTS: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     "config no MoEConfig": (_weights(config=lambda config: {"top_k": 2}), "config"),
     "weights no MoEWeights": (_tensor(weights=lambda w: (w.gate_up_proj, w.down_proj)), "weights"),
 }
+PACKED_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
+    "codes too few": (_packed(packed=lambda codes: codes[:-1]), "gate_up_proj.packed.shape"),
+    "codes of another dtype": (_packed(packed=lambda codes: codes.view(torch.int8)), "gate_up_proj.packed.dtype"),
+    "absmax of fewer blocks": (_packed(absmax=lambda absmax: absmax[:-1]), "gate_up_proj.absmax.shape"),
+    "absmax in bf16": (_packed(absmax=lambda absmax: absmax.bfloat16()), "gate_up_proj.absmax.dtype"),
+    "nested statistics incomplete": (_packed(nested_absmax=lambda _: torch.ones(1)), "gate_up_proj.nested_code"),
+    "blocksize unknown": (_packed(blocksize=lambda _: 48), "gate_up_proj.blocksize"),
+    "quant_type unknown": (_packed(quant_type=lambda _: "int4"), "gate_up_proj.quant_type"),
+    "decoded to another dtype than x": (_packed(dtype=lambda _: "float16"), "down_proj.dtype"),
+    "shape of other experts": (_packed(shape=lambda shape: (shape[0], shape[1] - 1, *shape[2:])), "gate_up_proj"),
+}
 LAYER_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     "router_logits of other tokens": (_tensor(router_logits=lambda a: a[1:]), "router_logits.shape"),
     "router_logits of other experts": (_tensor(router_logits=lambda a: a[:, 1:]), "router_logits.shape"),
@@ -106,8 +126,9 @@ def check_errors(executor: Executor, device: str = "cpu") -> None:
         if problem.entry != entry:
             continue
         good = to_torch(problem, build(problem), device)
-        for what, (spoil, argument) in (BAD_INPUTS | more).items():
-            bad = spoil(good)
+        in_4_bits = _in_4_bits(executor, problem, device)
+        for what, (spoil, argument) in (BAD_INPUTS | more | (PACKED_ONLY if in_4_bits else {})).items():
+            bad = spoil(in_4_bits if in_4_bits and what in PACKED_ONLY else good)
             expected = _error_of(lambda bad=bad: _specification(bad))  # type: ignore[misc]
             actual = _error_of(lambda bad=bad: call(executor, bad))  # type: ignore[misc]
             if expected is None or not str(expected).startswith(argument) or "\n" in str(expected):
@@ -129,7 +150,8 @@ def check_no_double_backward(executor: Executor, device: str = "cpu") -> None:
     dtype = next(d for d in ("float32", *FLOAT_DTYPES) if d in able.dtypes)
     activation = next(a for a in get_args(Activation) if a in able.activations)
     config = replace(_PROBLEM.config, activation=activation)
-    problem = applicable(executor, replace(_PROBLEM, dtype=dtype, config=config))
+    kind = "" if "dense" in able.weights else min(able.weights)
+    problem = applicable(executor, replace(_PROBLEM, dtype=dtype, config=config, quant_type=kind))
     inputs = to_torch(problem, build(problem), device)
     y = call(executor, inputs)
     (dx,) = torch.autograd.grad(y.square().sum(), inputs.x, create_graph=True)
@@ -142,6 +164,14 @@ def check_no_double_backward(executor: Executor, device: str = "cpu") -> None:
         message = f"double backward raises {error!r}, but must say 'double backward'"
         raise ConformanceError(executor, problem, "D1", message) from error
     raise ConformanceError(executor, problem, "D1", "double backward must raise an error, but gives a result")
+
+
+def _in_4_bits(executor: Executor, problem: Problem, device: str) -> Inputs | None:
+    kinds = sorted(executor.capabilities.weights - {"dense"})
+    if not kinds:
+        return None
+    packed = replace(problem, quant_type=kinds[0], blocksize=32)
+    return to_torch(packed, build(packed), device)
 
 
 def _specification(inputs: Inputs) -> Any:

@@ -7,6 +7,8 @@ must be 512; an accumulator in bf16 stops at 256.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,34 +16,111 @@ import numpy as np
 from moe_ref.conformance.build import Arrays
 from moe_ref.conformance.call import run, to_torch
 from moe_ref.conformance.checks import ConformanceError, result_arrays
+from moe_ref.conformance.packed import decoded, quantized
 from moe_ref.conformance.poison import poisoned
 from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.strategies import undeclared
 from moe_ref.error_bars import named
-from moe_ref.numerics import FORMATS
+from moe_ref.numerics import FORMATS, round_to_nearest
 from moe_ref.types import MoEConfig, MoEWeights
-from moe_ref.vjp import routed_experts_vjp
+from moe_ref.vjp import layer_vjp
 
 if TYPE_CHECKING:
     from executors import Executor
 
+SIZE = 64  # H and I of the case that shows every code
 
-def check_exact(executor: Executor, case: str, dtype: str, device: str = "cpu") -> None:
+
+def check_exact(executor: Executor, case: str, dtype: str, device: str = "cpu") -> str:
     """Checks one of `CASES` in one dtype: y and all gradients equal the specification's.
+
+    An executor without dense weights gets them in 4 bits, where those hold them exactly.
+
+    Returns:
+        What keeps the executor from having the case, or "".
 
     Raises:
         ConformanceError: if a number differs.
     """
     problem, arrays, clause = CASES[case](dtype)
-    y, gradients = routed_experts_vjp(arrays.x, arrays.topk_ids, arrays.topk_weights, arrays.weights, arrays.dy)
+    kinds = executor.capabilities.weights
+    if "dense" not in kinds:
+        problem = replace(problem, quant_type=min(kinds), blocksize=32)
+    lacking = undeclared(problem, executor.capabilities)
+    if lacking:
+        return f"{executor.name} does not declare {lacking}"
+    if problem.quant_type:
+        packed = quantized(arrays.weights, problem)
+        if not _equal(decoded(packed), arrays.weights):
+            return f"{problem.quant_type} does not hold these weights"
+        arrays = replace(arrays, weights=packed)
+    _check_equal(executor, problem, arrays, f"{clause} ({case})", device)
+    return ""
+
+
+def check_every_code(executor: Executor, quant_type: str, nested: str, dtype: str, device: str = "cpu") -> str:
+    """Every number of a projection in 4 bits, seen through one-hot tokens, is decoded to the last bit (Q1, Q2, Q3).
+
+    Token j is 1 or -1 at place j, squared ReLU hides the sign, and the down projection is the identity: y holds the
+    squares of column j.
+
+    Returns:
+        What keeps the executor from having the case, or "".
+
+    Raises:
+        ConformanceError: if a number differs.
+    """
+    for seed, (layout, blocksize) in enumerate(product(("contiguous", "transposed"), (32, 64, 4096))):
+        problem = Problem(
+            tokens=2 * SIZE,
+            experts=2,
+            hidden=SIZE,
+            intermediate=SIZE,
+            config=MoEConfig(top_k=1, activation="relu2"),
+            dtype=dtype,
+            entry="experts",
+            quant_type=quant_type,
+            blocksize=blocksize,
+            nested=nested,
+            weights_layout=layout,
+        )
+        lacking = undeclared(problem, executor.capabilities)
+        if lacking:
+            return f"{executor.name} does not declare {lacking}"
+        for expert in range(problem.experts):
+            arrays = _one_hot(problem, np.random.default_rng(seed), expert)
+            _check_equal(executor, problem, arrays, "Q1, Q2, Q3 (every code)", device)
+    return ""
+
+
+def _one_hot(problem: Problem, rng: np.random.Generator, expert: int) -> Arrays:
+    """All tokens go to one expert."""
+    rows = rng.standard_normal((2, SIZE, SIZE)) * np.exp(rng.standard_normal((2, SIZE, 1)))
+    identity = np.tile(np.eye(SIZE), (2, 1, 1))
+    weights = MoEWeights(rows, identity, config=problem.config)
+    plain = quantized(weights, replace(problem, nested="")).down_proj
+    x = np.concatenate([np.eye(SIZE), -np.eye(SIZE)])
+    ids = np.full((problem.tokens, 1), expert)
+    return Arrays(
+        x, np.zeros_like(x), ids, None, np.ones(ids.shape), replace(quantized(weights, problem), down_proj=plain)
+    )
+
+
+def _equal(first: MoEWeights, second: MoEWeights) -> bool:
+    return all((getattr(first, name) == getattr(second, name)).all() for name in ("gate_up_proj", "down_proj"))
+
+
+def _check_equal(executor: Executor, problem: Problem, arrays: Arrays, clause: str, device: str) -> None:
+    y, gradients = layer_vjp(arrays.x, None, arrays.topk_ids, arrays.topk_weights, arrays.weights, arrays.dy)
     with poisoned():
         result = run(executor, to_torch(problem, arrays, device), executor.capabilities.backward)
-    exact = named(y, gradients)
+    exact = {n: round_to_nearest(v, problem.dtype_of(n)) if n == "y" else v for n, v in named(y, gradients).items()}
     for name, actual in result_arrays(result).items():
         wrong = actual != exact[name]
         if wrong.any():
             where = tuple(int(i) for i in np.argwhere(wrong)[0])
             message = f"{name}{where}={actual[where]}, but must be exactly {exact[name][where]}"
-            raise ConformanceError(executor, problem, f"{clause} ({case})", message)
+            raise ConformanceError(executor, problem, clause, message)
 
 
 def long_sums(dtype: str) -> tuple[Problem, Arrays, str]:

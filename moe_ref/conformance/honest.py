@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, relu, silu
 
 from moe_ref.conformance.wrapped import Wrapped, experts
+from moe_ref.nf4 import decode_expert
 from moe_ref.numerics import Nearest
 from moe_ref.types import MoEConfig, MoEGradients, MoEWeights
 from moe_ref.validation import dtype_name
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
 
 def honest_variants(inner: Executor) -> dict[str, Wrapped]:
-    """Every honest variant, by name."""
-    changes = (fp32_throughout, features_reversed, weight_before_down_projection, rounded_at_every_site)
+    """Every honest variant, by name: those that can have the kinds of weights that the executor takes."""
+    changes = [weight_before_down_projection, rounded_at_every_site]
+    if "dense" in inner.capabilities.weights:
+        changes += [fp32_throughout, features_reversed]
     return {change.__name__: Wrapped(change.__name__, inner, slots=change) for change in changes}
 
 
@@ -52,6 +55,7 @@ def weight_before_down_projection(inner: Executor, x: Tensor, ids: Tensor, w: Te
         if not len(tokens):
             continue
         own = {name: value[e] for name, value in weights.parameters().items()}
+        own |= {name: decode_expert(value, e).to(x.dtype) for name, value in weights.packed().items()}
         weight = w[tokens, slots, None].to(wide)
         rows = x[tokens] if not config.scale_input else (weight * x[tokens]).to(x.dtype)
         after = torch.ones_like(weight) if config.scale_input else weight
@@ -122,5 +126,6 @@ def _y_and_gradients(
     def numpy(value: Tensor) -> np.ndarray:
         return value.detach().double().cpu().numpy()
 
-    rounding = Nearest(dtype_name(x))
-    return layer_vjp(numpy(x), None, ids.cpu().numpy(), numpy(w), weights.map(numpy), numpy(dy), rounding)
+    packed = {name: value.map(lambda array: array.cpu().numpy()) for name, value in weights.packed().items()}
+    arrays = weights.map(numpy).with_parameters(packed)
+    return layer_vjp(numpy(x), None, ids.cpu().numpy(), numpy(w), arrays, numpy(dy), Nearest(dtype_name(x)))

@@ -17,6 +17,7 @@ import numpy as np
 from moe_ref.conformance.build import Arrays
 from moe_ref.conformance.call import run, to_torch
 from moe_ref.conformance.checks import ConformanceError, applicable, result_arrays, verdicts_of, with_one_choice
+from moe_ref.conformance.packed import of_experts, with_own_blocks
 from moe_ref.conformance.poison import poisoned
 from moe_ref.conformance.problem import Problem
 from moe_ref.conformance.reference import reference
@@ -42,6 +43,8 @@ def check_law(executor: Executor, problem: Problem, law: str, device: str = "cpu
         ConformanceError: if the law is broken.
     """
     problem = with_one_choice(applicable(executor, problem))
+    if LAWS[law] in MOVING_EXPERTS:
+        problem = with_own_blocks(problem)
     truth = reference(problem)
     results: list[Results] = []
     for changed, arrays, undo in LAWS[law](problem, truth.arrays):
@@ -84,7 +87,7 @@ def relabel_experts(problem: Problem, arrays: Arrays) -> list[Changed]:
         arrays,
         topk_ids=np.where(valid, inverse[np.where(valid, ids, 0)], ids),
         router_logits=None if arrays.router_logits is None else arrays.router_logits[:, order],
-        weights=arrays.weights.map(lambda value: value[order]),
+        weights=of_experts(arrays.weights, order),
     )
 
     def undo(results: Results) -> Results:
@@ -155,7 +158,7 @@ def append_expert(problem: Problem, arrays: Arrays) -> list[Changed]:
         arrays,
         topk_ids=ids,
         router_logits=logits,
-        weights=arrays.weights.map(lambda v: np.concatenate([v, np.full_like(v[:1], math.nan)])),
+        weights=of_experts(arrays.weights, np.array([*range(problem.experts), -1])),
     )
 
     def undo(results: Results) -> Results:
@@ -174,6 +177,9 @@ LAWS: dict[str, Law] = {
     law.__name__: law
     for law in (permute_tokens, relabel_experts, split_batch, scale_weights, append_slot, append_expert)
 }
+
+
+MOVING_EXPERTS = (relabel_experts, append_expert)
 
 
 def of_tokens(problem: Problem, arrays: Arrays, tokens: np.ndarray) -> tuple[Problem, Arrays]:

@@ -26,6 +26,38 @@ LARGE = (
     Problem(4096, 96, 16, 8, DEEPSEEK, "float32", logits="skewed", seed=3),
 )
 
+PACKED = (
+    # the format of a fine-tuned gpt-oss: stored transposed, nested for each expert, biases and adapters
+    Problem(
+        64,
+        9,
+        64,
+        64,
+        GPT_OSS,
+        "bfloat16",
+        gate_up_bias=True,
+        down_bias=True,
+        gate_up_rank=4,
+        down_rank=4,
+        quant_type="nf4",
+        nested="per expert",
+        weights_layout="transposed",
+        seed=1,
+    ),
+    # its own width: thousands of blocks, of which nested statistics straddle experts
+    Problem(3, 4, 2880, 90, GPT_OSS, "bfloat16", quant_type="nf4", nested="one", down_bias=True, seed=2),
+    # thousands of tokens, all experts
+    Problem(2048, 9, 32, 32, DEEPSEEK, "float16", quant_type="fp4", blocksize=32, logits="skewed", seed=3),
+    # blocks straddle rows and experts, and the last one is partial, down to half a byte
+    Problem(9, 5, 7, 5, MoEConfig(2, activation="gelu"), quant_type="nf4", blocksize=32, nested="one", seed=4),
+    Problem(
+        8, 3, 17, 1, MoEConfig(2), "float16", quant_type="fp4", blocksize=4096, weights_layout="transposed", seed=5
+    ),
+    # nobody has a token; a single number
+    Problem(0, 3, 8, 8, MoEConfig(1), "bfloat16", quant_type="nf4"),
+    Problem(1, 1, 1, 1, MoEConfig(1, activation="relu2"), quant_type="fp4", nested="one"),
+)
+
 EXAMPLES = (
     # nothing at all, and the smallest of everything
     Problem(0, 1, 1, 1, MoEConfig(1)),

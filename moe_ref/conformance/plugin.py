@@ -139,6 +139,13 @@ def _undeclared(capabilities: Capabilities) -> list[str]:
     missing_dtypes = [dtype for dtype in FLOAT_DTYPES if dtype not in capabilities.dtypes]
     if missing_dtypes:
         lines.append(f"not judged in {', '.join(missing_dtypes)}")
+    if "dense" not in capabilities.weights:
+        lines.append("no dense weights; gradients of projections are not applicable")
+    missing_formats = [name for name in ("nf4", "fp4") if name not in capabilities.weights]
+    if len(missing_formats) == 2:
+        lines.append("no weights in 4 bits; clauses Q1-Q3 and Q5 are not applicable")
+    elif missing_formats:
+        lines.append(f"no {missing_formats[0]} weights; that part of Q1 is not applicable")
     missing = sorted(ACTIVATIONS - capabilities.activations)
     if missing:
         lines.append(f"no {', '.join(missing)}; those parts of E1 are not applicable")

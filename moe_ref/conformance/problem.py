@@ -27,6 +27,10 @@ class Problem:
         selection_bias: "" (none), "small" (as large as the scores) or "large" (a hundred times that).
         gate_up_rank, down_rank: of the adapters; 0 is none.
         lora_dtype: of their factors.
+        quant_type: "" for dense projections, or "nf4" or "fp4": frozen, in 4 bits.
+        blocksize: of 4 bits.
+        nested: of 4 bits: "" (absmax is plain), "one" (its statistics are one segment) or "per expert" (each expert has
+            its own, where no block straddles experts; else one).
         margins: whether no rounding comes near another choice of experts, for executors that do not tell theirs.
         logits: "random"; "ties" (whole numbers from -1 to 1, +0 and -0 among them); "masked" (a third are -inf);
             "skewed" (some experts are far more likely); "shifted" (rows around +100, or -100 for the softmax kinds);
@@ -38,7 +42,7 @@ class Problem:
         broken_x: rows of x spoiled with one NaN or infinity.
         batch: split the tokens over two leading dimensions (where T is even), or none (where T is 1).
         x_layout, weights_layout, dy_layout, routing_layout:
-            "contiguous"; "transposed" (stored with the last two axes swapped);
+            "contiguous"; "transposed" (stored with the last two axes swapped, codes of 4 bits too);
             "sliced" (every other element of a larger array); for x "expanded" (all tokens are one row, stride 0); for
             dy "scalar" (all ones, strides 0, as ``y.sum().backward()`` has it).
         top_k_given: for entry "experts": whether the configuration names K, or has None and ``topk_ids`` tell it.
@@ -62,6 +66,9 @@ class Problem:
     gate_up_rank: int = 0
     down_rank: int = 0
     lora_dtype: str = "float32"
+    quant_type: str = ""
+    blocksize: int = 64
+    nested: str = ""
     margins: bool = False
     logits: str = "random"
     cut_points: bool = False

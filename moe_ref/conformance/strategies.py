@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from hypothesis import strategies as st
 
+from moe_ref._nf4_checks import BLOCKSIZES, DECODED_DTYPES
 from moe_ref.conformance.problem import Problem
 from moe_ref.types import DENSE, GATED, LORA_FACTORS, Activation, MoEConfig
 
@@ -19,6 +20,7 @@ EXPERTS = st.one_of(st.integers(1, 9), st.sampled_from([16, 33]))
 WIDTHS = st.sampled_from([1, 7, 8, 16, 17, 32, 50, 64])
 ACTIVATIONS = get_args(Activation)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+WEIGHTS = ("dense", "nf4", "fp4")
 
 
 @st.composite
@@ -60,6 +62,7 @@ def problems(
     dtypes: Collection[str] = DTYPES,
     activations: Collection[str] = ACTIVATIONS,
     routing: bool = True,
+    weights: Collection[str] = ("dense",),
 ) -> Problem:
     """A whole problem.
 
@@ -71,6 +74,7 @@ def problems(
         dtypes: for x and the projections.
         activations: for the configuration.
         routing: False for executors that only take ids and weights.
+        weights: kinds of projections, of "dense", "nf4" and "fp4".
     """
     tokens = draw(TOKENS, label="tokens")
     experts = draw(EXPERTS, label="experts")
@@ -87,13 +91,18 @@ def problems(
     base_frozen = draw(st.booleans(), label="base_frozen")
     selection_bias = draw(st.sampled_from(["", "small", "large"]), label="selection_bias")
     all_equal = x_layout == "expanded"
+    kind = draw(st.sampled_from([k for k in WEIGHTS if k in weights]), label="weights")
+    blocksize = draw(st.sampled_from(BLOCKSIZES), label="blocksize")
+    nested = draw(st.sampled_from(["", "one", "per expert"]), label="nested")
+    dense = kind == "dense"
+    allowed = [d for d in DTYPES if d in dtypes and (dense or d in DECODED_DTYPES)]
     return Problem(
         tokens=tokens,
         experts=experts,
         hidden=draw(WIDTHS, label="hidden"),
         intermediate=draw(WIDTHS, label="intermediate"),
         config=config,
-        dtype=draw(st.sampled_from([d for d in DTYPES if d in dtypes]), label="dtype"),
+        dtype=draw(st.sampled_from(allowed), label="dtype"),
         entry="layer" if by_logits else "experts",
         routing_dtype=draw(st.sampled_from(DTYPES), label="routing_dtype"),
         ids_dtype=draw(st.sampled_from(["int64", "int32"]), label="ids_dtype"),
@@ -104,6 +113,9 @@ def problems(
         gate_up_rank=draw(st.sampled_from([0, 0, 1, 4]), label="gate_up_rank"),
         down_rank=draw(st.sampled_from([0, 0, 1, 3]), label="down_rank"),
         lora_dtype=draw(st.sampled_from(DTYPES), label="lora_dtype"),
+        quant_type="" if dense else kind,
+        blocksize=64 if dense else blocksize,
+        nested="" if dense else nested,
         logits=logits if by_logits else "random",
         cut_points=cut_points and not by_logits,
         empty_slots=empty_slots and not by_logits,
@@ -130,7 +142,7 @@ def _frozen(name: str, by_logits: bool) -> str:
 def problems_for(executor: Executor) -> st.SearchStrategy[Problem]:
     """Problems within an executor's declared capabilities."""
     able = executor.capabilities
-    drawn = problems(able.dtypes, able.activations, able.routing)
+    drawn = problems(able.dtypes, able.activations, able.routing, able.weights)
     return drawn.map(lambda problem: without_undeclared(problem, able))
 
 
@@ -153,6 +165,7 @@ def undeclared(problem: Problem, able: Capabilities) -> str:
     chooses = able.routing and problem.entry == "layer"
     needs = {
         problem.dtype: problem.dtype in able.dtypes,
+        f"{problem.quant_type or 'dense'} weights": (problem.quant_type or "dense") in able.weights,
         config.activation: config.activation in able.activations,
         "groups": able.selection or not chooses or config.num_groups == 1,
         "a selection bias": able.selection or not chooses or not problem.selection_bias,

@@ -10,7 +10,7 @@ and ``conformance_device`` come from the pytest plugin.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import pytest
 from hypothesis import assume, given
@@ -19,22 +19,25 @@ from hypothesis import strategies as st
 from moe_ref.conformance import pinned, profiles
 from moe_ref.conformance.checks import check_problem, check_repeatable
 from moe_ref.conformance.errors import check_errors, check_no_double_backward
-from moe_ref.conformance.exact import CASES, check_exact
+from moe_ref.conformance.exact import CASES, check_every_code, check_exact
 from moe_ref.conformance.invariance import check_batch_invariance
 from moe_ref.conformance.laws import LAWS, check_law
 from moe_ref.conformance.problem import Problem
 from moe_ref.conformance.strategies import problems_for, undeclared
-from moe_ref.validation import FLOAT_DTYPES
+from moe_ref.types import QuantType
+from moe_ref.validation import DECODED_DTYPES, FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from executors import Executor
 
 PROFILE = profiles.current()
+PINNED = pinned.EXAMPLES + pinned.LARGE + pinned.PACKED
 
 __all__ = [
     "test_bad_input_is_refused_in_one_line",
     "test_batch_invariance",
     "test_double_backward_is_refused",
+    "test_every_code",
     "test_exact_cases",
     "test_laws",
     "test_matches_specification",
@@ -53,7 +56,7 @@ def test_matches_specification(executor: Executor, conformance_device: str, data
     check_problem(executor, data.draw(problems_for(executor), label="problem"), conformance_device)
 
 
-@pytest.mark.parametrize("problem", pinned.EXAMPLES + pinned.LARGE, ids=lambda p: f"T{p.tokens}-E{p.experts}-{p.dtype}")
+@pytest.mark.parametrize("problem", PINNED, ids=lambda p: f"T{p.tokens}-E{p.experts}-{p.dtype}{p.quant_type}")
 def test_pinned_problems(executor: Executor, conformance_device: str, problem: Problem) -> None:
     """Many tokens, the sizes of real layers, and every bug that was found (E3, R4)."""
     _skip_undeclared(executor, problem)
@@ -91,8 +94,19 @@ def test_batch_invariance(executor: Executor, conformance_device: str, data: st.
 @pytest.mark.parametrize("case", CASES)
 def test_exact_cases(executor: Executor, conformance_device: str, case: str, dtype: str) -> None:
     """Where every step is representable, the result is exact (E1, E2)."""
-    _skip_undeclared(executor, CASES[case](dtype)[0])
-    check_exact(executor, case, dtype, conformance_device)
+    lacking = check_exact(executor, case, dtype, conformance_device)
+    if lacking:
+        pytest.skip(lacking)
+
+
+@pytest.mark.parametrize("dtype", DECODED_DTYPES)
+@pytest.mark.parametrize("nested", ["", "one", "per expert"])
+@pytest.mark.parametrize("quant_type", get_args(QuantType))
+def test_every_code(executor: Executor, conformance_device: str, quant_type: str, nested: str, dtype: str) -> None:
+    """4-bit weights are decoded to the last bit, whatever the products may round (Q1, Q2, Q3, Q5)."""
+    lacking = check_every_code(executor, quant_type, nested, dtype, conformance_device)
+    if lacking:
+        pytest.skip(lacking)
 
 
 def test_bad_input_is_refused_in_one_line(executor: Executor, conformance_device: str) -> None:

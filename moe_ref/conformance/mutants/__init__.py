@@ -8,8 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moe_ref.conformance.mutants import adapters, experts, gradients, outputs, routing, slots  # noqa: F401  (they register)
-from moe_ref.conformance.mutants._registry import LAYER_MUTANTS, SLOT_MUTANTS
+from moe_ref.conformance.mutants import (  # noqa: F401  (they register)
+    adapters,
+    experts,
+    gradients,
+    outputs,
+    packed,
+    routing,
+    slots,
+)
+from moe_ref.conformance.mutants._registry import DENSE_MUTANTS, LAYER_MUTANTS, PACKED_MUTANTS, SLOT_MUTANTS
 from moe_ref.conformance.wrapped import Wrapped
 
 if TYPE_CHECKING:
@@ -17,6 +25,8 @@ if TYPE_CHECKING:
 
 
 def mutants(inner: Executor) -> dict[str, Wrapped]:
-    """Every mutant of an executor, by name."""
-    slot_changes = {name: Wrapped(name, inner, slots=change) for name, change in SLOT_MUTANTS.items()}
+    """Every mutant of an executor, by name: those that concern the kinds of weights that it takes."""
+    kinds = inner.capabilities.weights
+    changes = SLOT_MUTANTS | (DENSE_MUTANTS if "dense" in kinds else {}) | (PACKED_MUTANTS if kinds - {"dense"} else {})
+    slot_changes = {name: Wrapped(name, inner, slots=change) for name, change in changes.items()}
     return slot_changes | {name: Wrapped(name, inner, layer=change) for name, change in LAYER_MUTANTS.items()}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_ref.conformance.mutants._registry import slot_mutant
+from moe_ref.conformance.mutants._registry import dense_mutant, slot_mutant
 from moe_ref.conformance.wrapped import column_mask, configured, experts
 from moe_ref.types import MoEWeights
 
@@ -22,14 +22,14 @@ def hidden_tail_dropped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weig
     return experts(inner, x * column_mask(x), ids, w, weights)
 
 
-@slot_mutant
+@dense_mutant
 def intermediate_tail_dropped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """The last column of h is masked away in the down projection (E3)."""
     mask = column_mask(weights.down_proj)
     return experts(inner, x, ids, w, replace(weights, down_proj=weights.down_proj * mask))
 
 
-@slot_mutant
+@dense_mutant
 def gate_and_up_swapped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """Gate is taken for up and up for gate (E1)."""
     both = weights.gate_up_proj.shape[1]
@@ -76,7 +76,7 @@ def gate_up_bias_twice(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weigh
     return experts(inner, x, ids, w, replace(weights, gate_up_proj_bias=None if bias is None else 2 * bias))
 
 
-@slot_mutant
+@dense_mutant
 def gate_up_bias_after_activation(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """The first bias, as far as it is the gate's, is added to h instead of to z (E1)."""
     bias, down = weights.gate_up_proj_bias, weights.down_proj_bias
@@ -116,7 +116,7 @@ def with_own_down_bias(
     return (experts(inner, x, ids, w, replace(weights, down_proj_bias=None)).to(wide) + added).to(x.dtype)
 
 
-@slot_mutant
+@dense_mutant
 def bf16_accumulation(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """The down projection's partial sums are kept in bf16 (E2)."""
     step = max(1, weights.intermediate_size // 16)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moe_ref.conformance.mutants._registry import slot_mutant
+from moe_ref.conformance.mutants._registry import dense_mutant, slot_mutant
 from moe_ref.conformance.mutants.experts import with_own_down_bias
 from moe_ref.conformance.wrapped import experts
 from moe_ref.types import MoEWeights
@@ -35,7 +35,7 @@ def _change_gradient(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tenso
     return _ChangeGradient.apply(value, change)  # type: ignore[no-untyped-call]
 
 
-@slot_mutant
+@dense_mutant
 def empty_experts_gradient_stale(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """The gradient of an expert without tokens is whatever the memory held (D2)."""
     used = torch.zeros(weights.num_experts, dtype=torch.bool, device=x.device)
@@ -46,7 +46,7 @@ def empty_experts_gradient_stale(inner: Executor, x: Tensor, ids: Tensor, w: Ten
     return experts(inner, x, ids, w, replace(weights, gate_up_proj=stale))
 
 
-@slot_mutant
+@dense_mutant
 def weight_gradient_lacks_one_row(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """The last row of down_proj's gradient is never written (D1)."""
     damaged = _change_gradient(weights.down_proj, lambda g: torch.cat([g[:, :-1], torch.empty_like(g[:, -1:])], dim=1))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_ref.conformance.mutants._registry import slot_mutant
+from moe_ref.conformance.mutants._registry import dense_mutant, slot_mutant
 from moe_ref.conformance.wrapped import experts
 from moe_ref.types import MoEWeights
 
@@ -63,7 +63,7 @@ def not_repeatable(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: 
     return experts(inner, x, ids, (w * noise).to(w.dtype) if w.dtype != torch.float64 else w * noise, weights)
 
 
-@slot_mutant
+@dense_mutant
 def input_changed_in_place(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """Doubles the first expert's second projection after use (E4)."""
     y = experts(inner, x, ids, w, weights)

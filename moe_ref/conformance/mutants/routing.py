@@ -53,8 +53,9 @@ def renormalisation_without_gradient(inner: Executor, x: Tensor, logits: Tensor,
 @layer_mutant
 def higher_id_wins_ties(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
     """Among equal logits the higher id is chosen (R2)."""
-    flipped = weights.map(lambda value: value.flip(0))
-    return inner(x, logits.flip(-1), flipped)
+    bias = weights.selection_bias
+    routing = route(logits.flip(-1), weights.config, None if bias is None else bias.flip(0))
+    return experts(inner, x, weights.num_experts - 1 - routing.topk_ids, narrow(routing.topk_weights, x), weights)
 
 
 @layer_mutant

@@ -1,29 +1,32 @@
-"""What ``native`` and ``grouped_mm`` have in common: the public calls around a custom operator."""
+"""What executors of a custom operator have in common: the public calls around it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from executors._operator import Operator, apply
 from executors._protocol import Capabilities, Unsupported
 from executors._routing import route, route_checked
-from moe_ref.types import MoEWeights, Routing
+from moe_ref.types import MoEWeights, NF4Tensor, Routing
 from moe_ref.validation import check_experts_inputs, check_inputs, check_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+IN_4_BITS = "; executors.get('grouped_nf4') takes it"
+HINTS = {"nf4": IN_4_BITS, "fp4": IN_4_BITS, "dense": "; executors.nf4.quantize(weights) gives such weights"}
+
 
 @dataclass(frozen=True)
-class DenseExecutor:
-    """An executor of dense weights.
+class OperatorExecutor:
+    """An executor around an operator of `executors._operator`.
 
     Attributes:
-        recompute: keep less for the backward pass, which builds z anew: slower, with the same gradients to the last bit
-            (D4).
+        recompute: keep less for the backward pass, which builds it anew: slower, with the same gradients to the last
+            bit (D4). Each executor says what.
 
     Raises:
         TypeError: ``recompute`` is neither True nor False.
@@ -43,7 +46,7 @@ class DenseExecutor:
         """The layer.
 
         Args:
-            x: [..., H], the dtype of the dense projections.
+            x: [..., H], the dtype of the projections.
             router_logits: [..., E], any float dtype.
             weights: the layer's parameters, of any strides.
 
@@ -57,13 +60,13 @@ class DenseExecutor:
         check_inputs(x, router_logits, weights)
         self.check(x, weights)
         routing = route(router_logits.reshape(-1, weights.num_experts), weights)
-        return apply(self.operator, x, routing.topk_ids, routing.topk_weights, weights, self.recompute)
+        return self._apply(x, routing.topk_ids, routing.topk_weights, weights)
 
     def experts(self, x: Tensor, *, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         """The layer with routing done elsewhere; ids outside [0, E) are empty slots (R7).
 
         Args:
-            x: [..., H], the dtype of the dense projections.
+            x: [..., H], the dtype of the projections.
             topk_ids: [..., K], int32 or int64.
             topk_weights: [..., K], any float dtype.
             weights: the layer's parameters, of any strides.
@@ -79,7 +82,7 @@ class DenseExecutor:
         self.check(x, weights)
         top_k = topk_ids.shape[-1]
         ids, slot_weights = topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)
-        return apply(self.operator, x, ids, slot_weights, weights, self.recompute)
+        return self._apply(x, ids, slot_weights, weights)
 
     def route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
         """The choice that ``__call__`` makes.
@@ -97,7 +100,21 @@ class DenseExecutor:
         return route_checked(router_logits, weights)
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:
-        """Raises Unsupported for what this executor cannot take: arrays of another library."""
+        """Raises Unsupported for what this executor cannot take."""
         check_weights(weights)
         if not isinstance(x, torch.Tensor):
             raise Unsupported(f"x is a {type(x).__module__}.{type(x).__name__}: must be a torch.Tensor")
+        for name in ("gate_up_proj", "down_proj"):
+            kind = kind_of(getattr(weights, name))
+            if kind not in self.capabilities.weights:
+                allowed = " or ".join(sorted(self.capabilities.weights))
+                raise Unsupported(f"{name} is {kind}: must be {allowed} for {self.name}{HINTS.get(kind, '')}")
+
+    def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
+        """y, of x's shape, from x [..., H], topk_ids and topk_weights [T, K]."""
+        return apply(self.operator, x, topk_ids, topk_weights, weights, keep_z=not self.recompute)
+
+
+def kind_of(projection: Any) -> str:
+    """What a projection is: "dense", "nf4" or "fp4"."""
+    return projection.quant_type if isinstance(projection, NF4Tensor) else "dense"

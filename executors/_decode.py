@@ -1,0 +1,81 @@
+"""4-bit experts to numbers, bit for bit as clauses Q1 to Q3 have them. Nothing here waits for a GPU.
+
+Two ways give the same bits: a table of byte values, on any device, and bitsandbytes' kernel, on a CPU, which is eight
+times as fast (`executors._decode_kernel`).
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from executors._decode_kernel import decode_blocks
+from executors._decode_table import decode_codes, decode_elements, table_of
+from moe_ref.types import NF4Tensor
+
+
+def decode_expert(tensor: NF4Tensor, index: int) -> Tensor:
+    """[m, k] One expert of [E, m, k]: of the others only what shares a block with it is decoded."""
+    size, blocksize = tensor.size // tensor.shape[0], tensor.blocksize
+    start, stop = index * size, (index + 1) * size
+    first, last = start // blocksize, ceil(stop / blocksize)
+    end = min(last * blocksize, tensor.size)
+    codes = tensor.packed[first * blocksize // 2 : ceil(end / 2)]
+    if tensor.nested_absmax is None:
+        scales = tensor.absmax[first:last]
+    else:
+        scales = absmax_of(tensor, torch.arange(first, last, device=tensor.device))
+    numbers = _decode(codes, scales, tensor)[start - first * blocksize :][:size]
+    return _laid_out(numbers, tensor)
+
+
+def decode_experts(tensor: NF4Tensor, experts: Tensor) -> Tensor:
+    """[n, m, k] Several experts of [E, m, k], whose numbers [n] only the device knows."""
+    size, blocksize = tensor.size // tensor.shape[0], tensor.blocksize
+    numbers = torch.empty(len(experts), size, dtype=getattr(torch, tensor.dtype), device=tensor.device)
+    table = table_of(tensor.quant_type, tensor.device)
+    if size % blocksize:  # blocks straddle experts
+        for out, expert in zip(numbers, experts, strict=True):
+            places = torch.arange(size, device=tensor.device) + expert * size
+            decode_elements(tensor.packed, absmax_of(tensor, places // blocksize), places, table, out)
+    else:
+        blocks = torch.arange(size // blocksize, device=tensor.device) + experts[:, None] * (size // blocksize)
+        codes = tensor.packed.reshape(-1, size // 2).index_select(0, experts)
+        decode_codes(codes.view(-1), absmax_of(tensor, blocks.view(-1)), blocksize, table, numbers.view(-1))
+    return _laid_out(numbers, tensor)
+
+
+def absmax_of(tensor: NF4Tensor, blocks: Tensor) -> Tensor:
+    """[n] The scales of some blocks: with nested statistics a product and then a sum, each rounded to fp32 (Q3)."""
+    absmax: Tensor = tensor.absmax.index_select(0, blocks)
+    if tensor.nested_code is None or tensor.nested_absmax is None or tensor.nested_offset is None:
+        return absmax
+    per_segment = tensor.absmax.shape[0] // tensor.segments
+    segments = blocks // per_segment
+    nested = segments * ceil(per_segment / tensor.nested_blocksize) + blocks % per_segment // tensor.nested_blocksize
+    products = tensor.nested_code.index_select(0, absmax.int()) * tensor.nested_absmax.index_select(0, nested)
+    return products + tensor.nested_offset.reshape(-1).index_select(0, segments)
+
+
+def _decode(codes: Tensor, scales: Tensor, tensor: NF4Tensor) -> Tensor:
+    """[n] The numbers of whole blocks, and of a last one that may end early."""
+    whole = codes.shape[0] * 2 // tensor.blocksize
+    bytes_of_whole = whole * tensor.blocksize // 2
+    fast = decode_blocks(codes[:bytes_of_whole], scales[:whole], tensor)
+    if fast is not None and bytes_of_whole == codes.shape[0]:
+        return fast
+    if fast is None:
+        whole, bytes_of_whole = 0, 0
+    rest = torch.empty(2 * (codes.shape[0] - bytes_of_whole), dtype=getattr(torch, tensor.dtype), device=codes.device)
+    decode_codes(
+        codes[bytes_of_whole:], scales[whole:], tensor.blocksize, table_of(tensor.quant_type, tensor.device), rest
+    )
+    return rest if fast is None else torch.cat([fast, rest])
+
+
+def _laid_out(numbers: Tensor, tensor: NF4Tensor) -> Tensor:
+    """[n] or [experts, n] in the shape of a projection, as a view."""
+    stored = numbers.view(*numbers.shape[:-1], *tensor.stored_shape[1:])
+    return stored.transpose(-1, -2) if tensor.transposed else stored

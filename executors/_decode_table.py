@@ -1,0 +1,79 @@
+"""4-bit codes to numbers by a table of what each byte stands for: on any device, and right on all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CODES = {
+    "nf4": (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+    "fp4": tuple(n / 12 for n in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)),
+}
+PIECES = {"cpu": 2**19}  # bytes decoded at a time, on the way they take twelve times the room: a cache's worth
+PIECE = 2**23  # on a GPU: few launches, 100 MB
+
+
+def table_of(quant_type: str, device: torch.device | str) -> Tensor:
+    """[256, 2] fp32: the two numbers of each byte, the high nibble's first (Q1)."""
+    numbers = CODES[quant_type]
+    if torch.device(device).type == "cpu":
+        codes = torch.tensor(numbers)
+    else:  # made on the device: a copy from the host would wait for it
+        codes = torch.cat([torch.full((1,), number, device=device) for number in numbers])
+    return torch.stack([codes.repeat_interleave(16), codes.repeat(16)], dim=1)
+
+
+def decode_codes(codes: Tensor, scales: Tensor, blocksize: int, table: Tensor, out: Tensor) -> None:
+    """Decodes blocks, of which the last may end early.
+
+    One product in fp32, then one rounding to ``out``'s dtype (Q2).
+
+    Args:
+        codes: [n] bytes.
+        scales: [ceil(2 n / blocksize)] fp32.
+        blocksize: codes of a block.
+        table: of `table_of`.
+        out: [2 n], or one less where the last code is filling; written.
+    """
+    pairs = table.view(torch.int64).view(-1)  # gathers one word for each byte
+    step = PIECES.get(codes.device.type, PIECE)  # whole blocks: these sizes are powers of two
+    for start in range(0, codes.shape[0], step):
+        numbers = pairs.index_select(0, codes[start : start + step].int()).view(torch.float32)
+        first, whole = 2 * start // blocksize, numbers.shape[0] // blocksize
+        blocks = numbers[: whole * blocksize].view(whole, blocksize)
+        blocks.mul_(scales[first : first + whole, None])
+        numbers[whole * blocksize :].mul_(scales[first + whole : first + whole + 1])
+        places = slice(2 * start, min(2 * start + numbers.shape[0], out.shape[0]))
+        out[places] = numbers[: places.stop - places.start]
+
+
+def decode_elements(packed: Tensor, scales: Tensor, places: Tensor, table: Tensor, out: Tensor) -> None:
+    """Decodes numbers one by one, wherever they stand: for experts that share blocks.
+
+    Args:
+        packed: [bytes] all of them.
+        scales: [n] fp32, of each number's block.
+        places: [n] of the numbers among all.
+        table: of `table_of`.
+        out: [n], written.
+    """
+    low = places % 2
+    codes = packed.index_select(0, places // 2).int()
+    out.copy_(table.view(-1).index_select(0, 2 * codes + low.int()) * scales)

@@ -1,0 +1,89 @@
+"""Problems whose weights are in 4 bits: how they are made, and what stays exact when experts change places."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from moe_ref._nf4_checks import BLOCKSIZES
+from moe_ref.conformance.problem import Problem
+from moe_ref.nf4 import absmax_of, decode, quantize
+from moe_ref.types import MoEWeights, NF4Tensor
+
+
+def quantized(weights: MoEWeights, problem: Problem) -> MoEWeights:
+    """The weights with both projections in the problem's 4-bit format."""
+    return weights.with_parameters({n: _quantized(getattr(weights, n), problem) for n in ("gate_up_proj", "down_proj")})
+
+
+def _quantized(projection: np.ndarray, problem: Problem) -> NF4Tensor:
+    """In the order in which it is stored; statistics of its own for each expert only where blocks allow it (Q5)."""
+    transposed = problem.weights_layout == "transposed"
+    stored = np.ascontiguousarray(projection.swapaxes(1, 2) if transposed else projection).astype(np.float32)
+    form: dict[str, Any] = {"dtype": problem.dtype, "quant_type": problem.quant_type, "blocksize": problem.blocksize}
+    if problem.nested == "per expert" and stored[0].size % problem.blocksize == 0:
+        tensor = _joined([quantize(expert, **form, nested=True) for expert in stored], stored.shape)
+    else:
+        tensor = quantize(stored, **form, nested=bool(problem.nested))
+    return tensor.transpose(1, 2) if transposed else tensor
+
+
+def _joined(parts: list[NF4Tensor], shape: tuple[int, ...]) -> NF4Tensor:
+    def join(name: str) -> np.ndarray:
+        return np.concatenate([np.atleast_1d(getattr(part, name)) for part in parts])
+
+    return replace(
+        parts[0],
+        packed=join("packed"),
+        absmax=join("absmax"),
+        nested_absmax=join("nested_absmax"),
+        nested_offset=join("nested_offset"),
+        shape=shape,
+    )
+
+
+def decoded(weights: MoEWeights) -> MoEWeights:
+    """The weights with both projections dense: float64 NumPy of packed NumPy."""
+    return weights.with_parameters({n: decode(t).astype(np.float64) for n, t in weights.packed().items()})
+
+
+def with_own_blocks(problem: Problem) -> Problem:
+    """The problem in sizes such that no block of 4 bits straddles experts, which can then change places."""
+    if not problem.quant_type:
+        return problem
+    smallest = BLOCKSIZES[0]
+    return replace(problem, hidden=-(-problem.hidden // smallest) * smallest, blocksize=smallest)
+
+
+def of_experts(weights: MoEWeights, experts: np.ndarray) -> MoEWeights:
+    """The layer with its experts in another order, -1 for one of NaN.
+
+    Each expert has blocks of its own. Nested statistics are decoded first, which is exact (Q5).
+    """
+    nobody = experts == -1
+
+    def pick(value: np.ndarray) -> np.ndarray:
+        return np.where(nobody.reshape(-1, *(1,) * (value.ndim - 1)), np.nan, value[experts])
+
+    picked = weights.map(pick)
+    return picked.with_parameters(
+        {name: _of_experts(tensor, experts, nobody) for name, tensor in weights.packed().items()}
+    )
+
+
+def _of_experts(tensor: NF4Tensor, experts: np.ndarray, nobody: np.ndarray) -> NF4Tensor:
+    number = tensor.shape[0]
+    codes = tensor.packed.reshape(number, -1)[experts]
+    absmax = absmax_of(tensor).reshape(number, -1)[experts]
+    absmax = np.where(nobody[:, None], np.float32(np.nan), absmax)
+    return replace(
+        tensor,
+        packed=codes.reshape(-1),
+        absmax=absmax.reshape(-1),
+        nested_absmax=None,
+        nested_code=None,
+        nested_offset=None,
+        shape=(len(experts), *tensor.shape[1:]),
+    )

@@ -1,0 +1,246 @@
+"""What grouped_nf4 promises beyond the numbers: what it decodes, what it keeps, and that it never waits."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+import executors
+from dense_cases import arguments, each, inputs_of, needs_all
+from executors import _decode_kernel, _stack
+from executors._operator import TENSORS
+from moe_ref import MoEConfig
+from moe_ref.conformance.call import Inputs, call
+from moe_ref.conformance.checks import check_problem, check_repeatable
+from moe_ref.conformance.pinned import PACKED as PINNED
+from moe_ref.conformance.problem import Problem
+from moe_ref.nf4 import decode
+from packed_cases import LARGE, PACKED, PACKED_EVERYTHING, SLICED, STRADDLING, WAYS, LivePeak, Sliced
+
+both_ways = pytest.mark.parametrize("way", WAYS)
+problems = pytest.mark.parametrize(
+    "problem", [PACKED, PACKED_EVERYTHING, STRADDLING], ids=["plain", "everything", "straddling"]
+)
+
+
+def on_decoded_weights(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    dense = {name: decode(value).to(dtype) for name, value in inputs.weights.packed().items()}
+    return replace(inputs, weights=inputs.weights.with_parameters(dense))
+
+
+@both_ways
+@problems
+def test_the_bits_are_those_of_decoded_weights(way: str, problem: Problem) -> None:
+    """Decoding is exact, so the products see what a dense executor sees (Q2, Q3, Q5)."""
+    inputs, dense = inputs_of(problem), on_decoded_weights(inputs_of(problem), torch.float32)
+    name = "native" if way == "loop" else "grouped_mm"
+    expected, actual = call(executors.get(name), dense), call(WAYS[way](), inputs)
+    assert torch.equal(expected, actual)
+    expected.backward(dense.dy)
+    actual.backward(inputs.dy)
+    for leaf, value in inputs.tensors().items():
+        assert torch.equal(value.grad, dense.tensors()[leaf].grad), leaf
+
+
+@pytest.mark.parametrize("problem", PINNED, ids=lambda p: f"T{p.tokens}-E{p.experts}-{p.dtype}-{p.quant_type}")
+def test_slices_hold_the_specification(problem: Problem) -> None:
+    """The way of GPUs, on a CPU: pinned problems, few experts and many, straddling blocks (Q1, Q2, Q3, Q5)."""
+    check_problem(Sliced(), problem)
+    check_repeatable(Sliced(), problem)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("experts", [1, 7, 33])
+def test_slices_with_experts_left_out(experts: int, seed: int) -> None:
+    """Empty experts lie between others, at either end, or everywhere; slots may be empty too (D2, R7)."""
+    config = MoEConfig(1 + seed % 2 if experts > 1 else 1)
+    problem = Problem(
+        seed * 5, experts, 32, 16, config, entry="experts", cut_points=True, empty_slots=seed % 2 == 1, gate_up_rank=2,
+        quant_type="nf4", blocksize=32, seed=seed,
+    )  # fmt: skip
+    check_problem(Sliced(), problem)
+    check_problem(Sliced(recompute=False), problem)
+
+
+@both_ways
+@problems
+def test_keeping_what_was_decoded_gives_the_same_bits(
+    way: str, problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D4: by default backward decodes again; recompute=False keeps, and decodes nothing."""
+    decoded = count_decoded(monkeypatch)
+    used, results = Counter(), {}
+    for recompute in (True, False):
+        inputs = inputs_of(problem)
+        decoded.clear()
+        y = call(WAYS[way](recompute=recompute), inputs)
+        forward = Counter(decoded)
+        y.backward(inputs.dy)
+        used[recompute] = sum(decoded.values()) - sum(forward.values())
+        results[recompute] = {"y": y} | {n: t.grad for n, t in inputs.tensors().items()}
+        assert set(forward.values()) == {2}  # once for each projection
+    assert used[True] == sum(forward.values())
+    assert used[False] == 0
+    for leaf, value in results[True].items():
+        assert torch.equal(value, results[False][leaf]), leaf
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often each expert is decoded."""
+    decoded: Counter[int] = Counter()
+    one, several = _stack.decode_expert, _stack.decode_experts
+
+    def count_one(tensor, index):  # type: ignore[no-untyped-def]
+        decoded[index] += 1
+        return one(tensor, index)
+
+    def count_several(tensor, numbers):  # type: ignore[no-untyped-def]
+        decoded.update(numbers.tolist())
+        return several(tensor, numbers)
+
+    monkeypatch.setattr(_stack, "decode_expert", count_one)
+    monkeypatch.setattr(_stack, "decode_experts", count_several)
+    return decoded
+
+
+@both_ways
+def test_only_experts_with_tokens_are_decoded(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where the host does not know them, at most as many as there are slots."""
+    decoded = count_decoded(monkeypatch)
+    problem = replace(PACKED_EVERYTHING, entry="experts", tokens=2, experts=40)
+    inputs = inputs_of(problem)
+    with torch.no_grad():
+        call(WAYS[way](), inputs)
+    used = set(inputs.topk_ids.flatten().tolist())
+    assert used <= set(decoded)
+    assert set(decoded.values()) == {2}
+    assert len(decoded) == len(used) if way == "loop" else len(decoded) <= 2 * problem.top_k
+
+
+@both_ways
+def test_peak_memory_stays_below_a_quarter_of_the_decoded_stack(way: str) -> None:
+    """Even when all experts are active, forward and backward."""
+    inputs = inputs_of(replace(LARGE, tokens=64))
+    stack = 4 * sum(value.size for value in inputs.weights.packed().values())
+    with LivePeak() as forward:
+        y = call(WAYS[way](), inputs)
+    with LivePeak() as backward:
+        y.backward(inputs.dy)
+    assert 0 < max(forward.peak, backward.peak) < stack / 4
+    with torch.no_grad(), LivePeak() as whole:
+        on_decoded_weights(inputs, torch.float32)
+    assert whole.peak > stack / 4  # the eye can see
+
+
+@both_ways
+def test_memory_kept_for_backward(way: str) -> None:
+    """Beside what was given, z, the order and the offsets; with recompute=False the decoded experts too."""
+    for recompute in (True, False):
+        inputs, saved = inputs_of(replace(PACKED, entry="experts")), []
+        given = [*inputs.tensors().values(), inputs.topk_ids, *inputs.codes().values()]
+        places = {t.untyped_storage().data_ptr() for t in given}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            call(WAYS[way](recompute=recompute), inputs)
+        own = sorted(tuple(t.shape) for t in saved if t.numel() and t.untyped_storage().data_ptr() not in places)
+        decoded = [] if recompute else [tuple(value.shape) for value in inputs.weights.packed().values()]
+        slots = PACKED.tokens * PACKED.top_k
+        assert own == sorted([(slots, PACKED.gate_up_rows), (slots,), (PACKED.experts + 1,), *decoded])
+
+
+@problems
+@pytest.mark.parametrize("keep", [False, True])
+def test_slices_never_look_at_a_value(problem: Problem, keep: bool) -> None:
+    """Forward and backward on tensors without values: what a host would have to wait for raises here."""
+    inputs = inputs_of(replace(problem, entry="experts", dtype="bfloat16", lora_dtype="bfloat16"))
+    tensors, static = arguments(inputs)
+    tensors = each(tensors, lambda t: t.detach().to("meta"))
+    forward, backward = (kernel._init_fn.__wrapped__ for kernel in executors.get("grouped_nf4").operator)
+    y, *kept = forward(*tensors, True, keep, *static)
+    assert (y.shape, y.device.type) == (inputs.x.shape, "meta")
+    gradients = backward(y, *kept, *tensors, needs_all(tensors), *static)
+    for gradient, owner, needed in zip(gradients, [tensors[0], *tensors[2:TENSORS]], needs_all(tensors), strict=True):
+        assert not needed or gradient.shape == owner.shape
+
+
+@problems
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("way", ["loop", "slices"])
+def test_operators_are_registered_right(way: str, keep: bool, problem: Problem) -> None:
+    """torch.library.opcheck: schema, autograd, fake kernels, dynamic shapes."""
+    operator = SLICED if way == "slices" else executors.get("grouped_nf4").operator
+    inputs = inputs_of(replace(problem, entry="experts"))
+    tensors, static = arguments(inputs)
+    torch.library.opcheck(operator.forward, (*tensors, True, keep, *static))
+    _, *kept = (t.detach() for t in operator.forward(*tensors, True, keep, *static))
+    detached = each(tensors, torch.Tensor.detach)
+    torch.library.opcheck(operator.backward, (inputs.dy, *kept, *detached, needs_all(tensors), *static))
+
+
+@problems
+def test_compiles_whole_with_dynamic_tokens(problem: Problem) -> None:
+    """fullgraph=True, forward and backward, without a recompilation when T changes."""
+    executor, graphs = executors.get("grouped_nf4"), []
+
+    def backend(graph: torch.fx.GraphModule, _example: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(executor, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (12, 7, 33):
+        eager, traced = (inputs_of(replace(problem, tokens=tokens)) for _ in range(2))
+        expected, actual = call(executor, eager), compiled(traced.x, traced.router_logits, traced.weights)
+        expected.backward(eager.dy)
+        actual.backward(traced.dy)
+        assert torch.equal(expected, actual)
+        for leaf, value in eager.tensors().items():
+            assert torch.equal(value.grad, traced.tensors()[leaf].grad), leaf
+    assert len(graphs) == 1
+
+
+def test_without_bitsandbytes_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table decodes instead, and explain says so."""
+    inputs = inputs_of(PACKED_EVERYTHING)
+    expected = call(executors.get("grouped_nf4"), inputs)
+    _decode_kernel.operator.cache_clear()
+    _decode_kernel.is_right.cache_clear()
+    monkeypatch.setattr(_decode_kernel, "import_module", missing)
+    try:
+        assert torch.equal(call(executors.get("grouped_nf4"), inputs), expected)
+        note = next(row.note for row in executors.explain(inputs.x, inputs.weights) if row.name == "grouped_nf4")
+    finally:
+        monkeypatch.undo()
+        _decode_kernel.operator.cache_clear()
+        _decode_kernel.is_right.cache_clear()
+    assert note == 'decodes several times as fast with bitsandbytes: pip install "moe-ref[nf4]"'
+
+
+def missing(name: str) -> None:
+    raise ImportError(name)
+
+
+def test_dense_weights_are_refused() -> None:
+    inputs = on_decoded_weights(inputs_of(PACKED), torch.float32)
+    with pytest.raises(
+        executors.Unsupported, match=r"^gate_up_proj is dense: must be fp4 or nf4 for grouped_nf4; exec"
+    ):
+        call(executors.get("grouped_nf4"), inputs)
+
+
+@pytest.mark.parametrize("name", ["native", "grouped_mm"])
+def test_dense_executors_refuse_4_bits(name: str) -> None:
+    inputs = inputs_of(PACKED)
+    with pytest.raises(executors.Unsupported, match=rf"^gate_up_proj is nf4: must be dense for {name}; .*grouped_nf4"):
+        call(executors.get(name), inputs)
+
+
+def test_auto_takes_4_bits_to_grouped_nf4() -> None:
+    inputs = inputs_of(PACKED)
+    assert executors.get("auto").choose(inputs.x, inputs.weights)[0] == "grouped_nf4"
+
+
+def test_recompute_is_checked() -> None:
+    with pytest.raises(TypeError, match=r"^recompute=1: must be True or False$"):
+        executors.get("grouped_nf4", recompute=1)
+    assert executors.get("grouped_nf4").recompute
