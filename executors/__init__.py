@@ -10,9 +10,14 @@ An executor that was asked for by name never falls back to another one: it raise
 something) or `Unsupported` (this input). Importing this package imports no torch.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from executors._checkpoint import checkpoint_policy
 from executors._protocol import Capabilities, Executor, RoutingExecutor, Unavailable, UnknownExecutor, Unsupported
 from executors._registry import Explanation, available, explain, get, names, register, unregister
+
+if TYPE_CHECKING:
+    from executors import nf4 as nf4
 
 __all__ = [
     "Capabilities",
@@ -30,3 +35,12 @@ __all__ = [
     "register",
     "unregister",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``executors.nf4``, which needs torch, is imported when it is asked for."""
+    if name == "nf4":
+        import importlib
+
+        return importlib.import_module("executors.nf4")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,145 @@
+"""4-bit tensors in safetensors files: whole or not at all, and the same bits in another process."""
+
+import doctest
+import subprocess
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from executors import nf4
+from nf4_cases import OLDER, PLAIN, TENSORS, WITH_NESTED, State, decoded, older, random, same, same_entries, small
+
+
+def test_a_new_process_reads_what_was_saved(tmp_path: Path) -> None:
+    """The same bytes, and the same numbers to the last bit."""
+    path = tmp_path / "layer.safetensors"
+    nf4.save(path, {**TENSORS, "bias": torch.ones(3)})
+    program = (
+        "import sys; from executors import nf4; from moe_ref.nf4 import decode; import hashlib\n"
+        "for name in sys.argv[2:]:\n"
+        "    tensor = nf4.load(sys.argv[1], name)\n"
+        "    hashes = [hashlib.sha256(a.numpy().tobytes()).hexdigest() for a in (tensor.packed, decode(tensor))]\n"
+        "    print(tensor.shape, tensor.dtype, tensor.transposed, *hashes)\n"
+    )
+    command = [sys.executable, "-c", program, str(path), *TENSORS]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    for line, tensor in zip(ran.stdout.splitlines(), TENSORS.values(), strict=True):
+        hashes = [sha256(data).hexdigest() for data in (tensor.packed.numpy().tobytes(), decoded(tensor))]
+        assert line == " ".join(map(str, [tensor.shape, tensor.dtype, tensor.transposed, *hashes]))
+    assert [file.name for file in tmp_path.iterdir()] == ["layer.safetensors"]
+    same_entries(dict(sorted(nf4.to_state_dict(TENSORS["fp4"], "fp4").items())), part(load_file(path), "fp4"))
+
+
+def part(entries: State, name: str) -> State:
+    return {key: value for key, value in sorted(entries.items()) if key == name or key.startswith(f"{name}.")}
+
+
+def test_a_file_says_what_is_transposed(tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    square = nf4.quantize_tensor(random(2, 64, 64).mT)
+    nf4.save(path, {"a": square, "b": square.transpose(1, 2)})
+    same(nf4.load(path, "a"), square)
+    same(nf4.load(path, "a", transposed=True), square)
+    same(nf4.load(path, "b"), square.transpose(1, 2))
+    same(nf4.load(path, "b", transposed=True), square)
+    with pytest.raises(ValueError, match=r"transposed=False: must be True or None, since the file says that a is$"):
+        nf4.load(path, "a", transposed=False)
+
+
+def test_files_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(older(), path)
+    same(nf4.load(path, OLDER), nf4.from_state_dict(older(), OLDER))
+    same(nf4.load(str(path), OLDER, transposed=True), nf4.from_state_dict(older(), OLDER, transposed=True))
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    tensor = small(4, 8, 8, nested=True)
+    nf4.save(path, {"a": tensor, "b": tensor, "c": tensor.absmax, "d": random(4, 4).T})
+    same(nf4.load(path, "b"), tensor)
+    assert load_file(path)["d"].equal(random(4, 4).T)
+
+
+@pytest.mark.parametrize("step", ["save_file", "os.replace"])
+def test_saving_is_whole_or_not_at_all(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "layer.safetensors"
+    nf4.save(path, {"a": PLAIN})
+    before = path.read_bytes()
+
+    def fails(*arguments: Any) -> None:
+        if step == "save_file":
+            arguments[1].write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"executors._nf4_file.{step}", fails)
+    with pytest.raises(KeyboardInterrupt):
+        nf4.save(path, {"a": WITH_NESTED})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_saved(tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    with pytest.raises(
+        ValueError, match=r"^tensors\['a.absmax'\] has an entry 'a.absmax': must not be that of another"
+    ):
+        nf4.save(path, {"a": PLAIN, "a.absmax": torch.ones(1)})
+    with pytest.raises(TypeError, match=r"^tensors\['a'\]=7: must be an NF4Tensor or a torch.Tensor$"):
+        nf4.save(path, {"a": 7})
+    with pytest.raises(OSError, match="none") as caught:
+        nf4.save(tmp_path / "none" / "x", {"a": PLAIN})
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def cut(by: int) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(path.read_bytes()[:by]) and None
+
+
+def noted(value: str) -> Callable[[Path], None]:
+    return lambda path: save_file(nf4.to_state_dict(PLAIN, "a"), path, {"transposed": value})
+
+
+FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "the end missing": ("must be a safetensors file, but ", cut(-1)),
+    "the header cut": ("must be a safetensors file, but ", cut(40)),
+    "empty": ("must be a safetensors file, but ", cut(0)),
+    "text": ("must be a safetensors file, but ", lambda path: path.write_text("hello, world" * 9)),
+    "a pickle": ("must be a safetensors file, but ", lambda path: torch.save({"a": torch.ones(3)}, path)),
+    "a directory": ("must be a safetensors file, but ", lambda path: (path.unlink(), path.mkdir())),
+    "other tensors": ("'a' is missing: must be there", lambda path: save_file({"b": torch.ones(3)}, path)),
+    "a dense tensor": ("a has none: must have one of", lambda path: save_file({"a": torch.ones(3)}, path)),
+    "a note that is no JSON": ("metadata transposed='a': must be a JSON list of names", noted("a")),
+    "a note that is no list": ("metadata transposed='[1]': must be a JSON list of names", noted("[1]")),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_files_that_are_refused(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    nf4.save(path, {"a": PLAIN})
+    message, spoil = FILES[what]
+    spoil(path)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        nf4.load(path, "a")
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none: must be a file that exists$"):
+        nf4.load(tmp_path / "none", "a")
+
+
+def test_examples_on_the_page_hold() -> None:
+    page = Path(__file__).parents[1] / "docs" / "nf4-weights.md"
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted > 10
+    assert result.failed == 0
