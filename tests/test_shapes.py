@@ -22,7 +22,18 @@ import numpy as np
 import pytest
 import torch
 
-MODULES = ["activations", "combine", "experts", "experts_vjp", "grouping", "layer", "routing", "routing_vjp", "vjp"]
+MODULES = [
+    "activations",
+    "combine",
+    "experts",
+    "experts_vjp",
+    "grouping",
+    "layer",
+    "nf4",
+    "routing",
+    "routing_vjp",
+    "vjp",
+]
 E, K, H, I = 4, 3, 6, 5  # noqa: E741
 DERIVED = {"2*I": ("I", lambda size: size / 2), "E+1": ("E", lambda size: size - 1)}
 
@@ -53,14 +64,15 @@ def main(what: str) -> None:
     else:
         functions = list(functions_with_shapes())
         assert len(functions) > 30
-        called = codes_called(lambda: call_everything(torch.from_numpy if what == "torch" else np.asarray))
+        array = torch.from_numpy if what == "torch" else np.asarray
+        called = codes_called(lambda: call_everything(array)) | codes_called(lambda: call_everything_in_4_bits(array))
         lines = [f"{name} was never called" for name, code in functions if code not in called]
     sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
 def install_checks() -> None:
     typing = ModuleType("moe_ref._typing")
-    typing.Array = np.ndarray | torch.Tensor  # type: ignore[attr-defined]
+    typing.Array = np.ndarray | torch.Tensor | InFourBits  # type: ignore[attr-defined]
     for dtype in ("Bool", "Float", "Int", "UInt8"):
         setattr(typing, dtype, Annotation(getattr(jaxtyping, dtype)))
     sys.modules["moe_ref._typing"] = typing
@@ -86,6 +98,16 @@ class Annotation:
         if not derived:
             return plain
         return Derived(f"{self.dtype.__name__}[{shape}]", (), {"plain": get_args(plain), "derived": derived})
+
+
+class OfName(type):
+    """The type of the objects whose class has this name: one that cannot be imported before `moe_ref` is."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return type(value).__name__ == cls.__name__
+
+
+InFourBits = OfName("NF4Tensor", (), {})  # it has a shape and a dtype, and stands where a projection stands
 
 
 class Derived(type):
@@ -135,6 +157,19 @@ def call_everything(array: Callable[[np.ndarray], Any]) -> None:
             error_bars(x, routing.topk_ids, weights, dy, **weighed, dtype="float32", samples=2)
 
 
+def call_everything_in_4_bits(array: Callable[[np.ndarray], Any]) -> None:
+    from moe_ref import MoEConfig, MoEWeights
+    from moe_ref.nf4 import absmax_of, decode, decode_expert, quantize
+
+    values = array(np.random.default_rng(0).standard_normal((E, H, I)).astype(np.float32))
+    for nested, quant_type in itertools.product((False, True), ("nf4", "fp4")):
+        tensor = quantize(values, dtype="bfloat16", quant_type=quant_type, blocksize=32, nested=nested)
+        absmax_of(tensor)
+        decode(tensor)
+        decode_expert(tensor.transpose(1, 2), E - 1)
+        MoEWeights(tensor, tensor.transpose(1, 2), config=MoEConfig(K))
+
+
 def codes_called(function: Callable[[], None]) -> set[CodeType]:
     called = set()
 
@@ -160,11 +195,12 @@ def wrong_calls() -> list[tuple[str, Callable[[], Any]]]:
     from moe_ref import ExpertLoRA, MoEConfig, MoEWeights, Routing
     from moe_ref import activations as e
     from moe_ref import grouping as g
+    from moe_ref import nf4 as q
     from moe_ref import routing as r
     from moe_ref import vjp as v
     from moe_ref.combine import combine
     from moe_ref.experts import Linear
-    from moe_ref.types import Grouping
+    from moe_ref.types import Grouping, NF4Tensor
 
     config, a, ids = MoEConfig(K), np.zeros, np.zeros((2, K), dtype=int)
     order, sizes = np.arange(2 * K), np.zeros(E, dtype=int)
@@ -177,6 +213,10 @@ def wrong_calls() -> list[tuple[str, Callable[[], Any]]]:
         ("activation: an odd last axis", lambda: e.activation(a((2, 7)), config)),
         ("activation_vjp: dh of other rows", lambda: e.activation_vjp(a((2, 2 * I)), config, a((3, I)))),
         ("join_gate_up: halves differ", lambda: e.join_gate_up(a((2, I)), a((2, I + 1)), config)),
+        ("unpack: bytes of another type", lambda: q.unpack(np.zeros(3, dtype=np.int8), 6)),
+        ("unpack: a column of bytes", lambda: q.unpack(np.zeros((3, 1), dtype=np.uint8), 6)),
+        ("pack: codes of floats", lambda: q.pack(a(4), 0)),
+        ("NF4Tensor: packed of floats", lambda: NF4Tensor(a(4), a(1), shape=(8,), dtype="float32")),
         ("Linear: bias of another length", lambda: Linear(a((I, H)), a(H))),
         ("Linear: factors of two ranks", lambda: Linear(a((I, H)), None, a((2, H)), a((I, 3)))),
         ("ExpertLoRA: factors of two ranks", lambda: ExpertLoRA(a((E, 2, H)), a((E, I, 3)))),
