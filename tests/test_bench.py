@@ -15,7 +15,8 @@ from typer.testing import CliRunner, Result
 import executors
 from executors._cli import bench_report
 from executors._cli.app import app
-from executors._cli.bench import Case, Row, Settings
+from executors._cli.bench import Settings
+from executors._cli.bench_case import Case, Row
 from executors._cli.bench_contenders import our_contenders
 from executors._cli.bench_judge import Judgement, judge_contender
 from executors._cli.bench_layers import LAYERS, BenchLayer, random_layer, sized

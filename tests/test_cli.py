@@ -263,7 +263,7 @@ def test_bad_arguments_exit_with_2_and_one_line(layer: Path, tmp_path: Path) -> 
     cases = [
         (("compare", tmp_path / "none"), "must be a file that exists"),
         (("explain", __file__), "must be a safetensors file"),
-        (("compare", layer, "--executor", "nativ"), "--executor nativ: must be one of grouped_mm, native"),
+        (("compare", layer, "--executor", "nativ"), "--executor nativ: must be one of grouped_mm, grouped_nf4, native"),
         (("compare", layer, "--out", layer), f"--out {layer}: must be a folder that can be written"),
         (("compare", layer, "--device", "meta"), "--device meta: must be a device that torch has here"),
         (("compare", layer, "--device", "quantum"), "--device quantum: must be a device that torch has here"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 import executors
+from executors._cli.bench_case import FORWARD
 from executors._cli.bench_layers import BenchLayer
 from executors._cli.bench_routing import Batch
 
@@ -62,3 +64,16 @@ def _ours(layer: BenchLayer, executor: executors.Executor, name: str) -> Contend
         )
 
     return Contender(name, True, call, backward=executor.capabilities.backward)
+
+
+def action_of(call: Callable[[Batch], Tensor], given: Batch, direction: str) -> Callable[[], None]:
+    """What is timed."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            call(given)
+
+    def forward_backward() -> None:
+        torch.autograd.backward(call(given), given.dy)
+
+    return forward if direction == FORWARD else forward_backward

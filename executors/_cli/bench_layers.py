@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_ref.types import MoEConfig, MoEWeights
+from moe_ref.types import LORA_FACTORS, ExpertLoRA, MoEConfig, MoEWeights, NF4Tensor
 
 MULTIPLE = 16  # sizes stay a multiple of this: grouped products want rows of 16 bytes
 CPU_CUT = {"deepseek-v3": 4}  # what a CPU cannot hold
+LORA_SCALING = 2.0  # lora_alpha = 2 r
+BIAS_DEVIATION = LORA_DEVIATION = 0.1  # of a bias; of what stands in a row of B, all of it together
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a layer's weights are kept, and what of them is trained.
+
+    Attributes:
+        weight_bytes: of one number of a projection, its share of the statistics included.
+        frozen: whether projections and biases have no gradient.
+        rank: r of the adapters on both projections, which are trained; 0 is none.
+    """
+
+    weight_bytes: float = 2.0
+    frozen: bool = False
+    rank: int = 0
+
+
+DENSE = Form()
 
 
 @dataclass(frozen=True)
@@ -48,26 +69,44 @@ class Shape:
         return self.config.top_k
 
     @property
+    def expert_matrices(self) -> int:
+        """Numbers in both projections of one expert."""
+        return 3 * self.hidden * self.intermediate
+
+    @property
+    def expert_biases(self) -> int:
+        """Numbers in both biases of one expert."""
+        return 2 * self.intermediate + self.hidden if self.biases else 0
+
+    @property
     def expert_weights(self) -> int:
         """Parameters of one expert."""
-        bias = 2 * self.intermediate + self.hidden if self.biases else 0
-        return 3 * self.hidden * self.intermediate + bias
+        return self.expert_matrices + self.expert_biases
 
-    def flops(self, tokens: int, backward: bool) -> int:
-        """Of the products: 2 S H 2I + 2 S I H forward, and twice that again backward."""
-        forward = 6 * tokens * self.top_k * self.hidden * self.intermediate
-        return 3 * forward if backward else forward
+    def expert_factors(self, rank: int) -> int:
+        """Numbers in the adapters of one expert."""
+        return rank * (2 * self.hidden + 3 * self.intermediate)
 
-    def bytes_moved(self, tokens: int, active: int, backward: bool) -> int:
-        """The least that must pass through memory, in bf16.
+    def flops(self, tokens: int, backward: bool, form: Form = DENSE) -> int:
+        """Of the products: 2 S H 2I + 2 S I H forward; backward the same again for rows, and for what is trained."""
+        slots = tokens * self.top_k
+        matrices, factors = 2 * slots * self.expert_matrices, 2 * slots * self.expert_factors(form.rank)
+        if not backward:
+            return matrices + factors
+        return (2 if form.frozen else 3) * matrices + 3 * factors
 
-        Forward: the weights of the ``active`` experts once, x and y. Backward, besides: those weights once more, x, dy
-        and dx, and the gradients of all experts, which are dense (zeros where an expert has no token).
+    def bytes_moved(self, tokens: int, active: int, backward: bool, form: Form = DENSE) -> int:
+        """The least that must pass through memory, with activations in bf16.
+
+        Forward: the weights of the ``active`` experts once, as they are kept, x and y. Backward, besides: those weights
+        once more, x, dy and dx, and the gradients of all experts, which are dense (zeros where an expert has no token).
         """
-        weights, row = active * self.expert_weights, tokens * self.hidden
+        factors = 2 * self.expert_factors(form.rank)
+        trained = factors if form.frozen else 2 * self.expert_weights + factors
+        expert = round(form.weight_bytes * self.expert_matrices) + 2 * self.expert_biases + factors
+        weights, row = active * expert, 2 * tokens * self.hidden
         forward = weights + 2 * row
-        backward_only = weights + 3 * row + self.experts * self.expert_weights
-        return 2 * (forward + backward_only if backward else forward)
+        return forward + weights + 3 * row + self.experts * trained if backward else forward
 
 
 LAYERS = {
@@ -115,37 +154,48 @@ LAYERS = {
 
 @dataclass(frozen=True, eq=False)
 class BenchLayer:
-    """A layer with weights.
+    """A layer with weights, in the model's own storage.
 
     Attributes:
         shape: its sizes.
-        parameters: leaves in the model's own storage, by name.
+        parameters: what is trained, by name: leaves.
+        frozen: what is not, by name.
+        form: how the weights are kept.
     """
 
     shape: Shape
     parameters: dict[str, torch.nn.Parameter]
+    frozen: dict[str, Tensor | NF4Tensor] = field(default_factory=dict)
+    form: Form = DENSE
 
     def weights(self) -> MoEWeights:
         """Views of the parameters in canonical shapes, built per call as a model would."""
-        views: dict[str, Tensor] = {name: self.canonical(name, value) for name, value in self.parameters.items()}
+        views = {name: self.canonical(name, value) for name, value in (self.frozen | self.parameters).items()}
+        factors = {name: views[name] for name in LORA_FACTORS if name in views}
+        lora = ExpertLoRA(**factors, gate_up_scaling=LORA_SCALING, down_scaling=LORA_SCALING) if factors else None
         return MoEWeights(
             views["gate_up_proj"],
             views["down_proj"],
             views.get("gate_up_proj_bias"),
             views.get("down_proj_bias"),
+            lora=lora,
             config=self.shape.config,
         )
 
-    def canonical(self, name: str, value: Tensor) -> Tensor:
+    def canonical(self, name: str, value: Any) -> Any:
         """A parameter, or its gradient, in its canonical shape."""
-        return value.transpose(1, 2) if self.shape.transposed and not name.endswith("_bias") else value
+        return value.transpose(1, 2) if self.shape.transposed and name.endswith("_proj") else value
 
 
-def sized(name: str, scale: int, device: str) -> Shape:
-    """The layer of that name, with H and I divided by ``scale``, and on a CPU by what it cannot hold."""
+def sized(name: str, scale: int, device: str, multiple: int = MULTIPLE) -> Shape:
+    """The layer of that name, with H and I divided by ``scale``, and on a CPU by what it cannot hold.
+
+    What was divided is rounded up to a multiple of ``multiple``.
+    """
     shape = LAYERS[name]
     cut = scale * (CPU_CUT.get(name, 1) if torch.device(device).type == "cpu" else 1)
-    return replace(shape, hidden=_divided(shape.hidden, cut), intermediate=_divided(shape.intermediate, cut), cut=cut)
+    hidden, intermediate = (-(-size // (cut * multiple)) * multiple for size in (shape.hidden, shape.intermediate))
+    return replace(shape, hidden=hidden, intermediate=intermediate, cut=cut) if cut > 1 else shape
 
 
 def random_layer(shape: Shape, device: str, seed: int, progress: Callable[[int, int], None]) -> BenchLayer:
@@ -165,7 +215,7 @@ def random_layer(shape: Shape, device: str, seed: int, progress: Callable[[int, 
         sizes = {"gate_up_proj": (e, h, 2 * i), "down_proj": (e, i, h)}
     if shape.biases:
         sizes |= {"gate_up_proj_bias": (e, 2 * i), "down_proj_bias": (e, h)}
-        deviations |= {"gate_up_proj_bias": 0.1, "down_proj_bias": 0.1}
+        deviations |= {"gate_up_proj_bias": BIAS_DEVIATION, "down_proj_bias": BIAS_DEVIATION}
     stacks = {name: torch.empty(size, dtype=torch.bfloat16, device=device) for name, size in sizes.items()}
     for expert in range(e):
         for name, stack in stacks.items():
@@ -174,5 +224,16 @@ def random_layer(shape: Shape, device: str, seed: int, progress: Callable[[int, 
     return BenchLayer(shape, {name: torch.nn.Parameter(stack) for name, stack in stacks.items()})
 
 
-def _divided(size: int, by: int) -> int:
-    return -(-size // (by * MULTIPLE)) * MULTIPLE
+def with_adapters(layer: BenchLayer, rank: int, seed: int) -> BenchLayer:
+    """The same layer with adapters in bf16 that are trained: A ~ N(0, 1 / fan-in), B ~ N(0, 0.1**2 / r)."""
+    shape = layer.shape
+    e, h, i = shape.experts, shape.hidden, shape.intermediate
+    sizes = ((e, rank, h), (e, 2 * i, rank), (e, rank, i), (e, h, rank))
+    device = layer.weights().gate_up_proj.device
+    generator = torch.Generator(device).manual_seed(seed + 1)
+    factors = {}
+    for name, size in zip(LORA_FACTORS, sizes, strict=True):
+        deviation = (LORA_DEVIATION if name.endswith("_b") else 1.0) / math.sqrt(size[-1])
+        drawn = torch.empty(size, dtype=torch.bfloat16, device=device)
+        factors[name] = torch.nn.Parameter(drawn.normal_(0.0, deviation, generator=generator))
+    return replace(layer, parameters=layer.parameters | factors, form=replace(layer.form, rank=rank))

@@ -16,6 +16,7 @@ from torch import Tensor
 from executors._cli.bench_contenders import Contender
 from executors._cli.bench_layers import BenchLayer, Shape
 from executors._cli.bench_routing import Batch
+from moe_ref.types import NF4Tensor
 
 PREFIX = "hf:"
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -78,7 +79,7 @@ def peers(layer: BenchLayer) -> list[Contender]:
 
 
 def experts_module(layer: BenchLayer, implementation: str) -> Any:
-    """The model's experts module, with the layer's own parameters and no copy of them.
+    """The model's experts module, with the layer's own parameters and no copy of them; those in 4 bits are left out.
 
     Raises:
         ImportError, AttributeError: this version of transformers has no such module or class.
@@ -99,11 +100,14 @@ def experts_module(layer: BenchLayer, implementation: str) -> Any:
 
 def _put(module: Any, layer: BenchLayer) -> None:
     theirs = {name: tuple(value.shape) for name, value in module.named_parameters()}
-    ours = {name: tuple(value.shape) for name, value in layer.parameters.items()}
+    values = layer.frozen | layer.parameters
+    ours = {name: tuple(value.shape) for name, value in values.items()}
     if theirs != ours:
         raise AttributeError(f"{type(module).__name__} has parameters {theirs}, but must have {ours}")
-    for name, value in layer.parameters.items():
-        setattr(module, name, value)
+    for name, value in values.items():
+        if not isinstance(value, NF4Tensor):
+            leaf = isinstance(value, torch.nn.Parameter)
+            setattr(module, name, value if leaf else torch.nn.Parameter(value, requires_grad=False))
 
 
 def _peer(shape: Shape, implementation: str, module: Any) -> Contender:

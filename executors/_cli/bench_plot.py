@@ -1,8 +1,9 @@
-"""The picture of a benchmark: speed against transformers' best, over T."""
+"""The picture of a benchmark: speed against the peers over T, and the peak memory beside it where it was measured."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING
 import matplotlib as mpl
 import numpy as np
 
-from executors._cli.bench import WITH_BACKWARD, Case
+from executors._cli.bench_case import Case, Row
 from executors._cli.bench_measure import Spread
+from executors._cli.bench_table import DIRECTIONS, MIB
 from executors._cli.plot import COLOURS
 
 if TYPE_CHECKING:
@@ -19,39 +21,50 @@ if TYPE_CHECKING:
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 WIDEST = 0.7  # of the space between two T, for all contenders side by side
 MARKERS = "osD^vP"
+GREY = "#cccccc"
+MEMORY = "memory"  # in place of a routing, in the last column
+DECODED = (("all experts decoded", "--"), ("active experts decoded", ":"))
+
+Places = Callable[[Case, Row], Spread | None]
 
 
 def plot(path: Path, cases: list[Case], title: str) -> None:
     """Writes the picture, whole or not at all: a row for each layer and direction, a column for each routing."""
     panels = {key: list(group) for key, group in groupby(cases, _key)}
     lines = list(dict.fromkeys((name, direction) for name, direction, _ in panels))
-    routings = list(dict.fromkeys(routing for _, _, routing in panels))
+    columns = list(dict.fromkeys(routing for _, _, routing in panels))
+    if any(row.peak is not None for case in cases for row in case.rows):
+        columns.append(MEMORY)
     names = list(dict.fromkeys(row.name for case in cases for row in case.rows if row.seconds))
     figure, axes = plt.subplots(
         len(lines),
-        len(routings),
-        figsize=(2.2 + 3.6 * len(routings), 1.6 + 2.9 * len(lines)),
+        len(columns),
+        figsize=(2.2 + 3.6 * len(columns), 1.6 + 2.9 * len(lines)),
         dpi=130,
         layout="constrained",
-        sharey="row",
         squeeze=False,
     )
     for i, (layer, direction) in enumerate(lines):
-        for j, routing in enumerate(routings):
-            found = panels.get((layer, direction, routing))
-            if found is None:
-                axes[i, j].set_axis_off()
+        row = [case for case in cases if _key(case)[:2] == (layer, direction)]
+        for j, column in enumerate(columns):
+            found = panels.get((layer, direction, column), [])
+            if column == MEMORY:
+                _memory_panel(axes[i, j], [case for case in row if case.routing == row[0].routing], names)
+            elif found:
+                _speed_panel(axes[i, j], found, names, _limits(row))
+                axes[i, j].set_title(f"{layer}, {DIRECTIONS[direction]}\n{column} routing", fontsize=9)
             else:
-                _panel(axes[i, j], found, names, _limits([c for c in cases if _key(c)[:2] == (layer, direction)]))
-                axes[i, j].set_title(f"{layer}, {_direction(direction)}\n{routing} routing", fontsize=9)
-        axes[i, 0].set_ylabel("times as fast as\ntransformers' best", fontsize=9)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+                axes[i, j].set_axis_off()
+        axes[i, 0].set_ylabel(f"times as fast as\n{_reference(row)}", fontsize=9)
+    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=min(4, 2 * len(columns)), fontsize=9, frameon=False
+    )
     figure.suptitle(title, fontsize=10)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -62,37 +75,76 @@ def plot(path: Path, cases: list[Case], title: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _reference(cases: list[Case]) -> str:
+    """Whom a row of panels compares with."""
+    if all(case.stack_row() for case in cases):
+        return cases[0].stack
+    return "the fastest peer" if cases[0].stack else "transformers' best"
+
+
+def _ratio_of(cases: list[Case]) -> Places:
+    if all(case.stack_row() for case in cases):
+        return Case.stack_ratio
+    return Case.ratio
+
+
 def _limits(cases: list[Case]) -> tuple[float, float]:
     """Of the ratio's axis: everything in sight, and at least from 0.45 to 2.2."""
-    found = [ratio for case in cases for row in case.rows if (ratio := case.ratio(row))]
+    ratio_of = _ratio_of(cases)
+    found = [ratio for case in cases for row in case.rows if (ratio := ratio_of(case, row))]
     return min([0.45, *(r.low / 1.2 for r in found)]), max([2.2, *(r.high * 1.2 for r in found)])
 
 
-def _panel(ax: Axes, cases: list[Case], names: list[str], limits: tuple[float, float]) -> None:
-    places = np.arange(len(cases), dtype=float)
-    for place, case in zip(places, cases, strict=True):
+def _speed_panel(ax: Axes, cases: list[Case], names: list[str], limits: tuple[float, float]) -> None:
+    for place, case in enumerate(cases):
         control = case.control()
         if control is not None:
             within = max(1 / control.low, control.low, 1 / control.high, control.high)
             label = "a contender against itself (no result)" if place == 0 else None
-            ax.fill_between([place - 0.46, place + 0.46], 1 / within, within, color="#cccccc", linewidth=0, label=label)
+            ax.fill_between([place - 0.46, place + 0.46], 1 / within, within, color=GREY, linewidth=0, label=label)
     ax.axhline(1.0, color="black", linewidth=0.8)
-    step = WIDEST / max(len(names), 1)
-    for number, name in enumerate(names):
-        shift = (number - (len(names) - 1) / 2) * step
-        found = [(place, ratio) for place, case in zip(places, cases, strict=True) if (ratio := _ratio(case, name))]
-        x = [place + shift for place, _ in found]
-        y = [ratio.median for _, ratio in found]
-        whiskers = [[r.median - r.low for _, r in found], [r.high - r.median for _, r in found]]
-        ax.errorbar(
-            x, y, whiskers, fmt=MARKERS[number % len(MARKERS)], markersize=5, capsize=2, linewidth=1.1,
-            color=COLOURS[number % len(COLOURS)], label=name,
-        )  # fmt: skip
-    ax.set_yscale("log")
+    _points(ax, cases, names, _ratio_of(cases))
     ax.set_yticks(TICKS)
     ax.set_ylim(*limits)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _memory_panel(ax: Axes, cases: list[Case], names: list[str]) -> None:
+    for place, case in enumerate(cases):
+        for size, (label, style) in zip(reversed(case.decoded()), DECODED, strict=True):
+            ax.plot(
+                [place - 0.46, place + 0.46], [size / MIB] * 2, color="black", linewidth=1.0, linestyle=style,
+                label=label if place == 0 and case.stack else None,
+            )  # fmt: skip
+    _points(ax, cases, names, _peak)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low / 1.5, high * 1.5)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high < 100 * low else LogLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_title("peak memory of a call, MiB\nabove layer and input", fontsize=9)
+
+
+def _peak(case: Case, row: Row) -> Spread | None:
+    return None if not row.peak else Spread(*[row.peak / MIB] * 3)
+
+
+def _points(ax: Axes, cases: list[Case], names: list[str], value_of: Places) -> None:
+    """All contenders side by side at each T."""
+    places = np.arange(len(cases), dtype=float)
+    step = WIDEST / max(len(names), 1)
+    for number, name in enumerate(names):
+        shift = (number - (len(names) - 1) / 2) * step
+        rows = [(place, case, row) for place, case in zip(places, cases, strict=True) for row in case.rows]
+        found = [(place, value) for place, case, row in rows if row.name == name and (value := value_of(case, row))]
+        y = [value.median for _, value in found]
+        whiskers = [[v.median - v.low for _, v in found], [v.high - v.median for _, v in found]]
+        ax.errorbar(
+            [place + shift for place, _ in found], y, whiskers, fmt=MARKERS[number % len(MARKERS)], markersize=5,
+            capsize=2, linewidth=1.1, color=COLOURS[number % len(COLOURS)], label=name,
+        )  # fmt: skip
+    ax.set_yscale("log")
     ax.set_xticks(places, [f"T={case.tokens}" for case in cases], fontsize=9)
     ax.set_xlim(-0.5, len(cases) - 0.5)
     ax.tick_params(axis="y", labelsize=9)
@@ -101,13 +153,5 @@ def _panel(ax: Axes, cases: list[Case], names: list[str], limits: tuple[float, f
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _ratio(case: Case, name: str) -> Spread | None:
-    return next((case.ratio(row) for row in case.rows if row.name == name), None)
-
-
 def _key(case: Case) -> tuple[str, str, str]:
     return case.shape.name, case.direction, case.routing
-
-
-def _direction(direction: str) -> str:
-    return "forward + backward" if direction == WITH_BACKWARD else "forward"

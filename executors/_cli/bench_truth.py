@@ -2,13 +2,14 @@
 
 It is sampled as `moe_ref.error_bars` samples it, from the specification's own functions in float64, one expert widened
 at a time. Only what can be judged is computed: the tokens' own outputs and gradients, and of the gradients of the
-projections a few rows of the experts that these tokens chose. dy is zero for all other tokens, so nobody else adds to
-those. (`error_bars` itself samples the gradient of every weight, which at these sizes takes hours.)
+projections and adapters a few rows of the experts that these tokens chose. dy is zero for all other tokens, so nobody
+else adds to those. Projections in 4 bits are decoded by the specification: what they lost when they were quantised does
+not count. (`error_bars` itself samples the gradient of every weight, which at these sizes takes hours.)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,14 +20,15 @@ from executors._cli.bench_routing import Batch
 from moe_ref.activations import activation, activation_vjp
 from moe_ref.combine import combine
 from moe_ref.error_bars import PROBES, Part, TensorBars
-from moe_ref.experts import down, expert, groups, up
+from moe_ref.experts import Linear, down, expert, groups, lora_inner, up
 from moe_ref.grouping import group, permute, unpermute
+from moe_ref.nf4 import decode_expert
 from moe_ref.numerics import EXACT, FORMATS, Perturbed, Rounding, matmul_transposed, sum_sd
-from moe_ref.types import MoEWeights
+from moe_ref.types import MoEWeights, NF4Tensor
 from moe_ref.vjp import combine_vjp, permute_vjp
 
 SAMPLES = 32
-ROWS = 8  # judged of each projection's gradient, for each expert
+ROWS = 8  # judged of the gradient of each projection and each factor, for each expert
 MOST_JUDGED = 4
 DEAR = 5_000_000  # K * H * I from which only half as many tokens are judged
 
@@ -38,7 +40,7 @@ class Truth:
     Attributes:
         bars: by tensor; those of the parameters' gradients are [A, ...] with the rows of ``rows``.
         active: [A] experts that the judged tokens chose, ascending.
-        rows: for each projection, the rows that are judged.
+        rows: for each matrix that is trained, the rows that are judged.
     """
 
     bars: dict[str, TensorBars]
@@ -61,19 +63,21 @@ def sample_truth(layer: BenchLayer, batch: Batch, backward: bool, seed: int) -> 
         backward: whether gradients are wanted.
         seed: of the samples.
     """
-    shape, where = layer.shape, batch.judged
+    where = batch.judged
     ids = batch.topk_ids[where].cpu()
     active, local = torch.unique(ids, return_inverse=True)
     x, dy, slot_weights = (t.detach()[where].double().cpu()[None] for t in (batch.x, batch.dy, batch.topk_weights))
     weights = _only(layer.weights(), active)
     rows = {
-        name: torch.linspace(0, size - 1, min(ROWS, size)).round().long()
-        for name, size in (("gate_up_proj", 2 * shape.intermediate), ("down_proj", shape.hidden))
+        name: torch.linspace(0, value.shape[1] - 1, min(ROWS, value.shape[1])).round().long()
+        for name, value in weights.parameters().items()
+        if value.ndim == 3
     }
+    wanted = {"y", *(batch.leaves() | layer.parameters)}
 
     def run(rounding: Rounding) -> dict[str, np.ndarray]:
         found = _layer(x, local, slot_weights, weights, dy if backward else None, rows, rounding)
-        return {name: value.numpy() for name, value in found.items()}
+        return {name: value.numpy() for name, value in found.items() if name in wanted}
 
     exact = {name: value[0] for name, value in run(EXACT).items()}
     parts = []
@@ -114,14 +118,14 @@ def _layer(
     d_tokens, d_parameters = [], []
     for index, where, z, h in kept:
         parameters = expert(weights, index)
-        dh, d_down = _linear("down", "dh", h, parameters.down.matrix, d_outputs[..., where, :], rows, rounding)
+        dh, d_down = _linear("down", "dh", h, parameters.down, d_outputs[..., where, :], rows, rounding)
         dz = activation_vjp(z, weights.config, dh, rounding)
         own = tokens[..., where, :]
-        d_rows, d_up = _linear("gate_up", "dx_slot", own, parameters.up.matrix, dz, rows, rounding)
+        d_rows, d_up = _linear("gate_up", "dx_slot", own, parameters.up, dz, rows, rounding)
         d_tokens.append(d_rows)
         d_parameters.append(d_up | d_down)
     found["x"] = permute_vjp(torch.cat(d_tokens, dim=-2), grouping.inverse, ids.shape[-1], rounding)
-    given = [name for name in d_parameters[0] if getattr(weights, name) is not None]
+    given = [name for name in d_parameters[0] if name in weights.parameters()]
     return found | {name: torch.stack([d[name] for d in d_parameters], dim=1) for name in given}
 
 
@@ -129,25 +133,62 @@ def _linear(
     name: str,
     site: str,
     rows: Tensor,
-    matrix: Tensor,
+    parameters: Linear,
     d_out: Tensor,
     judged: dict[str, Tensor],
     rounding: Rounding,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`moe_ref.experts_vjp.linear_vjp`, with only the judged rows of the matrix' gradient."""
-    d_rows = rounding.store(site, matmul_transposed(rounding, site, d_out, matrix.mT))
+    """`moe_ref.experts_vjp.linear_vjp`, with only the judged rows of the gradients of matrix and factors."""
+    d_rows = rounding.store(site, matmul_transposed(rounding, site, d_out, parameters.matrix.mT))
     chosen = d_out[..., judged[f"{name}_proj"]]
     d_matrix = matmul_transposed(rounding, "d_weight", chosen.mT, rows.mT)
     total, length = d_out.sum(dim=-2), d_out.shape[-2]
     d_bias = rounding.accumulate("d_bias", total, lambda: sum_sd(total, (d_out * d_out).sum(dim=-2), length))
-    return d_rows, {f"{name}_proj": d_matrix, f"{name}_proj_bias": d_bias}
+    found = {f"{name}_proj": d_matrix, f"{name}_proj_bias": d_bias}
+    if parameters.lora_a is None or parameters.lora_b is None:
+        return d_rows, found
+    added, d_factors = _adapter(name, site, rows, parameters, d_out, judged, rounding)
+    sum_of_both = d_rows + added
+    d_rows = rounding.accumulate(f"{site}_sum", sum_of_both, lambda: sum_of_both.abs())
+    return rounding.store(f"{site}_sum", d_rows), found | d_factors
+
+
+def _adapter(
+    name: str,
+    site: str,
+    rows: Tensor,
+    parameters: Linear,
+    d_out: Tensor,
+    judged: dict[str, Tensor],
+    rounding: Rounding,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What an adapter adds to the gradient of its rows, and the judged rows of the gradients of its factors."""
+    assert parameters.lora_a is not None
+    assert parameters.lora_b is not None
+    place = f"{site}_lora"
+    d_inner = rounding.store(place, matmul_transposed(rounding, place, d_out, parameters.lora_b.mT))
+    d_inner = rounding.store(f"{place}_scaled", parameters.scaling * d_inner)
+    added = matmul_transposed(rounding, f"{place}_rows", d_inner, parameters.lora_a.mT)
+    inner = lora_inner(name, rows, parameters, rounding)
+    of_b, of_a = d_out[..., judged[f"{name}_lora_b"]], d_inner[..., judged[f"{name}_lora_a"]]
+    d_factors = {
+        f"{name}_lora_a": matmul_transposed(rounding, "d_lora_a", of_a.mT, rows.mT),
+        f"{name}_lora_b": matmul_transposed(rounding, "d_lora_b", of_b.mT, inner.mT),
+    }
+    return rounding.store(f"{place}_rows", added), d_factors
 
 
 def _only(weights: MoEWeights, active: Tensor) -> MoEWeights:
-    """The active experts' parameters, on the CPU."""
-    tensors = {f.name: value for f in fields(weights) if isinstance(value := getattr(weights, f.name), Tensor)}
-    chosen = {n: t.detach()[active.to(t.device)].cpu() for n, t in tensors.items()}
-    return replace(weights, **chosen)  # type: ignore[arg-type]
+    """The active experts' parameters, on the CPU; numbers in 4 bits decoded, into the dtype that they decode to."""
+
+    def chosen(stack: Tensor | NF4Tensor) -> Tensor:
+        if isinstance(stack, NF4Tensor):
+            matrices = torch.stack([decode_expert(stack, int(index)) for index in active])
+            return matrices.to(getattr(torch, stack.dtype)).cpu()
+        return stack.detach()[active.to(stack.device)].cpu()
+
+    stacks = weights.parameters() | weights.packed()
+    return weights.with_parameters({name: chosen(stack) for name, stack in stacks.items()})
 
 
 def _part(errors: np.ndarray, exact: np.ndarray, seed: int) -> Part:

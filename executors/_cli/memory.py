@@ -33,8 +33,8 @@ def main(name: str, path: str, seed: str, device: str, tokens: str) -> None:
     executor = executors.get(name)
     layer = first_tokens(load_layer(Path(path), device), int(tokens) or None)
     inputs = inputs_for(executor, unjudged(layer, int(seed)))
-    measure = allocated_peak if inputs.x.is_cuda else resident_peak
-    print(json.dumps({"peak_mib": measure(lambda: _act(executor, inputs), inputs) / MIB}))
+    peak = peak_of(lambda: _act(executor, inputs), lambda: _drop_gradients(inputs), device)
+    print(json.dumps({"peak_mib": peak / MIB}))
 
 
 def _act(executor: Executor, inputs: Inputs) -> None:
@@ -44,23 +44,34 @@ def _act(executor: Executor, inputs: Inputs) -> None:
         call(executor, inputs)
 
 
-def allocated_peak(action: Callable[[], None], inputs: Inputs) -> int:
-    """Bytes by which the CUDA allocator's peak passes what was allocated before."""
-    device = inputs.x.device
+def peak_of(action: Callable[[], None], clear: Callable[[], None], device: str) -> int:
+    """Bytes that the second of two calls takes at most, above what was taken before it.
+
+    Args:
+        action: the call.
+        clear: drops what the first call left.
+        device: where it runs.
+    """
+    if torch.device(device).type == "cuda":
+        return _allocated_peak(action, clear, device)
+    return _resident_peak(action, clear)
+
+
+def _allocated_peak(action: Callable[[], None], clear: Callable[[], None], device: str) -> int:
     action()
-    _drop_gradients(inputs)
+    clear()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     action()
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def resident_peak(action: Callable[[], None], inputs: Inputs) -> int:
-    """Bytes by which the peak resident set passes the resident set before; Linux with glibc only."""
+def _resident_peak(action: Callable[[], None], clear: Callable[[], None]) -> int:
+    """Linux with glibc only."""
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
     action()
-    _drop_gradients(inputs)
+    clear()
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
