@@ -23,11 +23,7 @@ def decode_expert(tensor: NF4Tensor, index: int) -> Tensor:
     first, last = start // blocksize, ceil(stop / blocksize)
     end = min(last * blocksize, tensor.size)
     codes = tensor.packed[first * blocksize // 2 : ceil(end / 2)]
-    if tensor.nested_absmax is None:
-        scales = tensor.absmax[first:last]
-    else:
-        scales = absmax_of(tensor, torch.arange(first, last, device=tensor.device))
-    numbers = _decode(codes, scales, tensor)[start - first * blocksize :][:size]
+    numbers = _decode(codes, _absmax_between(tensor, first, last), tensor)[start - first * blocksize :][:size]
     return _laid_out(numbers, tensor)
 
 
@@ -45,6 +41,19 @@ def decode_experts(tensor: NF4Tensor, experts: Tensor) -> Tensor:
         codes = tensor.packed.reshape(-1, size // 2).index_select(0, experts)
         decode_codes(codes.view(-1), absmax_of(tensor, blocks.view(-1)), blocksize, table, numbers.view(-1))
     return _laid_out(numbers, tensor)
+
+
+def _absmax_between(tensor: NF4Tensor, first: int, last: int) -> Tensor:
+    """[last - first] The scales of neighbouring blocks of one segment, as `absmax_of` gives them."""
+    absmax: Tensor = tensor.absmax[first:last]
+    if tensor.nested_code is None or tensor.nested_absmax is None or tensor.nested_offset is None:
+        return absmax
+    per_segment, length = tensor.absmax.shape[0] // tensor.segments, tensor.nested_blocksize
+    segment = first // per_segment
+    first, last = first - segment * per_segment, last - segment * per_segment
+    nested = tensor.nested_absmax.view(tensor.segments, -1)[segment, first // length : ceil(last / length)]
+    nested = nested.repeat_interleave(length)[first % length :][: last - first]
+    return (tensor.nested_code.index_select(0, absmax.int()) * nested).add_(tensor.nested_offset.view(-1)[segment])
 
 
 def absmax_of(tensor: NF4Tensor, blocks: Tensor) -> Tensor:

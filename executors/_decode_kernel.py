@@ -32,7 +32,7 @@ def decode_blocks(codes: Tensor, scales: Tensor, tensor: NF4Tensor) -> Tensor | 
     """
     if codes.device.type != "cpu" or not codes.shape[0] or not is_right(tensor.quant_type, tensor.dtype):
         return None
-    if tensor.dtype == "bfloat16" and scales.abs().amin() < SMALLEST_SCALE and _any_tiny(scales):
+    if tensor.dtype == "bfloat16" and not scales.amin().item() >= SMALLEST_SCALE and _any_tiny(scales):
         return None
     return _kernel(codes, scales, tensor.blocksize, tensor.quant_type, getattr(torch, tensor.dtype))
 
@@ -85,5 +85,5 @@ def _kernel(codes: Tensor, scales: Tensor, blocksize: int, quant_type: str, dtyp
 
 
 def _any_tiny(scales: Tensor) -> bool:
-    """Whether a scale is tiny but not 0, whose products are exact."""
+    """Whether a scale is tiny, of either sign, but not 0, whose products are exact."""
     return bool(((scales.abs() < SMALLEST_SCALE) & (scales != 0)).any())

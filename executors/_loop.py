@@ -35,6 +35,7 @@ class LoopProducts:
         for matrix, start, stop in self._matrices(matrices):
             rows = slice(start, min(max(stop, start + 2), self._end))
             torch.mm(a[rows], matrix.t(), out=out[rows])
+            del matrix  # before the next one is decoded: it takes the same memory, warm in the cache
         return out
 
     def rows_back(self, a: Tensor, matrices: Matrices) -> Tensor:
@@ -42,6 +43,7 @@ class LoopProducts:
         out = a.new_empty(a.shape[0], matrices.shape[2])
         for matrix, start, stop in self._matrices(matrices):
             torch.mm(a[start:stop], matrix, out=out[start:stop])
+            del matrix
         return out
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:

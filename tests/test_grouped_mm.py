@@ -8,8 +8,7 @@ import torch
 import executors
 from dense_cases import EVERYTHING, PROBLEM, inputs_of
 from executors import grouped_mm
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import Inputs, call, to_torch
+from moe_ref.conformance.call import call
 
 
 def test_grouped_mm_has_no_float64() -> None:
@@ -79,62 +78,3 @@ def test_more_rows_than_32_bits_count_are_refused() -> None:
     with pytest.raises(executors.Unsupported, match="slots"):
         products.outer(rows, rows)
     assert products.rows(rows[1:], matrices).shape == (2**31 - 1, 8)
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def gpu_inputs_without_host(seed: int = 0) -> Inputs:
-    """A bf16 problem on a GPU on which torch's grouped_mm reads its offsets by itself."""
-    problem = replace(
-        EVERYTHING, tokens=256, hidden=64, intermediate=32, dtype="bfloat16", lora_dtype="bfloat16", seed=seed
-    )
-    inputs = to_torch(problem, build(problem), "cuda")
-    note = executors.get("grouped_mm").note(inputs.x, inputs.weights)
-    if note:
-        pytest.skip(note)
-    return inputs
-
-
-def step(inputs: Inputs) -> torch.Tensor:
-    for leaf in inputs.tensors().values():
-        leaf.grad = None
-    y = call(executors.get("grouped_mm"), inputs)
-    y.backward(inputs.dy)
-    return y
-
-
-@needs_gpu
-def test_grouped_mm_never_waits_for_the_gpu() -> None:
-    inputs = gpu_inputs_without_host()
-    step(inputs)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@needs_gpu
-def test_grouped_mm_is_captured_and_replayed() -> None:
-    """A CUDA graph of forward and backward, replayed on other inputs, gives the bits of an eager call."""
-    captured, other = gpu_inputs_without_host(), gpu_inputs_without_host(seed=1)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(captured)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = step(captured)
-    with torch.no_grad():
-        for name, leaf in captured.tensors().items():
-            leaf.copy_(other.tensors()[name])
-        captured.dy.copy_(other.dy)
-        captured.weights.selection_bias.copy_(other.weights.selection_bias)
-    graph.replay()
-    assert torch.equal(y, step(other))
-    for name, leaf in captured.tensors().items():
-        assert torch.equal(leaf.grad, other.tensors()[name].grad), name

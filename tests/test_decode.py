@@ -1,0 +1,112 @@
+"""How executors decode 4 bits: when the library's kernel is trusted, and sizes that no test could hold."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import executors
+from dense_cases import inputs_of
+from executors import _decode, _decode_kernel
+from moe_ref.nf4 import decode
+from moe_ref.types import NF4Tensor
+from packed_cases import PACKED
+
+FORMATS = [(quant_type, dtype) for quant_type in ("nf4", "fp4") for dtype in ("float32", "bfloat16", "float16")]
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """What was seen of the kernel, before and after."""
+    for remembered in (_decode_kernel.operator, _decode_kernel.is_right):
+        remembered.cache_clear()
+    yield
+    for remembered in (_decode_kernel.operator, _decode_kernel.is_right):
+        remembered.cache_clear()
+
+
+def tensor_of(absmax: list[float], dtype: str = "float32", **form: object) -> NF4Tensor:
+    """One expert for each block of 64 codes 15."""
+    codes = torch.full((32 * len(absmax),), 0xFF, dtype=torch.uint8)
+    return NF4Tensor(codes, torch.tensor(absmax), shape=(len(absmax), 4, 16), dtype=dtype, **form)
+
+
+def by_kernel(tensor: NF4Tensor) -> bool:
+    return _decode_kernel.decode_blocks(tensor.packed, tensor.absmax, tensor) is not None
+
+
+@pytest.mark.parametrize(("quant_type", "dtype"), FORMATS)
+def test_the_kernel_is_used_where_it_is_right(quant_type: str, dtype: str) -> None:
+    """On this machine, with the library that is installed."""
+    pytest.importorskip("bitsandbytes")
+    if not _decode_kernel.is_right(quant_type, dtype):
+        pytest.skip("the library's kernel is wrong on this machine")
+    assert by_kernel(tensor_of([1.0, 2.0], dtype, quant_type=quant_type))
+
+
+def test_scales_of_subnormal_numbers_are_kept_from_the_kernel() -> None:
+    """Q6: it flushes them to zero in bf16, and only there; a block of zeros is no reason."""
+    pytest.importorskip("bitsandbytes")
+    for tiny in (1e-38, -1e-38, 1e-45):
+        assert not by_kernel(tensor_of([1.0, tiny], "bfloat16"))
+        assert by_kernel(tensor_of([1.0, tiny]))
+    assert by_kernel(tensor_of([1.0, 0.0], "bfloat16"))
+    assert by_kernel(tensor_of([1.0, -1.0], "bfloat16"))
+
+
+@pytest.mark.parametrize("fault", [2.0, 1 + 2.0**-23, float("nan")])
+def test_a_wrong_kernel_is_found_out(fault: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q6: the probe differs in a bit, so the table decodes, and explain says so."""
+    pytest.importorskip("bitsandbytes")
+    kernel = _decode_kernel.operator()
+    monkeypatch.setattr(_decode_kernel, "operator", lambda: lambda *given: kernel(*given) * fault)
+    inputs = inputs_of(PACKED)
+    row = next(row for row in executors.explain(inputs.x, inputs.weights) if row.name == "grouped_nf4")
+    assert row.usable
+    assert row.note.startswith("bitsandbytes' kernel is wrong for gate_up_proj and down_proj on this machine")
+    packed = inputs.weights.gate_up_proj
+    assert torch.equal(_decode.decode_expert(packed, 1), decode(packed)[1])
+
+
+def test_strided_codes_are_read_as_they_stand() -> None:
+    """Q6: the kernel ignores strides."""
+    tensor = tensor_of([1.0, 2.0])
+    spread = torch.zeros(2 * len(tensor.packed), dtype=torch.uint8)
+    spread[::2] = tensor.packed
+    strided = NF4Tensor(spread[::2], tensor.absmax, shape=tensor.shape, dtype="float32")
+    for expert in range(2):
+        assert torch.equal(_decode.decode_expert(strided, expert), decode(tensor)[expert])
+    assert torch.equal(_decode.decode_experts(strided, torch.tensor([1, 0])), decode(tensor).flip(0))
+
+
+@pytest.mark.parametrize("experts", [2**31 // 4096 + 3, 2**33 // 4096])
+@pytest.mark.parametrize("nested", [False, True])
+def test_places_beyond_2_31_numbers(experts: int, nested: bool) -> None:
+    """E5: the last expert has its own scale; the codes exist once, and stand everywhere."""
+    codes = torch.tensor([0xFF], dtype=torch.uint8).expand(experts * 2048)
+    scales = torch.arange(experts, dtype=torch.float32)
+    tensor = NF4Tensor(codes, scales, shape=(experts, 64, 64), dtype="float32", blocksize=4096)
+    if nested:
+        table = torch.zeros(256)
+        table[:2] = torch.tensor([0.0, 1.0])
+        segments = NF4Tensor(
+            codes, torch.ones(experts, dtype=torch.uint8), scales, table, torch.zeros(experts), shape=tensor.shape,
+            dtype="float32", blocksize=4096,
+        )  # fmt: skip
+        tensor = segments
+    last = experts - 1
+    assert tensor.size > 2**31
+    assert torch.equal(_decode.decode_expert(tensor, last), torch.full((64, 64), float(last)))
+    assert torch.equal(_decode.decode_experts(tensor, torch.tensor([last]))[0], torch.full((64, 64), float(last)))
+
+
+def test_a_straddling_tensor_beyond_2_31_numbers() -> None:
+    """E5: experts of 63 numbers, which share their blocks and bytes."""
+    experts = 2**31 // 63 + 100
+    codes = torch.tensor([0xFF], dtype=torch.uint8).expand(-(-experts * 63 // 2))
+    scales = torch.arange(-(-experts * 63 // 4096), dtype=torch.float32)
+    tensor = NF4Tensor(codes, scales, shape=(experts, 7, 9), dtype="float32", blocksize=4096)
+    expert = experts - 40
+    expected = (torch.arange(expert * 63, (expert + 1) * 63) // 4096).float().view(7, 9)
+    assert torch.equal(_decode.decode_expert(tensor, expert), expected)
+    assert torch.equal(_decode.decode_experts(tensor, torch.tensor([expert]))[0], expected)
