@@ -14,7 +14,7 @@ run: install ## compare the executors on the bundled layer
 	$(BIN)/python -m executors compare
 
 test: install ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --hypothesis-profile=ci
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile=ci
 
 lint: install ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -10,12 +10,13 @@ import pytest
 import clauses
 import executors
 from moe_ref.conformance.mutants import mutants
+from moe_ref.conformance.mutants._registry import PACKED_MUTANTS
 
 DOCS = Path(__file__).parent.parent / "docs"
 CLAUSES = clauses.clauses()
 
 
-@pytest.mark.parametrize("page", ["spec.md"])
+@pytest.mark.parametrize("page", ["spec.md", "nf4-weights.md"])
 def test_examples_on_the_page_hold(page: str) -> None:
     with np.printoptions():
         result = doctest.testfile(str(DOCS / page), module_relative=False)
@@ -55,3 +56,5 @@ def test_the_readme_counts_the_mutants() -> None:
     text = (DOCS.parent / "README.md").read_text()
     (said,) = re.findall(r"(\d+) deliberately wrong executors", text)
     assert int(said) == len(mutants(executors.get("native")))
+    (in_4_bits,) = re.findall(r"(\d+) more\s+that misread 4-bit weights", text)
+    assert int(in_4_bits) == len(PACKED_MUTANTS)

@@ -2,9 +2,11 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import executors
 from dense_cases import arguments, each, inputs_of, needs_all
@@ -197,6 +199,23 @@ def test_compiles_whole_with_dynamic_tokens(problem: Problem) -> None:
         for leaf, value in eager.tensors().items():
             assert torch.equal(value.grad, traced.tensors()[leaf].grad), leaf
     assert len(graphs) == 1
+
+
+@both_ways
+def test_checkpoints_keep_nothing_decoded(way: str) -> None:
+    """D5: under the policy the replay decodes again, for the same experts, and gives the same bits."""
+    executor = WAYS[way](recompute=False)
+    inputs, expected = (inputs_of(replace(LARGE, tokens=64)) for _ in range(2))
+    call(executor, expected).backward(expected.dy)
+    context = partial(create_selective_checkpoint_contexts, executors.checkpoint_policy)
+    with LivePeak() as live:
+        given = inputs.x, inputs.router_logits, inputs.weights
+        y = checkpoint(executor, *given, use_reentrant=False, context_fn=context)
+    stack = 4 * sum(value.size for value in inputs.weights.packed().values())
+    assert sum(size for storage, size in live.alive.values() if not storage.expired()) < stack / 8
+    y.backward(inputs.dy)
+    for leaf, value in expected.tensors().items():
+        assert torch.equal(value.grad, inputs.tensors()[leaf].grad), leaf
 
 
 def test_without_bitsandbytes_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """4-bit tensors in safetensors files: whole or not at all, and the same bits in another process."""
 
-import doctest
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import executors
 from executors import nf4
+from moe_ref import MoEConfig, MoEWeights
 from nf4_cases import OLDER, PLAIN, TENSORS, WITH_NESTED, State, decoded, older, random, same, same_entries, small
 
 
@@ -34,6 +35,27 @@ def test_a_new_process_reads_what_was_saved(tmp_path: Path) -> None:
         assert line == " ".join(map(str, [tensor.shape, tensor.dtype, tensor.transposed, *hashes]))
     assert [file.name for file in tmp_path.iterdir()] == ["layer.safetensors"]
     same_entries(dict(sorted(nf4.to_state_dict(TENSORS["fp4"], "fp4").items())), part(load_file(path), "fp4"))
+
+
+def test_a_new_process_computes_the_same_bits(tmp_path: Path) -> None:
+    """A layer in both storage orders, with nested statistics: saved, loaded elsewhere, and called."""
+    path = tmp_path / "layer.safetensors"
+    gate_up, down = torch.randn(4, 32, 64).transpose(1, 2), torch.randn(4, 32, 32)
+    weights = MoEWeights(gate_up.bfloat16(), down.bfloat16(), config=MoEConfig(2))
+    weights = nf4.quantize(weights, nested=True)
+    given = {"x": torch.randn(9, 32).bfloat16(), "router_logits": torch.randn(9, 4)}
+    nf4.save(path, {**weights.packed(), **given})
+    program = (
+        "import executors, hashlib, moe_ref, safetensors.torch, sys, torch\n"
+        "packed = [executors.nf4.load(sys.argv[1], name) for name in ('gate_up_proj', 'down_proj')]\n"
+        "weights = moe_ref.MoEWeights(*packed, config=moe_ref.MoEConfig(2))\n"
+        "given = safetensors.torch.load_file(sys.argv[1])\n"
+        "y = executors.get('grouped_nf4')(given['x'], given['router_logits'], weights)\n"
+        "print(hashlib.sha256(y.view(torch.int16).numpy().tobytes()).hexdigest())\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    y = executors.get("grouped_nf4")(given["x"], given["router_logits"], weights)
+    assert ran.stdout.strip() == sha256(y.view(torch.int16).numpy().tobytes()).hexdigest()
 
 
 def part(entries: State, name: str) -> State:
@@ -136,10 +158,3 @@ def test_files_that_are_refused(what: str, tmp_path: Path) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none: must be a file that exists$"):
         nf4.load(tmp_path / "none", "a")
-
-
-def test_examples_on_the_page_hold() -> None:
-    page = Path(__file__).parents[1] / "docs" / "nf4-weights.md"
-    result = doctest.testfile(str(page), module_relative=False)
-    assert result.attempted > 10
-    assert result.failed == 0

@@ -14,7 +14,7 @@ from moe_ref.conformance.checks import ConformanceError, applicable
 from moe_ref.conformance.problem import Problem
 from moe_ref.layer import moe, routed_experts
 from moe_ref.types import Activation, ExpertLoRA, MoEConfig
-from moe_ref.validation import FLOAT_DTYPES
+from moe_ref.validation import DECODED_DTYPES, FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,6 +135,33 @@ def check_errors(executor: Executor, device: str = "cpu") -> None:
                 raise AssertionError(f"the specification's error for {what} is not in form: {expected!r}")
             if actual is None or str(actual) != str(expected):
                 message = f"{what}: raises {actual!r}, but must raise {expected!r}"
+                raise ConformanceError(executor, problem, "the contract on errors", message)
+
+
+def check_undeclared_weights(executor: Executor, device: str = "cpu") -> None:
+    """Projections of a kind that the executor does not declare raise Unsupported, from ``check`` and from a call.
+
+    Raises:
+        ConformanceError: if they are taken, or something else is raised.
+    """
+    import executors
+
+    able = executor.capabilities
+    dtypes = [d for d in DECODED_DTYPES if d in able.dtypes]
+    for kind in ("dense", "nf4", "fp4"):
+        if kind in able.weights or not dtypes:
+            continue
+        problem = applicable(executor, replace(_PROBLEM, dtype=dtypes[0], quant_type="" if kind == "dense" else kind))
+        inputs = to_torch(problem, build(problem), device)
+        for name, action in (
+            ("check", lambda i: executor.check(i.x, i.weights)),
+            ("a call", lambda i: call(executor, i)),
+        ):
+            error = _error_of(lambda action=action, inputs=inputs: action(inputs))  # type: ignore[misc]
+            if not isinstance(error, executors.Unsupported) or "\n" in str(error):
+                message = (
+                    f"{name} with {kind} weights, which it does not declare: {error!r}, but must raise Unsupported"
+                )
                 raise ConformanceError(executor, problem, "the contract on errors", message)
 
 
