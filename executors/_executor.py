@@ -16,8 +16,7 @@ from moe_ref.validation import check_experts_inputs, check_inputs, check_weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-IN_4_BITS = "; executors.get('grouped_nf4') takes it"
-HINTS = {"nf4": IN_4_BITS, "fp4": IN_4_BITS, "dense": "; executors.nf4.quantize(weights) gives such weights"}
+HINTS = {"nf4": "; see grouped_nf4", "fp4": "; see grouped_nf4", "dense": "; see executors.nf4.quantize"}
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from executors import _operator, grouped_mm, native
+from executors import Executor, _operator, grouped_mm, native
 from moe_ref import MoEConfig
 from moe_ref.conformance.build import build
-from moe_ref.conformance.call import Inputs, to_torch
+from moe_ref.conformance.call import Inputs, call, to_torch
 from moe_ref.conformance.problem import Problem
 
 CONFIG = MoEConfig(2, scoring="sigmoid", renormalize=True, limit=1.0, up_offset=1.0, gate_up_layout="interleaved")
@@ -76,6 +76,27 @@ def arguments(inputs: Inputs) -> tuple[list[Any], list[Any]]:
 def each(tensors: list[Any], change: Callable[[torch.Tensor], torch.Tensor]) -> list[Any]:
     """An operator's tensors, all changed, those in lists too."""
     return [each(t, change) if isinstance(t, list) else None if t is None else change(t) for t in tensors]
+
+
+def demand_one_graph(executor: Executor, problem: Problem) -> None:
+    """torch.compile(fullgraph=True), forward and backward, without a recompilation when T changes."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _example: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(executor, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (12, 7, 33):
+        eager, traced = (inputs_of(replace(problem, tokens=tokens, seed=tokens)) for _ in range(2))
+        expected, actual = call(executor, eager), compiled(traced.x, traced.router_logits, traced.weights)
+        expected.backward(eager.dy)
+        actual.backward(traced.dy)
+        assert torch.equal(expected, actual)
+        for leaf, value in eager.tensors().items():
+            assert torch.equal(value.grad, traced.tensors()[leaf].grad), leaf
+    assert len(graphs) == 1
 
 
 def needs_all(tensors: list[Any]) -> list[bool]:

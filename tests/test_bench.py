@@ -28,24 +28,11 @@ from moe_ref import routed_experts
 from moe_ref.conformance.gates import Verdict
 from moe_ref.conformance.mutants import mutants
 
+pytestmark = pytest.mark.usefixtures("one_thread", "known_ceilings")
+
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = ("--scale", 32, "--tokens", 1, "--tokens", 4, "--seconds", 0.0)
 MIXTRAL = ("--routing", "real", "--layer", "mixtral-8x7b")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of tests side by side wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring them takes seconds; one test does."""
-    monkeypatch.setattr("executors._cli.bench.measure_ceilings", lambda _: Ceilings(0.5, 30.0, 40.0))
 
 
 @pytest.fixture

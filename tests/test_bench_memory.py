@@ -1,7 +1,6 @@
 """Peak memory of the benchmark's contenders. Small layers."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,16 +21,9 @@ from executors._cli.bench_routing import Load, batch
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PLAIN, NESTED = Quantisation("nf4"), Quantisation("nf4", nested=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of tests side by side wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def layer_of(name: str, how: Quantisation, rank: int = 0) -> BenchLayer:

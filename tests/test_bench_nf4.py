@@ -1,7 +1,6 @@
 """The benchmark in 4 bits: the same bytes for all, every contender right, memory measured. No timed assertion."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from executors._cli.bench_bnb import NO_ADAPTERS, STACK, parametrised_module, pe
 from executors._cli.bench_case import Case, Row
 from executors._cli.bench_judge import Judgement, judge_contender
 from executors._cli.bench_layers import LAYERS, BenchLayer, Form, random_layer, sized, with_adapters
-from executors._cli.bench_measure import Ceilings, Spread
+from executors._cli.bench_measure import Spread
 from executors._cli.bench_nf4 import BLOCKSIZE, Quantisation, quant_state, quantised
 from executors._cli.bench_routing import Load, batch
 from executors._cli.bench_truth import sample_truth
@@ -29,23 +28,11 @@ from moe_ref.vjp import layer_vjp
 bitsandbytes = pytest.importorskip("bitsandbytes")
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("one_thread", "known_ceilings")
+
 PEERS = ["bnb:loop", "bnb:sorted-loop", STACK, "hf:eager+bnb"]
 PLAIN, NESTED = Quantisation("nf4"), Quantisation("nf4", nested=True)
 SMALL = ("--scale", 32, "--tokens", 1, "--tokens", 4, "--seconds", 0.0, "--executor", "grouped_nf4")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of tests side by side wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executors._cli.bench.measure_ceilings", lambda _: Ceilings(0.5, 30.0, 40.0))
 
 
 @pytest.fixture

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 import executors
-from dense_cases import EVERYTHING, OPERATORS, PROBLEM, HostReads, arguments, both, each, inputs_of, needs_all
+from dense_cases import (
+    EVERYTHING,
+    OPERATORS,
+    PROBLEM,
+    HostReads,
+    arguments,
+    both,
+    demand_one_graph,
+    each,
+    inputs_of,
+    needs_all,
+)
 from executors import _layer, grouped_mm, native
 from executors._operator import TENSORS
 from moe_ref.conformance.call import Inputs, call
@@ -101,26 +112,7 @@ def test_the_choice_is_registered_right() -> None:
 @both
 @pytest.mark.parametrize("problem", [PROBLEM, EVERYTHING])
 def test_compiles_whole_with_dynamic_tokens(name: str, problem: Problem) -> None:
-    """fullgraph=True, forward and backward, without a recompilation when T changes."""
-    executor = executors.get(name)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, _example: object) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(executor, fullgraph=True, dynamic=True, backend=backend)
-    for tokens in (12, 7, 33):
-        of_tokens = replace(problem, tokens=tokens, seed=tokens)
-        eager, traced = inputs_of(of_tokens), inputs_of(of_tokens)
-        expected, actual = call(executor, eager), compiled(traced.x, traced.router_logits, traced.weights)
-        expected.backward(eager.dy)
-        actual.backward(traced.dy)
-        assert torch.equal(expected, actual)
-        for leaf, value in eager.tensors().items():
-            assert torch.equal(value.grad, traced.tensors()[leaf].grad), leaf
-    assert len(graphs) == 1
+    demand_one_graph(executors.get(name), problem)
 
 
 @both

@@ -1,0 +1,23 @@
+"""Fixtures that several files ask for by name."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads of tests side by side wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring what the machine reaches takes seconds; one test does."""
+    from executors._cli.bench_measure import Ceilings
+
+    monkeypatch.setattr("executors._cli.bench.measure_ceilings", lambda _: Ceilings(0.5, 30.0, 40.0))
