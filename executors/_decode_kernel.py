@@ -7,6 +7,7 @@ subnormal are kept from it. Why: docs/known-differences.md.
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -45,7 +46,7 @@ def is_right(quant_type: str, dtype: str) -> bool:
     codes = torch.arange(256, dtype=torch.uint8).repeat(PROBE_BLOCKS)
     for blocksize in (32, LONGEST_BLOCK):
         blocks = codes.shape[0] * 2 // blocksize
-        scales = torch.linspace(-3.0, 5.0, blocks).exp()
+        scales = torch.linspace(-3.0, 5.0, blocks, dtype=torch.float32).exp()
         right = torch.empty(2 * codes.shape[0], dtype=getattr(torch, dtype))
         decode_codes(codes, scales, blocksize, table_of(quant_type, "cpu"), right)
         if not torch.equal(_kernel(codes, scales, blocksize, quant_type, right.dtype), right):
@@ -55,12 +56,21 @@ def is_right(quant_type: str, dtype: str) -> bool:
 
 @cache
 def operator() -> Any:
-    """The library's operator, or None where it is not installed."""
+    """The library's operator, or None where it cannot be had."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.addFilter(_is_news)
     try:
         import_module("bitsandbytes")
-    except ImportError:
+        return torch.ops.bitsandbytes.dequantize_4bit.default
+    except (ImportError, AttributeError, RuntimeError, OSError):  # not there, too old, or broken
         return None
-    return torch.ops.bitsandbytes.dequantize_4bit.default
+    finally:
+        logger.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that the library found no fused product for CPUs, of which nothing here makes use."""
+    return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 
 
 def slow_note(x: Tensor, weights: MoEWeights) -> str:

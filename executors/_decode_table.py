@@ -34,9 +34,9 @@ def table_of(quant_type: str, device: torch.device | str) -> Tensor:
     """[256, 2] fp32: the two numbers of each byte, the high nibble's first (Q1)."""
     numbers = CODES[quant_type]
     if torch.device(device).type == "cpu":
-        codes = torch.tensor(numbers)
+        codes = torch.tensor(numbers, dtype=torch.float32)
     else:  # made on the device: a copy from the host would wait for it
-        codes = torch.cat([torch.full((1,), number, device=device) for number in numbers])
+        codes = torch.cat([torch.full((1,), number, dtype=torch.float32, device=device) for number in numbers])
     return torch.stack([codes.repeat_interleave(16), codes.repeat(16)], dim=1)
 
 

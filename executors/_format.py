@@ -21,7 +21,7 @@ def apart(projection: Any) -> Parts:
     """The arguments that stand for a projection: a Tensor [E, m, k], or an `NF4Tensor` of that shape."""
     if not isinstance(projection, NF4Tensor):
         return projection, [], [DENSE]
-    packed, *scales = projection.arrays().values()
+    packed, *scales = (array.detach() for array in projection.arrays().values())  # frozen, whatever a module made of it
     kind = 1 + KINDS.index(projection.quant_type)
     static = [kind, projection.blocksize, projection.nested_blocksize, int(projection.transposed)]
     return packed, scales, [*static, *projection.shape]

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from executors._nf4_join import shown
 from executors._nf4_state import fields_by_expert, from_state_dict, to_state_dict
-from moe_ref.types import NF4Tensor
+from moe_ref.types import MoEWeights, NF4Tensor
 
 TRANSPOSED = "transposed"  # metadata: a JSON list of the names that are read transposed
 
@@ -31,10 +32,13 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, NF4Tensor | Tensor]
         ValueError, TypeError: one line naming the entry, and what is allowed.
         OSError: the file cannot be written.
     """
+    if not isinstance(tensors, Mapping):
+        hint = "; weights.packed() has its 4-bit projections" if isinstance(tensors, MoEWeights) else ""
+        raise TypeError(f"tensors is a {type(tensors).__name__}: must be a dict of tensors by name{hint}")
     entries: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, NF4Tensor | Tensor):
-            raise TypeError(f"tensors[{name!r}]={tensor!r:.60}: must be an NF4Tensor or a torch.Tensor")
+            raise TypeError(f"tensors[{name!r}]={shown(tensor)}: must be an NF4Tensor or a torch.Tensor")
         own = to_state_dict(tensor, name) if isinstance(tensor, NF4Tensor) else {name: tensor}
         twice = sorted(own.keys() & entries.keys())
         if twice:
@@ -69,8 +73,14 @@ def load(
         FileNotFoundError: there is no such file.
         ValueError, TypeError: one line naming the file, what is wrong, and what is allowed.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: must be a file that exists")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        where = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device}: must be one that torch has here: {str(error).splitlines()[0]}") from None
+    try:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             fields = fields_by_expert(file.keys(), name)
             prefixes = [name if expert is None else name.format(expert) for expert in fields]
@@ -80,17 +90,16 @@ def load(
                 for field in own
             ]
             state = {key: file.get_tensor(key) for key in keys}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: must be a file that exists") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: must be a safetensors file, but {_one_line(error)}") from error
     noted = name in _noted(path, metadata)
     if transposed is False and noted:
         raise ValueError(f"{path}: transposed=False: must be True or None, since the file says that {name} is")
     try:
-        return from_state_dict(state, name, transposed=noted if transposed is None else transposed)
+        tensor = from_state_dict(state, name, transposed=noted if transposed is None else transposed)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{path}: {error}") from error
+    return tensor.map(lambda array: array.to(where))
 
 
 def _noted(path: Any, metadata: dict[str, str]) -> list[str]:

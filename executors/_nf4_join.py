@@ -41,12 +41,13 @@ def from_quant_state(packed: Tensor, quant_state: Any, *, transposed: bool = Fal
         )
     missing = [name for name in QUANT_STATE if not hasattr(quant_state, name)]
     if missing:
-        raise TypeError(f"quant_state={quant_state!r:.60}: must be a bitsandbytes QuantState, but has no {missing[0]}")
+        allowed = f"must be a bitsandbytes QuantState, but has no {missing[0]}"
+        raise TypeError(f"quant_state={shown(quant_state)}: {allowed}")
     quant_type, code = quant_state.quant_type, quant_state.code
     if not isinstance(quant_type, str) or quant_type not in CODES:
         raise ValueError(f"quant_state.quant_type={quant_type!r:.60}: must be one of {', '.join(map(repr, CODES))}")
     if not isinstance(code, Tensor) or code.dtype != torch.float32:
-        raise TypeError(f"quant_state.code={code!r:.60}: must be a tensor of float32")
+        raise TypeError(f"quant_state.code={shown(code)}: must be a tensor of float32")
     if not same_bits(code, code_table(quant_type, code.device)):
         raise ValueError(f"quant_state.code={code.tolist()!r:.60}: must be the 16 numbers of {quant_type}, bit for bit")
     tensor = NF4Tensor(
@@ -67,6 +68,11 @@ def from_quant_state(packed: Tensor, quant_state: Any, *, transposed: bool = Fal
     return read_transposed(tensor, transposed)
 
 
+def shown(value: Any) -> str:
+    """A value in a message: one line, cut where it is long."""
+    return f"{' '.join(repr(value).split()):.60}"
+
+
 def _with_state2(tensor: NF4Tensor, offset: Tensor, state2: Any) -> NF4Tensor:
     dtype = str(state2.dtype).rpartition(".")[2]
     if dtype != "float32":
@@ -83,7 +89,7 @@ def _with_state2(tensor: NF4Tensor, offset: Tensor, state2: Any) -> NF4Tensor:
 def bytes_of(name: str, packed: Any) -> Tensor:
     """[bytes] uint8, the same memory, as a plain tensor (which has no gradient, being of integers)."""
     if not isinstance(packed, Tensor):
-        raise TypeError(f"{name}={packed!r:.60}: must be a torch.Tensor")
+        raise TypeError(f"{name}={shown(packed)}: must be a torch.Tensor")
     plain = packed.as_subclass(Tensor)
     if not plain.is_contiguous():
         raise ValueError(f"{name}.stride()={plain.stride()}: must be contiguous")
@@ -93,7 +99,7 @@ def bytes_of(name: str, packed: Any) -> Tensor:
 def read_transposed(tensor: NF4Tensor, transposed: bool) -> NF4Tensor:
     """The tensor itself, or read with its last two dimensions swapped."""
     if not isinstance(transposed, bool):
-        raise TypeError(f"transposed={transposed!r:.60}: must be True or False")
+        raise TypeError(f"transposed={shown(transposed)}: must be True or False")
     if transposed and tensor.ndim < 2:
         raise ValueError(f"transposed=True: must be False for a tensor of shape {tensor.shape}")
     return tensor.transpose(-2, -1) if transposed else tensor
@@ -113,6 +119,8 @@ def from_linears(linears: Iterable[Any]) -> NF4Tensor:
     Raises:
         ValueError, TypeError: one line naming the expert by its index, the reason, and what is allowed.
     """
+    if not isinstance(linears, Iterable) or isinstance(linears, Tensor):
+        raise TypeError(f"linears is a {type(linears).__name__}: must be a list of Linear4bit, one for each expert")
     tensors = []
     for index, linear in enumerate(linears):
         try:
@@ -128,7 +136,7 @@ def _from_linear(linear: Any) -> NF4Tensor:
     if isinstance(linear, tuple) and len(linear) == 2:
         return from_quant_state(*linear)
     if not hasattr(linear, "weight"):
-        raise TypeError(f"{linear!r:.60} has no weight: must be a Linear4bit, or a pair (packed, QuantState)")
+        raise TypeError(f"{shown(linear)} has no weight: must be a Linear4bit, or a pair (packed, QuantState)")
     state = getattr(linear.weight, "quant_state", None)
     state = getattr(linear, "quant_state", None) if state is None else state  # lost by wrapping, kept by the module
     if state is None:

@@ -144,8 +144,9 @@ def _check_fields(name: str, fields: set[str]) -> tuple[str, str]:
     if "" not in fields:
         raise ValueError(f"{name!r} is missing: must be there, with the bytes of the 4-bit tensor")
     if len(states) != 1:
-        there = " and ".join(f"{name}.{field}" for field in states) or "none"
-        raise ValueError(f"{name} has {there}: must have one of {', '.join(f'{name}.{field}' for field in STATES)}")
+        both = " and ".join(f"{name}.{field}" for field in states)
+        found = f"has {both}" if both else "is not in 4 bits"
+        raise ValueError(f"{name} {found}: must have one of {', '.join(f'{name}.{field}' for field in STATES)}")
     required = {*PLAIN, *(NESTED if fields & set(NESTED) else ())}
     for field in sorted(required - fields):
         raise ValueError(f"'{name}.{field}' is missing: must be there, as '{name}.{states[0]}' is")

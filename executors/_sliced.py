@@ -16,8 +16,8 @@ class SlicedProducts(GroupedProducts):
     """Products by ``grouped_mm``; a projection in 4 bits is decoded in slices of experts.
 
     A plan is made on the device: experts that have rows come first, in increasing order. There are at most as many as
-    slots, so the number of slices is known to the host, and an expert beyond is never decoded. A slice's rows stand
-    together; they are moved to the front, since the groups of ``grouped_mm`` begin there.
+    slots, so the host knows how many slices there are; the last ones may hold experts without rows. A slice's rows
+    stand together; they are moved to the front, since the groups of ``grouped_mm`` begin there.
 
     Args:
         group_offsets: [E + 1] on the device.
@@ -59,4 +59,5 @@ class SlicedProducts(GroupedProducts):
             own = a.index_select(0, moved)
             products = part.rows_back(own, decoded) if back else part.rows(own, decoded)
             out.index_copy_(0, moved.masked_fill(rows >= stops[-1] - start, slots), products)
+            del decoded, own, products  # before the next slice is decoded
         return out[:slots]

@@ -31,7 +31,7 @@ def check_array(
     if like is None:
         return
     other_name, other = like
-    if library_of(value) != library_of(other):
+    if not _of_one_library(value, other):
         raise TypeError(f"{name} is a {library_of(value)} array: must be a {library_of(other)} array, as {other_name}")
     if device_of(value) != device_of(other):
         raise ValueError(f"{name}.device={device_of(value)}: must be {device_of(other)}, {other_name}'s")
@@ -61,6 +61,13 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Checks that it is one of several texts."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}={short(value)}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def _of_one_library(first: Array, second: Array) -> bool:
+    arrays = [value.packed if isinstance(value, NF4Tensor) else value for value in (first, second)]
+    if all(hasattr(array, "requires_grad") for array in arrays):
+        return True  # torch's; torch.compile cannot look at the class of a torch.nn.Parameter
+    return library_of(first) == library_of(second)
 
 
 def library_of(value: Array) -> str:

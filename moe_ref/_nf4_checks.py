@@ -38,6 +38,9 @@ def check_nf4(name: str, tensor: Any) -> None:
     blocks = ceil(size / tensor.blocksize)
     check_array(*packed, dtypes=("uint8",))
     check_shape(*packed, (ceil(size / 2),), "two codes to a byte")
+    check_integer(f"{name}.nested_blocksize", tensor.nested_blocksize)
+    if tensor.nested_blocksize < 1:
+        raise ValueError(f"{name}.nested_blocksize={tensor.nested_blocksize}: must be at least 1")
     missing = [n for n in NESTED if getattr(tensor, n) is None]
     nested = len(missing) < len(NESTED)
     if nested and missing:
@@ -49,19 +52,15 @@ def check_nf4(name: str, tensor: Any) -> None:
 
 
 def _check_nested(name: str, tensor: NF4Tensor, blocks: int) -> None:
-    check_integer(f"{name}.nested_blocksize", tensor.nested_blocksize)
-    if tensor.nested_blocksize < 1:
-        raise ValueError(f"{name}.nested_blocksize={tensor.nested_blocksize}: must be at least 1")
     for field in NESTED:
         value: Array = getattr(tensor, field)
         check_array(f"{name}.{field}", value, like=(f"{name}.packed", tensor.packed), dtypes=("float32",))
     check_shape(f"{name}.nested_code", tensor.nested_code, (256,), "one for each code of a byte")
     offset: Array = tensor.nested_offset
     shape = tuple(offset.shape)
-    if shape not in ((), tuple(tensor.shape[:1])):
-        raise ValueError(
-            f"{name}.nested_offset.shape={shape}: must be (), or {tuple(tensor.shape[:1])}, one per expert"
-        )
+    if shape and (not tensor.shape or len(shape) != 1 or shape[0] != tensor.shape[0]):
+        allowed = f"must be (), or {tuple(tensor.shape[:1])}, one per expert"
+        raise ValueError(f"{name}.nested_offset.shape={shape}: {allowed}")
     segments = tensor.segments
     if shape and segments and tensor.size // segments % tensor.blocksize:
         own = tensor.size // segments

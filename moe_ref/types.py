@@ -9,7 +9,7 @@ Sizes, everywhere: T tokens, E experts, K experts chosen per token (``top_k``), 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -120,10 +120,10 @@ class NF4Tensor:
             keep (E, H, 2I). Nobody can tell that from a shape.
     """
 
-    packed: UInt8[Array, " bytes"]
-    absmax: Array  # Float[B] or UInt8[B]
-    nested_absmax: Float[Array, " nested_blocks"] | None = None
-    nested_code: Float[Array, " 256"] | None = None
+    packed: UInt8[Array, " bytes"] = field(repr=False)
+    absmax: Array = field(repr=False)  # Float[B] or UInt8[B]
+    nested_absmax: Float[Array, " nested_blocks"] | None = field(default=None, repr=False)
+    nested_code: Float[Array, " 256"] | None = field(default=None, repr=False)
     nested_offset: Float[Array, "*segments"] | None = None
     _: KW_ONLY
     shape: tuple[int, ...]

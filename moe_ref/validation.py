@@ -126,7 +126,11 @@ def check_weights(weights: MoEWeights) -> None:
         raise ValueError(f"gate_up_proj.shape={shape}: must be {form}, each at least 1")
     experts, both, hidden = shape
     inner = both // 2 if gated else both
-    check_shape("down_proj", down, (experts, hidden, inner), f"(E, H, I) to match gate_up_proj {form}")
+    if tuple(down.shape) != (experts, hidden, inner):
+        allowed = f"must be {(experts, hidden, inner)}, (E, H, I) to match gate_up_proj {form}"
+        raise ValueError(
+            f"down_proj.shape={tuple(down.shape)}: {allowed}{_order_hint(shape, tuple(down.shape), gated)}"
+        )
     if dtype_name(down) != dtype_name(gate_up):
         raise TypeError(f"down_proj.dtype={dtype_name(down)}: must be {dtype_name(gate_up)}, gate_up_proj's")
     optional = (
@@ -142,6 +146,23 @@ def check_weights(weights: MoEWeights) -> None:
     if weights.lora is not None:
         _check_lora(weights.lora, gate_up, inner)
     check_config(weights.config, experts)
+
+
+def _order_hint(gate_up: tuple[int, ...], down: tuple[int, ...], gated: bool) -> str:
+    """Which projections would fit with their last two dimensions swapped, if any."""
+    if len(down) != 3:
+        return ""
+    parts = 2 if gated else 1
+    for names in (("down_proj",), ("gate_up_proj",), ("gate_up_proj", "down_proj")):
+        experts, both, hidden = _swapped(gate_up) if "gate_up_proj" in names else gate_up
+        other = _swapped(down) if "down_proj" in names else down
+        if other[:2] == (experts, hidden) and parts * other[2] == both:
+            return f"; stored in the other order? pass {' and '.join(f'{name}.transpose(1, 2)' for name in names)}"
+    return ""
+
+
+def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[0], shape[2], shape[1]
 
 
 def _check_lora(lora: ExpertLoRA, gate_up: Array, inner: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from executors import Executor, _operator, grouped_mm, native
+from executors import Executor, _operator, grouped_mm, grouped_nf4, native
 from moe_ref import MoEConfig
 from moe_ref.conformance.build import build
 from moe_ref.conformance.call import Inputs, call, to_torch
@@ -21,6 +21,7 @@ EVERYTHING = Problem(
     12, 6, 16, 8, GROUPED, gate_up_bias=True, down_bias=True, selection_bias="small", gate_up_rank=2, down_rank=3
 )
 OPERATORS = {"native": native.OPERATOR, "grouped_mm": grouped_mm.OPERATOR}
+WATCHED = OPERATORS | {"grouped_nf4": grouped_nf4.OPERATOR}  # whose insides can be seen
 
 # Operators that wait for a GPU: they bring a value to the host, or have a shape that depends on one.
 SYNCHRONISING = ("_local_scalar_dense", "aten::item", "nonzero", "masked_select", "bincount", "unique")
@@ -37,7 +38,7 @@ class Watched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kernels = {}
-        for name, operator in OPERATORS.items():
+        for name, operator in WATCHED.items():
             kernels |= {f"moe_ref::{name}": operator.forward, f"moe_ref::{name}_backward": operator.backward}
         if func.name() in kernels:
             with self:
@@ -78,6 +79,13 @@ def each(tensors: list[Any], change: Callable[[torch.Tensor], torch.Tensor]) -> 
     return [each(t, change) if isinstance(t, list) else None if t is None else change(t) for t in tensors]
 
 
+def with_parameters(problem: Problem) -> Inputs:
+    """A problem whose weights are parameters of a module, as they are in a model."""
+    inputs = inputs_of(problem)
+    own = {name: torch.nn.Parameter(value.detach()) for name, value in inputs.weights.parameters().items()}
+    return replace(inputs, weights=inputs.weights.with_parameters(own))
+
+
 def demand_one_graph(executor: Executor, problem: Problem) -> None:
     """torch.compile(fullgraph=True), forward and backward, without a recompilation when T changes."""
     graphs: list[torch.fx.GraphModule] = []
@@ -89,7 +97,7 @@ def demand_one_graph(executor: Executor, problem: Problem) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(executor, fullgraph=True, dynamic=True, backend=backend)
     for tokens in (12, 7, 33):
-        eager, traced = (inputs_of(replace(problem, tokens=tokens, seed=tokens)) for _ in range(2))
+        eager, traced = (with_parameters(replace(problem, tokens=tokens, seed=tokens)) for _ in range(2))
         expected, actual = call(executor, eager), compiled(traced.x, traced.router_logits, traced.weights)
         expected.backward(eager.dy)
         actual.backward(traced.dy)

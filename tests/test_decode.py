@@ -1,5 +1,6 @@
 """How executors decode 4 bits: when the library's kernel is trusted, and sizes that no test could hold."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -50,8 +51,47 @@ def test_scales_of_subnormal_numbers_are_kept_from_the_kernel() -> None:
     for tiny in (1e-38, -1e-38, 1e-45):
         assert not by_kernel(tensor_of([1.0, tiny], "bfloat16"))
         assert by_kernel(tensor_of([1.0, tiny]))
+    assert not by_kernel(tensor_of([float("nan"), 1e-38], "bfloat16"))
     assert by_kernel(tensor_of([1.0, 0.0], "bfloat16"))
     assert by_kernel(tensor_of([1.0, -1.0], "bfloat16"))
+
+
+@pytest.mark.parametrize("exponent", range(-122, -115))
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_scales_about_the_limit(quant_type: str, exponent: int) -> None:
+    """Q2, Q6: every code, on either side of where the kernel is trusted."""
+    codes = torch.arange(0, 256, dtype=torch.uint8)
+    scales = torch.full((8,), 2.0**exponent)
+    tensor = NF4Tensor(codes, scales, shape=(1, 16, 32), dtype="bfloat16", quant_type=quant_type)
+    assert torch.equal(_decode.decode_expert(tensor, 0).float(), decode(tensor)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 16, 32), (2, 7, 9)], ids=["whole blocks", "straddling"])
+def test_torchs_default_dtype_changes_nothing(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """As models are often made under another one."""
+    size = math.prod(shape)
+    codes, scales = torch.arange(-(-size // 2)).to(torch.uint8), torch.rand(-(-size // 64))
+    tensor = NF4Tensor(codes, scales, shape=shape, dtype="float32")
+    torch.set_default_dtype(dtype)
+    try:
+        alone = torch.stack([_decode.decode_expert(tensor, expert) for expert in range(2)])
+        both = _decode.decode_experts(tensor, torch.arange(2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(alone, decode(tensor))
+    assert torch.equal(both, decode(tensor))
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, OSError, AttributeError])
+def test_a_library_that_cannot_be_had_is_done_without(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise error(name)
+
+    monkeypatch.setattr(_decode_kernel, "import_module", fail)
+    tensor = tensor_of([1.0, 2.0])
+    assert not by_kernel(tensor)
+    assert torch.equal(_decode.decode_expert(tensor, 1), decode(tensor)[1])
 
 
 @pytest.mark.parametrize("fault", [2.0, 1 + 2.0**-23, float("nan")])
@@ -68,15 +108,16 @@ def test_a_wrong_kernel_is_found_out(fault: float, monkeypatch: pytest.MonkeyPat
     assert torch.equal(_decode.decode_expert(packed, 1), decode(packed)[1])
 
 
-def test_strided_codes_are_read_as_they_stand() -> None:
+def test_strided_codes_and_scales_are_read_as_they_stand() -> None:
     """Q6: the kernel ignores strides."""
-    tensor = tensor_of([1.0, 2.0])
-    spread = torch.zeros(2 * len(tensor.packed), dtype=torch.uint8)
-    spread[::2] = tensor.packed
-    strided = NF4Tensor(spread[::2], tensor.absmax, shape=tensor.shape, dtype="float32")
+    codes, absmax = torch.arange(64, dtype=torch.uint8), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    form = {"shape": (2, 4, 16), "dtype": "float32", "blocksize": 32}
+    right = decode(NF4Tensor(codes, absmax, **form))
+    apart = (torch.stack([array, torch.full_like(array, 7)], dim=1)[:, 0] for array in (codes, absmax))
+    strided = NF4Tensor(*apart, **form)
     for expert in range(2):
-        assert torch.equal(_decode.decode_expert(strided, expert), decode(tensor)[expert])
-    assert torch.equal(_decode.decode_experts(strided, torch.tensor([1, 0])), decode(tensor).flip(0))
+        assert torch.equal(_decode.decode_expert(strided, expert), right[expert])
+    assert torch.equal(_decode.decode_experts(strided, torch.tensor([1, 0])), right.flip(0))
 
 
 @pytest.mark.parametrize("experts", [2**31 // 4096 + 3, 2**33 // 4096])

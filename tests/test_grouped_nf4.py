@@ -18,7 +18,7 @@ from moe_ref.conformance.checks import check_problem, check_repeatable
 from moe_ref.conformance.pinned import PACKED as PINNED
 from moe_ref.conformance.problem import Problem
 from moe_ref.nf4 import decode
-from packed_cases import LARGE, PACKED, PACKED_EVERYTHING, SLICED, STRADDLING, WAYS, LivePeak, Sliced
+from packed_cases import PACKED, PACKED_EVERYTHING, SLICED, STRADDLING, WAYS, LivePeak, Sliced, large_inputs
 
 both_ways = pytest.mark.parametrize("way", WAYS)
 problems = pytest.mark.parametrize(
@@ -120,34 +120,39 @@ def test_only_experts_with_tokens_are_decoded(way: str, monkeypatch: pytest.Monk
     assert len(decoded) == len(used) if way == "loop" else len(decoded) <= 2 * problem.top_k
 
 
-@both_ways
-def test_peak_memory_stays_below_a_quarter_of_the_decoded_stack(way: str) -> None:
-    """Even when all experts are active, forward and backward."""
-    inputs = inputs_of(replace(LARGE, tokens=64))
-    stack = 4 * sum(value.size for value in inputs.weights.packed().values())
-    with LivePeak() as forward:
+@pytest.mark.parametrize(("way", "limit"), [("loop", 0.07), ("slices", 0.25)])
+def test_peak_memory_stays_below_a_quarter_of_the_decoded_stack(way: str, limit: float) -> None:
+    """Even when all experts are active, forward and backward; a loop needs one expert's matrix, not two."""
+    inputs = large_inputs()
+    assert len(set(inputs.topk_ids.flatten().tolist())) == 32
+    stack = 2 * sum(value.size for value in inputs.weights.packed().values())
+    with LivePeak(inputs) as forward:
         y = call(WAYS[way](), inputs)
-    with LivePeak() as backward:
+    with LivePeak(inputs) as backward:
         y.backward(inputs.dy)
-    assert 0 < max(forward.peak, backward.peak) < stack / 4
-    with torch.no_grad(), LivePeak() as whole:
-        on_decoded_weights(inputs, torch.float32)
-    assert whole.peak > stack / 4  # the eye can see
+    assert stack / 64 < max(forward.peak, backward.peak) < stack * limit  # one expert at least: the eye can see
+    if way == "loop":
+        assert forward.peak < 0.045 * stack
+    with torch.no_grad(), LivePeak(inputs) as inference:
+        call(WAYS[way](recompute=False), inputs)
+    assert inference.peak <= forward.peak  # nothing is kept for a backward pass that cannot come
 
 
 @both_ways
-def test_memory_kept_for_backward(way: str) -> None:
+@pytest.mark.parametrize("problem", [PACKED, replace(PACKED, tokens=2, experts=40)], ids=["many slots", "few slots"])
+def test_memory_kept_for_backward(way: str, problem: Problem) -> None:
     """Beside what was given, z, the order and the offsets; with recompute=False the decoded experts too."""
     for recompute in (True, False):
-        inputs, saved = inputs_of(replace(PACKED, entry="experts")), []
+        inputs, saved = inputs_of(replace(problem, entry="experts")), []
         given = [*inputs.tensors().values(), inputs.topk_ids, *inputs.codes().values()]
         places = {t.untyped_storage().data_ptr() for t in given}
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             call(WAYS[way](recompute=recompute), inputs)
         own = sorted(tuple(t.shape) for t in saved if t.numel() and t.untyped_storage().data_ptr() not in places)
-        decoded = [] if recompute else [tuple(value.shape) for value in inputs.weights.packed().values()]
-        slots = PACKED.tokens * PACKED.top_k
-        assert own == sorted([(slots, PACKED.gate_up_rows), (slots,), (PACKED.experts + 1,), *decoded])
+        slots = problem.tokens * problem.top_k
+        experts = min(problem.experts, slots)
+        decoded = [] if recompute else [(experts, *value.shape[1:]) for value in inputs.weights.packed().values()]
+        assert own == sorted([(slots, problem.gate_up_rows), (slots,), (problem.experts + 1,), *decoded])
 
 
 @problems
@@ -188,14 +193,15 @@ def test_compiles_whole_with_dynamic_tokens(problem: Problem) -> None:
 def test_checkpoints_keep_nothing_decoded(way: str) -> None:
     """D5: under the policy the replay decodes again, for the same experts, and gives the same bits."""
     executor = WAYS[way](recompute=False)
-    inputs, expected = (inputs_of(replace(LARGE, tokens=64)) for _ in range(2))
+    inputs, expected = large_inputs(), large_inputs()
     call(executor, expected).backward(expected.dy)
     context = partial(create_selective_checkpoint_contexts, executors.checkpoint_policy)
-    with LivePeak() as live:
+    with LivePeak(inputs) as live:
         given = inputs.x, inputs.router_logits, inputs.weights
         y = checkpoint(executor, *given, use_reentrant=False, context_fn=context)
-    stack = 4 * sum(value.size for value in inputs.weights.packed().values())
-    assert sum(size for storage, size in live.alive.values() if not storage.expired()) < stack / 8
+    stack = 2 * sum(value.size for value in inputs.weights.packed().values())
+    assert live.peak > stack / 2  # while it ran, it kept what it decoded
+    assert sum(size for storage, size in live.alive.values() if not storage.expired()) < stack / 64
     y.backward(inputs.dy)
     for leaf, value in expected.tensors().items():
         assert torch.equal(value.grad, inputs.tensors()[leaf].grad), leaf
@@ -220,6 +226,37 @@ def test_without_bitsandbytes_the_bits_are_the_same(monkeypatch: pytest.MonkeyPa
 
 def missing(name: str) -> None:
     raise ImportError(name)
+
+
+@both_ways
+def test_scales_take_no_part_in_gradients(way: str) -> None:
+    """Though a module may have made parameters of them."""
+    inputs = inputs_of(replace(PACKED, frozen=frozenset({"x", "router_logits", "gate_up_proj_bias", "down_proj_bias"})))
+    packed = {name: replace(t, absmax=torch.nn.Parameter(t.absmax)) for name, t in inputs.weights.packed().items()}
+    y = WAYS[way]()(inputs.x, inputs.router_logits, inputs.weights.with_parameters(packed))
+    assert not y.requires_grad
+
+
+@both_ways
+def test_nested_blocks_of_other_lengths(way: str) -> None:
+    """Q3: 256 is bitsandbytes' choice."""
+    inputs = inputs_of(replace(PACKED, nested="one"))
+    packed = {
+        name: replace(t, nested_blocksize=3, nested_absmax=torch.rand(-(-len(t.absmax) // 3)))
+        for name, t in inputs.weights.packed().items()
+    }
+    inputs = replace(inputs, weights=inputs.weights.with_parameters(packed))
+    dense = on_decoded_weights(inputs, torch.float32)
+    name = "native" if way == "loop" else "grouped_mm"
+    assert torch.equal(call(WAYS[way](), inputs), call(executors.get(name), dense))
+
+
+def test_other_devices_are_refused() -> None:
+    inputs = inputs_of(PACKED)
+    weights = inputs.weights.map(lambda t: t.to("meta"))
+    packed = {name: t.map(lambda array: array.to("meta")) for name, t in weights.packed().items()}
+    with pytest.raises(executors.Unsupported, match=r"^x.device=meta: must be one of cpu, cuda for grouped_nf4$"):
+        executors.get("grouped_nf4").check(inputs.x.to("meta"), weights.with_parameters(packed))
 
 
 def test_dense_weights_are_refused() -> None:

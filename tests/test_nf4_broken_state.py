@@ -92,7 +92,7 @@ BAD: dict[str, tuple[str, Callable[[State], None]]] = {
     ),
     "nf4's table under fp4's key": (f"{KEY}.quant_map=[-1.0, ", relabelled_throughout),
     "both kinds": (f"{KEY} has {NAME}.quant_state.bitsandbytes__fp4 and {STATE}: must have one of {BOTH}", twice),
-    "no kind": (f"{KEY} has none: must have one of {BOTH}", entry(".quant_state.bitsandbytes__nf4", None)),
+    "no kind": (f"{KEY} is not in 4 bits: must have one of {BOTH}", entry(".quant_state.bitsandbytes__nf4", None)),
     "unknown kind": (
         f"'{KEY}.quant_state.bitsandbytes__int8' is unknown: must be {KEY}, or of its fields absmax, ",
         entry(".quant_state.bitsandbytes__int8", lambda v: v),

@@ -135,9 +135,8 @@ FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "empty": ("must be a safetensors file, but ", cut(0)),
     "text": ("must be a safetensors file, but ", lambda path: path.write_text("hello, world" * 9)),
     "a pickle": ("must be a safetensors file, but ", lambda path: torch.save({"a": torch.ones(3)}, path)),
-    "a directory": ("must be a safetensors file, but ", lambda path: (path.unlink(), path.mkdir())),
     "other tensors": ("'a' is missing: must be there", lambda path: save_file({"b": torch.ones(3)}, path)),
-    "a dense tensor": ("a has none: must have one of", lambda path: save_file({"a": torch.ones(3)}, path)),
+    "a dense tensor": ("a is not in 4 bits: must have one of", lambda path: save_file({"a": torch.ones(3)}, path)),
     "a note that is no JSON": ("metadata transposed='a': must be a JSON list of names", noted("a")),
     "a note that is no list": ("metadata transposed='[1]': must be a JSON list of names", noted("[1]")),
 }
@@ -155,6 +154,23 @@ def test_files_that_are_refused(what: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none: must be a file that exists$"):
-        nf4.load(tmp_path / "none", "a")
+@pytest.mark.parametrize("name", ["none", "."])
+def test_a_file_that_is_not_there(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r": must be a file that exists$"):
+        nf4.load(tmp_path / name, "a")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    nf4.save(path, {"a": PLAIN})
+    with pytest.raises(ValueError, match=rf"^device={device}: must be one that torch has here: "):
+        nf4.load(path, "a", device=device)
+
+
+def test_a_whole_layer_is_no_dict() -> None:
+    weights = MoEWeights(PLAIN, PLAIN, config=MoEConfig(1))
+    with pytest.raises(
+        TypeError, match=r"^tensors is a MoEWeights: must be a dict .*; weights.packed\(\) has its 4-bit"
+    ):
+        nf4.save("nowhere", weights)

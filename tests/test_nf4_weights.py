@@ -201,7 +201,8 @@ WEIGHTS = {
         np.ones((2, 4, 3), np.float32), np.ones((2, 3, 2), np.float32), config=MoEConfig(top_k=1)
     ),
     "weights=7: must be a moe_ref.MoEWeights": lambda: 7,
-    "down_proj.shape=(2, 6, 8): must be (2, 8, 6), (E, H, I) to match gate_up_proj (E, 2*I, H)": lambda: replace(
+    "down_proj.shape=(2, 6, 8): must be (2, 8, 6), (E, H, I) to match gate_up_proj (E, 2*I, H)"
+    "; stored in the other order? pass down_proj.transpose(1, 2)": lambda: replace(
         layer(), down_proj=layer().down_proj.transpose(1, 2)
     ),
 }

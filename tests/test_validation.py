@@ -114,7 +114,20 @@ def assert_refused(functions: tuple[Callable[..., Any], ...], changes: dict[str,
         (
             {"down_proj": np.ones((E, I, H))},
             ValueError,
-            "down_proj.shape=(5, 3, 4): must be (5, 4, 3), (E, H, I) to match gate_up_proj (E, 2*I, H)",
+            "down_proj.shape=(5, 3, 4): must be (5, 4, 3), (E, H, I) to match gate_up_proj (E, 2*I, H); "
+            "stored in the other order? pass down_proj.transpose(1, 2)",
+        ),
+        (
+            {"gate_up_proj": np.ones((E, H, 2 * I))},
+            ValueError,
+            "down_proj.shape=(5, 4, 3): must be (5, 6, 2), (E, H, I) to match gate_up_proj (E, 2*I, H); "
+            "stored in the other order? pass gate_up_proj.transpose(1, 2)",
+        ),
+        (
+            {"gate_up_proj": np.ones((E, H, 2 * I)), "down_proj": np.ones((E, I, H))},
+            ValueError,
+            "down_proj.shape=(5, 3, 4): must be (5, 6, 2), (E, H, I) to match gate_up_proj (E, 2*I, H); "
+            "stored in the other order? pass gate_up_proj.transpose(1, 2) and down_proj.transpose(1, 2)",
         ),
         (
             {"down_proj": np.ones((E - 1, H, I))},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+import executors
 from executors._cli.bench_bnb import STACK, peers_in_4_bits
 from executors._cli.bench_case import FORWARD, LORA, WITH_BACKWARD, Case, Row
 from executors._cli.bench_contenders import Contender, action_of, our_contenders
@@ -205,6 +206,14 @@ def _time(
     case.again = times.pop(case.reference + AGAIN)
     for row in case.rows:
         row.seconds = times.get(row.name, [])
+
+
+def takes(name: str, weights: str) -> bool:
+    """Whether an executor declares such weights, or cannot be had to tell: then it is shown with the reason."""
+    try:
+        return weights in executors.get(name).capabilities.weights
+    except executors.Unavailable:
+        return True
 
 
 def known_routings() -> list[str]:

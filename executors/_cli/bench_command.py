@@ -52,7 +52,11 @@ def bench(
     ] = None,
     executor: Annotated[
         list[str] | None,
-        typer.Option("--executor", metavar="NAME", help="Only this one of ours; repeatable. Default: all but auto."),
+        typer.Option(
+            "--executor",
+            metavar="NAME",
+            help="Only this one of ours; repeatable. Default: all that take such weights, but auto.",
+        ),
     ] = None,
     scale: Annotated[int, typer.Option(min=1, help="Divides H and I, for a quick look.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.0, help="How long each case is timed; 7 rounds at least.")] = 10.0,
@@ -79,7 +83,7 @@ def bench(
     rank = DEFAULT_RANK if lora_rank is None else lora_rank
     possible = benchmark.DIRECTIONS_IN_4_BITS if rank and not dense else benchmark.DIRECTIONS
     settings = benchmark.Settings(
-        names=tuple(chosen_names(executor)),
+        names=tuple(n for n in chosen_names(executor) if executor or benchmark.takes(n, weights)),
         layers=tuple(choice("--layer", layer, benchmark.known_layers()) or benchmark.DEFAULT_LAYERS),
         tokens=tuple(dict.fromkeys(tokens)) if tokens else benchmark.default_tokens(device),
         routings=choice("--routing", routing, benchmark.known_routings()),

@@ -150,6 +150,9 @@ def save_layer(
 def _check_names(path: Path, names: set[str]) -> None:
     allowed = (*REQUIRED, *OPTIONAL)
     missing, unknown = [n for n in REQUIRED if n not in names], sorted(names - set(allowed))
+    packed = sorted(name for name in names if name.endswith(".absmax"))
+    if packed:
+        raise BadLayerFile(f"{path}: tensor {_shown(packed[0])} belongs to 4 bits: must be dense, decoded if need be")
     if missing:
         raise BadLayerFile(f"{path}: tensor {missing[0]} is missing: must have {', '.join(REQUIRED)}")
     if unknown:
