@@ -126,6 +126,8 @@ def test_mutant_is_rejected(name: str, mutant: str) -> None:
 )
 def test_honest_variant_is_accepted(name: str, variant: str, tokens: int) -> None:
     honest = honest_variants(executors.get(name))[variant]
+    if (name, tokens) == ("grouped_nf4", MANY):
+        pytest.skip("shares what many tokens could show with the other executors")
     for problem in panel(name, tokens):
         check_problem(honest, problem)
 
