@@ -16,7 +16,7 @@ from moe_ref.validation import check_experts_inputs, check_inputs, check_weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-HINTS = {"nf4": "; see grouped_nf4", "fp4": "; see grouped_nf4", "dense": "; see executors.nf4.quantize"}
+HINTS = {"nf4": "; see grouped_nf4", "fp4": "; see grouped_nf4", "dense": "; see executors.nf4"}
 
 
 @dataclass(frozen=True)
