@@ -1,6 +1,6 @@
 """4-bit experts to numbers, bit for bit as clauses Q1 to Q3 have them. Nothing here waits for a GPU.
 
-Two ways give the same bits: a table of byte values, on any device, and bitsandbytes' kernel, on a CPU, which is eight
+Two ways give the same bits: a table of byte values, on any device, and bitsandbytes' kernel, on a CPU, which is four
 times as fast (`executors._decode_kernel`).
 """
 

@@ -108,6 +108,27 @@ def test_a_wrong_kernel_is_found_out(fault: float, monkeypatch: pytest.MonkeyPat
     assert torch.equal(_decode.decode_expert(packed, 1), decode(packed)[1])
 
 
+def test_a_kernel_that_is_wrong_for_long_blocks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q6: the probe has short blocks and the longest that the kernel is ever given; longer ones come in parts."""
+    pytest.importorskip("bitsandbytes")
+    kernel, given = _decode_kernel.operator(), []
+
+    def spoiled(codes, absmax, blocksize, *form):  # type: ignore[no-untyped-def]
+        given.append(blocksize)
+        return kernel(codes, absmax, blocksize, *form) * (2.0 if blocksize >= 1024 else 1.0)
+
+    long = NF4Tensor(
+        torch.full((2048,), 0xFF, dtype=torch.uint8), torch.ones(1), shape=(1, 1, 4096), dtype="float32", blocksize=4096
+    )
+    if by_kernel(long):
+        monkeypatch.setattr(_decode_kernel, "operator", lambda: lambda *a: given.append(a[2]) or kernel(*a))
+        assert by_kernel(long)
+        assert max(given) == 1024
+    _decode_kernel.is_right.cache_clear()
+    monkeypatch.setattr(_decode_kernel, "operator", lambda: spoiled)
+    assert not by_kernel(long)
+
+
 def test_strided_codes_and_scales_are_read_as_they_stand() -> None:
     """Q6: the kernel ignores strides."""
     codes, absmax = torch.arange(64, dtype=torch.uint8), torch.tensor([1.0, 2.0, 3.0, 4.0])

@@ -12,6 +12,7 @@ from executors._loop import LoopProducts
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.build import build
 from moe_ref.conformance.call import call
+from moe_ref.conformance.poison import poisoned
 from moe_ref.conformance.problem import Problem
 
 MATRICES = ("gate_up_proj", "down_proj")
@@ -154,6 +155,15 @@ def test_autocast_changes_nothing(name: str, dtype: str, entry: str) -> None:
     assert torch.equal(expected, actual)
     for leaf, value in plain.tensors().items():
         assert torch.equal(value.grad, cast.tensors()[leaf].grad), leaf
+
+
+def test_a_single_row_is_never_multiplied_with_one_of_no_group() -> None:
+    """G1: the two-row product stops where the last group does."""
+    products = LoopProducts(torch.tensor([0, 1]))
+    with poisoned():
+        out = products.rows(torch.ones(2, 4), torch.ones(1, 3, 4))
+    assert out[0].tolist() == [4.0, 4.0, 4.0]
+    assert out[1].isnan().all()  # as the memory was: nobody wrote it
 
 
 def test_offsets_are_64_bit() -> None:

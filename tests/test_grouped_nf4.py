@@ -259,6 +259,14 @@ def test_other_devices_are_refused() -> None:
         executors.get("grouped_nf4").check(inputs.x.to("meta"), weights.with_parameters(packed))
 
 
+def test_nested_blocksize_is_checked_where_it_is_not_used() -> None:
+    """It goes to the operator all the same, whose own message would not be one line."""
+    inputs = inputs_of(PACKED)
+    wrong = replace(inputs.weights.gate_up_proj, nested_blocksize=None)
+    with pytest.raises(TypeError, match=r"^gate_up_proj.nested_blocksize=None: must be an integer$"):
+        executors.get("grouped_nf4")(inputs.x, inputs.router_logits, replace(inputs.weights, gate_up_proj=wrong))
+
+
 def test_dense_weights_are_refused() -> None:
     inputs = on_decoded_weights(inputs_of(PACKED), torch.float32)
     with pytest.raises(
