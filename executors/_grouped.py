@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from executors._protocol import Capabilities, Unsupported
+from executors._protocol import Unsupported
 from moe_ref.validation import dtype_name
 
 if TYPE_CHECKING:
@@ -112,12 +112,8 @@ def host_note(x: Tensor, weights: MoEWeights) -> str:
     )
 
 
-def check_grouped(x: Tensor, weights: MoEWeights, able: Capabilities, name: str) -> None:
-    """Raises Unsupported for undeclared devices and dtypes, and where a call would break a capture."""
-    if x.device.type not in able.devices:
-        raise Unsupported(f"x.device={x.device}: must be one of {', '.join(sorted(able.devices))} for {name}")
-    if dtype_name(x) not in able.dtypes:
-        raise Unsupported(f"x.dtype={dtype_name(x)}: must be one of {', '.join(sorted(able.dtypes))} for {name}")
+def check_capture(x: Tensor, weights: MoEWeights) -> None:
+    """Raises Unsupported where a call would break a capture."""
     note = host_note(x, weights)
     if note and torch.cuda.is_current_stream_capturing():
         raise Unsupported(f"x.dtype={dtype_name(x)} during CUDA-graph capture: {note}")

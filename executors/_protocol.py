@@ -45,6 +45,7 @@ class Capabilities:
         lora: whether it takes adapters.
         weights: the kinds of projections that it takes: "dense", "nf4", "fp4".
         batch_invariant: whether a token's output never depends on other tokens, to the last bit (C2).
+        interpreted: whether an interpreter runs its kernels here: numbers as they will be, times that mean nothing.
     """
 
     devices: frozenset[str] = frozenset()
@@ -57,6 +58,7 @@ class Capabilities:
     lora: bool = True
     weights: frozenset[str] = frozenset({"dense"})
     batch_invariant: bool = False
+    interpreted: bool = False
 
 
 class Executor(Protocol):

@@ -29,7 +29,9 @@ BUILT_IN = {
     "grouped_mm": "executors.grouped_mm:GroupedMM",
     "grouped_nf4": "executors.grouped_nf4:GroupedNF4",
     "native": "executors.native:Native",
+    "triton": "executors.triton:Triton",
 }
+EXTRAS = {"triton": "triton"}  # of this distribution, by what they bring; all else comes with "torch"
 
 Factory = Callable[..., Executor]
 Returned = TypeVar("Returned")
@@ -213,7 +215,9 @@ def _load(entry: Entry) -> Factory:
         missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
         if entry.source != "built-in" or missing is None or missing.partition(".")[0] == "executors":
             raise
-        raise Unavailable(f'executor {entry.name!r} needs {missing}: pip install "moe-ref[torch]"') from error.__cause__
+        raise Unavailable(
+            f'executor {entry.name!r} needs {missing}: pip install "moe-ref[{EXTRAS.get(missing, "torch")}]"'
+        ) from error.__cause__
 
 
 def _call(

@@ -16,13 +16,16 @@ from moe_ref.types import MoEConfig, MoEWeights, Routing
 from moe_ref.validation import check_router_logits, dtype_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 
-def route_checked(router_logits: Tensor, weights: MoEWeights) -> Routing:
-    """`route` with validation, for any leading dimensions: what an executor offers as its ``route``."""
+def route_checked(
+    router_logits: Tensor, weights: MoEWeights, choice: Callable[[Tensor, MoEWeights], Routing] | None = None
+) -> Routing:
+    """`route`, or another ``choice``, with validation, for any leading dimensions: an executor's own ``route``."""
     check_router_logits(router_logits, weights)
-    routing = route(router_logits.reshape(-1, weights.num_experts), weights)
+    routing = (choice or route)(router_logits.reshape(-1, weights.num_experts), weights)
     shape = (*router_logits.shape[:-1], routing.topk_ids.shape[-1])
     return Routing(routing.topk_ids.reshape(shape), routing.topk_weights.reshape(shape))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from executors._executor import OperatorExecutor
-from executors._grouped import GroupedProducts, check_grouped, host_note
+from executors._grouped import GroupedProducts, check_capture, host_note
 from executors._operator import Multiplication, Operator, define
 from executors._protocol import Capabilities
 
@@ -40,7 +40,7 @@ class GroupedMM(OperatorExecutor):
     def check(self, x: Tensor, weights: MoEWeights) -> None:
         """Raises Unsupported for other devices and dtypes than it has, and where it would break a capture."""
         super().check(x, weights)
-        check_grouped(x, weights, self.capabilities, self.name)
+        check_capture(x, weights)
 
     def note(self, x: Tensor, weights: MoEWeights) -> str:
         """What a user should know of a call that works: whether torch reads the group offsets on the host."""

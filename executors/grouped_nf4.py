@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from executors._decode_kernel import slow_note
 from executors._executor import OperatorExecutor
-from executors._grouped import check_grouped, host_note
+from executors._grouped import check_capture, host_note
 from executors._loop import LoopProducts
 from executors._operator import Multiplication, Operator, apply, define
 from executors._protocol import Capabilities
@@ -58,7 +58,7 @@ class GroupedNF4(OperatorExecutor):
     def check(self, x: Tensor, weights: MoEWeights) -> None:
         """Raises Unsupported for dense weights, other devices and dtypes, and where it would break a capture."""
         super().check(x, weights)
-        check_grouped(x, weights, self.capabilities, self.name)
+        check_capture(x, weights)
 
     def note(self, x: Tensor, weights: MoEWeights) -> str:
         """What a user should know of a call that works: whether it waits for the GPU, or decodes slowly."""

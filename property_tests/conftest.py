@@ -1,5 +1,6 @@
 import pytest
 
+import interpreted  # noqa: F401
 from moe_ref.conformance.plugin import load_profile
 
 

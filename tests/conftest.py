@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import interpreted  # noqa: F401
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:

@@ -107,11 +107,21 @@ def test_each_executor_that_is_named_is_judged(outside: Path) -> None:
     assert len(native) == len(auto) == len(tests) / 2 > 10
 
 
-def test_without_a_name_the_usable_executors_are_judged(outside: Path) -> None:
+def test_without_a_name_the_usable_executors_are_judged(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that take tensors on the CPU; what is interpreted is slow, and must be asked for."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     outside.joinpath("test_mine.py").write_text("from moe_ref.conformance.suite import *")
     ran = run_pytest(outside, "--collect-only", "-q", "-k", "bad_input")
-    usable = [name for name in executors.available() if name != "auto"]
+    usable = ["grouped_mm", "grouped_nf4", "native"]
     assert re.findall(r"test_bad_input_is_refused_in_one_line\[(\w+)\]", ran.stdout) == usable
+
+
+def test_interpreted_kernels_are_named_as_such(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ran = run_pytest(outside, *SUITE, "--executor", "triton", "-k", "exact_cases and clamp")
+    assert ran.returncode == 0, ran.stdout
+    assert "triton: its kernels were interpreted, not run on a device" in ran.stdout
+    assert "triton: no backward pass; clauses D1-D5 are not applicable" in ran.stdout
 
 
 def test_wrong_executor_fails_and_is_told_clause_and_problem(outside: Path) -> None:

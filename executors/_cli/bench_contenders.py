@@ -63,7 +63,9 @@ def _ours(layer: BenchLayer, executor: executors.Executor, name: str) -> Contend
             batch.x, topk_ids=batch.topk_ids, topk_weights=batch.topk_weights, weights=layer.weights()
         )
 
-    return Contender(name, True, call, backward=executor.capabilities.backward)
+    able = executor.capabilities
+    reason = "interpreted: its times mean nothing" if able.interpreted else ""
+    return Contender(name, True, call, reason, able.backward)
 
 
 def action_of(call: Callable[[Batch], Tensor], given: Batch, direction: str) -> Callable[[], None]:

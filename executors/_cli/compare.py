@@ -106,11 +106,13 @@ def compare(
         lacks = (
             ("forward only", executor.capabilities.backward),
             ("routing done elsewhere", executor.capabilities.routing),
+            ("interpreted, not timed", not executor.capabilities.interpreted),
         )
         by_name[name].note = ", ".join(text for text, offered in lacks if not offered)
-    times = measure_times(contenders, repeats, lambda: progress("timing"))
+    timed = {name: pair for name, pair in contenders.items() if not pair[0].capabilities.interpreted}
+    times = measure_times(timed, repeats, lambda: progress("timing"))
     device = str(truth.inputs.x.device)
-    for row in measured:
+    for row in (row for row in measured if row.name in timed):
         progress(f"memory of {row.name}")
         row.seconds = times[row.name]
         row.peak_mib = peak_memory(row.name, layer.path, seed, device, tokens)

@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="NAME",
         dest="moe_ref_executors",
-        help="executor that the conformance suite judges; repeatable (default: all that are usable here)",
+        help="executor that the conformance suite judges; repeatable (default: all that run here, but interpreted ones)",
     )
     group.addoption(
         "--executor-device",
@@ -83,15 +83,17 @@ def load_profile(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs every test that asks for ``executor`` once for each chosen executor."""
     if "executor" in metafunc.fixturenames and "conformance_device" in metafunc.fixturenames:
-        names = metafunc.config.getoption("moe_ref_executors") or _usable()
+        chosen, device = (metafunc.config.getoption(f"moe_ref_{option}") for option in ("executors", "device"))
+        names = chosen or _usable(device.partition(":")[0])
         metafunc.parametrize("executor", names, indirect=True, scope="session")
         metafunc.config.stash.setdefault(_JUDGED, names)
 
 
-def _usable() -> list[str]:
+def _usable(device: str) -> list[str]:
     import executors
 
-    return [name for name in executors.available() if name != "auto"]
+    able = {name: executors.get(name).capabilities for name in executors.available() if name != "auto"}
+    return [name for name, has in able.items() if not has.interpreted and (not has.devices or device in has.devices)]
 
 
 @pytest.fixture(scope="session")
@@ -130,6 +132,8 @@ def _undeclared(capabilities: Capabilities) -> list[str]:
     from moe_ref.validation import FLOAT_DTYPES
 
     lines = []
+    if capabilities.interpreted:
+        lines.append("its kernels were interpreted, not run on a device")
     if not capabilities.routing:
         lines.append("routing is done elsewhere; clauses R1-R5 are not applicable")
     elif not capabilities.selection:

@@ -1,0 +1,159 @@
+"""The configurations of the product kernels that ship with this package: which tiles, by device, dtype and load.
+
+A configuration is chosen by the architecture, the dtype, the alignment of the operands and the mean rows per expert,
+S / E: never by T itself, and never by timing. They were chosen from registers, spills and shared memory as compiled
+(``python -m executors kernels``).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """How one program works: on BLOCK_M rows times BLOCK_N columns, BLOCK_K of the inner dimension at a time.
+
+    Attributes:
+        block_m, block_n, block_k: powers of two. Of an up projection with a gate, half of the columns are gates.
+        warps: of a program.
+        stages: of the loop over k, loaded ahead of their use.
+        per_sm: programs on a multiprocessor.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    per_sm: int = 1
+
+
+class Regime(NamedTuple):
+    """The tiles of both projections, which share BLOCK_M: one list of row tiles serves both.
+
+    Attributes:
+        rows: mean rows per expert up to which it is chosen.
+        up, down: the tiles.
+    """
+
+    rows: float
+    up: Tile
+    down: Tile
+
+
+class Family(NamedTuple):
+    """Configurations for one kind of device.
+
+    Attributes:
+        shared: bytes of shared memory that a program may have.
+        descriptors: whether 16-bit matrices are loaded through tensor descriptors (TMA) where strides allow it.
+        narrow: for 16-bit dtypes, in order of rows.
+        wide: for fp32.
+        odd: for operands whose rows are no whole 16 bytes, of any dtype.
+    """
+
+    shared: int
+    descriptors: bool
+    narrow: tuple[Regime, ...]
+    wide: tuple[Regime, ...]
+    odd: tuple[Regime, ...]
+
+
+ANY = float("inf")
+GROUP_M = 8  # row tiles that share a column tile before the next one is taken
+
+
+def _same(rows: float, *tile: int) -> Regime:
+    return Regime(rows, Tile(*tile), Tile(*tile))
+
+
+_ODD = (_same(16, 16, 32, 32, 2, 2, 4), _same(ANY, 64, 64, 16, 8, 2, 2))
+_WIDE = (_same(16, 16, 64, 32, 4, 3, 2), _same(ANY, 64, 64, 32, 8, 3, 2))
+
+FAMILIES = {
+    # Triton has no tensor cores before 8.0: products are sums of single products there, and larger tiles spill.
+    "sm75": Family(
+        64 * 1024,
+        False,
+        (_same(16, 16, 64, 32, 2, 2, 4), _same(ANY, 32, 64, 32, 4, 2, 2)),
+        (_same(16, 16, 64, 32, 4, 2, 2), _same(ANY, 64, 64, 16, 4, 2, 2)),
+        (_same(16, 16, 32, 32, 2, 2, 4), _same(ANY, 32, 64, 16, 4, 2, 2)),
+    ),
+    "sm80": Family(
+        163 * 1024,
+        False,
+        (_same(16, 16, 64, 128, 4, 4, 2), _same(64, 64, 128, 64, 4, 3), _same(ANY, 128, 128, 64, 8, 3)),
+        _WIDE,
+        _ODD,
+    ),
+    "sm86": Family(
+        99 * 1024,
+        False,
+        (_same(16, 16, 64, 64, 4, 4, 2), _same(64, 64, 128, 32, 4, 3), _same(ANY, 128, 128, 32, 8, 3)),
+        _WIDE,
+        _ODD,
+    ),
+    "sm90": Family(
+        227 * 1024,
+        True,
+        (_same(16, 16, 64, 128, 4, 4, 2), _same(64, 64, 128, 64, 4, 4), _same(ANY, 128, 256, 64, 8, 4)),
+        _WIDE,
+        _ODD,
+    ),
+    "sm100": Family(
+        227 * 1024,
+        True,
+        (
+            _same(16, 16, 64, 128, 4, 4, 2),
+            _same(64, 64, 128, 64, 4, 4),
+            Regime(ANY, Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),  # a wider tile's activation spills
+        ),
+        (_same(16, 16, 64, 32, 4, 3, 2), _same(ANY, 64, 64, 32, 4, 3, 2)),
+        _ODD,
+    ),
+    # Two stages here are one buffer in shared memory, and the next tile in registers on its way there.
+    "gfx942": Family(
+        64 * 1024,
+        False,
+        (_same(16, 16, 64, 128, 4, 2, 2), _same(64, 64, 128, 64, 4, 2), _same(ANY, 128, 128, 64, 8, 2)),
+        (_same(16, 16, 64, 64, 4, 2, 2), _same(ANY, 64, 64, 32, 4, 2)),
+        _ODD,
+    ),
+    # Small tiles, so that small problems have several of them: numbers are checked here, never times.
+    "interpreter": Family(
+        2**30,
+        False,
+        (_same(4, 16, 32, 32, 4, 1), _same(ANY, 32, 64, 32, 4, 1)),
+        (_same(4, 16, 32, 32, 4, 1), _same(ANY, 32, 64, 32, 4, 1)),
+        (_same(4, 16, 32, 32, 4, 1), _same(ANY, 32, 64, 32, 4, 1)),
+    ),
+}
+
+
+def family_of(backend: str, arch: str | int) -> str:
+    """The name of the family for a device: "cuda" with 90 for 9.0, or "hip" with "gfx942".
+
+    Devices without configurations of their own take those of the next that has no more shared memory.
+    """
+    if backend == "hip":
+        return "gfx942"
+    assert isinstance(arch, int)
+    if arch < 80:
+        return "sm75"
+    own = {80: "sm80", 87: "sm80", 90: "sm90", 100: "sm100", 103: "sm100"}
+    return own.get(arch, "sm86")
+
+
+def regime_of(family: str, *, narrow: bool, aligned: bool, rows: float, batch_invariant: bool) -> Regime:
+    """The configuration for a call.
+
+    Args:
+        family: a name of `FAMILIES`.
+        narrow: whether the dtype has 16 bits.
+        aligned: whether rows of every operand are whole 16 bytes.
+        rows: mean rows per expert, S / E.
+        batch_invariant: whether one configuration serves any number of rows (C2): the last one.
+    """
+    own = FAMILIES[family]
+    regimes = own.odd if not aligned else own.narrow if narrow else own.wide
+    return regimes[-1] if batch_invariant else next(regime for regime in regimes if rows <= regime.rows)

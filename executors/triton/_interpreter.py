@@ -1,0 +1,78 @@
+"""Mends what Triton's interpreter gets wrong in bfloat16, so that kernels need no code for it.
+
+The interpreter keeps bfloat16 as raw 16-bit integers: it multiplies those integers in a dot product, and truncates
+where a GPU rounds to nearest even. Here conversions and dot products are right, and every other arithmetic in bfloat16
+is refused. Only `TRITON_INTERPRET=1` has an interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+
+REFUSED = ("binary_op", "unary_op", "create_fma", "create_fdiv", "create_erf", "create_rsqrt")
+
+
+@functools.cache
+def mend() -> None:
+    """Puts the mended operations in place, once."""
+    builder: Any = InterpreterBuilder
+    plain_cast, plain_dot = builder.cast_impl, builder.create_dot
+    plain_run, plain_call = InterpretedFunction.run, InterpretedFunction.__call__
+    patched: set[int] = set()
+
+    def cast(self: Any, source: Any, dtype: Any) -> Any:
+        source = widened(source)
+        if dtype.scalar != tl.bfloat16:
+            return plain_cast(self, source, dtype)
+        return TensorHandle(narrowed(source.data.astype(np.float32)), tl.bfloat16)
+
+    def dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return plain_dot(self, widened(a), widened(b), *others)
+
+    def run(self: Any, *args: Any, **options: Any) -> Any:
+        patched.clear()
+        with np.errstate(all="ignore"):  # a GPU does not warn of infinities either
+            return plain_run(self, *args, **options)
+
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        """A function that a kernel calls: the language is put in its place once for a launch, not at every call."""
+        if id(self.fn.__globals__) in patched:
+            return self.rewrite()(*args, **options)
+        patched.add(id(self.fn.__globals__))
+        return plain_call(self, *args, **options)
+
+    builder.cast_impl, builder.create_dot = cast, dot
+    InterpretedFunction.run, InterpretedFunction.__call__ = run, call
+    builder.create_fp_to_fp = lambda self, source, dtype, _mode: cast(self, source, dtype)
+    for name in REFUSED:
+        if hasattr(builder, name):
+            setattr(builder, name, _refusing(getattr(builder, name)))
+
+
+def widened(handle: Any) -> Any:
+    """A bfloat16 tensor of the interpreter in fp32; any other as it is."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def narrowed(values: np.ndarray) -> np.ndarray:
+    """The bits of fp32 values rounded to bfloat16, to nearest even; a NaN stays one."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _refusing(operation: Any) -> Any:
+    @functools.wraps(operation)
+    def refuse(self: Any, *operands: Any) -> Any:
+        if any(getattr(getattr(o, "dtype", None), "scalar", None) == tl.bfloat16 for o in operands):
+            raise TypeError("arithmetic in bfloat16: must be in float32 under the interpreter, which has none")
+        return operation(self, *operands)
+
+    return refuse

@@ -1,0 +1,1 @@
+"""Triton kernels, and nothing else: what launches them stands beside this package."""

@@ -1,0 +1,30 @@
+"""From slots back to tokens (clause C1)."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def combine_kernel(
+    slots,  # [T, K, H]; empty slots hold anything
+    topk_ids,  # [T, K]
+    out,  # [T, H]
+    num_tokens,
+    num_experts,
+    hidden,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Sums each token's slots in increasing k, in fp32, and rounds once."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    there = (tokens < num_tokens)[:, None] & (columns < hidden)[None, :]
+    total = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    for k in range(TOP_K):
+        slot = tokens * TOP_K + k
+        ids = tl.load(topk_ids + slot, mask=tokens < num_tokens, other=-1)
+        full = (ids >= 0) & (ids < num_experts)
+        places = slot[:, None] * hidden + columns[None, :]
+        total += tl.load(slots + places, mask=there & full[:, None], other=0.0).to(tl.float32)
+    tl.store(out + tokens[:, None] * hidden + columns[None, :], total.to(out.dtype.element_ty), mask=there)

@@ -1,0 +1,193 @@
+"""Grouped products: rows sorted by expert times that expert's matrix (clauses E1, E2).
+
+Programs are persistent: each takes every n-th tile of a list that `kernels.grouping` wrote, so groups of any sizes keep
+all of them busy. Sums are in fp32, over k in increasing order.
+"""
+
+import triton
+import triton.language as tl
+
+from executors.triton.kernels.activation import act, gated
+
+
+@triton.jit
+def offset(index, stride):
+    """index * stride in 64 bits, whatever the two have (E5)."""
+    return index.to(tl.int64) * stride
+
+
+@triton.jit
+def tile_at(tile, tiles, num_row_tiles, num_column_tiles, GROUP_M):
+    """The expert, first row, end of rows and column tile of a tile.
+
+    GROUP_M row tiles share each column tile before the next one is taken: its weights stay in the L2 cache.
+    """
+    per_group = GROUP_M * num_column_tiles
+    first = tile // per_group * GROUP_M
+    height = tl.minimum(num_row_tiles - first, GROUP_M)
+    row_tile = first + tile % per_group % height
+    record = tiles + 3 * (row_tile + 1)
+    return tl.load(record), tl.load(record + 1), tl.load(record + 2), tile % per_group // height
+
+
+@triton.jit
+def load_matrix(w, expert, columns, first, k, N, K, strides, EVEN_K, BLOCK_N, BLOCK_K, TMA):
+    """[BLOCK_K, BLOCK_N] of an expert's matrix [N, K], transposed; zeros outside.
+
+    Either w is a pointer, and ``columns`` say which of the N; or by TMA a descriptor of [E, N, K] ("rows") or of
+    [E, K, N] ("columns"), and BLOCK_N of them are taken from ``first`` on.
+    """
+    if TMA == "rows":
+        values = w.load([expert, first, k]).reshape(BLOCK_N, BLOCK_K).T
+    elif TMA == "columns":
+        values = w.load([expert, k, first]).reshape(BLOCK_K, BLOCK_N)
+    else:
+        ks = k + tl.arange(0, BLOCK_K)
+        places = offset(expert, strides[0]) + offset(columns, strides[1])[None, :] + offset(ks, strides[2])[:, None]
+        mask = (columns < N)[None, :] if EVEN_K else (columns < N)[None, :] & (ks < K)[:, None]
+        values = tl.load(w + places, mask=mask, other=0.0)
+    return values
+
+
+@triton.jit
+def load_bias(bias, expert, columns, N, stride_be, stride_bn):
+    """[1, BLOCK_N] in fp32."""
+    places = offset(expert, stride_be) + offset(columns, stride_bn)
+    return tl.load(bias + places, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def up_kernel(
+    x,  # [T, H]
+    w,  # [E, N, H], N = 2I if gated, else I; or a descriptor of it
+    bias,  # [E, N], or anything where HAS_BIAS is False
+    topk_weights,  # [S], read where SCALE_INPUT
+    order,  # [S] the slot of each row
+    tiles,  # [1 + tiles, 3] from kernels.grouping
+    h,  # [S, I] out, rows sorted by expert
+    N,
+    K,
+    stride_xt,
+    stride_xk,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    stride_be,
+    stride_bn,
+    TOP_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALE_INPUT: tl.constexpr,
+    LAYOUT: tl.constexpr,  # "concatenated", "interleaved", or "" for no gate
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of w in a tile, gate and up together
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """h = act(x W^T + b), the rows of x gathered as they are read."""
+    BLOCK_H: tl.constexpr = BLOCK_N if LAYOUT == "" else BLOCK_N // 2  # columns of h in a tile
+    BLOCK_W: tl.constexpr = BLOCK_H if LAYOUT == "concatenated" else BLOCK_N  # of w that one load takes
+    width = N if LAYOUT == "" else N // 2
+    strides = (stride_we, stride_wn, stride_wk)
+    num_row_tiles = tl.load(tiles)
+    num_column_tiles = tl.cdiv(width, BLOCK_H)
+    for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, tl.num_programs(0)):
+        expert, row, end, column_tile = tile_at(tile, tiles, num_row_tiles, num_column_tiles, GROUP_M)
+        rows = row + tl.arange(0, BLOCK_M)
+        slots = tl.load(order + tl.minimum(rows, end - 1))  # what is past the end is a copy, and not stored
+        x_rows = offset(slots // TOP_K, stride_xt)[:, None]
+        first = column_tile * BLOCK_W
+        columns = first + tl.arange(0, BLOCK_W)
+        others = columns + width  # ups, where columns are gates
+        limit = width if LAYOUT == "concatenated" else N
+        z = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
+        up = z  # the second half, of a concatenated layout only
+        for k in tl.range(0, K, BLOCK_K):
+            ks = k + tl.arange(0, BLOCK_K)
+            places = x_rows + offset(ks, stride_xk)[None, :]
+            a = tl.load(x + places) if EVEN_K else tl.load(x + places, mask=(ks < K)[None, :], other=0.0)
+            b = load_matrix(w, expert, columns, first, k, limit, K, strides, EVEN_K, BLOCK_W, BLOCK_K, TMA)
+            z = tl.dot(a, b, z, input_precision=PRECISION)
+            if LAYOUT == "concatenated":
+                c = load_matrix(w, expert, others, first + width, k, N, K, strides, EVEN_K, BLOCK_W, BLOCK_K, TMA)
+                up = tl.dot(a, c, up, input_precision=PRECISION)
+        if SCALE_INPUT:
+            scale = tl.load(topk_weights + slots).to(tl.float32)[:, None]
+            z *= scale
+            up *= scale
+        if HAS_BIAS:
+            z += load_bias(bias, expert, columns, limit, stride_be, stride_bn)
+            if LAYOUT == "concatenated":
+                up += load_bias(bias, expert, others, N, stride_be, stride_bn)
+        if LAYOUT == "":
+            value = act(z, ACTIVATION, ALPHA)
+        elif LAYOUT == "concatenated":
+            value = gated(z, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
+        else:
+            even, odd = tl.split(z.reshape(BLOCK_M, BLOCK_H, 2))
+            value = gated(even, odd, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
+        out = column_tile * BLOCK_H + tl.arange(0, BLOCK_H)
+        places = offset(rows, width)[:, None] + out[None, :]
+        tl.store(h + places, value.to(h.dtype.element_ty), mask=(rows < end)[:, None] & (out < width)[None, :])
+
+
+@triton.jit
+def down_kernel(
+    h,  # [S, K] rows sorted by expert, or a descriptor of it
+    w,  # [E, N, K], or a descriptor of it
+    bias,  # [E, N], or anything where HAS_BIAS is False
+    topk_weights,  # [S], read where WEIGHTED
+    order,  # [S] the slot of each row
+    tiles,  # [1 + tiles, 3] from kernels.grouping
+    out,  # [S, N] out, each row at its slot
+    N,
+    K,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    stride_be,
+    stride_bn,
+    HAS_BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """The slots' outputs: (h W^T + b), times the weight where WEIGHTED; empty slots are not written."""
+    strides = (stride_we, stride_wn, stride_wk)
+    num_row_tiles = tl.load(tiles)
+    num_column_tiles = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, tl.num_programs(0)):
+        expert, row, end, column_tile = tile_at(tile, tiles, num_row_tiles, num_column_tiles, GROUP_M)
+        rows = row + tl.arange(0, BLOCK_M)
+        first = column_tile * BLOCK_N
+        columns = first + tl.arange(0, BLOCK_N)
+        h_rows = offset(tl.minimum(rows, end - 1), K)[:, None]
+        o = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, K, BLOCK_K):
+            ks = k + tl.arange(0, BLOCK_K)
+            if TMA != "":
+                a = h.load([row, k])  # rows past the end are of other experts, or were never written: not stored
+            elif EVEN_K:
+                a = tl.load(h + h_rows + ks[None, :])
+            else:
+                a = tl.load(h + h_rows + ks[None, :], mask=(ks < K)[None, :], other=0.0)
+            b = load_matrix(w, expert, columns, first, k, N, K, strides, EVEN_K, BLOCK_N, BLOCK_K, TMA)
+            o = tl.dot(a, b, o, input_precision=PRECISION)
+        slots = tl.load(order + tl.minimum(rows, end - 1))
+        if HAS_BIAS:
+            o += load_bias(bias, expert, columns, N, stride_be, stride_bn)
+        if WEIGHTED:
+            o *= tl.load(topk_weights + slots).to(tl.float32)[:, None]
+        places = offset(slots, N)[:, None] + columns[None, :]
+        tl.store(out + places, o.to(out.dtype.element_ty), mask=(rows < end)[:, None] & (columns < N)[None, :])

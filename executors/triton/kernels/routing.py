@@ -1,0 +1,141 @@
+"""Choosing and weighing experts: one program for a block of tokens (clauses R1 to R6)."""
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(float("-inf"))
+HIGHEST = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def ordered(keys):
+    """Integers that order as the keys do: equal for +0 and -0, and none is the smallest integer."""
+    keys = tl.where(keys == 0.0, 0.0, keys)
+    if keys.dtype == tl.float64:
+        bits = keys.to(tl.int64, bitcast=True)
+        return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    bits = keys.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def without_nan(keys):
+    """A NaN counts as the smallest key: ids stay in range and distinct (R4)."""
+    return tl.where(keys == keys, keys, LOWEST)
+
+
+@triton.jit
+def outside(ranks):
+    """What is below every key: for places that do not exist, or were taken."""
+    if ranks.dtype == tl.int64:
+        return tl.full(ranks.shape, -0x8000000000000000, tl.int64)
+    return tl.full(ranks.shape, -0x80000000, tl.int32)
+
+
+@triton.jit
+def sigmoid(value):
+    """1 / (1 + exp(-v)) without overflow."""
+    small = tl.exp(-tl.abs(value))
+    return tl.where(value >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def keys_within_groups(keys, experts, NUM_GROUPS, TOPK_GROUPS, GROUP_SIZE, TOP2, BLOCK_G):
+    """The keys, -inf outside the groups with the largest keys; the lower group of equals is kept (R2)."""
+    groups = tl.arange(0, BLOCK_G)[None, :]
+    of_groups = tl.full((keys.shape[0], BLOCK_G), LOWEST, keys.dtype)
+    for g in range(NUM_GROUPS):
+        own = tl.where(experts // GROUP_SIZE == g, keys, LOWEST)
+        best, place = tl.max(own, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        if TOP2:
+            best += tl.max(tl.where(experts == place[:, None], LOWEST, own), axis=1)
+        of_groups = tl.where(groups == g, best[:, None], of_groups)
+    ranks = ordered(without_nan(of_groups))
+    ranks = tl.where(groups < NUM_GROUPS, ranks, outside(ranks))
+    kept = tl.zeros(keys.shape, tl.int32)
+    for _ in range(TOPK_GROUPS):
+        group = tl.argmax(ranks, axis=1, tie_break_left=True)[:, None]
+        ranks = tl.where(groups == group, outside(ranks), ranks)
+        kept = tl.where(experts // GROUP_SIZE == group, 1, kept)
+    return tl.where(kept == 1, keys, LOWEST)
+
+
+@triton.jit
+def route_kernel(
+    router_logits,  # [T, E]
+    selection_bias,  # [E], or anything where HAS_BIAS is False
+    topk_ids,  # [T, K] out
+    topk_weights,  # [T, K] out, in the dtype of scores
+    num_tokens,
+    num_experts: tl.constexpr,
+    stride_t,
+    stride_e,
+    stride_bias,
+    TOP_K: tl.constexpr,
+    SCORING: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALING: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr,
+    TOP2: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """Ids by (key descending, id ascending) and their weights, NaN in rows that are undefined."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    experts = tl.arange(0, BLOCK_E)[None, :]
+    there = (tokens < num_tokens)[:, None] & (experts < num_experts)
+    places = tokens[:, None] * stride_t + experts.to(tl.int64) * stride_e
+    logits = tl.load(router_logits + places, mask=there, other=LOWEST).to(topk_weights.dtype.element_ty)
+
+    broken = tl.max((logits != logits).to(tl.int32), axis=1)
+    if SCORING != "sigmoid":
+        broken = tl.maximum(broken, tl.max((logits == HIGHEST).to(tl.int32), axis=1))
+        broken = tl.maximum(broken, 1 - tl.max((logits > LOWEST).to(tl.int32), axis=1))
+    sound = tl.where(broken[:, None] == 1, 0.0, logits)
+    sound = tl.where(experts < num_experts, sound, LOWEST)
+
+    scores = sound
+    if SCORING == "softmax":
+        exponentials = tl.exp(sound - tl.max(sound, axis=1)[:, None])
+        scores = exponentials / tl.sum(exponentials, axis=1)[:, None]
+    if SCORING == "sigmoid":
+        scores = sigmoid(sound)
+
+    keys = logits  # every scoring orders as the logits do: exact in any dtype
+    if HAS_BIAS or NUM_GROUPS > 1:
+        keys = scores
+        if HAS_BIAS:
+            bias = tl.load(selection_bias + experts.to(tl.int64) * stride_bias, mask=experts < num_experts, other=0.0)
+            keys += bias.to(keys.dtype)
+        keys = tl.where(logits > LOWEST, without_nan(keys), LOWEST)
+        if NUM_GROUPS > 1:
+            keys = keys_within_groups(keys, experts, NUM_GROUPS, TOPK_GROUPS, num_experts // NUM_GROUPS, TOP2, BLOCK_G)
+    ranks = ordered(without_nan(keys))
+    ranks = tl.where(experts < num_experts, ranks, outside(ranks))
+
+    slots = tl.arange(0, BLOCK_K)[None, :]
+    ids = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+    chosen = tl.zeros((BLOCK_T, BLOCK_K), scores.dtype)
+    for k in range(TOP_K):
+        best = tl.argmax(ranks, axis=1, tie_break_left=True)[:, None]
+        score = tl.sum(tl.where(experts == best, scores, 0.0), axis=1)
+        ranks = tl.where(experts == best, outside(ranks), ranks)
+        ids = tl.where(slots == k, best, ids)
+        chosen = tl.where(slots == k, score[:, None], chosen)
+
+    if SCORING == "topk_softmax":
+        chosen = tl.where(slots < TOP_K, chosen, LOWEST)
+        exponentials = tl.exp(chosen - tl.max(chosen, axis=1)[:, None])  # all of them -inf: NaN (R4)
+        chosen = exponentials / tl.sum(exponentials, axis=1)[:, None]
+    if RENORMALIZE:
+        chosen = chosen / (tl.sum(tl.where(slots < TOP_K, chosen, 0.0), axis=1)[:, None] + EPS)
+    chosen = tl.where(broken[:, None] == 1, float("nan"), chosen * SCALING)
+    out = tokens[:, None] * TOP_K + slots
+    wanted = (tokens < num_tokens)[:, None] & (slots < TOP_K)
+    tl.store(topk_ids + out, ids, mask=wanted)
+    tl.store(topk_weights + out, chosen, mask=wanted)

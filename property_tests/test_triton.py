@@ -1,0 +1,99 @@
+"""The kernels of ``triton``, judged as every executor is: on a GPU, or without one in Triton's interpreter.
+
+The interpreter takes milliseconds for a step of a tile, so fewer problems are drawn than for other executors.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import executors
+from moe_ref import MoEConfig
+from moe_ref.conformance import pinned, profiles
+from moe_ref.conformance.checks import check_problem, check_repeatable
+from moe_ref.conformance.errors import check_errors, check_undeclared_weights
+from moe_ref.conformance.exact import CASES, check_exact
+from moe_ref.conformance.invariance import check_batch_invariance
+from moe_ref.conformance.laws import LAWS, check_law
+from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.strategies import problems_for, undeclared
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = executors.get("triton")
+PROFILE = profiles.current()
+DTYPES = ("float32", "bfloat16", "float16")
+WIDE = MoEConfig(2, limit=1.0, up_offset=1.0, gate_up_layout="interleaved")
+
+# What must never be left to chance: each of them in every dtype.
+ALWAYS = {
+    "empty experts": Problem(5, 33, 16, 8, MoEConfig(1)),
+    "ties": Problem(17, 33, 16, 8, MoEConfig(8, scoring="sigmoid"), logits="ties"),
+    "odd sizes": Problem(33, 5, 50, 17, MoEConfig(3, activation="geglu"), gate_up_bias=True, down_bias=True),
+    "broken rows": Problem(9, 5, 7, 17, WIDE, broken_logits=3, broken_x=1, down_bias=True),
+    "transposed weights": Problem(33, 5, 64, 50, WIDE, weights_layout="transposed", gate_up_bias=True),
+    "sliced everything": Problem(
+        12, 5, 17, 33, MoEConfig(2), x_layout="sliced", weights_layout="sliced", routing_layout="sliced", down_bias=True
+    ),
+    "empty slots": Problem(16, 4, 32, 16, MoEConfig(2, scale_input=True), entry="experts", empty_slots=True),
+    "many slots": Problem(300, 5, 8, 8, MoEConfig(4, activation="relu2"), entry="experts", cut_points=True),
+}
+
+
+def drawn(share: int) -> settings:
+    """One of so many of the profile's examples."""
+    return settings(PROFILE, max_examples=max(1, PROFILE.max_examples // share))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ALWAYS)
+def test_always(name: str, dtype: str) -> None:
+    check_problem(TRITON, replace(ALWAYS[name], dtype=dtype), DEVICE)
+
+
+@drawn(2)
+@given(st.data())
+def test_matches_specification(data: st.DataObject) -> None:
+    check_problem(TRITON, data.draw(problems_for(TRITON), label="problem"), DEVICE)
+
+
+@drawn(6)
+@given(st.data())
+def test_repeatable(data: st.DataObject) -> None:
+    check_repeatable(TRITON, data.draw(problems_for(TRITON), label="problem"), DEVICE)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@drawn(8)
+@given(data=st.data())
+def test_laws(law: str, data: st.DataObject) -> None:
+    assume(check_law(TRITON, data.draw(problems_for(TRITON), label="problem"), law, DEVICE))
+
+
+@drawn(4)
+@given(st.data())
+def test_batch_invariance(data: st.DataObject) -> None:
+    """C2, with the option."""
+    invariant = executors.get("triton", batch_invariant=True)
+    assert check_batch_invariance(invariant, data.draw(problems_for(invariant), label="problem"), DEVICE)
+
+
+@pytest.mark.parametrize("problem", pinned.EXAMPLES + pinned.LARGE[:2], ids=lambda p: f"T{p.tokens}-E{p.experts}")
+def test_pinned_problems(problem: Problem) -> None:
+    lacking = undeclared(problem, TRITON.capabilities)
+    if lacking:
+        pytest.skip(lacking)
+    check_problem(TRITON, problem, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_exact_cases(case: str, dtype: str) -> None:
+    assert check_exact(TRITON, case, dtype, DEVICE) == ""
+
+
+def test_bad_input_is_refused_in_one_line() -> None:
+    check_errors(TRITON, DEVICE)
+    check_undeclared_weights(TRITON, DEVICE)
