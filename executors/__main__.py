@@ -1,4 +1,4 @@
-"""The command line: ``python -m executors list | explain | compare | bench``."""
+"""The command line: ``python -m executors list | explain | compare | bench | kernels``."""
 
 import sys
 

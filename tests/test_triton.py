@@ -16,7 +16,7 @@ import triton.language as tl
 import executors
 from executors.triton import _configs, _grouping, _operator, _products
 from executors.triton._configs import FAMILIES, Regime, regime_of
-from executors.triton._device import INTERPRETED
+from executors.triton._device import INTERPRETED, Device
 from executors.triton._interpreter import mend
 from executors.triton.kernels.products import offset
 from moe_ref import ExpertLoRA, MoEConfig, MoEWeights
@@ -165,6 +165,23 @@ def test_odd_strides_take_no_descriptors() -> None:
         "begins in between": (x, torch.zeros(2 * 48 * 32 + 1)[1:].view(2, 48, 32)),
     }
     assert [name for name, pair in odd.items() if _products.is_aligned(*pair)] == []
+
+
+def test_descriptors_are_for_nested_strides() -> None:
+    """Each dimension outside of the next, in whole steps of it; the stride of a single expert does not count."""
+    device, tile = Device("sm90", 132), FAMILIES["sm90"].narrow[0].up
+    room = torch.zeros(2**16, dtype=torch.bfloat16)
+
+    def kind(shape: tuple[int, ...], strides: tuple[int, ...]) -> str:
+        return _products._operand(room.as_strided(shape, strides), 64, tile, device, aligned=True)[1]
+
+    assert kind((2, 48, 32), (48 * 32, 32, 1)) == "rows"
+    assert kind((2, 48, 32), (64 * 64, 64, 1)) == "rows"
+    assert kind((2, 48, 32), (48 * 32, 1, 48)) == "columns"
+    assert kind((1, 48, 32), (7, 32, 1)) == "rows"
+    assert kind((2, 48, 32), (0, 32, 1)) == kind((2, 48, 32), (32, 64, 1)) == kind((2, 48, 32), (48 * 32, 16, 1)) == ""
+    assert kind((2, 48, 32), (48 * 32 + 16, 32, 1)) == ""
+    assert _products._operand(room.float().view(4, 128, 128), 64, tile, device, aligned=True)[1] == ""
 
 
 def test_configurations_are_well_formed() -> None:

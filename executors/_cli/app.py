@@ -26,6 +26,7 @@ from executors._cli.common import (
     refuse,
 )
 from executors._cli.judge import exact_answer, with_clear_choice
+from executors._cli.kernels import kernels
 from executors._cli.layer_file import BadLayerFile, Layer, bundled_layer, first_tokens, load_layer
 
 app = typer.Typer(
@@ -118,6 +119,7 @@ def compare(
 
 
 app.command()(bench)
+app.command()(kernels)
 
 
 def _plot(path: Path, rows: list[comparison.Row], heading: str) -> None:

@@ -17,7 +17,8 @@ class Tile(NamedTuple):
         block_m, block_n, block_k: powers of two. Of an up projection with a gate, half of the columns are gates.
         warps: of a program.
         stages: of the loop over k, loaded ahead of their use.
-        per_sm: programs on a multiprocessor.
+        per_sm: programs on a multiprocessor, each with a share of the tiles; 0 is a program for each tile that there
+            can be, which a device starts as others end: for tiles so short that memory bounds them.
     """
 
     block_m: int
@@ -67,36 +68,36 @@ def _same(rows: float, *tile: int) -> Regime:
     return Regime(rows, Tile(*tile), Tile(*tile))
 
 
-_ODD = (_same(16, 16, 32, 32, 2, 2, 4), _same(ANY, 64, 64, 16, 8, 2, 2))
-_WIDE = (_same(16, 16, 64, 32, 4, 3, 2), _same(ANY, 64, 64, 32, 8, 3, 2))
+_ODD = (_same(16, 16, 32, 32, 2, 2, 0), _same(ANY, 64, 64, 16, 8, 2, 2))
+_WIDE = (_same(16, 16, 64, 32, 4, 3, 0), _same(ANY, 64, 64, 32, 8, 3, 2))
 
 FAMILIES = {
     # Triton has no tensor cores before 8.0: products are sums of single products there, and larger tiles spill.
     "sm75": Family(
         64 * 1024,
         False,
-        (_same(16, 16, 64, 32, 2, 2, 4), _same(ANY, 32, 64, 32, 4, 2, 2)),
-        (_same(16, 16, 64, 32, 4, 2, 2), _same(ANY, 64, 64, 16, 4, 2, 2)),
-        (_same(16, 16, 32, 32, 2, 2, 4), _same(ANY, 32, 64, 16, 4, 2, 2)),
+        (_same(16, 16, 64, 32, 2, 2, 0), _same(ANY, 32, 64, 32, 4, 2, 2)),
+        (_same(16, 16, 64, 32, 4, 2, 0), _same(ANY, 64, 64, 16, 4, 2, 2)),
+        (_same(16, 16, 32, 32, 2, 2, 0), _same(ANY, 32, 64, 16, 4, 2, 2)),
     ),
     "sm80": Family(
         163 * 1024,
         False,
-        (_same(16, 16, 64, 128, 4, 4, 2), _same(64, 64, 128, 64, 4, 3), _same(ANY, 128, 128, 64, 8, 3)),
+        (_same(16, 16, 64, 128, 4, 4, 0), _same(64, 64, 128, 64, 4, 3), _same(ANY, 128, 128, 64, 8, 3)),
         _WIDE,
         _ODD,
     ),
     "sm86": Family(
         99 * 1024,
         False,
-        (_same(16, 16, 64, 64, 4, 4, 2), _same(64, 64, 128, 32, 4, 3), _same(ANY, 128, 128, 32, 8, 3)),
+        (_same(16, 16, 64, 64, 4, 4, 0), _same(64, 64, 128, 32, 4, 3), _same(ANY, 128, 128, 32, 8, 3)),
         _WIDE,
         _ODD,
     ),
     "sm90": Family(
         227 * 1024,
         True,
-        (_same(16, 16, 64, 128, 4, 4, 2), _same(64, 64, 128, 64, 4, 4), _same(ANY, 128, 256, 64, 8, 4)),
+        (_same(16, 16, 64, 128, 4, 4, 0), _same(64, 64, 128, 64, 4, 4), _same(ANY, 128, 256, 64, 8, 4)),
         _WIDE,
         _ODD,
     ),
@@ -104,28 +105,28 @@ FAMILIES = {
         227 * 1024,
         True,
         (
-            _same(16, 16, 64, 128, 4, 4, 2),
+            _same(16, 16, 64, 128, 4, 4, 0),
             _same(64, 64, 128, 64, 4, 4),
             Regime(ANY, Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),  # a wider tile's activation spills
         ),
-        (_same(16, 16, 64, 32, 4, 3, 2), _same(ANY, 64, 64, 32, 4, 3, 2)),
+        (_same(16, 16, 64, 32, 4, 3, 0), Regime(ANY, Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 8, 3, 2))),
         _ODD,
     ),
     # Two stages here are one buffer in shared memory, and the next tile in registers on its way there.
     "gfx942": Family(
         64 * 1024,
         False,
-        (_same(16, 16, 64, 128, 4, 2, 2), _same(64, 64, 128, 64, 4, 2), _same(ANY, 128, 128, 64, 8, 2)),
-        (_same(16, 16, 64, 64, 4, 2, 2), _same(ANY, 64, 64, 32, 4, 2)),
+        (_same(16, 16, 64, 128, 4, 2, 0), _same(64, 64, 128, 64, 4, 2), _same(ANY, 128, 128, 64, 8, 2)),
+        (_same(16, 16, 64, 64, 4, 2, 0), _same(ANY, 64, 64, 32, 4, 2)),
         _ODD,
     ),
     # Small tiles, so that small problems have several of them: numbers are checked here, never times.
     "interpreter": Family(
         2**30,
         False,
-        (_same(4, 16, 32, 32, 4, 1), _same(ANY, 32, 64, 32, 4, 1)),
-        (_same(4, 16, 32, 32, 4, 1), _same(ANY, 32, 64, 32, 4, 1)),
-        (_same(4, 16, 32, 32, 4, 1), _same(ANY, 32, 64, 32, 4, 1)),
+        (_same(4, 16, 32, 32, 4, 1, 0), _same(ANY, 32, 64, 32, 4, 1)),
+        (_same(4, 16, 32, 32, 4, 1, 0), _same(ANY, 32, 64, 32, 4, 1)),
+        (_same(4, 16, 32, 32, 4, 1, 0), _same(ANY, 32, 64, 32, 4, 1)),
     ),
 }
 

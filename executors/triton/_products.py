@@ -60,6 +60,8 @@ def up(
     """H [S, I] = act(x W^T + b), rows sorted by expert; with topk_weights, x is multiplied by them (C3)."""
     both, hidden = matrices.shape[1:]
     intermediate = both // 2 if act.layout else both
+    if not act.layout:
+        tile = tile._replace(block_n=min(tile.block_n, 128))  # as many results as of a gated tile: gelu of more spills
     columns_of_tile = tile.block_n // 2 if act.layout else tile.block_n
     h = torch.empty(groups.order.numel(), intermediate, dtype=x.dtype, device=x.device)
     box = columns_of_tile if act.layout == "concatenated" else tile.block_n
@@ -146,17 +148,21 @@ def combine(slots: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
 def _operand(matrices: Tensor, box: int, tile: Tile, device: Device, aligned: bool) -> tuple[Any, str]:
     """Matrices [E, m, k] as a kernel takes them: a descriptor where the device has them, else the tensor."""
     narrow = matrices.element_size() == 2  # those of fp32 go through registers anyway, and would spill
-    if not (aligned and narrow and _configs.FAMILIES[device.family].descriptors):
-        return matrices, ""
     kind, stored, block = "rows", matrices, [1, box, tile.block_k]
     if matrices.stride(2) != 1:
         kind, stored, block = "columns", matrices.transpose(1, 2), [1, tile.block_k, box]
-    return TensorDescriptor(matrices, list(stored.shape), list(stored.stride()), block), kind
+    (experts, outer, inner), (of_expert, of_outer, _) = stored.shape, stored.stride()
+    of_expert = of_expert if experts > 1 else outer * of_outer
+    nested = of_outer >= inner and of_expert >= outer * of_outer and of_expert % of_outer == 0
+    if not (aligned and narrow and nested and _configs.FAMILIES[device.family].descriptors):
+        return matrices, ""
+    return TensorDescriptor(matrices, [experts, outer, inner], [of_expert, of_outer, 1], block), kind
 
 
 def _grid(groups: Groups, column_tiles: int, tile: Tile, device: Device) -> tuple[int]:
-    """Programs: no more than run at once, nor than there can be tiles."""
-    return (max(1, min(device.multiprocessors * tile.per_sm, groups.most_tiles * column_tiles)),)
+    """Programs: one for each tile that there can be, or no more than run at once."""
+    tiles = max(1, groups.most_tiles * column_tiles)
+    return (min(device.multiprocessors * tile.per_sm, tiles) if tile.per_sm else tiles,)
 
 
 def _blocks(tile: Tile) -> dict[str, int]:

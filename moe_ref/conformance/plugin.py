@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="NAME",
         dest="moe_ref_executors",
-        help="executor that the conformance suite judges; repeatable (default: all that run here, but interpreted ones)",
+        help="executor that the suite judges; repeatable (default: all that are usable here, but interpreted ones)",
     )
     group.addoption(
         "--executor-device",

@@ -14,8 +14,9 @@ def ordered(keys):
     if keys.dtype == tl.float64:
         bits = keys.to(tl.int64, bitcast=True)
         return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-    bits = keys.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    else:
+        bits = keys.to(tl.int32, bitcast=True)
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -29,7 +30,8 @@ def outside(ranks):
     """What is below every key: for places that do not exist, or were taken."""
     if ranks.dtype == tl.int64:
         return tl.full(ranks.shape, -0x8000000000000000, tl.int64)
-    return tl.full(ranks.shape, -0x80000000, tl.int32)
+    else:
+        return tl.full(ranks.shape, -0x80000000, tl.int32)
 
 
 @triton.jit

@@ -1,0 +1,213 @@
+"""The command that compiles the Triton kernels for devices that need not be here, and shows what they take."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+import executors
+from executors._cli import report
+from executors._cli.common import choice, new_console, progress_bar, refuse
+
+if TYPE_CHECKING:
+    from executors.triton._cases import Kernel
+    from executors.triton._resources import Resources
+
+SCHEMA = 1
+KIB = 1024
+DEFAULT_TARGETS = ("sm80", "sm90", "sm100", "gfx942")
+ALL = "all"
+DTYPES = ("bfloat16", "float16", "float32")
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "int64": "i64"}
+TENSOR_CORES = {"UTCHMMA": "UTC", "v_mfma": "MFMA"}
+NOTES = """\
+tile: of a product, rows x columns x k; of group and place, slots x experts x
+  rows; then w: warps, s: stages of the loop over k
+regs: registers of a thread; spill: bytes of a thread that found no register
+KiB: shared memory of a program, {shared} at most on {target}
+tensor: instructions that multiply matrices (HMMA: mma.sync, HGMMA: wgmma,
+  UTC: tcgen05, MFMA); instr: all instructions
+loads: from global memory, wide / all; in k: the same in the loop over k; wide:
+  16 bytes of a thread, or a tile by TMA
+layers: k is last in memory in qwen3 and oss-rows, not in gpt-oss and deepseek;
+  geglu, gelu (H=1040, I=528), relu2: by activation; odd: H=50, I=17"""
+
+
+class Row(NamedTuple):
+    """A compiled kernel and what it takes."""
+
+    kernel: Kernel
+    resources: Resources
+
+    @property
+    def tile(self) -> str:
+        """Such as "128x256x64 w8 s4"."""
+        constants = self.kernel.constants
+        stages = f" s{constants['num_stages']}" if "num_stages" in constants else ""
+        return f"{'x'.join(map(str, self.kernel.tile))} w{self.kernel.compiled.metadata.num_warps}{stages}"
+
+    def faults(self, shared: int) -> list[str]:
+        """What is wrong with it, where a program may have so many bytes of shared memory."""
+        own = self.resources
+        spills = f"spills {own.spilled} bytes of a thread, {own.local} instructions move them"
+        large = f"takes {own.shared} bytes of shared memory, of {shared}"
+        return [text for text, wrong in ((spills, own.spills), (large, own.shared > shared)) if wrong]
+
+
+def kernels(
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="sm75, sm80, sm86, sm90, sm100 or gfx942; repeatable. Default: the last three and sm80.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="bfloat16, float16, float32 or all; repeatable. Default: bfloat16 (sm75: float16) and float32.",
+        ),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures there too.")] = None,
+) -> None:
+    """Compiles the Triton kernels, and shows what they take.
+
+    Every shipped configuration is compiled on layers of real models, without a GPU. One table for each target:
+    registers, spills, shared memory, tensor-core instructions, and how wide loads are. Exit status: 0, or 1 if a
+    kernel spills or takes more shared memory than there is, 2 for bad arguments.
+    """
+    try:
+        from executors.triton import _configs
+        from executors.triton._cases import family_of
+        from executors.triton._compile import TARGETS
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        refuse('kernels need triton: pip install "moe-ref[triton]"')
+    targets = choice("--target", target, list(TARGETS)) or DEFAULT_TARGETS
+    dtypes = choice("--dtype", dtype, (*DTYPES, ALL))
+    if json is not None and not json.parent.is_dir():
+        refuse(f"--json {json}: must be in a folder that exists")
+    if "sm75" in targets and dtypes and "bfloat16" in dtypes:
+        refuse("--dtype bfloat16: sm75 has none")
+    console, everything, failed = new_console(), {}, False
+    for name in targets:
+        rows = compile_rows(name, _dtypes(name, dtypes))
+        family = family_of(name)
+        shared = _configs.FAMILIES[family].shared
+        console.print(f"\n{name}: {len(rows)} kernels")
+        console.print(table(rows, shared))
+        console.print(NOTES.format(shared=shared // KIB, target=name), style="dim")
+        for line in faults(name, rows, shared):
+            failed = True
+            console.print(escape(line), style="red", soft_wrap=True)
+        everything[name] = {"family": family, "shared": shared, "kernels": [as_json(row) for row in rows]}
+    if json is not None:
+        report.write_json(json, {"schema": SCHEMA, "targets": everything})
+        console.print(escape(f"wrote {json}"))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _dtypes(target: str, chosen: tuple[str, ...] | None) -> tuple[str, ...]:
+    from executors.triton._cases import default_dtypes
+
+    if chosen and ALL not in chosen:
+        return chosen
+    return tuple(d for d in DTYPES if (target, d) != ("sm75", "bfloat16")) if chosen else default_dtypes(target)
+
+
+def compile_rows(target: str, dtypes: tuple[str, ...]) -> list[Row]:
+    """Compiles everything for a target."""
+    from executors.triton._cases import compile_kernels
+    from executors.triton._resources import resources_of
+
+    with progress_bar() as show:
+        try:
+            found = compile_kernels(target, dtypes, lambda done, total: show(f"compiling for {target}", done, total))
+            resources = resources_of([kernel.compiled for kernel in found])
+        except executors.Unavailable as error:
+            refuse(str(error))
+    return [Row(*pair) for pair in zip(found, resources, strict=True)]
+
+
+def table(rows: list[Row], shared: int) -> Table:
+    """A row for each kernel, in 80 columns."""
+    out = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    for name in ("kernel", "layer", "type", "tile"):
+        out.add_column(name, no_wrap=True)
+    for name in ("regs", "spill", "KiB", "tensor", "loads", "in k", "instr"):
+        out.add_column(name, justify="right", no_wrap=True)
+    last = ""
+    for row in _most_registers(rows):
+        kernel, own = row.kernel, row.resources
+        if last not in ("", kernel.name):
+            out.add_section()
+        out.add_row(
+            kernel.name if kernel.name != last else "",
+            escape(kernel.layer),
+            SHORT.get(kernel.dtype, kernel.dtype),
+            row.tile,
+            str(own.registers),
+            _red(str(own.spilled), own.spills) if own.spills else "-",
+            _red(_kib(own.shared), own.shared > shared),
+            _tensor(own),
+            f"{own.wide_loads}/{own.loads}",
+            f"{own.inner_wide_loads}/{own.inner_loads}" if own.inner_loads else "",
+            str(own.instructions),
+        )
+        last = kernel.name
+    return out
+
+
+def _most_registers(rows: list[Row]) -> list[Row]:
+    """Of kernels that differ only in which arguments are multiples of 16, the one with most registers."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        key = (row.kernel.name, row.kernel.layer, row.kernel.dtype, row.tile)
+        if key not in found or found[key].resources.registers < row.resources.registers:
+            found[key] = row
+    return list(found.values())
+
+
+def faults(target: str, rows: list[Row], shared: int) -> list[str]:
+    """A line for each thing that is wrong."""
+    return [
+        f"{target}: {row.kernel.name} {row.tile} ({row.kernel.layer}, {row.kernel.dtype}) {fault}"
+        for row in rows
+        for fault in row.faults(shared)
+    ]
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """All that is known of a kernel."""
+    kernel = row.kernel
+    return {
+        "kernel": kernel.name,
+        "layer": kernel.layer,
+        "dtype": kernel.dtype,
+        "tile": list(kernel.tile),
+        "warps": kernel.compiled.metadata.num_warps,
+        "constants": kernel.constants,
+        **asdict(row.resources),
+    }
+
+
+def _tensor(own: Resources) -> str:
+    kind = TENSOR_CORES.get(own.tensor_core_kind, own.tensor_core_kind)
+    return f"{own.tensor_core} {kind}" if kind else ""
+
+
+def _kib(size: int) -> str:
+    return f"{size / KIB:.1f}" if 0 < size < KIB else f"{size / KIB:.0f}"
+
+
+def _red(text: str, wrong: bool) -> str:
+    return f"[red]{text}[/red]" if wrong else text

@@ -1,0 +1,240 @@
+"""What the Triton kernels take when they are compiled for GPUs: no spills, tensor cores, wide loads. Needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from executors._cli.app import app
+
+pytest.importorskip("triton")
+
+from executors.triton import _configs
+from executors.triton._disassembly import Instruction, disassemble_amd
+from executors.triton._resources import inner_loop
+
+KERNELS = {"route", "group", "count", "scan", "place", "up", "down", "combine"}
+PRODUCTS = {"up", "down"}
+DTYPES = {  # the last two differ from others of the table in little, so that less of them is compiled
+    "sm80": ("bfloat16", "float32"),
+    "sm90": ("bfloat16", "float32"),
+    "sm100": ("bfloat16", "float32"),
+    "gfx942": ("bfloat16", "float32"),
+    "sm75": ("float16",),
+    "sm86": ("bfloat16",),
+}
+TENSOR_CORES = {"sm80": "HMMA", "sm86": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
+SMALL = {"sm90": "HMMA", "sm100": "HMMA"}  # for fewer than 64 rows
+
+Row = dict[str, Any]
+
+
+def run(*arguments: str, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: where kernels are interpreted, as they may be in this one, none is compiled."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    environment |= {"TRITON_INTERPRET": "1"} if interpreted else {}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.parametrize("target", DTYPES)
+def test_kernels_fit(target: str, tmp_path: Path) -> None:
+    dtypes = [argument for dtype in DTYPES[target] for argument in ("--dtype", dtype)]
+    path = tmp_path / "kernels.json"
+    done = run("-m", "executors", "kernels", "--target", target, *dtypes, "--json", str(path))
+    assert path.exists(), done.stderr
+    found = json.loads(path.read_text())["targets"][target]
+    rows = found["kernels"]
+    faults = [*wrong_sizes(rows, found["shared"]), *wrong_instructions(target, rows), *narrow_loads(target, rows)]
+    faults += not_compiled(target, found["family"], rows)
+    assert not faults, f"for {target}:\n" + "\n".join(faults)
+    assert done.returncode == 0, done.stderr
+    assert f"{target}: {len(rows)} kernels" in done.stdout
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+
+
+def name(row: Row) -> str:
+    tile = "x".join(map(str, row["tile"]))
+    stages = row["constants"].get("num_stages", "")
+    return f"{row['kernel']} {tile}, {row['warps']} warps, {stages} stages ({row['layer']}, {row['dtype']})"
+
+
+def wrong_sizes(rows: list[Row], shared: int) -> Iterator[str]:
+    """Registers that did not suffice, or shared memory."""
+    for row in rows:
+        if row["spilled"] or row["local"]:
+            yield f"{name(row)}: spills {row['spilled']} bytes in {row['local']} instructions, but must spill none"
+        if row["scalars_moved"] and row["kernel"] in PRODUCTS:
+            yield f"{name(row)}: {row['scalars_moved']} scalar registers too many, but must be none"
+        if row["shared"] > shared:
+            yield f"{name(row)}: {row['shared']} bytes of shared memory, but must be at most {shared}"
+
+
+def wrong_instructions(target: str, rows: list[Row]) -> Iterator[str]:
+    """Products that do without tensor cores, or with older ones; fp32 that is rounded to less."""
+    for row in rows:
+        if row["kernel"] not in PRODUCTS:
+            continue
+        kind, own = row["tensor_core_kind"], TENSOR_CORES.get(target, "")  # Triton has none before 8.0
+        if row["constants"]["BLOCK_M"] < 64 or row["dtype"] == "tf32":
+            own = SMALL.get(target, own) if kind in ("", SMALL.get(target)) else own
+        if row["dtype"] == "float32" and target != "gfx942":
+            own = ""  # those of AMD have fp32
+        if kind != own:
+            yield f"{name(row)}: multiplies with {kind or 'no tensor cores'}, but must with {own or 'none'}"
+
+
+def narrow_loads(target: str, rows: list[Row]) -> Iterator[str]:
+    """Aligned operands that are not loaded 16 bytes at a time in the loop over k, or not all of them there."""
+    for row in rows:
+        if row["kernel"] in PRODUCTS and row["layer"] != "odd" and row["dtype"] != "tf32":  # TF32 may turn a tile round
+            loads, wide, expected = row["inner_loads"], row["inner_wide_loads"], operand_loads(target, row)
+            if not loads == wide == expected:
+                yield f"{name(row)}: {loads} loads in the loop over k, {wide} of them wide; must be {expected} wide"
+
+
+def operand_loads(target: str, row: Row) -> int:
+    """How many loads of 16 bytes, or of a tile by TMA, bring both operands of one step."""
+    constants = row["constants"]
+    threads = row["warps"] * (64 if target == "gfx942" else 32)
+
+    def loads(columns: int) -> int:
+        size = 4 if row["dtype"] == "float32" else 2
+        return max(1, columns * constants["BLOCK_K"] * size // (16 * threads))
+
+    if not constants["TMA"]:
+        return loads(constants["BLOCK_M"]) + loads(constants["BLOCK_N"])
+    if row["kernel"] == "down":
+        return 2
+    return loads(constants["BLOCK_M"]) + (2 if constants["LAYOUT"] == "concatenated" else 1)
+
+
+def not_compiled(target: str, family: str, rows: list[Row]) -> Iterator[str]:
+    """Kernels and shipped configurations that the cases leave out."""
+    for kernel in KERNELS - {row["kernel"] for row in rows}:
+        yield f"{kernel}: must be compiled"
+    own = _configs.FAMILIES[family]
+    for dtype in DTYPES[target]:
+        aligned = own.wide if dtype == "float32" else own.narrow
+        for regimes, odd in ((aligned, False), (own.odd, True)):
+            compiled = {
+                (row["kernel"], *row["tile"], row["warps"], row["constants"]["num_stages"])
+                for row in rows
+                if row["kernel"] in PRODUCTS and row["dtype"] == dtype and (row["layer"] == "odd") == odd
+            }
+            shipped = {(kernel, *getattr(regime, kernel)[:5]) for regime in regimes for kernel in PRODUCTS}
+            yield from (
+                f"{dtype}, {'odd' if odd else 'aligned'}: {tile} must be compiled" for tile in shipped - compiled
+            )
+
+
+def good_rows() -> list[Row]:
+    """As they come from the command, of one product."""
+    constants = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "TMA": "", "num_stages": 3}
+    row = {"kernel": "down", "layer": "qwen3", "dtype": "bfloat16", "tile": [128, 128, 64], "warps": 8}
+    sizes = {"spilled": 0, "local": 0, "scalars_moved": 0, "shared": 65536, "tensor_core_kind": "HMMA"}
+    return [row | sizes | {"constants": constants, "inner_loads": 8, "inner_wide_loads": 8}]
+
+
+def faults_of(target: str, changes: Row) -> list[str]:
+    rows = [row | changes for row in good_rows()]
+    return [*wrong_sizes(rows, 65536), *wrong_instructions(target, rows), *narrow_loads(target, rows)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spilled": 8}, "must spill none"),
+        ({"local": 1}, "must spill none"),
+        ({"scalars_moved": 1}, "scalar registers too many"),
+        ({"shared": 65537}, "must be at most 65536"),
+        ({"tensor_core_kind": ""}, "must with HMMA"),
+        ({"dtype": "float32", "inner_loads": 16, "inner_wide_loads": 16}, "multiplies with HMMA, but must with none"),
+        ({"inner_wide_loads": 4}, "8 loads in the loop over k, 4 of them wide; must be 8 wide"),
+        ({"inner_loads": 4, "inner_wide_loads": 4}, "must be 8 wide"),
+    ],
+)
+def test_planted_fault_is_found(changes: Row, message: str) -> None:
+    assert faults_of("sm80", {}) == []
+    (fault,) = faults_of("sm80", changes)
+    assert message in fault
+
+
+def test_older_tensor_cores_are_found() -> None:
+    assert faults_of("sm90", {"tensor_core_kind": "HGMMA"}) == []
+    assert "must with HGMMA" in faults_of("sm90", {})[0]
+
+
+PLANTED = """
+from executors._cli.kernels import Row
+from executors.triton import _cases, _configs
+from executors.triton._compile import compiling
+from executors.triton._resources import resources_of
+
+tile = _configs.Tile({tile})
+family = _configs.FAMILIES["sm80"]
+_configs.FAMILIES["sm80"] = family._replace(narrow=(_configs.Regime(_configs.ANY, tile, tile),))
+with compiling("sm80") as launches:
+    next(_cases.cases("sm80", ("bfloat16",))).run()
+found = [launch.compiled for launch in launches]
+print([Row(None, resources).faults(family.shared) for resources in resources_of(found)])
+"""
+
+
+@pytest.mark.parametrize(
+    ("tile", "message"),
+    [("128, 256, 64, 4, 3", "instructions move them"), ("128, 128, 64, 8, 8", "bytes of shared memory, of 166912")],
+)
+def test_bad_configuration_is_found(tile: str, message: str) -> None:
+    done = run("-c", PLANTED.format(tile=tile))
+    assert done.returncode == 0, done.stderr
+    assert message in done.stdout
+
+
+def test_innermost_loop_that_multiplies() -> None:
+    waits = [Instruction("SYNCS"), Instruction("BRA", 3)]  # at 3 and 4: the shortest loop, without a product
+    code = [Instruction("LDG.E"), Instruction("LDGSTS.E.BYPASS.128"), Instruction("HMMA.16816"), *waits]
+    code += [Instruction("BRA", 1), Instruction("BRA", 1), Instruction("STG.E"), Instruction("BRA", 0)]
+    assert inner_loop(code) == code[1:7]
+    assert inner_loop(code[3:5]) == []
+
+
+def test_assembly_for_amd_is_read() -> None:
+    loop = ".LBB0_1: ; loop\n\ts_nop 0\n\tv_mfma_f32 v[0:3] ; x\n\ts_cbranch_scc0 .LBB0_1\n"
+    text = f"kernel:\n{loop}\ts_endpgm\n.Lfunc_end0:\n\tno"
+    found = [Instruction("s_nop"), Instruction("v_mfma_f32"), Instruction("s_cbranch_scc0", 0), Instruction("s_endpgm")]
+    assert disassemble_amd(text) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "sm91"), "--target sm91: must be one of sm75, sm80, sm86, sm90, sm100, gfx942"),
+        (("--dtype", "int8"), "--dtype int8: must be one of bfloat16, float16, float32, all"),
+        (("--target", "sm75", "--dtype", "bfloat16"), "--dtype bfloat16: sm75 has none"),
+        (("--json", "no/such/folder/file"), "--json no/such/folder/file: must be in a folder that exists"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: tuple[str, ...], message: str) -> None:
+    result = CliRunner().invoke(app, ["kernels", *arguments])
+    assert (result.exit_code, result.stderr) == (2, f"error: {message}\n")
+
+
+def test_interpreted_kernels_are_refused() -> None:
+    done = run("-m", "executors", "kernels", interpreted=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: kernels are interpreted in this process: TRITON_INTERPRET must be unset")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_missing_triton_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "triton.py").write_text("raise ModuleNotFoundError('No module named triton', name='triton')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[1:] = ['kernels']; "
+    done = run("-c", code + "from executors.__main__ import main; main()")
+    assert (done.returncode, done.stderr) == (2, 'error: kernels need triton: pip install "moe-ref[triton]"\n')
