@@ -21,15 +21,14 @@ from executors.triton._resources import inner_loop
 
 KERNELS = {"route", "group", "count", "scan", "place", "up", "down", "combine"}
 PRODUCTS = {"up", "down"}
-DTYPES = {  # the last two differ from others of the table in little, so that less of them is compiled
+DTYPES = {
     "sm80": ("bfloat16", "float32"),
     "sm90": ("bfloat16", "float32"),
     "sm100": ("bfloat16", "float32"),
     "gfx942": ("bfloat16", "float32"),
     "sm75": ("float16",),
-    "sm86": ("bfloat16",),
 }
-TENSOR_CORES = {"sm80": "HMMA", "sm86": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
+TENSOR_CORES = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
 SMALL = {"sm90": "HMMA", "sm100": "HMMA"}  # for fewer than 64 rows
 
 Row = dict[str, Any]
