@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 import executors
-from executors.triton import _configs, _grouping, _operator, _products
+from executors.triton import _configs, _grouping, _operator, _products, _routing
 from executors.triton._configs import FAMILIES, Regime, regime_of
 from executors.triton._device import INTERPRETED, Device
 from executors.triton._interpreter import mend
@@ -146,25 +146,69 @@ def test_tensor_descriptors(activation: str, dtype: str, layout: str, monkeypatc
     assert same_bits(call(executors.get("triton"), inputs), pointers)
 
 
-def test_odd_strides_take_no_descriptors() -> None:
-    """Sizes and strides of whole 16 elements, one of the inner strides 1: else it is not aligned."""
-    x = torch.zeros(4, 32)
-    matrices = torch.zeros(2, 48, 32)
-    assert _products.is_aligned(x, matrices)
-    assert _products.is_aligned(x, torch.zeros(2, 32, 48).transpose(1, 2))
-    assert _products.is_aligned(x[1:], torch.zeros(1, 48, 33)[:, :, :32].contiguous())
+def test_alignment_of_weights() -> None:
+    """Sizes and strides of whole 16 elements, one of the inner strides 1: else they are not aligned."""
+    room = torch.zeros(2**14)
+    assert _products.are_aligned(torch.zeros(2, 48, 32), torch.zeros(2, 32, 48).transpose(1, 2))
+    assert _products.are_aligned(room.as_strided((1, 48, 32), (7, 32, 1)))
     odd = {
-        "x is sliced": (torch.zeros(4, 64)[:, ::2], matrices),
-        "x's rows are odd": (torch.zeros(4, 33)[:, :32], matrices),
-        "x begins in between": (torch.zeros(4 * 32 + 1)[1:].view(4, 32), matrices),
-        "k is odd": (x, torch.zeros(2, 48, 33)),
-        "m is odd": (x, torch.zeros(2, 47, 32)),
-        "rows are odd": (x, torch.zeros(2, 48, 33)[:, :, :32]),
-        "experts are odd": (x, torch.zeros(2, 49 * 32 + 1)[:, : 48 * 32].view(2, 48, 32)),
-        "neither stride is 1": (x, torch.zeros(2, 48, 64)[:, :, ::2]),
-        "begins in between": (x, torch.zeros(2 * 48 * 32 + 1)[1:].view(2, 48, 32)),
+        "k is odd": torch.zeros(2, 48, 33),
+        "m is odd": torch.zeros(2, 47, 32),
+        "rows are odd": torch.zeros(2, 48, 33)[:, :, :32],
+        "experts are odd": room.as_strided((2, 48, 32), (48 * 32 + 1, 32, 1)),
+        "neither stride is 1": torch.zeros(2, 48, 64)[:, :, ::2],
+        "begins in between": room[1:].as_strided((2, 48, 32), (48 * 32, 32, 1), 1),
     }
-    assert [name for name, pair in odd.items() if _products.is_aligned(*pair)] == []
+    assert [name for name, matrices in odd.items() if _products.are_aligned(matrices)] == []
+    assert not _products.are_aligned(torch.zeros(2, 48, 32), odd["k is odd"])
+
+
+def test_alignment_of_rows() -> None:
+    """Rows that cannot be loaded widely are copied, other layouts are not."""
+    x = torch.randn(5, 64)
+    for same in (x, x[1:], x[:, :32], x[:1].expand(5, 64)):
+        assert _products.with_aligned_rows(same) is same
+    for odd in (x[:, ::2], x[:, 1:33], torch.randn(5, 33)[:, :32], torch.randn(64, 5).t()):
+        copy = _products.with_aligned_rows(odd)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() != odd.data_ptr()
+        assert torch.equal(copy, odd)
+
+
+@pytest.mark.parametrize("layout", ["sliced", "transposed"])
+def test_layout_of_x_does_not_change_bits(layout: str) -> None:
+    contiguous, other = (
+        call(executors.get("triton"), inputs_of(replace(ALIGNED, x_layout=x))) for x in ("contiguous", layout)
+    )
+    assert same_bits(contiguous, other)
+
+
+def test_operators_keep_torch_s_rules() -> None:
+    """Schema, fake kernels, dispatch; and torch.compile makes one graph for all T."""
+    inputs = inputs_of(
+        replace(ALIGNED, frozen=frozenset({"x", "router_logits", *inputs_of(ALIGNED).weights.parameters()}))
+    )
+    weights, graphs = inputs.weights, []
+    routing = executors.get("triton").route(inputs.router_logits, weights)
+    experts = (inputs.x, routing.topk_ids, routing.topk_weights, *weights.parameters().values())
+    torch.library.opcheck(_operator.operator, (*experts, False, "swiglu", 1.0, None, 0.0, "interleaved", False))
+    torch.library.opcheck(
+        _routing.operator, (inputs.router_logits, None, False, 2, "softmax", False, 0.0, 1.0, 1, 1, "max")
+    )
+
+    def backend(graph: torch.fx.GraphModule, _example: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    executor = executors.get("triton")
+    torch._dynamo.reset()
+    compiled = torch.compile(executor, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (12, 7, 33):
+        given = inputs_of(replace(ALIGNED, tokens=tokens, seed=tokens))
+        with torch.no_grad():
+            y = compiled(given.x, given.router_logits, given.weights)
+            assert same_bits(y, executor(given.x, given.router_logits, given.weights))
+    assert len(graphs) == 1
 
 
 def test_descriptors_are_for_nested_strides() -> None:

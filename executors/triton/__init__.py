@@ -97,7 +97,6 @@ class Triton(LayerExecutor):
             None if config.limit is None else float(config.limit),
             float(config.up_offset),
             config.gate_up_layout,
-            x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
             self.batch_invariant,
         )
         return y.reshape(x.shape)

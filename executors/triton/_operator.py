@@ -30,7 +30,6 @@ def operator(
     limit: float | None,
     up_offset: float,
     layout: str,
-    tf32: bool,
     batch_invariant: bool,
 ) -> Tensor:
     """Y [T, H] from x [T, H], topk_ids and topk_weights [T, K], and the layer's parameters."""
@@ -40,6 +39,7 @@ def operator(
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     projections = gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias
     act = Act(activation, alpha, limit, up_offset, layout if activation in GATED else "")
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     with device_guard(x):
         return forward(
             x, topk_ids, topk_weights, projections, scale_input, act, device_of(x.device), tf32, batch_invariant
@@ -61,7 +61,8 @@ def forward(
     top_k, num_experts = topk_ids.shape[1], projections[0].shape[0]
     gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias = projections
     ids, slot_weights = topk_ids.contiguous(), topk_weights.contiguous()
-    aligned = _products.is_aligned(x, gate_up_proj, down_proj)
+    aligned = _products.are_aligned(gate_up_proj, down_proj)
+    x = _products.with_aligned_rows(x) if aligned else x  # so that the weights alone decide on the configuration (C2)
     regime = _configs.regime_of(
         device.family,
         narrow=x.element_size() == 2,

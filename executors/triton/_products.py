@@ -30,9 +30,15 @@ class Act(NamedTuple):
     layout: str  # "" where there is no gate
 
 
-def is_aligned(x: Tensor, *projections: Tensor) -> bool:
-    """Whether everything can be loaded 16 bytes at a time: x along H, each projection [E, m, k] along k, or along m."""
-    return _is_whole(x, *x.stride()[:-1], x.stride(-1) - 1) and all(map(_is_matrix_aligned, projections))
+def are_aligned(*projections: Tensor) -> bool:
+    """Whether projections [E, m, k] can be loaded 16 bytes at a time, along k or along m."""
+    return all(map(_is_matrix_aligned, projections))
+
+
+def with_aligned_rows(x: Tensor) -> Tensor:
+    """X [T, H] such that it can be loaded 16 bytes at a time along H, a multiple of 16: itself, or a copy."""
+    aligned = x.stride(1) == 1 and _is_whole(x, x.stride(0))
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _is_matrix_aligned(matrices: Tensor) -> bool:
