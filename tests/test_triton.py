@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from executors.triton import _configs, _grouping, _operator, _products, _routing
 from executors.triton._configs import FAMILIES, Regime, regime_of
 from executors.triton._device import INTERPRETED, Device
 from executors.triton._interpreter import mend
+from executors.triton.kernels import products
 from executors.triton.kernels.products import offset
 from moe_ref import ExpertLoRA, MoEConfig, MoEWeights
 from moe_ref.conformance.build import build
@@ -301,11 +303,19 @@ def test_offsets_are_64_bit() -> None:
     assert out.tolist() == [(3 + i) * (2**31 - 1) for i in range(4)]
 
 
+def test_addresses_are_made_by_offset_only() -> None:
+    """No kernel of products multiplies with a stride or a size by itself: rows of h and of the slots, too (E5)."""
+    source = Path(str(products.__file__)).read_text()
+    assert re.findall(r".*\*\s*(?:stride\w*|strides\[|width\b|N\b|K\b).*", source.partition('(E5)."""')[2]) == [
+        "    return index.to(tl.int64) * stride"
+    ]
+
+
 @interpreted
 @pytest.mark.parametrize("transposed", [False, True])
 def test_strides_past_32_bits(transposed: bool, tmp_path: Path) -> None:
-    """x and both projections lie spread over 2^32 numbers of a file that is all holes: E5, with nothing allocated."""
-    problem = replace(ALIGNED, tokens=5, experts=3, hidden=32, intermediate=16)
+    """x, projections and biases lie spread over 2^32 numbers of a file that is all holes: nothing is allocated (E5)."""
+    problem = replace(ALIGNED, tokens=5, experts=3, hidden=32, intermediate=16, bias_dtype="bfloat16")
     inputs = inputs_of(problem)
     path = tmp_path / "holes"
     size = 2**32
@@ -315,7 +325,8 @@ def test_strides_past_32_bits(transposed: bool, tmp_path: Path) -> None:
 
     def spread(value: torch.Tensor, start: int) -> torch.Tensor:
         """The same numbers; the first dimension far apart, so that the last entry lies past 2^31."""
-        inner = value.transpose(-1, -2).contiguous().transpose(-1, -2) if transposed else value.contiguous()
+        turned = transposed and value.ndim == 3
+        inner = value.transpose(-1, -2).contiguous().transpose(-1, -2) if turned else value.contiguous()
         step = (2**32 - 2**20) // max(1, value.shape[0] - 1) // 16 * 16
         placed = room.as_strided(value.shape, (step, *inner.stride()[1:]), start)
         placed.copy_(value)
@@ -324,11 +335,9 @@ def test_strides_past_32_bits(transposed: bool, tmp_path: Path) -> None:
     x = room.as_strided(inputs.x.shape, ((2**32 - 2**20) // 4 // 16 * 16, 1), 2**19)
     with torch.no_grad():
         x.copy_(inputs.x)
+        parameters = inputs.weights.parameters().items()
         far = inputs.weights.with_parameters(
-            {
-                "gate_up_proj": spread(inputs.weights.gate_up_proj, 0),
-                "down_proj": spread(inputs.weights.down_proj, 2**18),
-            }
+            {name: spread(v, place * 2**16) for place, (name, v) in enumerate(parameters)}
         )
         near = call(executors.get("triton"), inputs)
         assert same_bits(call(executors.get("triton"), replace(inputs, x=x, weights=far)), near)

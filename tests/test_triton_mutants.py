@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -17,12 +17,14 @@ import executors
 from executors.triton import _grouping, _products, _routing
 from executors.triton._grouping import CHUNK
 from guarded import guarded
-from moe_ref import MoEConfig
+from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.build import build
 from moe_ref.conformance.call import call, to_torch
 from moe_ref.conformance.checks import check_problem
+from moe_ref.conformance.choices import admissible
 from moe_ref.conformance.problem import Problem
 from moe_ref.grouping import group
+from moe_ref.routing import route
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are planted in the interpreter")
 
@@ -167,6 +169,39 @@ MUTANTS = {
         "ties",
     ),
     "+0 above -0": ("routing", "keys = tl.where(keys == 0.0, 0.0, keys)", "keys = keys", "ties"),
+    "-inf keeps its bias": (
+        "routing",
+        "tl.where(logits > LOWEST, without_nan(keys), LOWEST)",
+        "without_nan(keys)",
+        "routing",
+    ),
+    "the bias is contiguous": ("routing", "experts.to(tl.int64) * stride_bias", "experts.to(tl.int64)", "routing"),
+    "the bias in the dtype of logits": (
+        "routing",
+        "bias.to(keys.dtype)",
+        "bias.to(router_logits.dtype.element_ty).to(keys.dtype)",
+        "routing",
+    ),
+    "softmax without its largest": (
+        "routing",
+        "tl.exp(sound - tl.max(sound, axis=1)[:, None])",
+        "tl.exp(sound)",
+        "routing",
+    ),
+    "softmax of the chosen without its largest": (
+        "routing",
+        "tl.exp(chosen - tl.max(chosen, axis=1)[:, None])",
+        "tl.exp(chosen)",
+        "routing",
+    ),
+    "equal keys count once in a group": (
+        "routing",
+        "tl.where(experts == place[:, None], LOWEST, own)",
+        "tl.where(own == best[:, None], LOWEST, own)",
+        "routing",
+    ),
+    "sigmoid overflows": ("routing", "small = tl.exp(-tl.abs(value))", "small = tl.exp(-value)", "routing"),
+    "no epsilon": ("routing", "[:, None] + EPS)", "[:, None])", "routing"),
     "the selection bias in the weight": (
         "routing",
         "keys = scores\n",
@@ -210,8 +245,8 @@ def load(path: Path) -> ModuleType:
 
 def check(name: str) -> None:
     """What every kernel must pass: first in memory that has bands around it, then against the specification."""
-    if name == "grouping":
-        check_grouping()
+    if name in ALONE:
+        ALONE[name]()
         return
     problem = PANEL[name]
     inputs = to_torch(problem, build(problem))
@@ -222,7 +257,7 @@ def check(name: str) -> None:
 
 def check_grouping() -> None:
     """Slots of one chunk, of a few, and of more than the sum over chunks takes at a time, against a stable sort."""
-    for tokens, experts, block_m in ((5, 3, 16), (130, 33, 32), (2 * SUMMED * CHUNK // 4 + 7, 5, 16)):
+    for tokens, experts, block_m in ((5, 3, 16), (130, 33, 32), (600, 70, 64), (2 * SUMMED * CHUNK // 4 + 7, 5, 16)):
         ids = torch.from_numpy(np.random.default_rng(tokens).integers(-2, experts + 2, (tokens, 4)))
         with guarded(), patch.object(_grouping, "BLOCK_C", SUMMED):
             found = _grouping.group(ids, experts, block_m)
@@ -239,8 +274,73 @@ def check_grouping() -> None:
         assert found.tiles[1 : len(tiles) + 1].tolist() == tiles
 
 
-def test_grouping() -> None:
-    check_grouping()
+def special_logits() -> np.ndarray:
+    """[T, 12]: large and small, infinite, undefined, and equal ones."""
+    rng = np.random.default_rng(0)
+    rows = np.round(rng.normal(size=(14, 12)) * 8) / 4  # ties in every row
+    rows[1] += 200
+    rows[2] -= 200
+    rows[3, ::2] = -np.inf
+    rows[4, 1:] = -np.inf
+    rows[5] = -np.inf
+    rows[6, 7] = np.inf
+    rows[7, 2] = np.nan
+    rows[8] = [0.0, -0.0] * 6
+    rows[9] = [3.0, 3.0, -9.0, -9.0, 5.0, 0.0, 0.0, 0.0, 4.0, 4.0, -1.0, -1.0]  # the second of a group equals the first
+    rows[10, 4:] = -np.inf
+    return rows
+
+
+def check_routing() -> None:
+    """Every scoring, with and without groups and a bias, on logits that break what is careless."""
+    logits = special_logits()
+    bias = 1 + np.random.default_rng(1).permutation(36).reshape(12, 3)[:, 1] / 1000  # equal in bf16; a stride of 3
+    for scoring, (groups, kept, score), use_bias, renormalize in product(
+        ("softmax", "topk_softmax", "sigmoid"),
+        ((1, 1, "max"), (3, 2, "max"), (3, 2, "top2_sum")),
+        (False, True),
+        (False, True),
+    ):
+        config = MoEConfig(
+            5,
+            scoring=scoring,
+            renormalize=renormalize,
+            renormalize_eps=0.125,
+            routed_scaling_factor=2.5,
+            num_groups=groups,
+            topk_groups=kept,
+            group_score=score,
+        )
+        own = torch.from_numpy(np.tile(bias[:, None], 3))[:, 1] if use_bias else None
+        weights = MoEWeights(torch.zeros(12, 4, 4), torch.zeros(12, 4, 2), selection_bias=own, config=config)
+        expected = route(logits, config, bias if use_bias else None)
+        defined = ~np.isnan(expected.topk_weights).any(axis=1)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            given = torch.from_numpy(logits).to(dtype)
+            exact = route(given.double().numpy(), config, bias if use_bias else None)
+            with guarded():
+                found = executors.get("triton").route(torch.stack([given, given], -1)[..., 0], weights)
+            ids = found.topk_ids.numpy()
+            assert all(len({*row} & {*range(12)}) == 5 for row in ids.tolist())
+            if not (use_bias or groups > 1):
+                assert (ids[defined] == exact.topk_ids[defined]).all()
+            else:
+                assert admissible(
+                    ids[defined], given.double().numpy()[defined], config, bias if use_bias else None
+                ).all()
+            same = (ids == exact.topk_ids).all(axis=1) | ~defined
+            np.testing.assert_allclose(
+                found.topk_weights.numpy()[same], exact.topk_weights[same], rtol=1e-5, atol=1e-37
+            )
+            assert same.mean() > 0.7
+
+
+ALONE = {"grouping": check_grouping, "routing": check_routing}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_alone(name: str) -> None:
+    ALONE[name]()
 
 
 @pytest.mark.parametrize("name", PANEL)

@@ -57,8 +57,8 @@ GELU = Layer("gelu", 128, 8, 1040, 528, Act("gelu", 1.0, None, 0.0, ""), biases=
 RELU2 = QWEN3._replace(name="relu2", act=Act("relu2", 1.0, None, 0.0, ""))
 ODD = Layer("odd", 5, 2, 50, 17, CLAMPED._replace(layout="concatenated"), biases=True)
 
-NARROW = (QWEN3, GPT_OSS, GELU)
-NARROW_LARGEST = (GPT_OSS_ROWS, DEEPSEEK, GEGLU, RELU2)  # with the largest tiles only, the nearest to their limits
+NARROW = (QWEN3, GPT_OSS, GPT_OSS_ROWS, GELU)
+NARROW_LARGEST = (DEEPSEEK, GEGLU, RELU2)  # with the largest tiles only, the nearest to their limits
 WIDE = (QWEN3, GPT_OSS, DEEPSEEK)
 ROUNDED = (QWEN3, GPT_OSS)  # in TF32
 

