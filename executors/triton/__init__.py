@@ -48,8 +48,7 @@ class Triton(LayerExecutor):
             raise TypeError(f"batch_invariant={self.batch_invariant!r}: must be True or False")
         if not INTERPRETED and not torch.cuda.is_available():
             raise Unavailable(
-                "executor 'triton' needs a GPU, and torch sees none; "
-                "TRITON_INTERPRET=1 runs its kernels on the CPU, slowly, to check their numbers"
+                "executor 'triton' needs a GPU; TRITON_INTERPRET=1 checks its numbers without one, slowly"
             )
 
     @property
