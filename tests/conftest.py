@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import interpreted  # noqa: F401
+from interpreted import WITHOUT_TRITON
+
+collect_ignore_glob = WITHOUT_TRITON
 
 
 @pytest.fixture
@@ -23,3 +25,12 @@ def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     from executors._cli.bench_measure import Ceilings
 
     monkeypatch.setattr("executors._cli.bench.measure_ceilings", lambda _: Ceilings(0.5, 30.0, 40.0))
+
+
+@pytest.fixture
+def new_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton kernels that a test makes are interpreted too."""
+    from executors.triton._interpreter import mend
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    mend()

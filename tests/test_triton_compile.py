@@ -12,9 +12,6 @@ import pytest
 from typer.testing import CliRunner
 
 from executors._cli.app import app
-
-pytest.importorskip("triton")
-
 from executors.triton import _configs
 from executors.triton._disassembly import Instruction, disassemble_amd
 from executors.triton._resources import inner_loop

@@ -25,6 +25,7 @@ from moe_ref.conformance.choices import admissible
 from moe_ref.conformance.problem import Problem
 from moe_ref.grouping import group
 from moe_ref.routing import route
+from triton_mutants import MUTANTS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are planted in the interpreter")
 
@@ -63,168 +64,6 @@ PANEL = {
     "ties": Problem(17, 9, 16, 8, MoEConfig(4, scoring="sigmoid"), logits="ties", broken_logits=2),
     "empty slots": replace(BY_EXPERTS, empty_slots=True, cut_points=True),
     "many slots": Problem(300, 5, 8, 8, MoEConfig(4, activation="silu"), entry="experts", cut_points=True),
-}
-
-# file, what stands there, what a mutant has instead, and a problem that shows it
-MUTANTS = {
-    "the last tile of the up projection is dropped": (
-        "products",
-        "num_row_tiles * num_column_tiles, tl.num_programs(0)",
-        "num_row_tiles * num_column_tiles - 1, tl.num_programs(0)",
-        "interleaved",
-    ),
-    "the last row tile is dropped": ("grouping", "tl.store(tiles, total)", "tl.store(tiles, total - 1)", "grouping"),
-    "one k too few": ("products", "(ks < K)[:, None]", "(ks < K - 1)[:, None]", "interleaved"),
-    "one k too few of x": ("products", "mask=(ks < K)[None, :]", "mask=(ks < K - 1)[None, :]", "concatenated"),
-    "no mask at the tail of k": ("products", "& (ks < K)[:, None]", "", "plain"),
-    "bias missing in the second half of the columns": (
-        "products",
-        "mask=columns < N, other=0.0).to(tl.float32)[None, :]",
-        "mask=columns < N // 2, other=0.0).to(tl.float32)[None, :]",
-        "interleaved",
-    ),
-    "the wrong expert's bias": (
-        "products",
-        "offset(expert, stride_be)",
-        "offset(tl.maximum(expert - 1, 0), stride_be)",
-        "concatenated",
-    ),
-    "the wrong expert's matrix": (
-        "products",
-        "offset(expert, strides[0])",
-        "offset(tl.maximum(expert - 1, 0), strides[0])",
-        "plain",
-    ),
-    "the row of another token": ("products", "offset(slots // TOP_K,", "offset(slots % TOP_K,", "interleaved"),
-    "the weight of the row instead of the slot": (
-        "products",
-        "o *= tl.load(topk_weights + slots)",
-        "o *= tl.load(topk_weights + tl.minimum(rows, end - 1))",
-        "concatenated",
-    ),
-    "the input's weight forgotten": ("products", "z *= scale", "z *= 1.0", "plain"),
-    "up's weight forgotten": ("products", "up *= scale", "up *= 1.0", "scaled"),
-    "rows beyond the group are stored": (
-        "products",
-        "mask=(rows < end)[:, None] & (out < width)",
-        "mask=(rows < end + 1)[:, None] & (out < width)",
-        "interleaved",
-    ),
-    "columns beyond the last are stored": (
-        "products",
-        "& (columns < N)[None, :])",
-        "& (columns < N + 1)[None, :])",
-        "interleaved",
-    ),
-    "gate and up swapped": ("products", "value = gated(even, odd,", "value = gated(odd, even,", "interleaved"),
-    "gate and up swapped, concatenated": ("products", "value = gated(z, up,", "value = gated(up, z,", "concatenated"),
-    "column tiles beyond the first group of row tiles": (
-        "products",
-        "tile % per_group // height",
-        "tile % per_group // GROUP_M",
-        "interleaved",
-    ),
-    "no clamp from below": ("activation", "tl.where(up < -LIMIT, -LIMIT, up)", "up", "interleaved"),
-    "gate clamped on both sides": (
-        "activation",
-        "gate = tl.where(gate > LIMIT, LIMIT, gate)",
-        "gate = tl.where(gate > LIMIT, LIMIT, tl.where(gate < -LIMIT, -LIMIT, gate))",
-        "interleaved",
-    ),
-    "alpha forgotten": ("activation", "gate if ALPHA == 1.0 else ALPHA * gate", "gate", "interleaved"),
-    "the offset of up forgotten": ("activation", "up if UP_OFFSET == 0.0 else up + UP_OFFSET", "up", "interleaved"),
-    "another cubic": ("activation", "0.044715", "0.04", "concatenated"),
-    "erf for tanh": ("activation", 'ACTIVATION == "geglu":', 'ACTIVATION != "silu":', "concatenated"),
-    "the last slot is not summed": ("combine", "range(TOP_K)", "range(TOP_K - 1)", "interleaved"),
-    "empty slots are summed": ("combine", "there & full[:, None]", "there", "empty slots"),
-    "an id of E is an expert": ("combine", "(ids < num_experts)", "(ids <= num_experts)", "empty slots"),
-    "ranks begin at 1": ("grouping", "tl.gather(rows, ids, 0) +", "1 + tl.gather(rows, ids, 0) +", "grouping"),
-    "later slots first": ("grouping", "[None, :] < tl.arange", "[None, :] > tl.arange", "grouping"),
-    "an id below 0 is expert 0": ("grouping", "(ids >= 0) & (ids < num_experts)", "ids < num_experts", "grouping"),
-    "chunks before are not counted": ("grouping", "rows = ends - own + before", "rows = ends - own", "grouping"),
-    "a chunk counts itself": ("grouping", "tl.cumsum(found, 0) - found", "tl.cumsum(found, 0)", "grouping"),
-    "the sum over chunks starts anew": (
-        "grouping",
-        "total += tl.sum(found, 0)",
-        "total = tl.sum(found, 0)",
-        "grouping",
-    ),
-    "no first offset": ("grouping", "tl.store(group_offsets, 0)", "tl.store(group_offsets, 1)", "grouping"),
-    "tiles overlap": (
-        "grouping",
-        "tl.gather(ends - counts, expert, 0)) * BLOCK_M",
-        "tl.gather(ends - counts, expert, 0)) * (BLOCK_M - 1)",
-        "grouping",
-    ),
-    "a tile ends with its rows": (
-        "grouping",
-        "tl.minimum(row + BLOCK_M, end)",
-        "row + BLOCK_M",
-        "grouping",
-    ),
-    "a higher id wins": (
-        "routing",
-        "ranks = ordered(without_nan(keys))",
-        "ranks = experts + 0 * ordered(keys)",
-        "ties",
-    ),
-    "+0 above -0": ("routing", "keys = tl.where(keys == 0.0, 0.0, keys)", "keys = keys", "ties"),
-    "-inf keeps its bias": (
-        "routing",
-        "tl.where(logits > LOWEST, without_nan(keys), LOWEST)",
-        "without_nan(keys)",
-        "routing",
-    ),
-    "the bias is contiguous": ("routing", "experts.to(tl.int64) * stride_bias", "experts.to(tl.int64)", "routing"),
-    "the bias in the dtype of logits": (
-        "routing",
-        "bias.to(keys.dtype)",
-        "bias.to(router_logits.dtype.element_ty).to(keys.dtype)",
-        "routing",
-    ),
-    "softmax without its largest": (
-        "routing",
-        "tl.exp(sound - tl.max(sound, axis=1)[:, None])",
-        "tl.exp(sound)",
-        "routing",
-    ),
-    "softmax of the chosen without its largest": (
-        "routing",
-        "tl.exp(chosen - tl.max(chosen, axis=1)[:, None])",
-        "tl.exp(chosen)",
-        "routing",
-    ),
-    "equal keys count once in a group": (
-        "routing",
-        "tl.where(experts == place[:, None], LOWEST, own)",
-        "tl.where(own == best[:, None], LOWEST, own)",
-        "routing",
-    ),
-    "sigmoid overflows": ("routing", "small = tl.exp(-tl.abs(value))", "small = tl.exp(-value)", "routing"),
-    "no epsilon": ("routing", "[:, None] + EPS)", "[:, None])", "routing"),
-    "the selection bias in the weight": (
-        "routing",
-        "keys = scores\n",
-        "scores += 0.1\n        keys = scores\n",
-        "groups",
-    ),
-    "the selection bias forgotten": ("routing", "keys += bias.to(keys.dtype)", "keys += 0.0", "groups"),
-    "one group too many": ("routing", "range(TOPK_GROUPS)", "range(TOPK_GROUPS + 1)", "groups"),
-    "groups by their largest key": ("routing", "if TOP2:", "if TOP2 and NUM_GROUPS < 0:", "groups"),
-    "renormalised no more": ("routing", "if RENORMALIZE:", "if RENORMALIZE and TOP_K < 0:", "groups"),
-    "the factor forgotten": ("routing", "chosen * SCALING", "chosen", "groups"),
-    "softmax over the chosen for softmax over all": (
-        "routing",
-        'SCORING == "topk_softmax":',
-        'SCORING != "sigmoid":',
-        "softmax",
-    ),
-    "broken rows get weights": (
-        "routing",
-        'tl.where(broken[:, None] == 1, float("nan"), chosen * SCALING)',
-        "chosen * SCALING",
-        "ties",
-    ),
 }
 
 
@@ -348,10 +187,10 @@ def test_as_they_are(name: str) -> None:
     check(name)
 
 
+@pytest.mark.usefixtures("new_kernels")
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_planted(mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, right, wrong, problem = MUTANTS[mutant]
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # settled when a kernel is made
     text = source(file)
     assert text.count(right) >= 1, "the kernels have changed: so must this mutant"
     planted = tmp_path / f"planted_{file}.py"

@@ -1,0 +1,192 @@
+"""Strides, alignment, tensor descriptors and configurations of ``triton``."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import executors
+from executors.triton import _configs, _products
+from executors.triton._configs import FAMILIES, Regime, regime_of
+from executors.triton._device import Device
+from executors.triton.kernels import products
+from executors.triton.kernels.products import offset
+from moe_ref import MoEConfig
+from moe_ref.conformance.call import call
+from moe_ref.conformance.checks import check_problem, same_bits
+from triton_cases import ALIGNED, DEVICE, GPT_OSS, inputs_of, interpreted
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("activation", ["gpt-oss", "concatenated", "plain"])
+def test_tensor_descriptors(activation: str, dtype: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs with TMA run, on sizes with tails: the same bits as with pointers."""
+    configs = {"gpt-oss": GPT_OSS, "concatenated": MoEConfig(2), "plain": MoEConfig(2, activation="gelu")}
+    problem = replace(ALIGNED, config=configs[activation], dtype=dtype, weights_layout=layout)
+    inputs = inputs_of(problem)
+    pointers = call(executors.get("triton"), inputs)
+    monkeypatch.setitem(FAMILIES, "interpreter", FAMILIES["interpreter"]._replace(descriptors=True))
+    used = []
+    plain = _products._operand
+    monkeypatch.setattr(_products, "_operand", lambda *given: used.append(plain(*given)) or used[-1])
+    check_problem(executors.get("triton"), problem, DEVICE)
+    assert {kind for _, kind in used} == {"columns" if layout == "transposed" else "rows"}
+    assert same_bits(call(executors.get("triton"), inputs), pointers)
+
+
+def test_alignment_of_weights() -> None:
+    """Sizes and strides of whole 16 elements, one of the inner strides 1: else they are not aligned."""
+    room = torch.zeros(2**14)
+    assert _products.are_aligned(torch.zeros(2, 48, 32), torch.zeros(2, 32, 48).transpose(1, 2))
+    assert _products.are_aligned(room.as_strided((1, 48, 32), (7, 32, 1)))
+    odd = {
+        "k is odd": torch.zeros(2, 48, 33),
+        "m is odd": torch.zeros(2, 47, 32),
+        "rows are odd": torch.zeros(2, 48, 33)[:, :, :32],
+        "experts are odd": room.as_strided((2, 48, 32), (48 * 32 + 1, 32, 1)),
+        "neither stride is 1": torch.zeros(2, 48, 64)[:, :, ::2],
+        "begins in between": room[1:].as_strided((2, 48, 32), (48 * 32, 32, 1), 1),
+    }
+    assert [name for name, matrices in odd.items() if _products.are_aligned(matrices)] == []
+    assert not _products.are_aligned(torch.zeros(2, 48, 32), odd["k is odd"])
+
+
+def test_alignment_of_rows() -> None:
+    """Rows that cannot be loaded widely are copied, other layouts are not."""
+    x = torch.randn(5, 64)
+    for same in (x, x[1:], x[:, :32], x[:1].expand(5, 64)):
+        assert _products.with_aligned_rows(same) is same
+    for odd in (x[:, ::2], x[:, 1:33], torch.randn(5, 33)[:, :32], torch.randn(64, 5).t()):
+        copy = _products.with_aligned_rows(odd)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() != odd.data_ptr()
+        assert torch.equal(copy, odd)
+
+
+@pytest.mark.parametrize("layout", ["sliced", "transposed"])
+def test_layout_of_x_does_not_change_bits(layout: str) -> None:
+    contiguous, other = (
+        call(executors.get("triton"), inputs_of(replace(ALIGNED, x_layout=x))) for x in ("contiguous", layout)
+    )
+    assert same_bits(contiguous, other)
+
+
+def test_descriptors_are_for_nested_strides() -> None:
+    """Each dimension outside of the next, in whole steps of it; the stride of a single expert does not count."""
+    device, tile = Device("sm90", 132), FAMILIES["sm90"].narrow[0].up
+    room = torch.zeros(2**16, dtype=torch.bfloat16)
+
+    def kind(shape: tuple[int, ...], strides: tuple[int, ...]) -> str:
+        return _products._operand(room.as_strided(shape, strides), 64, tile, device, aligned=True)[1]
+
+    assert kind((2, 48, 32), (48 * 32, 32, 1)) == "rows"
+    assert kind((2, 48, 32), (64 * 64, 64, 1)) == "rows"
+    assert kind((2, 48, 32), (48 * 32, 1, 48)) == "columns"
+    assert kind((1, 48, 32), (7, 32, 1)) == "rows"
+    assert kind((2, 48, 32), (0, 32, 1)) == kind((2, 48, 32), (32, 64, 1)) == kind((2, 48, 32), (48 * 32, 16, 1)) == ""
+    assert kind((2, 48, 32), (48 * 32 + 16, 32, 1)) == ""
+    assert _products._operand(room.float().view(4, 128, 128), 64, tile, device, aligned=True)[1] == ""
+
+
+def test_configurations_are_well_formed() -> None:
+    for name, family in FAMILIES.items():
+        for regimes in (family.narrow, family.wide, family.odd):
+            assert regimes[-1].rows == float("inf"), name
+            assert [r.rows for r in regimes] == sorted({r.rows for r in regimes}), name
+            for regime in regimes:
+                assert regime.up.block_m == regime.down.block_m, name
+                for size in (*regime.up[:3], *regime.down[:3]):
+                    assert size >= 16, name
+                    assert size & (size - 1) == 0, name
+
+
+def test_configuration_follows_rows_per_expert() -> None:
+    few, some, many = FAMILIES["sm90"].narrow
+
+    def chosen(rows: float, **changed: bool) -> Regime:
+        given = {"narrow": True, "aligned": True, "batch_invariant": False} | changed
+        return regime_of("sm90", rows=rows, **given)
+
+    assert [chosen(rows) for rows in (0.1, 16, 16.5, 64, 65, 1e6)] == [few, few, some, some, many, many]
+    assert chosen(1, narrow=False) == FAMILIES["sm90"].wide[0]
+    assert chosen(1, aligned=False) == FAMILIES["sm90"].odd[0]
+    assert {chosen(rows, batch_invariant=True) for rows in (0.1, 20, 1e6)} == {many}
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "family"),
+    [
+        ("cuda", 75, "sm75"),
+        ("cuda", 80, "sm80"),
+        ("cuda", 89, "sm86"),
+        ("cuda", 90, "sm90"),
+        ("cuda", 100, "sm100"),
+        ("cuda", 103, "sm100"),
+        ("cuda", 120, "sm86"),
+        ("hip", "gfx950", "gfx942"),
+    ],
+)
+def test_every_device_has_configurations(backend: str, arch: int | str, family: str) -> None:
+    assert _configs.family_of(backend, arch) == family
+
+
+@interpreted
+@pytest.mark.usefixtures("new_kernels")
+def test_offsets_are_64_bit() -> None:
+    """index * stride of two int32, past 2^31."""
+
+    @triton.jit
+    def kernel(out, index, stride):
+        tl.store(out + tl.arange(0, 4), offset(index + tl.arange(0, 4), stride))
+
+    out = torch.zeros(4, dtype=torch.int64)
+    kernel[(1,)](out, 2**16, 2**16 + 8)
+    assert out.tolist() == [(2**16 + i) * (2**16 + 8) for i in range(4)]
+    kernel[(1,)](out, 3, 2**31 - 1)
+    assert out.tolist() == [(3 + i) * (2**31 - 1) for i in range(4)]
+
+
+def test_addresses_are_made_by_offset_only() -> None:
+    """No kernel of products multiplies with a stride or a size by itself: rows of h and of the slots, too (E5)."""
+    source = Path(str(products.__file__)).read_text()
+    assert re.findall(r".*\*\s*(?:stride\w*|strides\[|width\b|N\b|K\b).*", source.partition('(E5)."""')[2]) == [
+        "    return index.to(tl.int64) * stride"
+    ]
+
+
+@interpreted
+@pytest.mark.parametrize("transposed", [False, True])
+def test_strides_past_32_bits(transposed: bool, tmp_path: Path) -> None:
+    """x, projections and biases lie spread over 2^32 numbers of a file that is all holes: nothing is allocated (E5)."""
+    problem = replace(ALIGNED, tokens=5, experts=3, hidden=32, intermediate=16, bias_dtype="bfloat16")
+    inputs = inputs_of(problem)
+    path = tmp_path / "holes"
+    size = 2**32
+    with path.open("wb") as file:
+        file.truncate(2 * size)
+    room = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
+
+    def spread(value: torch.Tensor, start: int) -> torch.Tensor:
+        """The same numbers; the first dimension far apart, so that the last entry lies past 2^31."""
+        turned = transposed and value.ndim == 3
+        inner = value.transpose(-1, -2).contiguous().transpose(-1, -2) if turned else value.contiguous()
+        step = (2**32 - 2**20) // max(1, value.shape[0] - 1) // 16 * 16
+        placed = room.as_strided(value.shape, (step, *inner.stride()[1:]), start)
+        placed.copy_(value)
+        return placed
+
+    x = room.as_strided(inputs.x.shape, ((2**32 - 2**20) // 4 // 16 * 16, 1), 2**19)
+    with torch.no_grad():
+        x.copy_(inputs.x)
+        parameters = inputs.weights.parameters().items()
+        far = inputs.weights.with_parameters(
+            {name: spread(v, place * 2**16) for place, (name, v) in enumerate(parameters)}
+        )
+        near = call(executors.get("triton"), inputs)
+        assert same_bits(call(executors.get("triton"), replace(inputs, x=x, weights=far)), near)
