@@ -86,7 +86,9 @@ def group_keys(keys: Float[Array, "T E"], config: MoEConfig) -> Float[Array, "T 
     if config.group_score == "max":
         return xp.max(members, axis=-1)
     best = xp.sort(members, axis=-1)
-    return best[..., -1] + best[..., -2]
+    first, second = best[..., -1], best[..., -2]
+    possible = second > -math.inf  # inf - inf would be undefined
+    return xp.where(possible, first + xp.where(possible, second, xp.zeros_like(second)), second)
 
 
 def choose_groups(keys: Float[Array, "T G"], config: MoEConfig) -> Bool[Array, "T G"]:

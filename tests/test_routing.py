@@ -97,3 +97,10 @@ def test_large_logits_do_not_overflow() -> None:
 def test_no_tokens() -> None:
     routing = route(np.zeros((0, 4)), MoEConfig(2))
     assert routing.topk_ids.shape == routing.topk_weights.shape == (0, 2)
+
+
+def test_a_group_of_plus_and_minus_infinity_is_no_warning() -> None:
+    """Such a row is undefined (R4); its ids are in range and distinct, and nothing is computed from inf - inf."""
+    config = MoEConfig(2, scoring="topk_softmax", num_groups=2, topk_groups=1, group_score="top2_sum")
+    routing = route(np.array([[np.inf, -np.inf, 0.0, 1.0]]), config)
+    assert routing.topk_ids.tolist() == [[3, 2]]
