@@ -69,12 +69,17 @@ def test_alignment_of_rows() -> None:
         assert torch.equal(copy, odd)
 
 
-@pytest.mark.parametrize("layout", ["sliced", "transposed"])
-def test_layout_of_x_does_not_change_bits(layout: str) -> None:
-    contiguous, other = (
-        call(executors.get("triton"), inputs_of(replace(ALIGNED, x_layout=x))) for x in ("contiguous", layout)
-    )
-    assert same_bits(contiguous, other)
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed"])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_weights_and_option_decide_on_the_configuration(
+    layout: str, invariant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never the layout of x: a token's bits would depend on it (C2)."""
+    asked = []
+    plain = _configs.regime_of
+    monkeypatch.setattr(_configs, "regime_of", lambda *a, **given: asked.append(given) or plain(*a, **given))
+    call(executors.get("triton", batch_invariant=invariant), inputs_of(replace(ALIGNED, x_layout=layout)))
+    assert asked == [{"narrow": True, "aligned": True, "rows": 16.0, "batch_invariant": invariant}]
 
 
 def test_descriptors_are_for_nested_strides() -> None:
