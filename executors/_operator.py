@@ -1,4 +1,4 @@
-"""Makes a custom operator, with its backward, of `executors._layer` and a way to multiply.
+"""Makes a custom operator of torch, with its backward, of an executor's way to compute the layer.
 
 A projection reaches it as a tensor, a list of tensors and a list of integers (`executors._format`): a dense one has no
 more than the tensor.
@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from executors import _layer
-from executors._activation import Activation
-from executors._format import Parts, apart, packed_of
-from executors._grouping import group
-from executors._layer import Layer, Matrices, Products, Projection
-from executors._stack import Stack, room_for
+from executors._format import apart
 from moe_ref.types import PARAMETERS, MoEWeights
 
 P = ParamSpec("P")
@@ -27,26 +22,108 @@ R = TypeVar("R")
 NAMES = ("x", "topk_weights", *PARAMETERS)  # what may need a gradient
 TENSORS = 3 + len(PARAMETERS)  # arguments that are tensors, before the two lists of scales
 
+FIRST = """
+    Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj,
+    Tensor? gate_up_proj_bias, Tensor? down_proj_bias, Tensor? gate_up_lora_a, Tensor? gate_up_lora_b,
+    Tensor? down_lora_a, Tensor? down_lora_b, Tensor[] gate_up_scales, Tensor[] down_scales
+"""
+STATIC = """
+    SymInt[] gate_up_format, SymInt[] down_format, float gate_up_scaling, float down_scaling, bool scale_input,
+    str activation, float alpha, float? limit, float up_offset, str layout
+"""
+FORWARD = f"({FIRST}, bool keep_z, bool keep_own, {STATIC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+BACKWARD = f"""(
+    Tensor dy, Tensor z, Tensor order, Tensor group_offsets, Tensor own_1, Tensor own_2, {FIRST}, bool[] needs, {STATIC}
+) -> Tensor[]"""
 
-class Multiplication(NamedTuple):
-    """A way to multiply rows by their expert's matrix.
+
+class Arguments(NamedTuple):
+    """A call's arguments, as the operator's schema has them.
 
     Attributes:
-        name: of the operator.
-        products: makes the products from the group offsets, as ``keep`` left them.
-        on_host: whether the products want the group offsets on the host: one synchronisation per forward pass.
+        x: [T, H].
+        topk_ids, topk_weights: [T, K].
+        gate_up_proj, down_proj: stacks [E, m, k], or codes in 4 bits.
+        gate_up_proj_bias, down_proj_bias: [E, m].
+        gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b: an adapter's factors, [E, r, k] and [E, m, r].
+        gate_up_scales, down_scales: of projections in 4 bits.
+        gate_up_format, down_format: of `executors._format`.
+        gate_up_scaling, down_scaling: of adapters.
+        scale_input, activation, alpha, limit, up_offset, layout: as in ``MoEConfig``.
     """
 
-    name: str
-    products: Callable[[Tensor], Products]
-    on_host: bool
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    gate_up_proj_bias: Tensor | None
+    down_proj_bias: Tensor | None
+    gate_up_lora_a: Tensor | None
+    gate_up_lora_b: Tensor | None
+    down_lora_a: Tensor | None
+    down_lora_b: Tensor | None
+    gate_up_scales: list[Tensor]
+    down_scales: list[Tensor]
+    gate_up_format: list[int]
+    down_format: list[int]
+    gate_up_scaling: float
+    down_scaling: float
+    scale_input: bool
+    activation: str
+    alpha: float
+    limit: float | None
+    up_offset: float
+    layout: str
+
+    def owners(self) -> dict[str, Tensor | None]:
+        """What may need a gradient, by name."""
+        return {name: getattr(self, name) for name in NAMES}
+
+
+class Kept(NamedTuple):
+    """What a forward pass hands to the backward pass, beside its arguments.
+
+    Attributes:
+        z: [S, J], or no rows if it is to be built anew.
+        order: [S] the slot in each row.
+        group_offsets: [E + 1], on the host for an implementation that wants them there.
+        own_1, own_2: whatever else an implementation keeps.
+    """
+
+    z: Tensor
+    order: Tensor
+    group_offsets: Tensor
+    own_1: Tensor
+    own_2: Tensor
+
+
+class Implementation(Protocol):
+    """A way to compute the layer."""
+
+    @property
+    def name(self) -> str:
+        """Of the operator."""
+
+    @property
+    def gradient_format(self) -> torch.memory_format:
+        """Whether gradients are contiguous, or have their owners' strides."""
+
+    def forward(self, given: Arguments, keep_z: bool, keep_own: bool) -> tuple[Tensor, Kept]:
+        """y [T, H], and what a backward pass takes."""
+
+    def fake(self, given: Arguments, keep_z: bool, keep_own: bool) -> tuple[Tensor, Kept]:
+        """Tensors of the shapes, dtypes and devices that `forward` returns, without values."""
+
+    def backward(self, given: Arguments, kept: Kept, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
+        """The gradients of `NAMES` that are needed, by name, each of its owner's shape."""
 
 
 class Operator(NamedTuple):
     """A custom operator and its backward.
 
     Attributes:
-        forward: (y, z or nothing, order, group offsets, and of both projections what was decoded, or nothing).
+        forward: (y, *Kept).
         backward: the gradients of `NAMES`; an empty tensor for what is not needed.
     """
 
@@ -54,160 +131,39 @@ class Operator(NamedTuple):
     backward: Any
 
 
-def define(multiplication: Multiplication) -> Operator:
+def define(implementation: Implementation) -> Operator:
     """Registers ``moe_ref::NAME`` and ``moe_ref::NAME_backward`` with torch."""
-    name, products, on_host = multiplication
+    name = implementation.name
 
-    @torch.library.custom_op(f"moe_ref::{name}", mutates_args=())
+    @torch.library.custom_op(f"moe_ref::{name}", mutates_args=(), schema=FORWARD)
     @_without_autocast
-    def forward(
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
-        gate_up_proj_bias: Tensor | None,
-        down_proj_bias: Tensor | None,
-        gate_up_lora_a: Tensor | None,
-        gate_up_lora_b: Tensor | None,
-        down_lora_a: Tensor | None,
-        down_lora_b: Tensor | None,
-        gate_up_scales: list[Tensor],
-        down_scales: list[Tensor],
-        keep_z: bool,
-        keep_decoded: bool,
-        gate_up_format: list[int],
-        down_format: list[int],
-        gate_up_scaling: float,
-        down_scaling: float,
-        scale_input: bool,
-        activation: str,
-        alpha: float,
-        limit: float | None,
-        up_offset: float,
-        layout: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        parts = (gate_up_proj, gate_up_scales, gate_up_format), (down_proj, down_scales, down_format)
-        up_room, down_room = (room_for(packed_of(p, x), topk_ids.numel() if keep_decoded else 0, x) for p in parts)
-        matrices = _matrices(parts[0], x, up_room, False), _matrices(parts[1], x, down_room, False)
-        order, group_offsets = group(topk_ids, matrices[0].shape[0])
-        kept = group_offsets.cpu() if on_host else group_offsets
-        layer = _make_layer(
-            (x, topk_ids, topk_weights),
-            order,
-            (*matrices, gate_up_proj_bias, down_proj_bias),
-            (gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b),
-            (gate_up_scaling, down_scaling, scale_input, activation, alpha, limit, up_offset, layout),
-        )
-        y, z = _layer.forward(layer, products(kept))
-        return y, z if keep_z else z.new_empty(0, z.shape[1]), order, kept, up_room, down_room
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        y, kept = implementation.forward(*_forward_arguments(inputs))
+        return y, *kept
 
     @forward.register_fake
-    def _(
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
-        gate_up_proj_bias: Tensor | None,
-        down_proj_bias: Tensor | None,
-        gate_up_lora_a: Tensor | None,
-        gate_up_lora_b: Tensor | None,
-        down_lora_a: Tensor | None,
-        down_lora_b: Tensor | None,
-        gate_up_scales: list[Tensor],
-        down_scales: list[Tensor],
-        keep_z: bool,
-        keep_decoded: bool,
-        gate_up_format: list[int],
-        down_format: list[int],
-        *_static: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        slots, device = topk_ids.numel(), "cpu" if on_host else x.device
-        parts = (gate_up_proj, gate_up_scales, gate_up_format), (down_proj, down_scales, down_format)
-        packed = [packed_of(p, x) for p in parts]
-        experts, both = (packed[0] or gate_up_proj).shape[:2]
-        return (
-            x.new_empty(x.shape),
-            x.new_empty(slots if keep_z else 0, both),
-            topk_ids.new_empty(slots, dtype=torch.int64),
-            torch.empty(experts + 1, dtype=torch.int64, device=device),
-            room_for(packed[0], slots if keep_decoded else 0, x),
-            room_for(packed[1], slots if keep_decoded else 0, x),
-        )
+    def _(*inputs: Any) -> tuple[Tensor, ...]:
+        y, kept = implementation.fake(*_forward_arguments(inputs))
+        return y, *kept
 
-    @torch.library.custom_op(f"moe_ref::{name}_backward", mutates_args=())
+    @torch.library.custom_op(f"moe_ref::{name}_backward", mutates_args=(), schema=BACKWARD)
     @_without_autocast
-    def backward(
-        dy: Tensor,
-        z: Tensor,
-        order: Tensor,
-        group_offsets: Tensor,
-        gate_up_decoded: Tensor,
-        down_decoded: Tensor,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
-        gate_up_proj_bias: Tensor | None,
-        down_proj_bias: Tensor | None,
-        gate_up_lora_a: Tensor | None,
-        gate_up_lora_b: Tensor | None,
-        down_lora_a: Tensor | None,
-        down_lora_b: Tensor | None,
-        gate_up_scales: list[Tensor],
-        down_scales: list[Tensor],
-        needs: list[bool],
-        gate_up_format: list[int],
-        down_format: list[int],
-        gate_up_scaling: float,
-        down_scaling: float,
-        scale_input: bool,
-        activation: str,
-        alpha: float,
-        limit: float | None,
-        up_offset: float,
-        layout: str,
-    ) -> list[Tensor]:
-        gate_up = _matrices((gate_up_proj, gate_up_scales, gate_up_format), x, gate_up_decoded, True)
-        down = _matrices((down_proj, down_scales, down_format), x, down_decoded, True)
-        factors = (gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
-        layer = _make_layer(
-            (x, topk_ids, topk_weights),
-            order,
-            (gate_up, down, gate_up_proj_bias, down_proj_bias),
-            factors,
-            (gate_up_scaling, down_scaling, scale_input, activation, alpha, limit, up_offset, layout),
-        )
-        multiply = products(group_offsets)
-        if not z.shape[0]:  # nothing was kept: the same products give the same bits (D4)
-            z = _layer.preactivations(layer, multiply)
-        found = _layer.backward(layer, multiply, z, dy, dict(zip(NAMES, needs, strict=True)))
-        owners = (x, topk_weights, gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias, *factors)
+    def backward(*inputs: Any) -> list[Tensor]:
+        dy, kept, given, needs = _backward_arguments(inputs)
+        found = implementation.backward(given, kept, dy, needs)
         return [
-            found[name].to(owner.dtype).contiguous() if name in found and owner is not None else x.new_empty(0)
-            for name, owner in zip(NAMES, owners, strict=True)
+            found[name].to(owner.dtype) if name in found and owner is not None else dy.new_empty(0)
+            for name, owner in given.owners().items()
         ]
 
     @backward.register_fake
-    def _(
-        dy: Tensor,
-        z: Tensor,
-        order: Tensor,
-        group_offsets: Tensor,
-        gate_up_decoded: Tensor,
-        down_decoded: Tensor,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        *others: Any,
-    ) -> list[Tensor]:
-        owners = (x, topk_weights, *others[: len(PARAMETERS)])
-        needs = others[len(PARAMETERS) + 2]
+    def _(*inputs: Any) -> list[Tensor]:
+        dy, _kept, given, needs = _backward_arguments(inputs)
         return [
-            torch.empty(owner.shape, dtype=owner.dtype, device=owner.device) if need else x.new_empty(0)
-            for owner, need in zip(owners, needs, strict=True)
+            torch.empty_like(owner, memory_format=implementation.gradient_format)
+            if needs[name] and owner is not None
+            else dy.new_empty(0)
+            for name, owner in given.owners().items()
         ]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -235,6 +191,19 @@ def define(multiplication: Multiplication) -> Operator:
     return Operator(forward, backward)
 
 
+def _forward_arguments(inputs: tuple[Any, ...]) -> tuple[Arguments, bool, bool]:
+    count = TENSORS + 2
+    return Arguments(*inputs[:count], *inputs[count + 2 :]), *inputs[count : count + 2]
+
+
+def _backward_arguments(inputs: tuple[Any, ...]) -> tuple[Tensor, Kept, Arguments, dict[str, bool]]:
+    dy, inputs = inputs[0], inputs[1:]
+    kept, inputs = Kept(*inputs[: len(Kept._fields)]), inputs[len(Kept._fields) :]
+    count = TENSORS + 2
+    needs = dict(zip(NAMES, inputs[count], strict=True))
+    return dy, kept, Arguments(*inputs[:count], *inputs[count + 1 :]), needs
+
+
 def apply(
     operator: Operator,
     x: Tensor,
@@ -243,16 +212,16 @@ def apply(
     weights: MoEWeights,
     *,
     keep_z: bool,
-    keep_decoded: bool = False,
+    keep_own: bool = False,
 ) -> Tensor:
     """y, of x's shape, from x [..., H], topk_ids and topk_weights [T, K].
 
-    For a backward pass it keeps z, and what was decoded, or leaves them to be built anew.
+    For a backward pass it keeps z, and what else the implementation may keep, or leaves them to be built anew.
     """
     rows = x.reshape(-1, x.shape[-1])
     tensors, static = arguments_of(rows, topk_ids, topk_weights, weights)
     training = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in tensors)
-    y = operator.forward(*tensors, training and keep_z, training and keep_decoded, *static)[0]
+    y = operator.forward(*tensors, training and keep_z, training and keep_own, *static)[0]
     return y.reshape(x.shape)
 
 
@@ -270,25 +239,6 @@ def arguments_of(
     tensors = [rows, topk_ids, topk_weights, *(parameters.get(name) for name in PARAMETERS)]
     static = [gate_up_format, down_format, *scalings, config.scale_input, *act]
     return [*tensors, gate_up_scales, down_scales], static
-
-
-def _matrices(parts: Parts, x: Tensor, decoded: Tensor, filled: bool) -> Matrices:
-    """What products take: a dense stack as it is, or one in 4 bits with the room for what is decoded of it."""
-    packed = packed_of(parts, x)
-    return parts[0] if packed is None else Stack(packed, decoded, filled and decoded.shape[0] > 0)
-
-
-def _make_layer(
-    routed: tuple[Tensor, Tensor, Tensor],
-    order: Tensor,
-    projections: tuple[Any, ...],
-    factors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    static: tuple[float, float, bool, str, float, float | None, float, str],
-) -> Layer:
-    gate_up_scaling, down_scaling, scale_input = static[:3]
-    up = Projection(projections[0], projections[2], factors[0], factors[1], gate_up_scaling)
-    down = Projection(projections[1], projections[3], factors[2], factors[3], down_scaling)
-    return Layer(*routed, order, up, down, Activation(*static[3:]), scale_input)
 
 
 def _without_autocast(kernel: Callable[P, R]) -> Callable[P, R]:

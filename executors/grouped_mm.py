@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from executors._executor import OperatorExecutor
 from executors._grouped import GroupedProducts, check_capture, host_note
-from executors._operator import Multiplication, Operator, define
+from executors._multiplication import Multiplication
+from executors._operator import Operator, define
 from executors._protocol import Capabilities
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from executors._decode_kernel import slow_note
 from executors._executor import OperatorExecutor
 from executors._grouped import check_capture, host_note
 from executors._loop import LoopProducts
-from executors._operator import Multiplication, Operator, apply, define
+from executors._multiplication import Multiplication
+from executors._operator import Operator, apply, define
 from executors._protocol import Capabilities
 from executors._sliced import SlicedProducts
 
@@ -66,4 +67,4 @@ class GroupedNF4(OperatorExecutor):
 
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         keep = not self.recompute
-        return apply(self.operator, x, topk_ids, topk_weights, weights, keep_z=True, keep_decoded=keep)
+        return apply(self.operator, x, topk_ids, topk_weights, weights, keep_z=True, keep_own=keep)

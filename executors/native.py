@@ -11,7 +11,8 @@ from typing import ClassVar
 
 from executors._executor import OperatorExecutor
 from executors._loop import LoopProducts
-from executors._operator import Multiplication, Operator, define
+from executors._multiplication import Multiplication
+from executors._operator import Operator, define
 
 OPERATOR = define(Multiplication("native", LoopProducts, on_host=True))
 

@@ -8,6 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dense_cases import CONFIG, EVERYTHING, PROBLEM, WATCHED, Watched, inputs_of
 from executors import _operator, grouped_nf4, nf4
+from executors._multiplication import Multiplication
 from executors._operator import Operator
 from executors._sliced import SlicedProducts
 from moe_ref.conformance.call import Inputs
@@ -34,7 +35,7 @@ def large_inputs() -> Inputs:
     return replace(inputs, x=normal(64, width).requires_grad_(), dy=normal(64, width), weights=weights)
 
 
-SLICED = _operator.define(_operator.Multiplication("sliced_probe", SlicedProducts, on_host=False))
+SLICED = _operator.define(Multiplication("sliced_probe", SlicedProducts, on_host=False))
 WATCHED["sliced_probe"] = SLICED
 
 

@@ -9,6 +9,7 @@ import executors
 from dense_cases import EVERYTHING, OPERATORS, PROBLEM, Watched, arguments, both, inputs_of
 from executors import _grouping, _layer, _operator
 from executors._loop import LoopProducts
+from executors._multiplication import Multiplication
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.build import build
 from moe_ref.conformance.call import call
@@ -181,7 +182,7 @@ class PlainProducts(LoopProducts):
 
 def test_autocast_does_not_reach_into_an_operator() -> None:
     """Whatever its products are made of."""
-    operator = _operator.define(_operator.Multiplication("plain_probe", PlainProducts, on_host=True))
+    operator = _operator.define(Multiplication("plain_probe", PlainProducts, on_host=True))
     tensors, static = arguments(inputs_of(Problem(12, 1, 16, 8, MoEConfig(1), entry="experts")))
     with torch.no_grad():
         expected = operator.forward(*tensors, True, False, *static)
