@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.utils.checkpoint import CheckpointPolicy
 
+CHOICES = ("moe_ref.choose.default", "moe_ref.triton_route.default")  # operators that choose experts
+
 
 def checkpoint_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """A policy for torch's selective activation checkpoints: keep the chosen experts, recompute everything else.
@@ -28,9 +30,9 @@ def checkpoint_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
     Returns:
         MUST_SAVE for the choice of experts, PREFER_RECOMPUTE otherwise. For a policy of your own, return MUST_SAVE
-        where ``str(op) == "moe_ref.choose.default"``.
+        where ``str(op)`` is "moe_ref.choose.default" or "moe_ref.triton_route.default".
     """
     from torch.utils.checkpoint import CheckpointPolicy
 
-    chosen = str(op) == "moe_ref.choose.default"
+    chosen = str(op) in CHOICES
     return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE

@@ -107,7 +107,7 @@ class Implementation(Protocol):
 
     @property
     def gradient_format(self) -> torch.memory_format:
-        """Whether gradients are contiguous, or have their owners' strides."""
+        """Whether parameters' gradients are contiguous, or have their owners' strides; others are contiguous."""
 
     def forward(self, given: Arguments, keep_z: bool, keep_own: bool) -> tuple[Tensor, Kept]:
         """y [T, H], and what a backward pass takes."""
@@ -159,8 +159,9 @@ def define(implementation: Implementation) -> Operator:
     @backward.register_fake
     def _(*inputs: Any) -> list[Tensor]:
         dy, _kept, given, needs = _backward_arguments(inputs)
+        kinds = dict.fromkeys(PARAMETERS, implementation.gradient_format)
         return [
-            torch.empty_like(owner, memory_format=implementation.gradient_format)
+            torch.empty_like(owner, memory_format=kinds.get(name, torch.contiguous_format))
             if needs[name] and owner is not None
             else dy.new_empty(0)
             for name, owner in given.owners().items()

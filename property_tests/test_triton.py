@@ -14,7 +14,7 @@ import executors
 from moe_ref import MoEConfig
 from moe_ref.conformance import pinned, profiles
 from moe_ref.conformance.checks import check_problem, check_repeatable
-from moe_ref.conformance.errors import check_errors, check_undeclared_weights
+from moe_ref.conformance.errors import check_errors, check_no_double_backward, check_undeclared_weights
 from moe_ref.conformance.exact import CASES, check_exact
 from moe_ref.conformance.invariance import check_batch_invariance
 from moe_ref.conformance.laws import LAWS, check_law
@@ -39,6 +39,10 @@ ALWAYS = {
     ),
     "empty slots": Problem(16, 4, 32, 16, MoEConfig(2, scale_input=True), entry="experts", empty_slots=True),
     "many slots": Problem(300, 5, 8, 8, MoEConfig(4, activation="relu2"), entry="experts", cut_points=True),
+    "adapters": Problem(17, 5, 33, 20, WIDE, gate_up_rank=3, down_rank=17, gate_up_bias=True, down_bias=True),
+    "frozen experts": Problem(
+        17, 5, 32, 16, MoEConfig(2), gate_up_rank=4, down_rank=4, frozen=frozenset({"gate_up_proj", "down_proj"})
+    ),
 }
 
 
@@ -92,6 +96,10 @@ def test_pinned_problems(problem: Problem) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_exact_cases(case: str, dtype: str) -> None:
     assert check_exact(TRITON, case, dtype, DEVICE) == ""
+
+
+def test_double_backward_is_refused() -> None:
+    check_no_double_backward(TRITON, DEVICE)
 
 
 def test_bad_input_is_refused_in_one_line() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -27,6 +28,13 @@ WATCHED = OPERATORS | {"grouped_nf4": grouped_nf4.OPERATOR}  # whose insides can
 SYNCHRONISING = ("_local_scalar_dense", "aten::item", "nonzero", "masked_select", "bincount", "unique")
 
 both = pytest.mark.parametrize("name", OPERATORS)
+
+if find_spec("triton") and not torch.cuda.is_available():  # on a GPU these tests, on a CPU, are not for it
+    from executors.triton import _operator as _triton
+
+    WATCHED |= {"triton": _triton.OPERATOR}
+
+every = pytest.mark.parametrize("name", [name for name in WATCHED if name != "grouped_nf4"])
 
 
 class Watched(TorchDispatchMode):

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import executors
-from dense_cases import CONFIG, EVERYTHING, PROBLEM, both, inputs_of
+from dense_cases import CONFIG, EVERYTHING, PROBLEM, both, every, inputs_of
 from moe_ref.conformance.call import call
 
 
@@ -32,7 +32,7 @@ def test_checkpointing_never_chooses_again(name: str, monkeypatch: pytest.Monkey
             assert torch.equal(value.grad, inputs.tensors()[leaf].grad), leaf
 
 
-@both
+@every
 def test_a_replay_that_would_choose_otherwise(name: str) -> None:
     """D5: even if the logits change under the replay, the gradient is that of the experts of the forward pass."""
     problem = replace(PROBLEM, logits="ties")

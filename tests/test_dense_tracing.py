@@ -10,13 +10,14 @@ import torch
 import executors
 from dense_cases import (
     EVERYTHING,
-    OPERATORS,
     PROBLEM,
+    WATCHED,
     HostReads,
     arguments,
     both,
     demand_one_graph,
     each,
+    every,
     inputs_of,
     needs_all,
 )
@@ -87,12 +88,12 @@ def test_native_looks_at_its_offsets() -> None:
         kernel(native.OPERATOR.forward)(*tensors, True, False, *static)
 
 
-@both
+@every
 @pytest.mark.parametrize("problem", [PROBLEM, EVERYTHING, replace(PROBLEM, gate_up_bias=False, down_bias=False)])
 @pytest.mark.parametrize("tokens", [0, 12])
 def test_operators_are_registered_right(name: str, tokens: int, problem: Problem) -> None:
     """torch.library.opcheck: schema, autograd, fake kernels, dynamic shapes."""
-    operator = OPERATORS[name]
+    operator = WATCHED[name]
     inputs = inputs_of(replace(problem, tokens=tokens, entry="experts"))
     tensors, static = arguments(inputs)
     torch.library.opcheck(operator.forward, (*tensors, True, False, *static))
@@ -109,7 +110,7 @@ def test_the_choice_is_registered_right() -> None:
     torch.library.opcheck(choose, (logits, None, 2, "softmax", 1, 1, "max"))
 
 
-@both
+@every
 @pytest.mark.parametrize("problem", [PROBLEM, EVERYTHING])
 def test_compiles_whole_with_dynamic_tokens(name: str, problem: Problem) -> None:
     demand_one_graph(executors.get(name), problem)

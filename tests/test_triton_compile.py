@@ -16,8 +16,9 @@ from executors.triton import _configs
 from executors.triton._disassembly import Instruction, disassemble_amd
 from executors.triton._resources import inner_loop
 
-KERNELS = {"route", "group", "count", "scan", "place", "up", "down", "combine"}
-PRODUCTS = {"up", "down"}
+PRODUCTS = {"up", "down", "inner", "outer"}
+OTHERS = {"route", "route_backward", "group", "count", "scan", "place", "combine", "dz", "input_weights", "sums"}
+KERNELS = PRODUCTS | OTHERS
 DTYPES = {
     "sm80": ("bfloat16", "float32"),
     "sm90": ("bfloat16", "float32"),
@@ -66,7 +67,7 @@ def wrong_sizes(rows: list[Row], shared: int) -> Iterator[str]:
     for row in rows:
         if row["spilled"] or row["local"]:
             yield f"{name(row)}: spills {row['spilled']} bytes in {row['local']} instructions, but must spill none"
-        if row["scalars_moved"] and row["kernel"] in PRODUCTS:
+        if row["scalars_moved"] and row["kernel"] in PRODUCTS - {"inner"} and row["layer"] != "odd":
             yield f"{name(row)}: {row['scalars_moved']} scalar registers too many, but must be none"
         if row["shared"] > shared:
             yield f"{name(row)}: {row['shared']} bytes of shared memory, but must be at most {shared}"
@@ -78,7 +79,7 @@ def wrong_instructions(target: str, rows: list[Row]) -> Iterator[str]:
         if row["kernel"] not in PRODUCTS:
             continue
         kind, own = row["tensor_core_kind"], TENSOR_CORES.get(target, "")  # Triton has none before 8.0
-        if row["constants"]["BLOCK_M"] < 64 or row["dtype"] == "tf32":
+        if row["tile"][0] < 64 or row["dtype"] == "tf32":
             own = SMALL.get(target, own) if kind in ("", SMALL.get(target)) else own
         if row["dtype"] == "float32" and target != "gfx942":
             own = ""  # those of AMD have fp32
@@ -89,26 +90,42 @@ def wrong_instructions(target: str, rows: list[Row]) -> Iterator[str]:
 def narrow_loads(target: str, rows: list[Row]) -> Iterator[str]:
     """Aligned operands that are not loaded 16 bytes at a time in the loop over k, or not all of them there."""
     for row in rows:
-        if row["kernel"] in PRODUCTS and row["layer"] != "odd" and row["dtype"] != "tf32":  # TF32 may turn a tile round
-            loads, wide, expected = row["inner_loads"], row["inner_wide_loads"], operand_loads(target, row)
-            if not loads == wide == expected:
-                yield f"{name(row)}: {loads} loads in the loop over k, {wide} of them wide; must be {expected} wide"
+        if row["kernel"] not in PRODUCTS or row["layer"] == "odd" or row["dtype"] == "tf32":
+            continue  # TF32 may turn a tile round
+        if row["layer"].startswith("lora") and row["kernel"] != "outer":
+            continue  # the innermost loop is that over the rank; without it the kernel is the same
+        loads, wide, expected = row["inner_loads"], row["inner_wide_loads"], operand_loads(target, row)
+        if wide != expected or loads - wide > narrow_at_most(target, row):
+            yield f"{name(row)}: {loads} loads in the loop over k, {wide} of them wide; must be {expected} wide"
+
+
+def narrow_at_most(target: str, row: Row) -> int:
+    """How many narrow loads there may be: of slots, their weights, and operands with too little for all threads."""
+    constants = row["constants"]
+    if row["kernel"] != "outer":
+        return 0
+    gathered = sum(constants[f"TOP_K_{operand}"] > 0 or constants[f"SCALED_{operand}"] for operand in "AB")
+    scaled = constants["SCALED_A"] or constants["SCALED_B"]
+    each = 4 if target in ("gfx942", "sm75") else 1  # where loads are not pipelined, threads load slots for themselves
+    return each * (gathered + scaled) + sum(wide_loads(target, row, size) == 0 for size in row["tile"][:2])
+
+
+def wide_loads(target: str, row: Row, columns: int) -> int:
+    """How many loads of 16 bytes bring so many columns of an operand; 0 if they are too few for all threads."""
+    threads = row["warps"] * (64 if target == "gfx942" else 32)
+    size = 4 if row["dtype"] == "float32" else 2
+    return int(columns * row["constants"]["BLOCK_K"] * size // (16 * threads))
 
 
 def operand_loads(target: str, row: Row) -> int:
     """How many loads of 16 bytes, or of a tile by TMA, bring both operands of one step."""
     constants = row["constants"]
-    threads = row["warps"] * (64 if target == "gfx942" else 32)
-
-    def loads(columns: int) -> int:
-        size = 4 if row["dtype"] == "float32" else 2
-        return max(1, columns * constants["BLOCK_K"] * size // (16 * threads))
-
-    if not constants["TMA"]:
-        return loads(constants["BLOCK_M"]) + loads(constants["BLOCK_N"])
+    rows = wide_loads(target, row, constants["BLOCK_M"])
+    if not constants.get("TMA"):
+        return rows + wide_loads(target, row, constants["BLOCK_N"])
     if row["kernel"] == "down":
         return 2
-    return loads(constants["BLOCK_M"]) + (2 if constants["LAYOUT"] == "concatenated" else 1)
+    return rows + (2 if constants["LAYOUT"] == "concatenated" else 1)
 
 
 def not_compiled(target: str, family: str, rows: list[Row]) -> Iterator[str]:
@@ -124,7 +141,11 @@ def not_compiled(target: str, family: str, rows: list[Row]) -> Iterator[str]:
                 for row in rows
                 if row["kernel"] in PRODUCTS and row["dtype"] == dtype and (row["layer"] == "odd") == odd
             }
-            shipped = {(kernel, *getattr(regime, kernel)[:5]) for regime in regimes for kernel in PRODUCTS}
+            shipped = {
+                (kernel, *getattr(regime, field)[:5])
+                for regime in regimes
+                for field, kernel in (("up", "up"), ("dh", "up"), ("down", "down"), ("dx", "down"), ("outer", "outer"))
+            }
             yield from (
                 f"{dtype}, {'odd' if odd else 'aligned'}: {tile} must be compiled" for tile in shipped - compiled
             )
@@ -175,7 +196,7 @@ from executors.triton._resources import resources_of
 
 tile = _configs.Tile({tile})
 family = _configs.FAMILIES["sm80"]
-_configs.FAMILIES["sm80"] = family._replace(narrow=(_configs.Regime(_configs.ANY, tile, tile),))
+_configs.FAMILIES["sm80"] = family._replace(narrow=(_configs.Regime(_configs.ANY, *[tile] * 6),))
 with compiling("sm80") as launches:
     next(_cases.cases("sm80", ("bfloat16",))).run()
 found = [launch.compiled for launch in launches]

@@ -1,4 +1,4 @@
-"""On a GPU: ``triton`` never waits for it, is captured in a CUDA graph, and fills every configuration."""
+"""On a GPU, forward and backward: ``triton`` never waits, is captured in a graph, and fills every configuration."""
 
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 GPT_OSS = MoEConfig(4, scoring="topk_softmax", alpha=1.702, limit=7.0, up_offset=1.0, gate_up_layout="interleaved")
 LAYER = Problem(64, 9, 128, 96, GPT_OSS, "bfloat16", gate_up_bias=True, down_bias=True, weights_layout="transposed")
+ADAPTED = replace(LAYER, gate_up_rank=16, down_rank=8)  # factors in float32 beside bfloat16
 TOKENS = (1, 8, 64, 1000)  # few, some and many rows per expert; slots of one chunk and of several
 
 
@@ -23,40 +24,72 @@ def inputs_of(problem: Problem) -> Inputs:
     return to_torch(problem, build(problem), "cuda")
 
 
-@torch.no_grad()
-def forward(inputs: Inputs) -> torch.Tensor:
-    return call(executors.get("triton"), inputs)
+def step(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """y and all gradients."""
+    for leaf in inputs.tensors().values():
+        leaf.grad = None
+    y = call(executors.get("triton"), inputs)
+    y.backward(inputs.dy)
+    return {"y": y.detach()} | {name: leaf.grad for name, leaf in inputs.tensors().items()}
 
 
+def copy_over(target: Inputs, source: Inputs) -> None:
+    with torch.no_grad():
+        for name, leaf in target.tensors().items():
+            leaf.copy_(source.tensors()[name])
+        target.dy.copy_(source.dy)
+
+
+def demand_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, value in expected.items():
+        assert same_bits(found[name], value), name
+
+
+@pytest.mark.parametrize("problem", [LAYER, ADAPTED], ids=["dense", "adapters"])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_never_waits_for_the_gpu(tokens: int) -> None:
-    inputs = inputs_of(replace(LAYER, tokens=tokens))
-    forward(inputs)
+def test_never_waits_for_the_gpu(tokens: int, problem: Problem) -> None:
+    inputs = inputs_of(replace(problem, tokens=tokens))
+    step(inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        forward(inputs)
+        step(inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("problem", [LAYER, ADAPTED], ids=["dense", "adapters"])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_is_captured_and_replayed(tokens: int) -> None:
+def test_is_captured_and_replayed(tokens: int, problem: Problem) -> None:
     """A CUDA graph replayed on other inputs, with other groups, gives the bits of an eager call."""
-    captured, other = (inputs_of(replace(LAYER, tokens=tokens, seed=seed)) for seed in (0, 1))
+    captured, other = (inputs_of(replace(problem, tokens=tokens, seed=seed)) for seed in (0, 1))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        forward(captured)
+        step(captured)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = forward(captured)
-    with torch.no_grad():
-        for name, leaf in captured.tensors().items():
-            leaf.copy_(other.tensors()[name])
+        found = step(captured)
+    copy_over(captured, other)
     graph.replay()
-    assert same_bits(y, forward(other))
+    demand_same(found, step(other))
+
+
+def test_streams_side_by_side() -> None:
+    """Steps of two layers, each in a stream of its own, give the bits of one after the other."""
+    problems = replace(LAYER, tokens=1000), replace(ADAPTED, tokens=700, seed=1)
+    expected = [step(inputs_of(problem)) for problem in problems]
+    inputs, streams = [inputs_of(problem) for problem in problems], [torch.cuda.Stream() for _ in problems]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        found = []
+        for given, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(step(given))
+        torch.cuda.synchronize()
+        for own, wanted in zip(found, expected, strict=True):
+            demand_same(own, wanted)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

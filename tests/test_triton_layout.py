@@ -13,12 +13,20 @@ import executors
 from executors.triton import _configs, _products
 from executors.triton._configs import FAMILIES, Regime, regime_of
 from executors.triton._device import Device
-from executors.triton.kernels import products
+from executors.triton._grouping import Groups
+from executors.triton._products import Plan
+from executors.triton.kernels import adapters, gradients, outer, products
 from executors.triton.kernels.products import offset
 from moe_ref import MoEConfig
-from moe_ref.conformance.call import call
+from moe_ref.conformance.call import call, run
 from moe_ref.conformance.checks import check_problem, same_bits
+from moe_ref.conformance.problem import Problem
 from triton_cases import ALIGNED, DEVICE, GPT_OSS, inputs_of, interpreted
+
+
+def both_ways(problem: Problem) -> dict[str, torch.Tensor]:
+    """y and all gradients."""
+    return run(executors.get("triton"), inputs_of(problem), backward=True).tensors
 
 
 @interpreted
@@ -29,15 +37,15 @@ def test_tensor_descriptors(activation: str, dtype: str, layout: str, monkeypatc
     """What GPUs with TMA run, on sizes with tails: the same bits as with pointers."""
     configs = {"gpt-oss": GPT_OSS, "concatenated": MoEConfig(2), "plain": MoEConfig(2, activation="gelu")}
     problem = replace(ALIGNED, config=configs[activation], dtype=dtype, weights_layout=layout)
-    inputs = inputs_of(problem)
-    pointers = call(executors.get("triton"), inputs)
+    pointers = both_ways(problem)
     monkeypatch.setitem(FAMILIES, "interpreter", FAMILIES["interpreter"]._replace(descriptors=True))
     used = []
-    plain = _products._operand
-    monkeypatch.setattr(_products, "_operand", lambda *given: used.append(plain(*given)) or used[-1])
+    plain = _products.operand
+    monkeypatch.setattr(_products, "operand", lambda *given: used.append(plain(*given)) or used[-1])
     check_problem(executors.get("triton"), problem, DEVICE)
-    assert {kind for _, kind in used} == {"columns" if layout == "transposed" else "rows"}
-    assert same_bits(call(executors.get("triton"), inputs), pointers)
+    assert {kind for _, kind in used} == {"columns", "rows"}  # one of them forward, the other backward
+    for leaf, value in both_ways(problem).items():
+        assert same_bits(value, pointers[leaf]), leaf
 
 
 def test_alignment_of_weights() -> None:
@@ -61,9 +69,10 @@ def test_alignment_of_rows() -> None:
     """Rows that cannot be loaded widely are copied, other layouts are not."""
     x = torch.randn(5, 64)
     for same in (x, x[1:], x[:, :32], x[:1].expand(5, 64)):
-        assert _products.with_aligned_rows(same) is same
+        assert _products.readable(same, aligned=True) is same
     for odd in (x[:, ::2], x[:, 1:33], torch.randn(5, 33)[:, :32], torch.randn(64, 5).t()):
-        copy = _products.with_aligned_rows(odd)
+        assert _products.readable(odd, aligned=False) is odd
+        copy = _products.readable(odd, aligned=True)
         assert copy.is_contiguous()
         assert copy.data_ptr() != odd.data_ptr()
         assert torch.equal(copy, odd)
@@ -84,11 +93,12 @@ def test_weights_and_option_decide_on_the_configuration(
 
 def test_descriptors_are_for_nested_strides() -> None:
     """Each dimension outside of the next, in whole steps of it; the stride of a single expert does not count."""
-    device, tile = Device("sm90", 132), FAMILIES["sm90"].narrow[0].up
+    groups = Groups(torch.empty(0), torch.empty(0), torch.empty(0), 0)
+    plan = Plan(groups, 2, FAMILIES["sm90"].narrow[0], Device("sm90", 132), "ieee", aligned=True)
     room = torch.zeros(2**16, dtype=torch.bfloat16)
 
     def kind(shape: tuple[int, ...], strides: tuple[int, ...]) -> str:
-        return _products._operand(room.as_strided(shape, strides), 64, tile, device, aligned=True)[1]
+        return _products.operand(room.as_strided(shape, strides), 64, plan.regime.up, plan)[1]
 
     assert kind((2, 48, 32), (48 * 32, 32, 1)) == "rows"
     assert kind((2, 48, 32), (64 * 64, 64, 1)) == "rows"
@@ -96,7 +106,7 @@ def test_descriptors_are_for_nested_strides() -> None:
     assert kind((1, 48, 32), (7, 32, 1)) == "rows"
     assert kind((2, 48, 32), (0, 32, 1)) == kind((2, 48, 32), (32, 64, 1)) == kind((2, 48, 32), (48 * 32, 16, 1)) == ""
     assert kind((2, 48, 32), (48 * 32 + 16, 32, 1)) == ""
-    assert _products._operand(room.float().view(4, 128, 128), 64, tile, device, aligned=True)[1] == ""
+    assert _products.operand(room.float().view(4, 128, 128), 64, plan.regime.up, plan)[1] == ""
 
 
 def test_configurations_are_well_formed() -> None:
@@ -105,8 +115,12 @@ def test_configurations_are_well_formed() -> None:
             assert regimes[-1].rows == float("inf"), name
             assert [r.rows for r in regimes] == sorted({r.rows for r in regimes}), name
             for regime in regimes:
-                assert regime.up.block_m == regime.down.block_m, name
-                for size in (*regime.up[:3], *regime.down[:3]):
+                tiles = regime._asdict()
+                del tiles["rows"]
+                assert {tile.block_m for product, tile in tiles.items() if product != "outer"} == {regime.up.block_m}, (
+                    name
+                )
+                for size in (size for tile in tiles.values() for size in tile[:3]):
                     assert size >= 16, name
                     assert size & (size - 1) == 0, name
 
@@ -158,18 +172,28 @@ def test_offsets_are_64_bit() -> None:
 
 
 def test_addresses_are_made_by_offset_only() -> None:
-    """No kernel of products multiplies with a stride or a size by itself: rows of h and of the slots, too (E5)."""
-    source = Path(str(products.__file__)).read_text()
-    assert re.findall(r".*\*\s*(?:stride\w*|strides\[|width\b|N\b|K\b).*", source.partition('(E5)."""')[2]) == [
-        "    return index.to(tl.int64) * stride"
+    """No kernel of products or gradients multiplies with a stride or a size by itself, but within a tile (E5)."""
+    size = r"(?:stride\w*|strides\[|width\b|num_slots\b|[NKHMR]\b)"
+    found = [
+        line
+        for module in (products, adapters, gradients, outer)
+        for line in re.findall(rf".*\*\s*{size}.*", Path(str(module.__file__)).read_text())
+        if "offset(rows, 2 * N)" not in line and "< 2 * N)" not in line  # twice a size is no product of sizes
+    ]
+    assert [line.strip() for line in found] == [
+        '"""index * stride in 64 bits, whatever the two have (E5)."""',
+        "return index.to(tl.int64) * stride",
+        "z_rows = z + offset(row, N) + (tl.arange(0, BLOCK_M) * N)[:, None]",
     ]
 
 
 @interpreted
 @pytest.mark.parametrize("transposed", [False, True])
 def test_strides_past_32_bits(transposed: bool, tmp_path: Path) -> None:
-    """x, projections and biases lie spread over 2^32 numbers of a file that is all holes: nothing is allocated (E5)."""
-    problem = replace(ALIGNED, tokens=5, experts=3, hidden=32, intermediate=16, bias_dtype="bfloat16")
+    """x, dy and parameters lie spread over 2^32 numbers of a file that is all holes: nothing is allocated (E5)."""
+    dtypes = {"bias_dtype": "bfloat16", "lora_dtype": "bfloat16"}
+    sizes = {"tokens": 5, "experts": 3, "hidden": 32, "intermediate": 16, "gate_up_rank": 4, "down_rank": 3}
+    problem = replace(ALIGNED, **sizes, **dtypes)
     inputs = inputs_of(problem)
     path = tmp_path / "holes"
     size = 2**32
@@ -186,12 +210,17 @@ def test_strides_past_32_bits(transposed: bool, tmp_path: Path) -> None:
         placed.copy_(value)
         return placed
 
-    x = room.as_strided(inputs.x.shape, ((2**32 - 2**20) // 4 // 16 * 16, 1), 2**19)
+    def far_rows(value: torch.Tensor, start: int) -> torch.Tensor:
+        placed = room.as_strided(value.shape, ((2**32 - 2**20) // 4 // 16 * 16, 1), start)
+        placed.copy_(value)
+        return placed
+
     with torch.no_grad():
-        x.copy_(inputs.x)
+        x, dy = far_rows(inputs.x, 2**19), far_rows(inputs.dy, 2**19 + 2**10)
         parameters = inputs.weights.parameters().items()
-        far = inputs.weights.with_parameters(
-            {name: spread(v, place * 2**16) for place, (name, v) in enumerate(parameters)}
-        )
-        near = call(executors.get("triton"), inputs)
-        assert same_bits(call(executors.get("triton"), replace(inputs, x=x, weights=far)), near)
+        far = {name: spread(value, place * 2**15) for place, (name, value) in enumerate(parameters)}
+    weights = inputs.weights.with_parameters({name: value.requires_grad_() for name, value in far.items()})
+    given = replace(inputs, x=x.requires_grad_(), dy=dy, weights=weights)
+    near = run(executors.get("triton"), inputs, backward=True).tensors
+    for leaf, value in run(executors.get("triton"), given, backward=True).tensors.items():
+        assert same_bits(value, near[leaf]), leaf

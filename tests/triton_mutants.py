@@ -37,12 +37,12 @@ MUTANTS = {
         "o *= tl.load(topk_weights + tl.minimum(rows, end - 1))",
         "concatenated",
     ),
-    "the input's weight forgotten": ("products", "z *= scale", "z *= 1.0", "plain"),
+    "the input's weight forgotten": ("products", "            total *= scale\n", "            total *= 1.0\n", "plain"),
     "up's weight forgotten": ("products", "up *= scale", "up *= 1.0", "scaled"),
     "rows beyond the group are stored": (
         "products",
-        "mask=(rows < end)[:, None] & (out < width)",
-        "mask=(rows < end + 1)[:, None] & (out < width)",
+        "there = (rows < end)[:, None]\n",
+        "there = (rows < end + 1)[:, None]\n",
         "interleaved",
     ),
     "columns beyond the last are stored": (
@@ -52,7 +52,12 @@ MUTANTS = {
         "interleaved",
     ),
     "gate and up swapped": ("products", "value = gated(even, odd,", "value = gated(odd, even,", "interleaved"),
-    "gate and up swapped, concatenated": ("products", "value = gated(z, up,", "value = gated(up, z,", "concatenated"),
+    "gate and up swapped, concatenated": (
+        "products",
+        "value = gated(total, up,",
+        "value = gated(up, total,",
+        "concatenated",
+    ),
     "column tiles beyond the first group of row tiles": (
         "products",
         "tile % per_group // height",
@@ -119,14 +124,8 @@ MUTANTS = {
     ),
     "softmax without its largest": (
         "routing",
-        "tl.exp(sound - tl.max(sound, axis=1)[:, None])",
-        "tl.exp(sound)",
-        "routing",
-    ),
-    "softmax of the chosen without its largest": (
-        "routing",
-        "tl.exp(chosen - tl.max(chosen, axis=1)[:, None])",
-        "tl.exp(chosen)",
+        "tl.exp(values - tl.max(values, axis=1)[:, None])",
+        "tl.exp(values)",
         "routing",
     ),
     "equal keys count once in a group": (

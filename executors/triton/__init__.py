@@ -1,8 +1,9 @@
 """``triton``: routing, grouping, both products and the sum over slots in Triton kernels. bf16, fp16, fp32.
 
-Nothing waits for the GPU and no shape depends on data, so a call can be captured in a CUDA graph. Sums are in fp32, in
-a fixed order, without atomics: bitwise repeatable. Rows are gathered as they are read, biases, activation and weights
-are applied as results are written. This version has no backward pass.
+Nothing waits for the GPU and no shape depends on data, so forward and backward can be captured in a CUDA graph. Sums
+are in fp32, in a fixed order, without atomics: bitwise repeatable. Rows are gathered as they are read, biases,
+activation and weights are applied as results are written. For backward it keeps z, [S, J], and nothing else of its own;
+with ``recompute`` not even that.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from executors._executor import LayerExecutor
+from executors._operator import Operator, apply
 from executors._protocol import Capabilities, Unavailable, Unsupported
-from executors.triton import _grouping, _operator, _routing
+from executors.triton import _grouping, _operator, _routing, _tuned
 from executors.triton._device import INTERPRETED
 
 if TYPE_CHECKING:
@@ -28,28 +30,41 @@ class Triton(LayerExecutor):
     """The executor ``triton``.
 
     Attributes:
+        recompute: keep no z for the backward pass, which builds it anew: slower, with the same gradients to the last
+            bit (D4).
         batch_invariant: one configuration of the kernels for any number of rows, so that a token's output never
             depends on other tokens, to the last bit (C2): slower for few rows per expert.
+        tuned: tiles that ``python -m executors tune`` chose on this machine, where it did for such a layer and load:
+            other sums in the last bits. Read once per process.
 
     Raises:
-        TypeError: ``batch_invariant`` is neither True nor False.
+        TypeError: an option is neither True nor False.
+        ValueError: both batch_invariant and tuned, which follows the number of rows.
         Unavailable: there is no GPU, and Triton's interpreter is off.
 
     Example:
         >>> y = executors.get("triton")(x, router_logits, weights)
     """
 
+    recompute: bool = False
     batch_invariant: bool = False
+    tuned: bool = False
 
     name: ClassVar[str] = "triton"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_invariant, bool):
-            raise TypeError(f"batch_invariant={self.batch_invariant!r}: must be True or False")
+        for option in ("recompute", "batch_invariant", "tuned"):
+            value = getattr(self, option)
+            if not isinstance(value, bool):
+                raise TypeError(f"{option}={value!r}: must be True or False")
+        if self.tuned and self.batch_invariant:
+            raise ValueError("tuned=True: must be False with batch_invariant=True, which takes one configuration only")
         if not INTERPRETED and not torch.cuda.is_available():
             raise Unavailable(
                 "executor 'triton' needs a GPU; TRITON_INTERPRET=1 checks its numbers without one, slowly"
             )
+        if self.tuned:
+            _tuned.table()  # what is wrong with the file is said here
 
     @property
     def capabilities(self) -> Capabilities:
@@ -57,8 +72,6 @@ class Triton(LayerExecutor):
         return Capabilities(
             devices=frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"}),
             dtypes=frozenset({"float32", "bfloat16", "float16"}),
-            backward=False,
-            lora=False,
             batch_invariant=self.batch_invariant,
             interpreted=INTERPRETED,
         )
@@ -80,22 +93,11 @@ class Triton(LayerExecutor):
         return _routing.route(router_logits, weights)
 
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
-        config = weights.config
         self._check_slots(topk_ids.numel())
-        y = _operator.operator(
-            x.reshape(-1, x.shape[-1]),
-            topk_ids,
-            topk_weights,
-            weights.gate_up_proj,
-            weights.down_proj,
-            weights.gate_up_proj_bias,
-            weights.down_proj_bias,
-            config.scale_input,
-            config.activation,
-            float(config.alpha),
-            None if config.limit is None else float(config.limit),
-            float(config.up_offset),
-            config.gate_up_layout,
-            self.batch_invariant,
-        )
-        return y.reshape(x.shape)
+        return apply(self._own_operator, x, topk_ids, topk_weights, weights, keep_z=not self.recompute)
+
+    @property
+    def _own_operator(self) -> Operator:
+        if self.tuned:
+            return _operator.TUNED
+        return _operator.BATCH_INVARIANT if self.batch_invariant else _operator.OPERATOR

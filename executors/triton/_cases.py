@@ -7,17 +7,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from executors.triton import _configs
+from executors._operator import NAMES
+from executors.triton import _configs, _layer, _products
 from executors.triton._compile import TARGETS, compiling
 from executors.triton._configs import Regime
 from executors.triton._device import Device
 from executors.triton._grouping import group
-from executors.triton._operator import forward
-from executors.triton._products import Act
-from executors.triton._routing import route
-from moe_ref.types import MoEConfig, MoEWeights
+from executors.triton._layer import Projection
+from executors.triton._products import Act, Plan
+from executors.triton._routing import backward_operator, route
+from moe_ref.types import LORA_FACTORS, MoEConfig, MoEWeights
 
 TF32 = "tf32"  # float32 whose products may round their operands
 MULTIPROCESSORS = 128  # decides how many programs run, not what they are
@@ -33,6 +33,8 @@ class Layer(NamedTuple):
         biases: whether both projections have one.
         by_columns: whether (E, H, 2I) and (E, I, H) are stored, as gpt-oss does.
         scale_input: C3.
+        rank: of both adapters, beside frozen projections; 0 is none.
+        lora_dtype: of the adapters; "" is x's.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Layer(NamedTuple):
     biases: bool = False
     by_columns: bool = False
     scale_input: bool = False
+    rank: int = 0
+    lora_dtype: str = ""
 
 
 SWIGLU = Act("swiglu", 1.0, None, 0.0, "concatenated")
@@ -57,10 +61,16 @@ GELU = Layer("gelu", 128, 8, 1040, 528, Act("gelu", 1.0, None, 0.0, ""), biases=
 RELU2 = QWEN3._replace(name="relu2", act=Act("relu2", 1.0, None, 0.0, ""))
 ODD = Layer("odd", 5, 2, 50, 17, CLAMPED._replace(layout="concatenated"), biases=True)
 
+LORA = QWEN3._replace(name="lora", rank=16)
+LORA_FP32 = GPT_OSS._replace(name="lora-fp32", rank=32, lora_dtype="float32")  # as PEFT makes them
+
 NARROW = (QWEN3, GPT_OSS, GPT_OSS_ROWS, GELU)
 NARROW_LARGEST = (DEEPSEEK, GEGLU, RELU2)  # with the largest tiles only, the nearest to their limits
 WIDE = (QWEN3, GPT_OSS, DEEPSEEK)
 ROUNDED = (QWEN3, GPT_OSS)  # in TF32
+TRAINED = (QWEN3, GPT_OSS)  # with every regime
+TRAINED_LARGEST = (GPT_OSS_ROWS, GELU, GEGLU, RELU2, LORA, LORA_FP32)
+TRAINED_WIDE = (QWEN3, GPT_OSS)
 
 MANY = MoEConfig(10)
 GROUPED = MoEConfig(
@@ -103,6 +113,7 @@ class Kernel(NamedTuple):
 
 BLOCKS = {
     "route": ("BLOCK_T", "BLOCK_E"),
+    "route_backward": ("BLOCK_T", "BLOCK_E"),
     "group": ("CHUNK", "BLOCK_E", "BLOCK_M"),
     "count": ("CHUNK", "BLOCK_E"),
     "scan": ("BLOCK_C", "BLOCK_E"),
@@ -110,6 +121,11 @@ BLOCKS = {
     "up": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "down": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "combine": ("BLOCK_T", "BLOCK_H"),
+    "inner": ("BLOCK_M", "BLOCK_R", "BLOCK_K"),
+    "outer": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+    "dz": ("BLOCK_M", "BLOCK_N"),
+    "input_weights": ("BLOCK_M", "BLOCK_N"),
+    "sums": ("BLOCK_M", "BLOCK_N"),
 }
 
 
@@ -159,13 +175,19 @@ def cases(family: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
                 yield from _of_products(layer, own.narrow, dtype, device)
             for layer in NARROW_LARGEST:
                 yield list(_of_products(layer, own.narrow, dtype, device))[-1]
+            for layer in TRAINED:
+                yield from _of_products(layer, own.narrow, dtype, device, trained=True)
+            for layer in TRAINED_LARGEST:
+                yield list(_of_products(layer, own.narrow, dtype, device, trained=True))[-1]
             continue
         for layer in WIDE:
             yield from _of_products(layer, own.wide, dtype, device)
         for layer in ROUNDED:
             yield from _of_products(layer, own.wide, TF32, device)
+        for layer in TRAINED_WIDE:
+            yield from _of_products(layer, own.wide, dtype, device, trained=True)
     for dtype in dtypes:
-        yield from _of_products(ODD, own.odd, dtype, device)
+        yield from _of_products(ODD, own.odd, dtype, device, trained=True)
         yield Case("gpt-oss", dtype, partial(_route, 32, dtype, MoEConfig(4, scoring="topk_softmax")))
         yield Case("E=512", dtype, partial(_route, 512, dtype, MANY))
     yield Case("deepseek", "float32", partial(_route, 256, "float32", GROUPED))
@@ -176,38 +198,47 @@ def cases(family: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
         yield Case("E=512", "int64", partial(group, ids, 512, own.narrow[0].up.block_m))
 
 
-def _of_products(layer: Layer, regimes: tuple[Regime, ...], dtype: str, device: Device) -> Iterator[Case]:
+def _of_products(
+    layer: Layer, regimes: tuple[Regime, ...], dtype: str, device: Device, trained: bool = False
+) -> Iterator[Case]:
     """A case for each regime, with as few tokens as it takes."""
     least = [0.0, *(regime.rows for regime in regimes)]
-    for rows in least[: len(regimes)]:
+    for rows, regime in zip(least, regimes, strict=False):
         tokens = int(rows * layer.experts / layer.top_k) + 1
-        yield Case(layer.name, dtype, partial(_forward, layer, tokens, dtype, device))
+        yield Case(layer.name, dtype, partial(_call, layer, tokens, dtype, device, regime, trained))
 
 
-def _forward(layer: Layer, tokens: int, dtype: str, device: Device) -> Tensor:
+def _call(layer: Layer, tokens: int, dtype: str, device: Device, regime: Regime, trained: bool) -> None:
+    """Forward, or both ways with a gradient of everything; of adapters alone where there are some."""
     absent = partial(torch.empty, dtype=getattr(torch, "float32" if dtype == TF32 else dtype), device="meta")
 
-    def stored(experts: int, m: int, k: int) -> Tensor:
-        return absent(experts, k, m).transpose(1, 2) if layer.by_columns else absent(experts, m, k)
+    def projection(m: int, k: int) -> Projection:
+        experts, rank = layer.experts, layer.rank
+        stored = absent(experts, k, m).transpose(1, 2) if layer.by_columns else absent(experts, m, k)
+        bias = absent(experts, m) if layer.biases else None
+        factor = partial(absent, **({"dtype": getattr(torch, layer.lora_dtype)} if layer.lora_dtype else {}))
+        a, b = (factor(experts, rank, k), factor(experts, m, rank)) if rank else (None, None)
+        return Projection(stored, bias, a, b, 2.0)
 
-    _, experts, top_k, hidden, intermediate, act, *_ = layer
-    both = 2 * intermediate if act.layout else intermediate
-    biases = (absent(experts, both), absent(experts, hidden)) if layer.biases else (None, None)
-    return forward(
-        absent(tokens, hidden),
-        absent(tokens, top_k, dtype=torch.int32),
-        absent(tokens, top_k, dtype=torch.float32),
-        (stored(experts, both, hidden), stored(experts, hidden, intermediate), *biases),
-        layer.scale_input,
-        act,
-        device,
-        dtype == TF32,
-    )
+    hidden, intermediate = layer.hidden, layer.intermediate
+    x, weights = absent(tokens, hidden), absent(tokens, layer.top_k, dtype=torch.float32)
+    ids = absent(tokens, layer.top_k, dtype=torch.int32)
+    up = projection(2 * intermediate if layer.act.layout else intermediate, hidden)
+    whole = _layer.Layer(x, ids, weights, up, projection(hidden, intermediate), layer.act, layer.scale_input)
+    groups = group(ids, layer.experts, regime.up.block_m)
+    aligned = _products.are_aligned(whole.up.matrices, whole.down.matrices)
+    plan = Plan(groups, layer.top_k, regime, device, "tf32" if dtype == TF32 else "ieee", aligned)
+    y, z = _layer.forward(whole, plan, keep_z=trained)
+    if trained:
+        frozen = ("gate_up_proj", "down_proj") if layer.rank else LORA_FACTORS
+        _layer.backward(whole, plan, z, y, {name: name not in frozen for name in NAMES})
 
 
 def _route(experts: int, dtype: str, config: MoEConfig) -> None:
+    """Both ways."""
     # A custom operator would not launch anything for tensors without values: these have some, and nobody reads them.
     logits = torch.zeros(64, experts, dtype=getattr(torch, dtype))
     bias = torch.zeros(experts) if config.num_groups > 1 else None
     none = logits.new_zeros(experts, 0, 0)
-    route(logits, MoEWeights(none, none, selection_bias=bias, config=config))
+    routing = route(logits, MoEWeights(none, none, selection_bias=bias, config=config))
+    backward_operator(routing.topk_weights, routing.topk_ids, logits, config.scoring, config.renormalize, 1e-20, 1.0)

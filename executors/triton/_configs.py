@@ -30,16 +30,23 @@ class Tile(NamedTuple):
 
 
 class Regime(NamedTuple):
-    """The tiles of both projections, which share BLOCK_M: one list of row tiles serves both.
+    """The tiles of all products. But for ``outer``'s they share BLOCK_M: one list of row tiles serves them.
 
     Attributes:
         rows: mean rows per expert up to which it is chosen.
-        up, down: the tiles.
+        up, down: of the projections.
+        dh, dx: of the products with their transposes, in the backward pass.
+        outer: of the gradients of matrices; its inner dimension are rows.
+        inner: of the first factors of adapters; its columns follow from the rank.
     """
 
     rows: float
     up: Tile
     down: Tile
+    dh: Tile
+    dx: Tile
+    outer: Tile
+    inner: Tile
 
 
 class Family(NamedTuple):
@@ -51,6 +58,8 @@ class Family(NamedTuple):
         narrow: for 16-bit dtypes, in order of rows.
         wide: for fp32.
         odd: for operands whose rows are no whole 16 bytes, of any dtype.
+        apart: ranks at a time, and columns of a tile at most, where an adapter's dtype is not x's: what is taken apart
+            needs registers, or room next to the tensor cores.
     """
 
     shared: int
@@ -58,18 +67,32 @@ class Family(NamedTuple):
     narrow: tuple[Regime, ...]
     wide: tuple[Regime, ...]
     odd: tuple[Regime, ...]
+    apart: tuple[int, int] = (16, 128)
 
 
 ANY = float("inf")
 GROUP_M = 8  # row tiles that share a column tile before the next one is taken
 
 
-def _same(rows: float, *tile: int) -> Regime:
-    return Regime(rows, Tile(*tile), Tile(*tile))
+def _regime(rows: float, tile: Tile, **others: Tile) -> Regime:
+    """One tile for all products but those named; adapters take few warps."""
+    names = ("up", "down", "dh", "dx", "outer")
+    inner = tile._replace(warps=4, stages=min(tile.stages, 3))
+    return Regime(rows, **(dict.fromkeys(names, tile) | {"inner": inner} | others))
 
 
-_ODD = (_same(16, 16, 32, 32, 2, 2, 0), _same(ANY, 64, 64, 16, 8, 2, 2))
-_WIDE = (_same(16, 16, 64, 32, 4, 3, 0), _same(ANY, 64, 64, 32, 8, 3, 2))
+def _same(rows: float, *tile: int, **others: Tile) -> Regime:
+    return _regime(rows, Tile(*tile), **others)
+
+
+# Gradients of matrices are written once whatever the rows: with few of them, few at a time into large tiles.
+_FEW = {"outer": Tile(128, 128, 16, 8, 2, 0)}
+_SOME = {"outer": Tile(128, 128, 32, 8, 3, 0)}
+_FEW_AMD = {"outer": Tile(128, 128, 16, 4, 2, 0)}
+_FEW_WIDE_AMD = {"outer": Tile(64, 64, 16, 4, 2, 0)}
+_FEW_WIDE = {"outer": Tile(64, 64, 16, 8, 2, 0)}
+_ODD = (_same(16, 16, 32, 32, 2, 2, 0, **_FEW_WIDE), _same(ANY, 64, 64, 16, 8, 2, 2))
+_WIDE = (_same(16, 16, 64, 32, 4, 3, 0, **_FEW_WIDE), _same(ANY, 64, 64, 32, 8, 3, 2))
 
 FAMILIES = {
     # Triton has no tensor cores before 8.0: products are sums of single products there, and larger tiles spill.
@@ -83,41 +106,53 @@ FAMILIES = {
     "sm80": Family(
         163 * 1024,
         False,
-        (_same(16, 16, 64, 128, 4, 4, 0), _same(64, 64, 128, 64, 4, 3), _same(ANY, 128, 128, 64, 8, 3)),
+        (
+            _same(16, 16, 64, 128, 4, 4, 0, **_FEW),
+            _same(64, 64, 128, 64, 4, 3, **_SOME),
+            _same(ANY, 128, 128, 64, 8, 3),
+        ),
         _WIDE,
         _ODD,
     ),
     "sm86": Family(
         99 * 1024,
         False,
-        (_same(16, 16, 64, 64, 4, 4, 0), _same(64, 64, 128, 32, 4, 3), _same(ANY, 128, 128, 32, 8, 3)),
+        (_same(16, 16, 64, 64, 4, 4, 0, **_FEW), _same(64, 64, 128, 32, 4, 3, **_SOME), _same(ANY, 128, 128, 32, 8, 3)),
         _WIDE,
         _ODD,
     ),
     "sm90": Family(
         227 * 1024,
         True,
-        (_same(16, 16, 64, 64, 4, 6, 0), _same(64, 64, 128, 64, 4, 4), _same(ANY, 128, 256, 64, 8, 4)),
+        (_same(16, 16, 64, 64, 4, 6, 0, **_FEW), _same(64, 64, 128, 64, 4, 4, **_SOME), _same(ANY, 128, 256, 64, 8, 4)),
         _WIDE,
         _ODD,
+        apart=(32, 256),
     ),
     "sm100": Family(
         227 * 1024,
         True,
         (
-            _same(16, 16, 64, 64, 4, 6, 0),
-            _same(64, 64, 128, 64, 4, 4),
-            Regime(ANY, Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),  # a wider tile's activation spills
+            _same(16, 16, 64, 64, 4, 6, 0, **_FEW),
+            _same(64, 64, 128, 64, 4, 4, **_SOME),
+            _regime(ANY, Tile(128, 256, 64, 8, 4), up=Tile(128, 128, 64, 8, 4)),  # a wider tile's activation spills
         ),
-        (_same(16, 16, 64, 32, 4, 3, 0), Regime(ANY, Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 8, 3, 2))),
+        (
+            _same(16, 16, 64, 32, 4, 3, 0, **_FEW_WIDE),
+            _regime(ANY, Tile(64, 64, 32, 8, 3, 2), up=Tile(64, 64, 32, 4, 3, 2)),
+        ),
         _ODD,
     ),
     # Two stages here are one buffer in shared memory, and the next tile in registers on its way there.
     "gfx942": Family(
         64 * 1024,
         False,
-        (_same(16, 16, 64, 128, 4, 2, 0), _same(64, 64, 128, 64, 4, 2), _same(ANY, 128, 128, 64, 8, 2)),
-        (_same(16, 16, 64, 64, 4, 2, 0), _same(ANY, 64, 64, 32, 4, 2)),
+        (
+            _same(16, 16, 64, 128, 4, 2, 0, **_FEW_AMD),
+            _same(64, 64, 128, 64, 4, 2, **_SOME),
+            _same(ANY, 128, 128, 64, 8, 2),
+        ),
+        (_same(16, 16, 64, 64, 4, 2, 0, **_FEW_WIDE_AMD), _same(ANY, 64, 64, 32, 4, 2)),
         _ODD,
     ),
     # Small tiles, so that small problems have several of them: numbers are checked here, never times.

@@ -8,15 +8,17 @@ import triton.language as tl
 def combine_kernel(
     slots,  # [T, K, H]; empty slots hold anything
     topk_ids,  # [T, K]
+    topk_weights,  # [T, K], read where WEIGHTED
     out,  # [T, H]
     num_tokens,
     num_experts,
     hidden,
     TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Sums each token's slots in increasing k, in fp32, and rounds once."""
+    """Sums each token's slots, times their weights where WEIGHTED, in increasing k, in fp32, and rounds once."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     there = (tokens < num_tokens)[:, None] & (columns < hidden)[None, :]
@@ -26,5 +28,8 @@ def combine_kernel(
         ids = tl.load(topk_ids + slot, mask=tokens < num_tokens, other=-1)
         full = (ids >= 0) & (ids < num_experts)
         places = slot[:, None] * hidden + columns[None, :]
-        total += tl.load(slots + places, mask=there & full[:, None], other=0.0).to(tl.float32)
+        own = tl.load(slots + places, mask=there & full[:, None], other=0.0).to(tl.float32)
+        if WEIGHTED:
+            own *= tl.load(topk_weights + slot, mask=full, other=0.0).to(tl.float32)[:, None]
+        total += own
     tl.store(out + tokens[:, None] * hidden + columns[None, :], total.to(out.dtype.element_ty), mask=there)

@@ -57,16 +57,48 @@ def load_bias(bias, expert, columns, N, stride_be, stride_bn):
 
 
 @triton.jit
+def dot_exact(a, b, total, PRECISION):
+    """total + a b, where b has any float dtype and is read exactly: beside bf16 a wider one is three terms in bf16."""
+    if a.dtype == b.dtype:
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    elif a.dtype == tl.bfloat16:
+        rest = b.to(tl.float32)
+        for _ in tl.static_range(3):
+            part = rest.to(tl.bfloat16)
+            rest -= part.to(tl.float32)
+            total = tl.dot(a, part, total)
+    else:
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def add_adapter(total, inner, factor, expert, row, end, columns, N, R, strides, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R):
+    """total + inner F^T: what an adapter adds to rows of an expert; inner [S, R], F [E, N, R] (clause E6)."""
+    rows = offset(tl.minimum(row + tl.arange(0, BLOCK_M), end - 1), R)[:, None]
+    for r in tl.range(0, R, BLOCK_R):
+        rs = r + tl.arange(0, BLOCK_R)
+        a = tl.load(inner + rows + rs[None, :], mask=(rs < R)[None, :], other=0.0)
+        b = load_matrix(factor, expert, columns, 0, r, N, R, strides, False, BLOCK_N, BLOCK_R, "")
+        total = dot_exact(a, b, total, PRECISION)
+    return total
+
+
+@triton.jit
 def up_kernel(
     x,  # [T, H]
     w,  # [E, N, H], N = 2I if gated, else I; or a descriptor of it
     bias,  # [E, N], or anything where HAS_BIAS is False
     topk_weights,  # [S], read where SCALE_INPUT
+    inner,  # [S, R] rows times the adapter's first factor, read where BLOCK_R
+    factor,  # [E, N, R] the adapter's second factor, read where BLOCK_R
     order,  # [S] the slot of each row
     tiles,  # [1 + tiles, 3] from kernels.grouping
     h,  # [S, I] out, rows sorted by expert
+    z,  # [S, N] out where STORE_Z
     N,
     K,
+    R,
     stride_xt,
     stride_xk,
     stride_we,
@@ -74,9 +106,13 @@ def up_kernel(
     stride_wk,
     stride_be,
     stride_bn,
+    stride_fe,
+    stride_fn,
+    stride_fr,
     TOP_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALE_INPUT: tl.constexpr,
+    STORE_Z: tl.constexpr,
     LAYOUT: tl.constexpr,  # "concatenated", "interleaved", or "" for no gate
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -88,13 +124,15 @@ def up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of w in a tile, gate and up together
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # of the adapter's rank, or 0 without one
     GROUP_M: tl.constexpr,
 ):
-    """h = act(x W^T + b), the rows of x gathered as they are read."""
+    """h = act(z), z = x W^T + b, the rows of x gathered as they are read; and an adapter's part beside W."""
     BLOCK_H: tl.constexpr = BLOCK_N if LAYOUT == "" else BLOCK_N // 2  # columns of h in a tile
     BLOCK_W: tl.constexpr = BLOCK_H if LAYOUT == "concatenated" else BLOCK_N  # of w that one load takes
     width = N if LAYOUT == "" else N // 2
     strides = (stride_we, stride_wn, stride_wk)
+    of_factor = (stride_fe, stride_fn, stride_fr)
     num_row_tiles = tl.load(tiles)
     num_column_tiles = tl.cdiv(width, BLOCK_H)
     for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, tl.num_programs(0)):
@@ -106,35 +144,62 @@ def up_kernel(
         columns = first + tl.arange(0, BLOCK_W)
         others = columns + width  # ups, where columns are gates
         limit = width if LAYOUT == "concatenated" else N
-        z = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
-        up = z  # the second half, of a concatenated layout only
+        total = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
+        up = total  # the second half, of a concatenated layout only
         for k in tl.range(0, K, BLOCK_K):
             ks = k + tl.arange(0, BLOCK_K)
             places = x_rows + offset(ks, stride_xk)[None, :]
             a = tl.load(x + places) if EVEN_K else tl.load(x + places, mask=(ks < K)[None, :], other=0.0)
             b = load_matrix(w, expert, columns, first, k, limit, K, strides, EVEN_K, BLOCK_W, BLOCK_K, TMA)
-            z = tl.dot(a, b, z, input_precision=PRECISION)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
             if LAYOUT == "concatenated":
                 c = load_matrix(w, expert, others, first + width, k, N, K, strides, EVEN_K, BLOCK_W, BLOCK_K, TMA)
                 up = tl.dot(a, c, up, input_precision=PRECISION)
+        if BLOCK_R:
+            total = add_adapter(
+                total,
+                inner,
+                factor,
+                expert,
+                row,
+                end,
+                columns,
+                limit,
+                R,
+                of_factor,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_W,
+                BLOCK_R,
+            )
+            if LAYOUT == "concatenated":
+                up = add_adapter(
+                    up, inner, factor, expert, row, end, others, N, R, of_factor, PRECISION, BLOCK_M, BLOCK_W, BLOCK_R
+                )
         if SCALE_INPUT:
             scale = tl.load(topk_weights + slots).to(tl.float32)[:, None]
-            z *= scale
+            total *= scale
             up *= scale
         if HAS_BIAS:
-            z += load_bias(bias, expert, columns, limit, stride_be, stride_bn)
+            total += load_bias(bias, expert, columns, limit, stride_be, stride_bn)
             if LAYOUT == "concatenated":
                 up += load_bias(bias, expert, others, N, stride_be, stride_bn)
+        there = (rows < end)[:, None]
+        if STORE_Z:
+            z_rows = z + offset(row, N) + (tl.arange(0, BLOCK_M) * N)[:, None]
+            tl.store(z_rows + columns[None, :], total.to(z.dtype.element_ty), mask=there & (columns < limit)[None, :])
+            if LAYOUT == "concatenated":
+                tl.store(z_rows + others[None, :], up.to(z.dtype.element_ty), mask=there & (others < N)[None, :])
         if LAYOUT == "":
-            value = act(z, ACTIVATION, ALPHA)
+            value = act(total, ACTIVATION, ALPHA)
         elif LAYOUT == "concatenated":
-            value = gated(z, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
+            value = gated(total, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
         else:
-            even, odd = tl.split(z.reshape(BLOCK_M, BLOCK_H, 2))
+            even, odd = tl.split(total.reshape(BLOCK_M, BLOCK_H, 2))
             value = gated(even, odd, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
         out = column_tile * BLOCK_H + tl.arange(0, BLOCK_H)
         places = offset(rows, width)[:, None] + out[None, :]
-        tl.store(h + places, value.to(h.dtype.element_ty), mask=(rows < end)[:, None] & (out < width)[None, :])
+        tl.store(h + places, value.to(h.dtype.element_ty), mask=there & (out < width)[None, :])
 
 
 @triton.jit
@@ -143,16 +208,22 @@ def down_kernel(
     w,  # [E, N, K], or a descriptor of it
     bias,  # [E, N], or anything where HAS_BIAS is False
     topk_weights,  # [S], read where WEIGHTED
+    inner,  # [S, R] rows times the adapter's first factor, read where BLOCK_R
+    factor,  # [E, N, R] the adapter's second factor, read where BLOCK_R
     order,  # [S] the slot of each row
     tiles,  # [1 + tiles, 3] from kernels.grouping
     out,  # [S, N] out, each row at its slot
     N,
     K,
+    R,
     stride_we,
     stride_wn,
     stride_wk,
     stride_be,
     stride_bn,
+    stride_fe,
+    stride_fn,
+    stride_fr,
     HAS_BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -161,10 +232,15 @@ def down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # of the adapter's rank, or 0 without one
     GROUP_M: tl.constexpr,
 ):
-    """The slots' outputs: (h W^T + b), times the weight where WEIGHTED; empty slots are not written."""
+    """The slots' (h W^T + b), and an adapter's part beside W, times the weight where WEIGHTED.
+
+    Empty slots are not written.
+    """
     strides = (stride_we, stride_wn, stride_wk)
+    of_factor = (stride_fe, stride_fn, stride_fr)
     num_row_tiles = tl.load(tiles)
     num_column_tiles = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, tl.num_programs(0)):
@@ -184,6 +260,10 @@ def down_kernel(
                 a = tl.load(h + h_rows + ks[None, :], mask=(ks < K)[None, :], other=0.0)
             b = load_matrix(w, expert, columns, first, k, N, K, strides, EVEN_K, BLOCK_N, BLOCK_K, TMA)
             o = tl.dot(a, b, o, input_precision=PRECISION)
+        if BLOCK_R:
+            o = add_adapter(
+                o, inner, factor, expert, row, end, columns, N, R, of_factor, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R
+            )
         slots = tl.load(order + tl.minimum(rows, end - 1))
         if HAS_BIAS:
             o += load_bias(bias, expert, columns, N, stride_be, stride_bn)

@@ -41,6 +41,34 @@ def sigmoid(value):
 
 
 @triton.jit
+def softmax(values):
+    """The softmax of each row."""
+    exponentials = tl.exp(values - tl.max(values, axis=1)[:, None])
+    return exponentials / tl.sum(exponentials, axis=1)[:, None]
+
+
+@triton.jit
+def load_logits(router_logits, tokens, experts, num_tokens, num_experts, stride_t, stride_e, dtype):
+    """Logits, -inf where there is none, and which rows hold a NaN: 1 or 0."""
+    there = (tokens < num_tokens)[:, None] & (experts < num_experts)
+    places = tokens[:, None] * stride_t + experts.to(tl.int64) * stride_e
+    logits = tl.load(router_logits + places, mask=there, other=LOWEST).to(dtype)
+    return logits, tl.max((logits != logits).to(tl.int32), axis=1)  # +inf, or nothing but -inf: NaN in a softmax itself
+
+
+@triton.jit
+def scores_of(logits, broken, experts, num_experts, SCORING):
+    """Scores of all experts, from logits without their NaN; of "topk_softmax" those logits."""
+    sound = tl.where(broken[:, None] == 1, 0.0, logits)
+    sound = tl.where(experts < num_experts, sound, LOWEST)
+    if SCORING == "softmax":
+        sound = softmax(sound)
+    if SCORING == "sigmoid":
+        sound = sigmoid(sound)
+    return sound
+
+
+@triton.jit
 def keys_within_groups(keys, experts, NUM_GROUPS, TOPK_GROUPS, GROUP_SIZE, TOP2, BLOCK_G):
     """The keys, -inf outside the groups with the largest keys; the lower group of equals is kept (R2)."""
     groups = tl.arange(0, BLOCK_G)[None, :]
@@ -89,20 +117,10 @@ def route_kernel(
     """Ids by (key descending, id ascending) and their weights, NaN in rows that are undefined."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)[None, :]
-    there = (tokens < num_tokens)[:, None] & (experts < num_experts)
-    places = tokens[:, None] * stride_t + experts.to(tl.int64) * stride_e
-    logits = tl.load(router_logits + places, mask=there, other=LOWEST).to(topk_weights.dtype.element_ty)
-
-    broken = tl.max((logits != logits).to(tl.int32), axis=1)  # +inf, and nothing but -inf, make a softmax NaN by itself
-    sound = tl.where(broken[:, None] == 1, 0.0, logits)
-    sound = tl.where(experts < num_experts, sound, LOWEST)
-
-    scores = sound
-    if SCORING == "softmax":
-        exponentials = tl.exp(sound - tl.max(sound, axis=1)[:, None])
-        scores = exponentials / tl.sum(exponentials, axis=1)[:, None]
-    if SCORING == "sigmoid":
-        scores = sigmoid(sound)
+    logits, broken = load_logits(
+        router_logits, tokens, experts, num_tokens, num_experts, stride_t, stride_e, topk_weights.dtype.element_ty
+    )
+    scores = scores_of(logits, broken, experts, num_experts, SCORING)
 
     keys = logits  # every scoring orders as the logits do: exact in any dtype
     if HAS_BIAS or NUM_GROUPS > 1:
@@ -127,9 +145,7 @@ def route_kernel(
         chosen = tl.where(slots == k, score[:, None], chosen)
 
     if SCORING == "topk_softmax":
-        chosen = tl.where(slots < TOP_K, chosen, LOWEST)
-        exponentials = tl.exp(chosen - tl.max(chosen, axis=1)[:, None])  # all of them -inf: NaN (R4)
-        chosen = exponentials / tl.sum(exponentials, axis=1)[:, None]
+        chosen = softmax(tl.where(slots < TOP_K, chosen, LOWEST))  # all of them -inf: NaN (R4)
     if RENORMALIZE:
         chosen = chosen / (tl.sum(tl.where(slots < TOP_K, chosen, 0.0), axis=1)[:, None] + EPS)
     chosen = tl.where(broken[:, None] == 1, float("nan"), chosen * SCALING)
@@ -137,3 +153,66 @@ def route_kernel(
     wanted = (tokens < num_tokens)[:, None] & (slots < TOP_K)
     tl.store(topk_ids + out, ids, mask=wanted)
     tl.store(topk_weights + out, chosen, mask=wanted)
+
+
+@triton.jit
+def route_backward_kernel(
+    gradients,  # [T, K] of topk_weights, in the dtype of scores
+    router_logits,  # [T, E]
+    topk_ids,  # [T, K]
+    out,  # [T, E] out
+    num_tokens,
+    num_experts: tl.constexpr,
+    stride_t,
+    stride_e,
+    TOP_K: tl.constexpr,
+    SCORING: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALING: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The gradients of the logits, through the weights of the chosen (D1); 0 in rows whose weights are undefined."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    experts = tl.arange(0, BLOCK_E)[None, :]
+    logits, broken = load_logits(
+        router_logits, tokens, experts, num_tokens, num_experts, stride_t, stride_e, gradients.dtype.element_ty
+    )
+    scores = scores_of(logits, broken, experts, num_experts, SCORING)
+    slots = tl.arange(0, BLOCK_K)[None, :]
+    wanted = (tokens < num_tokens)[:, None] & (slots < TOP_K)
+    given = tokens[:, None] * TOP_K + slots
+    ids = tl.load(topk_ids + given, mask=wanted, other=0)
+    of_weights = tl.load(gradients + given, mask=wanted, other=0.0) * SCALING
+    chosen = tl.zeros((BLOCK_T, BLOCK_K), scores.dtype)
+    for k in range(TOP_K):
+        own = tl.sum(tl.where(slots == k, ids, 0), axis=1)[:, None]
+        score = tl.sum(tl.where(experts == own, scores, 0.0), axis=1)
+        chosen = tl.where(slots == k, score[:, None], chosen)
+    if SCORING == "topk_softmax":
+        chosen = softmax(tl.where(slots < TOP_K, chosen, LOWEST))
+    chosen = tl.where(slots < TOP_K, chosen, 0.0)
+    whole = tl.sum(chosen, axis=1)[:, None]
+    if RENORMALIZE:  # w = c s / (sum of s + eps)
+        divisor = whole + EPS
+        of_weights = (of_weights - tl.sum(of_weights * chosen, axis=1)[:, None] / divisor) / divisor
+    mean = tl.sum(of_weights * chosen, axis=1)[:, None]  # of a softmax
+    of_slots = of_weights
+    if SCORING == "topk_softmax":
+        of_slots = chosen * (of_weights - mean)
+    if SCORING == "sigmoid":
+        of_slots = of_weights * chosen * (1.0 - chosen)
+    of_slots = tl.where(slots < TOP_K, of_slots, 0.0)
+    found = tl.zeros((BLOCK_T, BLOCK_E), scores.dtype)
+    for k in range(TOP_K):
+        own = tl.sum(tl.where(slots == k, ids, 0), axis=1)[:, None]
+        value = tl.sum(tl.where(slots == k, of_slots, 0.0), axis=1)[:, None]
+        found = tl.where(experts == own, value, found)
+    if SCORING == "softmax":
+        found = scores * (found - mean)
+    undefined = (broken[:, None] == 1) | (whole != whole)
+    found = tl.where(undefined, 0.0, found)
+    there = (tokens < num_tokens)[:, None] & (experts < num_experts)
+    tl.store(out + tokens[:, None] * num_experts + experts, found.to(out.dtype.element_ty), mask=there)

@@ -1,0 +1,188 @@
+"""The layer, forward and backward, as launches of kernels (clauses E1 to E6, C1, C3, D1 to D4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from executors.triton import _gradients, _products
+from executors.triton._products import Act, Adapter, Plan
+from moe_ref.types import PARAMETERS
+
+NONE = Act("", 1.0, None, 0.0, "")  # no activation
+
+
+class Projection(NamedTuple):
+    """A projection's parameters: [E, m, k], bias [E, m], adapter factors [E, r, k] and [E, m, r]."""
+
+    matrices: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    scaling: float
+
+
+class Layer(NamedTuple):
+    """Everything that a forward and a backward pass share.
+
+    Attributes:
+        x: [T, H].
+        topk_ids, topk_weights: [T, K], contiguous.
+        up, down: the projections.
+        act: the activation.
+        scale_input: C3.
+    """
+
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    up: Projection
+    down: Projection
+    act: Act
+    scale_input: bool
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.up.matrices.shape[0]
+
+    @property
+    def before(self) -> Tensor | None:
+        """Weights of the slots that multiply the experts' input (C3)."""
+        return self.topk_weights if self.scale_input else None
+
+    @property
+    def after(self) -> Tensor | None:
+        """Weights of the slots that multiply the experts' output."""
+        return None if self.scale_input else self.topk_weights
+
+
+def forward(layer: Layer, plan: Plan, keep_z: bool) -> tuple[Tensor, Tensor]:
+    """y [T, H], and z [S, J] or no rows of it."""
+    h, z = activations(layer, plan, keep_z)
+    down = layer.down
+    adapter = _adapter(h, down, plan, of_tokens=False)
+    slots = _products.down(h, down.matrices, down.bias, adapter, layer.after, plan.regime.down, plan)
+    return _products.combine(slots, layer.topk_ids, layer.num_experts), z
+
+
+def activations(layer: Layer, plan: Plan, keep_z: bool) -> tuple[Tensor, Tensor]:
+    """h [S, I], and z [S, J] or no rows of it."""
+    up = layer.up
+    adapter = _adapter(layer.x, up, plan, of_tokens=True)
+    return _products.up(layer.x, up.matrices, up.bias, adapter, layer.before, layer.act, plan.regime.up, plan, keep_z)
+
+
+def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
+    """Gradients of whatever ``needs`` asks for, by name; what nobody asks for costs nothing.
+
+    Args:
+        layer: as for `forward`.
+        plan: as for `forward`.
+        z: [S, J] from `forward`, or no rows: then it is built anew, to the same bits (D4).
+        dy: [T, H] the upstream gradient.
+        needs: for "x", "topk_weights" and the names of parameters, whether a gradient is wanted.
+    """
+    found: dict[str, Tensor] = {}
+    up, down, scale_input = layer.up, layer.down, layer.scale_input
+    of_down = [needs[name] for name in ("down_proj", "down_lora_a", "down_lora_b")]
+    of_up = [needs[name] for name in needs if name.startswith("gate_up")]
+    want_weights = needs["topk_weights"] and not scale_input
+    want_rows = needs["x"] or (needs["topk_weights"] and scale_input)
+    want_dz = want_rows or any(of_up)
+
+    if needs["down_proj_bias"] and down.bias is not None:
+        found["down_proj_bias"] = _gradients.sums(dy, layer.after, down.bias, plan, of_tokens=True)
+    if not (want_dz or want_weights or any(of_down)):
+        return found
+    if not z.shape[0]:
+        _, z = activations(layer, plan, keep_z=True)
+
+    # Of the down projection: dh, from dy without its weight, and from it what stands before the activation.
+    d_inner = None if down.lora_b is None else _d_inner(dy, down, plan, of_tokens=True)
+    dh, _ = _products.up(
+        dy, down.matrices.transpose(1, 2), None, _back(d_inner, down), None, NONE, plan.regime.dh, plan, keep_z=False
+    )
+    dz, h, d_weights = _gradients.dz(
+        dh,
+        z,
+        layer.topk_weights,
+        not scale_input,
+        dy,
+        down.bias,
+        layer.act,
+        plan,
+        want_dz=want_dz,
+        want_h=any(of_down),
+        want_weights=want_weights,
+    )
+    del z, dh
+    if want_weights:
+        found["topk_weights"] = d_weights
+    if needs["down_proj"]:
+        found["down_proj"] = _gradients.outer(dy, h, down.matrices, plan, tokens_a=True)
+    if needs["down_lora_a"] and d_inner is not None and down.lora_a is not None:
+        found["down_lora_a"] = _gradients.outer(d_inner, h, down.lora_a, plan)
+    if needs["down_lora_b"] and down.lora_a is not None and down.lora_b is not None:
+        inner = _products.inner(h, down.lora_a, down.scaling, plan, of_tokens=False)
+        found["down_lora_b"] = _gradients.outer(dy, inner, down.lora_b, plan, tokens_a=True)
+    del h, d_inner
+
+    # Of the up projection.
+    if needs["gate_up_proj_bias"] and up.bias is not None:
+        found["gate_up_proj_bias"] = _gradients.sums(dz, None, up.bias, plan, of_tokens=False)
+    d_inner = None
+    if up.lora_b is not None and (want_rows or needs["gate_up_lora_a"]):
+        d_inner = _d_inner(dz, up, plan, of_tokens=False)
+    if needs["gate_up_proj"]:
+        found["gate_up_proj"] = _gradients.outer(dz, layer.x, up.matrices, plan, tokens_b=True, scaled_b=layer.before)
+    if needs["gate_up_lora_a"] and d_inner is not None and up.lora_a is not None:
+        found["gate_up_lora_a"] = _gradients.outer(
+            d_inner, layer.x, up.lora_a, plan, tokens_b=True, scaled_b=layer.before
+        )
+    if needs["gate_up_lora_b"] and up.lora_a is not None and up.lora_b is not None:
+        inner = _products.inner(layer.x, up.lora_a, up.scaling, plan, of_tokens=True)
+        found["gate_up_lora_b"] = _gradients.outer(dz, inner, up.lora_b, plan, scaled_b=layer.before)
+    if want_rows:
+        slots = _products.down(dz, up.matrices.transpose(1, 2), None, _back(d_inner, up), None, plan.regime.dx, plan)
+        if needs["topk_weights"] and scale_input:
+            found["topk_weights"] = _gradients.input_weights(
+                slots, layer.x, layer.topk_ids, layer.topk_weights, layer.num_experts
+            )
+        if needs["x"]:
+            found["x"] = _products.combine(slots, layer.topk_ids, layer.num_experts, layer.before)
+    return found
+
+
+def zeros(owners: dict[str, Tensor | None], needs: dict[str, bool]) -> dict[str, Tensor]:
+    """The gradients where there are no slots at all: 0 for parameters, and of x and weights there are none."""
+    return {
+        name: torch.zeros_like(owner)
+        if name in PARAMETERS
+        else torch.zeros(owner.shape, dtype=owner.dtype, device=owner.device)
+        for name, owner in owners.items()
+        if needs[name] and owner is not None
+    }
+
+
+def _adapter(rows: Tensor, projection: Projection, plan: Plan, *, of_tokens: bool) -> Adapter | None:
+    """An adapter's part of rows W^T."""
+    if projection.lora_a is None or projection.lora_b is None:
+        return None
+    inner = _products.inner(rows, projection.lora_a, projection.scaling, plan, of_tokens=of_tokens)
+    return Adapter(inner, projection.lora_b)
+
+
+def _d_inner(d_out: Tensor, projection: Projection, plan: Plan, *, of_tokens: bool) -> Tensor:
+    """[S, r] The gradient of rows A^T."""
+    assert projection.lora_b is not None
+    return _products.inner(d_out, projection.lora_b.transpose(1, 2), projection.scaling, plan, of_tokens=of_tokens)
+
+
+def _back(d_inner: Tensor | None, projection: Projection) -> Adapter | None:
+    """An adapter's part of d_out W."""
+    if d_inner is None or projection.lora_a is None:
+        return None
+    return Adapter(d_inner, projection.lora_a.transpose(1, 2))

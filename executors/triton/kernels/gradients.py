@@ -1,0 +1,171 @@
+"""The backward pass of a layer, element by element: gradients of z, of weights of slots, of biases (D1 to D3)."""
+
+import triton
+import triton.language as tl
+
+from executors.triton.kernels.activation import act, gated, gated_slopes, slope
+from executors.triton.kernels.products import offset
+
+
+@triton.jit
+def dz_kernel(
+    dh,  # [S, N] rows sorted by expert: dy times the down projection; N = I
+    z,  # [S, J] rows sorted by expert, J = 2I if gated, else I
+    topk_weights,  # [S], read where WEIGHTED
+    dy,  # [T, H], read where HAS_BIAS
+    bias,  # [E, H] of the down projection, read where HAS_BIAS
+    order,  # [S] the slot of each row
+    tiles,  # [1 + tiles, 3] from kernels.grouping
+    dz,  # [S, J] out where STORE_DZ
+    h,  # [S, N] out where STORE_H: times the weight where WEIGHTED
+    d_weights,  # [S] out where STORE_WEIGHTS, each row at its slot
+    N,
+    H,
+    stride_yt,
+    stride_yh,
+    stride_be,
+    stride_bh,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    STORE_DZ: tl.constexpr,
+    STORE_H: tl.constexpr,
+    STORE_WEIGHTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LAYOUT: tl.constexpr,  # "concatenated", "interleaved", or "" for no gate
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dz, h and the gradients of the weights, <dh, h> + <dy, b>, for a few rows of a row tile.
+
+    dh comes from dy without its weight, so that <dh, h> needs no division (D3): the weight multiplies dz and h.
+    """
+    if tl.program_id(0) < tl.load(tiles):
+        record = tiles + 3 * (tl.program_id(0) + 1)
+        row, end = tl.load(record + 1) + tl.program_id(1) * BLOCK_M, tl.load(record + 2)
+        rows = row + tl.arange(0, BLOCK_M)
+        slots = tl.load(order + tl.minimum(rows, end - 1))
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        scale = tl.full((BLOCK_M, 1), 1.0, tl.float32)
+        if WEIGHTED:
+            scale = tl.load(topk_weights + slots).to(tl.float32)[:, None]
+        for first in range(0, N, BLOCK_N):
+            columns = first + tl.arange(0, BLOCK_N)
+            places = offset(rows, N)[:, None] + columns[None, :]
+            there = (rows < end)[:, None] & (columns < N)[None, :]
+            own = tl.load(dh + places, mask=there, other=0.0).to(tl.float32)
+            z_places, z_there = places, there
+            if LAYOUT == "interleaved":
+                both = 2 * first + tl.arange(0, 2 * BLOCK_N)
+                z_places = offset(rows, 2 * N)[:, None] + both[None, :]
+                z_there = (rows < end)[:, None] & (both < 2 * N)[None, :]
+                pairs = tl.load(z + z_places, mask=z_there, other=0.0).to(tl.float32)
+                gate, up = tl.split(pairs.reshape(BLOCK_M, BLOCK_N, 2))
+            elif LAYOUT == "concatenated":
+                z_places = offset(rows, 2 * N)[:, None] + columns[None, :]
+                gate = tl.load(z + z_places, mask=there, other=0.0).to(tl.float32)
+                up = tl.load(z + z_places + N, mask=there, other=0.0).to(tl.float32)
+            else:
+                gate = tl.load(z + z_places, mask=there, other=0.0).to(tl.float32)
+                up = gate
+            if STORE_WEIGHTS or STORE_H:
+                if LAYOUT == "":
+                    value = act(gate, ACTIVATION, ALPHA)
+                else:
+                    value = gated(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
+                total += tl.sum(own * value, axis=1)
+                if STORE_H:
+                    tl.store(h + places, (value * scale).to(h.dtype.element_ty), mask=there)
+            if STORE_DZ:
+                own *= scale
+                if LAYOUT == "":
+                    tl.store(dz + places, (own * slope(gate, ACTIVATION, ALPHA)).to(dz.dtype.element_ty), mask=there)
+                else:
+                    of_gate, of_up = gated_slopes(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
+                    if LAYOUT == "interleaved":
+                        pairs = tl.join(own * of_gate, own * of_up).reshape(BLOCK_M, 2 * BLOCK_N)
+                        tl.store(dz + z_places, pairs.to(dz.dtype.element_ty), mask=z_there)
+                    else:
+                        tl.store(dz + z_places, (own * of_gate).to(dz.dtype.element_ty), mask=there)
+                        tl.store(dz + z_places + N, (own * of_up).to(dz.dtype.element_ty), mask=there)
+        if STORE_WEIGHTS:
+            if HAS_BIAS:
+                y_rows = offset(slots // TOP_K, stride_yt)[:, None]
+                b_row = offset(tl.load(record), stride_be)
+                for first in range(0, H, BLOCK_N):
+                    columns = first + tl.arange(0, BLOCK_N)
+                    there = (rows < end)[:, None] & (columns < H)[None, :]
+                    own = tl.load(dy + y_rows + offset(columns, stride_yh)[None, :], mask=there, other=0.0)
+                    added = tl.load(bias + b_row + offset(columns, stride_bh), mask=columns < H, other=0.0)
+                    total += tl.sum(own.to(tl.float32) * added.to(tl.float32)[None, :], axis=1)
+            tl.store(d_weights + slots, total.to(d_weights.dtype.element_ty), mask=rows < end)
+
+
+@triton.jit
+def input_weights_kernel(
+    d_inputs,  # [S, N] each row at its slot: gradients of the experts' inputs; empty slots hold anything
+    x,  # [T, N]
+    topk_ids,  # [S]
+    d_weights,  # [S] out
+    num_slots,
+    num_experts,
+    N,
+    stride_xt,
+    stride_xn,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The gradients of weights that multiply the experts' input: <d(w x), x>, 0 for empty slots (C3, D3)."""
+    slots = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ids = tl.load(topk_ids + slots, mask=slots < num_slots, other=-1)
+    full = ((ids >= 0) & (ids < num_experts))[:, None]
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        columns = first + tl.arange(0, BLOCK_N)
+        there = full & (columns < N)[None, :]
+        own = tl.load(d_inputs + offset(slots, N)[:, None] + columns[None, :], mask=there, other=0.0)
+        places = offset(slots // TOP_K, stride_xt)[:, None] + offset(columns, stride_xn)[None, :]
+        total += tl.sum(own.to(tl.float32) * tl.load(x + places, mask=there, other=0.0).to(tl.float32), axis=1)
+    tl.store(d_weights + slots, total.to(d_weights.dtype.element_ty), mask=slots < num_slots)
+
+
+@triton.jit
+def sums_kernel(
+    values,  # [T, N] where TOP_K, else [S, N] sorted by expert
+    topk_weights,  # [S], read where WEIGHTED
+    order,  # [S] the slot of each row, read where TOP_K
+    group_offsets,  # [E + 1]
+    out,  # [E, N] out
+    N,
+    stride_v,
+    stride_vn,
+    stride_oe,
+    stride_on,
+    TOP_K: tl.constexpr,  # 0 for rows that are sorted already
+    WEIGHTED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sum of each expert's rows, in order, times their weights where WEIGHTED; 0 for one without rows (D2)."""
+    expert = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    end = tl.load(group_offsets + expert + 1)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for row in range(tl.load(group_offsets + expert), end, BLOCK_M):
+        rows = row + tl.arange(0, BLOCK_M)
+        sources = rows
+        if TOP_K:
+            slots = tl.load(order + tl.minimum(rows, end - 1))
+            sources = slots // TOP_K
+        places = offset(sources, stride_v)[:, None] + offset(columns, stride_vn)[None, :]
+        mask = (rows < end)[:, None] & (columns < N)[None, :]
+        own = tl.load(values + places, mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            own *= tl.load(topk_weights + slots).to(tl.float32)[:, None]
+        total += tl.sum(own, axis=0)
+    places = offset(expert, stride_oe) + offset(columns, stride_on)
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=columns < N)

@@ -1,0 +1,66 @@
+"""Gradients of matrices: rows of an expert, transposed, times other rows of it (clauses D1, D2)."""
+
+import triton
+import triton.language as tl
+
+from executors.triton.kernels.products import offset
+
+
+@triton.jit
+def load_rows(values, slots, rows, columns, there, N, stride, stride_n, topk_weights, TOP_K, SCALED):
+    """[rows, columns] of values: of the slots' tokens where TOP_K, times the slots' weights where SCALED."""
+    sources = slots // TOP_K if TOP_K else rows
+    places = offset(sources, stride)[:, None] + offset(columns, stride_n)[None, :]
+    own = tl.load(values + places, mask=there[:, None] & (columns < N)[None, :], other=0.0)
+    if SCALED:
+        own = (own.to(tl.float32) * tl.load(topk_weights + slots).to(tl.float32)[:, None]).to(own.dtype)
+    return own
+
+
+@triton.jit
+def outer_kernel(
+    a,  # [T, M] where TOP_K_A, else [S, M] sorted by expert
+    b,  # [T, N] where TOP_K_B, else [S, N] sorted by expert
+    topk_weights,  # [S], read where one of the two is SCALED
+    order,  # [S] the slot of each row
+    group_offsets,  # [E + 1]
+    out,  # [E, M, N] out
+    M,
+    N,
+    stride_a,
+    stride_am,
+    stride_b,
+    stride_bn,
+    stride_oe,
+    stride_om,
+    stride_on,
+    TOP_K_A: tl.constexpr,
+    TOP_K_B: tl.constexpr,
+    SCALED_A: tl.constexpr,
+    SCALED_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # rows at a time
+    GROUP_M: tl.constexpr,
+):
+    """a^T b, summed over each expert's rows in order; exactly 0 for an expert without rows."""
+    num_row_tiles, num_column_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    expert = tl.program_id(0) // (num_row_tiles * num_column_tiles)
+    tile = tl.program_id(0) % (num_row_tiles * num_column_tiles)
+    per_group = GROUP_M * num_column_tiles
+    first = tile // per_group * GROUP_M
+    height = tl.minimum(num_row_tiles - first, GROUP_M)
+    ms = (first + tile % per_group % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ns = tile % per_group // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    end = tl.load(group_offsets + expert + 1)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for row in tl.range(tl.load(group_offsets + expert), end, BLOCK_K):
+        rows = row + tl.arange(0, BLOCK_K)
+        there = rows < end
+        slots = tl.load(order + tl.minimum(rows, end - 1))
+        own = load_rows(a, slots, rows, ms, there, M, stride_a, stride_am, topk_weights, TOP_K_A, SCALED_A)
+        other = load_rows(b, slots, rows, ns, there, N, stride_b, stride_bn, topk_weights, TOP_K_B, SCALED_B)
+        total = tl.dot(tl.trans(own), other, total, input_precision=PRECISION)
+    places = offset(expert, stride_oe) + offset(ms, stride_om)[:, None] + offset(ns, stride_on)[None, :]
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])
