@@ -28,6 +28,7 @@ from executors._cli.common import (
 from executors._cli.judge import exact_answer, with_clear_choice
 from executors._cli.kernels import kernels
 from executors._cli.layer_file import BadLayerFile, Layer, bundled_layer, first_tokens, load_layer
+from executors._cli.tune import tune
 
 app = typer.Typer(
     help="Executors of Mixture-of-Experts layers: which are usable here, and which may be trusted.",
@@ -120,6 +121,7 @@ def compare(
 
 app.command()(bench)
 app.command()(kernels)
+app.command()(tune)
 
 
 def _plot(path: Path, rows: list[comparison.Row], heading: str) -> None:
