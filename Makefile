@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test install lint clean
+.PHONY: help run test install lint clean bench-gpu
+
+# bench-gpu: on a GPU host, with its own Python, and with the wheels in this folder if there are any.
+WHEELS ?= .whl
+OUT ?= $(if $(SHORT),bench-results/gpu-short,benchmarks/results/bench-gpu)
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -15,6 +19,11 @@ run: install ## compare the executors on the bundled layer
 
 test: install ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile=ci
+
+bench-gpu: $(if $(SHORT),install) ## on a GPU host: check and measure; SHORT=1: without a GPU, STAGES=, LIMIT=, OUT=
+	$(if $(SHORT),OMP_NUM_THREADS=1 $(BIN)/python,$(PYTHON)) benchmarks/gpu.py --out '$(OUT)' \
+	  $(if $(SHORT),--short,$(if $(wildcard $(WHEELS)/*.whl),--wheels '$(WHEELS)')) \
+	  $(if $(STAGES),--stages '$(STAGES)') $(if $(LIMIT),--limit $(LIMIT)) $(if $(COMMIT),--commit '$(COMMIT)')
 
 lint: install ## format, lint, types
 	$(BIN)/ruff format --check .

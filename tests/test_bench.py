@@ -15,7 +15,6 @@ from typer.testing import CliRunner, Result
 import executors
 from executors._cli import bench_report
 from executors._cli.app import app
-from executors._cli.bench import Settings
 from executors._cli.bench_case import Case, Row
 from executors._cli.bench_contenders import our_contenders
 from executors._cli.bench_judge import Judgement, judge_contender
@@ -23,6 +22,7 @@ from executors._cli.bench_layers import LAYERS, BenchLayer, random_layer, sized
 from executors._cli.bench_measure import Ceilings, Spread, is_no_result, measure_ceilings, ratios, spread, time_rounds
 from executors._cli.bench_peers import experts_module, peers
 from executors._cli.bench_routing import KINDS, Batch, Load, batch, load
+from executors._cli.bench_settings import Settings
 from executors._cli.bench_truth import sample_truth
 from moe_ref import routed_experts
 from moe_ref.conformance.gates import Verdict

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from executors._cli import bench_memory, bench_report
 from executors._cli.app import app
-from executors._cli.bench import Settings, contenders
+from executors._cli.bench import contenders
 from executors._cli.bench_bnb import NO_ADAPTERS, STACK, parametrised_module, peers_in_4_bits
 from executors._cli.bench_case import Case, Row
 from executors._cli.bench_judge import Judgement, judge_contender
@@ -20,6 +20,7 @@ from executors._cli.bench_layers import LAYERS, BenchLayer, Form, random_layer, 
 from executors._cli.bench_measure import Spread
 from executors._cli.bench_nf4 import BLOCKSIZE, Quantisation, quant_state, quantised
 from executors._cli.bench_routing import Load, batch
+from executors._cli.bench_settings import Settings
 from executors._cli.bench_truth import sample_truth
 from moe_ref import nf4
 from moe_ref.types import NF4Tensor

@@ -2,120 +2,134 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 
-import executors
 from executors._cli.bench_bnb import STACK, peers_in_4_bits
-from executors._cli.bench_case import FORWARD, LORA, WITH_BACKWARD, Case, Row
+from executors._cli.bench_case import FORWARD, LORA, Case, Row
 from executors._cli.bench_contenders import Contender, action_of, our_contenders
+from executors._cli.bench_cuda import launches
 from executors._cli.bench_judge import clear_gradients, judge_contender
-from executors._cli.bench_layers import LAYERS, MULTIPLE, BenchLayer, random_layer, sized, with_adapters
-from executors._cli.bench_measure import Ceilings, measure_ceilings, time_rounds, warm_up
+from executors._cli.bench_layers import MULTIPLE, BenchLayer, random_layer, sized, with_adapters
+from executors._cli.bench_liger import liger_peers
+from executors._cli.bench_measure import Ceilings, measure_ceilings
 from executors._cli.bench_memory import add_peaks
-from executors._cli.bench_nf4 import QUANT_TYPES, Quantisation, quantised
+from executors._cli.bench_nf4 import quantised
 from executors._cli.bench_peers import peers
-from executors._cli.bench_routing import KINDS, Batch, batch, load
+from executors._cli.bench_routing import Batch, batch, load
+from executors._cli.bench_settings import Settings
+from executors._cli.bench_timing import Timing, time_case
 from executors._cli.bench_truth import Truth, judged_tokens, sample_truth
 
-DENSE = "dense"
-WEIGHTS = (DENSE, *QUANT_TYPES)
-DIRECTIONS = (FORWARD, WITH_BACKWARD)
-DIRECTIONS_IN_4_BITS = (*DIRECTIONS, LORA)
-DEFAULT_LAYERS = ("qwen3-30b-a3b",)
-DEFAULT_TOKENS = {"cpu": (1, 8, 64, 512), "cuda": (1, 8, 64, 512, 4096, 32768)}
-AGAIN = " again"  # the second entry of the contender that is timed against itself
-
 Show = Callable[[str, int, int], None]
+Keep = Callable[["Findings"], None]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is measured.
+@dataclass(eq=False)
+class Findings:
+    """What was measured.
 
     Attributes:
-        names: our executors.
-        layers: names of `LAYERS`.
-        tokens: T, one case for each.
-        routings: of `KINDS`; None is "real", and dense and forward all three.
-        directions: of `DIRECTIONS_IN_4_BITS`, of which dense weights have the first two.
-        scale: H and I are divided by this.
-        seconds: how long the rounds of one case go on.
-        device: where.
-        seed: of weights, inputs, samples and the order of calls.
-        load: processes running on the machine before, on average over a minute.
-        weights: of `WEIGHTS`.
-        nested: whether the scales of 4 bits are quantised too.
-        lora_rank: of the adapters.
-        memory: whether peak memory is measured.
+        ceilings: the machine's.
+        cases: one for each layer, T, routing and direction.
+        left_out: in a line each, layers and cases that were not measured, with the reason.
+        complete: whether nothing more will come.
     """
 
-    names: tuple[str, ...]
-    layers: tuple[str, ...] = DEFAULT_LAYERS
-    tokens: tuple[int, ...] = DEFAULT_TOKENS["cpu"]
-    routings: tuple[str, ...] | None = None
-    directions: tuple[str, ...] = DIRECTIONS
-    scale: int = 1
-    seconds: float = 10.0
-    device: str = "cpu"
-    seed: int = 0
-    load: float = 0.0
-    weights: str = DENSE
-    nested: bool = False
-    lora_rank: int = 16
-    memory: bool = False
-
-    @property
-    def quantisation(self) -> Quantisation | None:
-        """How the weights are quantised, or None for dense ones."""
-        return next((Quantisation(t, self.nested) for t in QUANT_TYPES if t == self.weights), None)
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """(routing, direction) of the cases of one layer, with equal routings side by side."""
-        if self.routings is not None:
-            return [(routing, direction) for routing in self.routings for direction in self.directions]
-        everywhere = FORWARD if self.weights == DENSE else ""
-        return [(r, d) for r in KINDS for d in self.directions if d == everywhere or r == KINDS[0]]
-
-    def cases(self) -> int:
-        """How many cases there are."""
-        return len(self.layers) * len(self.tokens) * len(self.pairs())
+    ceilings: Ceilings
+    cases: list[Case] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    complete: bool = False
 
 
-def run(settings: Settings, show: Show) -> tuple[Ceilings, list[Case]]:
+def run(settings: Settings, show: Show, keep: Keep) -> Findings:
     """Measures everything.
 
     Args:
         settings: what.
         show: called with what is being done, cases done, and cases in all.
+        keep: called with what there is after each layer and case, so that a run that is ended keeps it.
     """
     total = settings.cases()
-    cases: list[Case] = []
+    started = time.monotonic()
     show("the machine's ceilings", 0, total)
-    ceilings = measure_ceilings(settings.device)
+    found = Findings(measure_ceilings(settings.device))
     for name in settings.layers:
 
         def say(what: str, name: str = name) -> None:
-            show(f"{name} {what}", len(cases), total)
+            show(f"{name} {what}", len(found.cases), total)
 
-        run_layer(settings, _make_layer(settings, name, say), cases, say)
+        def in_time(name: str = name) -> bool:
+            late = settings.limit is not None and time.monotonic() - started > settings.limit
+            line = f"{name}: cases left out, the limit of {settings.limit:g} s had passed" if late else ""
+            if late and line not in found.left_out:
+                found.left_out.append(line)
+            return not late
+
+        if not in_time():
+            continue
+        try:
+            layer = _make_layer(settings, name, say)
+        except torch.OutOfMemoryError as error:
+            found.left_out.append(f"{name}: left out, not enough memory: {str(error).splitlines()[0]}")
+            continue
+        run_layer(settings, layer, found.cases, say, in_time, lambda: keep(found))
+        del layer
     show("the machine's ceilings again", total, total)
-    return ceilings.best_of(measure_ceilings(settings.device)), cases
+    found.ceilings = found.ceilings.best_of(measure_ceilings(settings.device))
+    if settings.gpu:
+        _add_launches(settings, found, show)
+    found.complete = True
+    return found
 
 
-def run_layer(settings: Settings, plain: BenchLayer, cases: list[Case], say: Callable[[str], None]) -> None:
+def _add_launches(settings: Settings, found: Findings, show: Show) -> None:
+    """Counts the kernels of every call that was timed: last of all, since a profiler slows what comes after it."""
+    for name, of_layer in groupby(found.cases, lambda case: case.shape.name):
+        plain = _make_layer(settings, name, lambda _: None)
+        for case in of_layer:
+            show(f"{name} T={case.tokens} {case.direction}: launches", len(found.cases), len(found.cases))
+            adapted = case.direction == LORA
+            layer = with_adapters(plain, settings.lora_rank, settings.seed) if adapted else plain
+            given = batch(
+                case.routing, case.tokens, judged_tokens(plain.shape), plain.shape, settings.device, settings.seed
+            )
+            calls = {c.name: c.call for c in contenders(layer, given, list(settings.names))}
+            for row in case.rows:
+                call = calls[row.name]
+                if row.seconds and call is not None:
+                    row.launches = launches(action_of(call, given, case.direction), settings.device)
+                    clear_gradients(layer, given)
+
+
+def run_layer(
+    settings: Settings,
+    plain: BenchLayer,
+    cases: list[Case],
+    say: Callable[[str], None],
+    in_time: Callable[[], bool],
+    keep: Callable[[], None],
+) -> None:
     """Measures all cases of one layer, and appends them."""
     layers = dict.fromkeys(settings.directions, plain)
     if LORA in layers:
         layers[LORA] = with_adapters(plain, settings.lora_rank, settings.seed)
     theirs = {layer.form: everyone_else(layer) for layer in layers.values()}
+    for contender in (c for found in theirs.values() for c in found):
+        if contender.prepare is not None:
+            say(f"preparing {contender.name}")
+            contender.prepare()
     truths: dict[tuple[str, int, int], Truth] = {}
     first, shape = len(cases), plain.shape
     for routing, direction in settings.pairs():
         layer = layers[direction]
         for tokens in settings.tokens:
+            if not in_time():
+                continue
             given = batch(routing, tokens, judged_tokens(shape), shape, settings.device, settings.seed)
 
             def tell(what: str, where: str = f"T={tokens} {routing} {direction}") -> None:
@@ -126,9 +140,11 @@ def run_layer(settings: Settings, plain: BenchLayer, cases: list[Case], say: Cal
                 tell("sampling error bars")
                 both = any(r == routing and d != FORWARD for r, d in settings.pairs())
                 truths[key] = sample_truth(layer, given, both, settings.seed)
-            found = our_contenders(layer, given, list(settings.names)) + theirs[layer.form]
+            ours = our_contenders(layer, given, list(settings.names), settings.interpreted)
+            found = ours + theirs[layer.form]
             cases.append(measure_case(settings, layer, given, truths[key], routing, direction, found, tell))
-    if settings.memory:
+            keep()
+    if settings.memory and not settings.gpu:  # there it is measured beside the times
         add_peaks(
             plain,
             cases[first:],
@@ -150,7 +166,7 @@ def _make_layer(settings: Settings, name: str, say: Callable[[str], None]) -> Be
 
 def everyone_else(layer: BenchLayer) -> list[Contender]:
     """The peers on this layer."""
-    return peers_in_4_bits(layer) if layer.weights().packed() else peers(layer)
+    return peers_in_4_bits(layer) if layer.weights().packed() else peers(layer) + liger_peers(layer)
 
 
 def contenders(layer: BenchLayer, given: Batch, names: list[str]) -> list[Contender]:
@@ -170,7 +186,7 @@ def measure_case(
 ) -> Case:
     """Judges all contenders, then times those that are right, in turn."""
     tokens, backward, shape = given.x.shape[0], direction != FORWARD, layer.shape
-    rows = [Row(c.name, c.ours, c.why_not(tokens, backward)) for c in everyone]
+    rows = [Row(c.name, c.ours, c.why_not(tokens, backward), interpreted=c.interpreted) for c in everyone]
     actions: dict[str, Callable[[], None]] = {}
     for row, contender in zip(rows, everyone, strict=True):
         if row.reason or contender.call is None:
@@ -185,47 +201,8 @@ def measure_case(
     active = int(torch.unique(given.topk_ids).numel())
     case = Case(shape, tokens, routing, direction, load(given.topk_ids, shape), active, rows, form=layer.form)
     case.stack = STACK if settings.quantisation else ""
+    case.gpu = settings.gpu
     if actions:
-        _time(case, actions, settings, lambda: clear_gradients(layer, given), tell)
+        timing = Timing(settings.device, settings.seconds, settings.rounds, settings.seed, settings.memory)
+        time_case(case, actions, timing, lambda: clear_gradients(layer, given), tell)
     return case
-
-
-def _time(
-    case: Case,
-    actions: dict[str, Callable[[], None]],
-    settings: Settings,
-    after: Callable[[], None],
-    tell: Callable[[str], None],
-) -> None:
-    tell("warming up")
-    warm = warm_up(actions, after, settings.device)
-    theirs = [row.name for row in case.rows if row.name in warm and not row.ours]
-    case.reference = min(theirs or warm, key=warm.__getitem__)
-    entries = actions | {case.reference + AGAIN: actions[case.reference]}
-    times = time_rounds(entries, after, settings.device, settings.seconds, settings.seed, lambda n: tell(f"round {n}"))
-    case.again = times.pop(case.reference + AGAIN)
-    for row in case.rows:
-        row.seconds = times.get(row.name, [])
-
-
-def takes(name: str, weights: str) -> bool:
-    """Whether an executor declares such weights, or cannot be had to tell: then it is shown with the reason."""
-    try:
-        return weights in executors.get(name).capabilities.weights
-    except executors.Unavailable:
-        return True
-
-
-def known_routings() -> list[str]:
-    """The kinds of routing."""
-    return list(KINDS)
-
-
-def default_tokens(device: str) -> tuple[int, ...]:
-    """T where none is asked for."""
-    return DEFAULT_TOKENS.get(torch.device(device).type, DEFAULT_TOKENS["cpu"])
-
-
-def known_layers() -> list[str]:
-    """The names of the layers."""
-    return list(LAYERS)

@@ -24,6 +24,11 @@ class Row:
         seconds: timed calls, one for each round.
         peak: bytes that a call takes at most, above layer and input; None where that was not measured.
         no_peak: why it could not be measured, or "".
+        untimed: why it was not timed although it ran, or "".
+        interpreted: whether its kernels were interpreted: ``seconds`` are then no measurement.
+        launches: kernels that a call launches on a GPU; None where they were not counted.
+        graph: timed replays of a call captured in a CUDA graph, one for each round.
+        no_graph: why it was not captured, or "".
     """
 
     name: str
@@ -33,6 +38,11 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     peak: int | None = None
     no_peak: str = ""
+    untimed: str = ""
+    interpreted: bool = False
+    launches: int | None = None
+    graph: list[float] = field(default_factory=list)
+    no_graph: str = ""
 
     @property
     def failed(self) -> bool:
@@ -58,6 +68,7 @@ class Case:
         again: its second times.
         form: how the weights are kept.
         stack: the contender that decodes the whole stack in every call, or "" where none does.
+        gpu: whether it was measured on a GPU.
     """
 
     shape: Shape
@@ -71,6 +82,7 @@ class Case:
     again: list[float] = field(default_factory=list)
     form: Form = DENSE
     stack: str = ""
+    gpu: bool = False
 
     @property
     def backward(self) -> bool:
@@ -106,6 +118,12 @@ class Case:
         """How many times as fast as the best peer, over the rounds."""
         return _times_as_fast(row, self.best_peer())
 
+    def graph_ratio(self, row: Row) -> Spread | None:
+        """How many times as fast as the best peer, both in a graph."""
+        peers = [peer for peer in self.rows if peer.graph and not peer.ours]
+        best = min(peers, key=lambda peer: spread(peer.graph).median, default=None)
+        return spread(ratios(best.graph, row.graph)) if best is not None and row.graph else None
+
     def stack_row(self) -> Row | None:
         """The contender that decodes the whole stack, where it was timed."""
         return next((row for row in self.rows if row.name == self.stack and row.seconds), None)
@@ -116,4 +134,8 @@ class Case:
 
 
 def _times_as_fast(row: Row, reference: Row | None) -> Spread | None:
-    return None if reference is None or not row.seconds else spread(ratios(reference.seconds, row.seconds))
+    return (
+        None
+        if reference is None or not row.seconds or row.interpreted
+        else spread(ratios(reference.seconds, row.seconds))
+    )

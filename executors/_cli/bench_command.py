@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import torch
 import typer
 from rich.markup import escape
 
 from executors._cli import report
+from executors._cli.bench_measure import MIN_ROUNDS
 from executors._cli.common import (
     LARGEST_SEED,
     DeviceOption,
@@ -24,7 +26,8 @@ from executors._cli.common import (
 )
 
 if TYPE_CHECKING:
-    from executors._cli.bench_case import Case
+    from executors._cli.bench import Findings
+    from executors._cli.bench_settings import Settings
 
 DEFAULT_RANK = 16
 
@@ -33,7 +36,10 @@ def bench(
     layer: Annotated[
         list[str] | None, typer.Option("--layer", metavar="NAME", help="A model's layer; repeatable.")
     ] = None,
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="T; repeatable. Default: 1, 8, 64, 512.")] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="T; repeatable. Default: 1, 8, 64, 512; on a GPU also 4096, 32768."),
+    ] = None,
     routing: Annotated[
         list[str] | None,
         typer.Option(help="real, uniform or skewed; repeatable. Default: real; dense and forward, all three."),
@@ -48,7 +54,8 @@ def bench(
         int | None, typer.Option(min=0, help="Of the adapters in 4 bits; 0: none. Default: 16.")
     ] = None,
     memory: Annotated[
-        bool | None, typer.Option("--memory/--no-memory", help="Measure peak memory. Default: in 4 bits only.")
+        bool | None,
+        typer.Option("--memory/--no-memory", help="Measure peak memory. Default: in 4 bits, and on a GPU."),
     ] = None,
     executor: Annotated[
         list[str] | None,
@@ -59,8 +66,17 @@ def bench(
         ),
     ] = None,
     scale: Annotated[int, typer.Option(min=1, help="Divides H and I, for a quick look.")] = 1,
-    seconds: Annotated[float, typer.Option(min=0.0, help="How long each case is timed; 7 rounds at least.")] = 10.0,
-    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench-results"),
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="How long each case is timed. Default: 10; on a GPU 0.5.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each case, at least.")] = MIN_ROUNDS,
+    limit: Annotated[
+        float | None, typer.Option(min=0.0, metavar="SECONDS", help="After so long no further case is begun.")
+    ] = None,
+    interpreted: Annotated[
+        bool, typer.Option("--interpreted", help="Admit interpreted kernels; their times are no measurement.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and the pictures.")] = Path("bench-results"),
     device: DeviceOption = "cpu",
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights, inputs and samples.")] = 0,
 ) -> None:
@@ -69,54 +85,71 @@ def bench(
     All contenders get the same random weights and the same tokens, are judged in error bars first, and are timed in
     turn, round by round. Prints a table for each layer, routing and direction, and writes bench.json and bench.png. The
     peers are transformers' experts functions; in 4 bits the same on bitsandbytes' parametrization, and loops that
-    decode one expert at a time. There the base is frozen, and direction "lora" trains adapters. Exit status: 0 if all
+    decode one expert at a time. There the base is frozen, and direction "lora" trains adapters. On a GPU calls are
+    timed by events from a cold cache, those of up to 64 tokens in a CUDA graph too, launches are counted, liger-kernel
+    is one more peer, and roofline.png shows how far from the machine's ceilings all of them are. Exit status: 0 if all
     executors passed, 1 if one failed or an executor asked for by name cannot run, 2 for bad arguments. The peers need
     transformers and bitsandbytes: pip install "moe-ref[bench]".
     """
     from executors._cli import bench as benchmark
-    from executors._cli import bench_report, bench_table
+    from executors._cli import bench_report
+    from executors._cli import bench_settings as known
 
     check_device(device)
-    choice("--weights", [weights], benchmark.WEIGHTS)
-    dense = weights == benchmark.DENSE
+    choice("--weights", [weights], known.WEIGHTS)
+    dense = weights == known.DENSE
     _check_4_bits(dense, nested, lora_rank, direction)
     rank = DEFAULT_RANK if lora_rank is None else lora_rank
-    possible = benchmark.DIRECTIONS_IN_4_BITS if rank and not dense else benchmark.DIRECTIONS
-    settings = benchmark.Settings(
-        names=tuple(n for n in chosen_names(executor) if executor or benchmark.takes(n, weights)),
-        layers=tuple(choice("--layer", layer, benchmark.known_layers()) or benchmark.DEFAULT_LAYERS),
-        tokens=tuple(dict.fromkeys(tokens)) if tokens else benchmark.default_tokens(device),
-        routings=choice("--routing", routing, benchmark.known_routings()),
+    possible = known.DIRECTIONS_IN_4_BITS if rank and not dense else known.DIRECTIONS
+    settings = known.Settings(
+        names=tuple(n for n in chosen_names(executor) if executor or known.takes(n, weights)),
+        layers=choice("--layer", layer, known.known_layers()) or known.default_layers(device),
+        tokens=tuple(dict.fromkeys(tokens)) if tokens else known.default_tokens(device),
+        routings=choice("--routing", routing, known.known_routings()),
         directions=choice("--direction", direction, possible) or possible,
         scale=scale,
-        seconds=seconds,
+        seconds=known.default_seconds(device) if seconds is None else seconds,
         device=device,
         seed=seed,
         load=os.getloadavg()[0],
         weights=weights,
         nested=nested,
         lora_rank=rank,
-        memory=not dense if memory is None else memory,
+        memory=not dense or torch.device(device).type == "cuda" if memory is None else memory,
+        rounds=rounds,
+        limit=limit,
+        interpreted=interpreted,
     )
     make_folder(out)
     started = time.monotonic()
+
+    def keep(found: Findings) -> None:
+        content = bench_report.as_json(settings, found, time.monotonic() - started)
+        report.write_json(out / "bench.json", content)
+
     with progress_bar() as show:
-        ceilings, cases = benchmark.run(settings, show)
-    console = new_console()
-    heading = bench_report.heading(settings, ceilings)
-    console.print(escape("\n".join(heading)))
-    for title, table in bench_table.tables(cases, ceilings):
-        console.print(escape(f"\n{title}"))
-        console.print(table)
-    for line in bench_report.notes(cases):
-        console.print(escape(line))
+        found = benchmark.run(settings, show, keep)
+    keep(found)
+    _print(settings, found)
+    written = _plot(out, found, settings)
     taken = time.monotonic() - started
-    report.write_json(out / "bench.json", bench_report.as_json(settings, ceilings, cases, taken))
-    _plot(out / "bench.png", cases, "\n".join(bench_report.machine(settings)))
-    console.print(escape(f"wrote {out / 'bench.json'} and {out / 'bench.png'} ({taken:.0f} s)"))
-    rows = [row for case in cases for row in case.rows if row.ours]
+    names = ", ".join(["bench.json", *written])
+    new_console().print(escape(f"wrote {names} to {out} ({taken:.0f} s)"), soft_wrap=True)
+    rows = [row for case in found.cases for row in case.rows if row.ours]
     if any(row.failed for row in rows) or (executor and any(row.reason for row in rows)):
         raise typer.Exit(1)
+
+
+def _print(settings: Settings, found: Findings) -> None:
+    from executors._cli import bench_report, bench_table
+
+    console = new_console()
+    console.print(escape("\n".join(bench_report.heading(settings, found.ceilings))))
+    for title, table in bench_table.tables(found.cases, found.ceilings):
+        console.print(escape(f"\n{title}"))
+        console.print(table)
+    for line in bench_report.notes(found.cases) + found.left_out:
+        console.print(escape(line))
 
 
 def _check_4_bits(dense: bool, nested: bool, lora_rank: int | None, direction: list[str] | None) -> None:
@@ -129,7 +162,15 @@ def _check_4_bits(dense: bool, nested: bool, lora_rank: int | None, direction: l
         refuse("--lora-rank 0: must be at least 1 with --direction lora")
 
 
-def _plot(path: Path, cases: list[Case], title: str) -> None:
-    from executors._cli.bench_plot import plot  # matplotlib takes a second to import: only where it is needed
+def _plot(out: Path, found: Findings, settings: Settings) -> list[str]:
+    """Writes the pictures, and tells their names: speed against the peers, and on a GPU distance from the ceilings."""
+    from executors._cli import bench_plot, bench_report, bench_roofline  # matplotlib takes a second to import
 
-    plot(path, cases, title)
+    title = "\n".join(bench_report.machine(settings))
+    if not found.cases:
+        return []
+    bench_plot.plot(out / "bench.png", found.cases, title)
+    if not settings.gpu and not settings.interpreted:
+        return ["bench.png"]
+    bench_roofline.plot(out / "roofline.png", found.cases, found.ceilings, title)
+    return ["bench.png", "roofline.png"]

@@ -30,6 +30,8 @@ class Contender:
         reason: why it cannot run at all, or "".
         backward: whether it has gradients.
         refusal: why it is left out for so many tokens, with or without backward, or "".
+        interpreted: whether its kernels are interpreted, so that its times are no measurement.
+        prepare: called once before its first case, for a peer that tunes itself by what it meets first.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Contender:
     reason: str = ""
     backward: bool = True
     refusal: Callable[[int, bool], str] = no_refusal
+    interpreted: bool = False
+    prepare: Callable[[], None] | None = None
 
     def why_not(self, tokens: int, backward: bool) -> str:
         """Why it is left out of a case, or ""."""
@@ -48,24 +52,36 @@ class Contender:
         return self.refusal(tokens, backward)
 
 
-def our_contenders(layer: BenchLayer, batch: Batch, names: list[str]) -> list[Contender]:
-    """The executors of those names, usable or with the reason why not."""
+def our_contenders(
+    layer: BenchLayer, batch: Batch, names: list[str], admit_interpreted: bool = False
+) -> list[Contender]:
+    """The executors of those names, usable or with the reason why not.
+
+    Args:
+        layer: the layer.
+        batch: an input.
+        names: of the executors.
+        admit_interpreted: whether one whose kernels are interpreted takes part.
+    """
     reasons = {row.name: row.reason for row in executors.explain(batch.x, layer.weights())}
     return [
-        Contender(name, True, reason=reasons[name]) if reasons[name] else _ours(layer, executors.get(name), name)
+        Contender(name, True, reason=reasons[name])
+        if reasons[name]
+        else _ours(layer, executors.get(name), name, admit_interpreted)
         for name in names
     ]
 
 
-def _ours(layer: BenchLayer, executor: executors.Executor, name: str) -> Contender:
+def _ours(layer: BenchLayer, executor: executors.Executor, name: str, admit_interpreted: bool) -> Contender:
     def call(batch: Batch) -> Tensor:
         return executor.experts(
             batch.x, topk_ids=batch.topk_ids, topk_weights=batch.topk_weights, weights=layer.weights()
         )
 
     able = executor.capabilities
-    reason = "interpreted: its times mean nothing" if able.interpreted else ""
-    return Contender(name, True, call, reason, able.backward)
+    refused = able.interpreted and not admit_interpreted
+    reason = "interpreted: its times mean nothing" if refused else ""
+    return Contender(name, True, call, reason, able.backward, interpreted=able.interpreted)
 
 
 def action_of(call: Callable[[Batch], Tensor], given: Batch, direction: str) -> Callable[[], None]:

@@ -67,6 +67,8 @@ def judge_contender(
         return _judge(y.detach(), gradients, layer, batch, truth)
     except (Unavailable, Unsupported) as error:
         return Judgement(reason=" ".join(str(error).split()))
+    except torch.OutOfMemoryError as error:
+        return Judgement(reason=f"not enough memory: {str(error).splitlines()[0]}")
     except FAULTS as error:
         return Judgement(fault="raised " + " ".join(f"{type(error).__name__}: {error}".split()))
     finally:

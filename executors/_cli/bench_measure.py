@@ -12,12 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
+from executors._cli.bench_cuda import event_seconds
+
 MIN_ROUNDS = 7
 MAX_ROUNDS = 100
 CEILING_CALLS = 5
 LOW, HIGH = 0.1, 0.9  # the quantiles that the spread is told by
 PRODUCT = {"cpu": 2048, "cuda": 8192}  # size of the square product
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**32}
+
+Clock = Callable[[Callable[[], None]], float]  # seconds of a call
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Ceilings:
     def gbs(self) -> float:
         """The larger of the two bandwidths."""
         return max(self.copy_gbs, self.read_gbs)
+
+    def attainable(self, flops: float, size: float) -> float:
+        """TFLOP/s that a call of so many operations which moves so many bytes can reach: the lower of two roofs."""
+        return min(self.tflops, flops / size * self.copy_gbs / 1000)
 
     def best_of(self, other: Ceilings) -> Ceilings:
         """The larger of each: measured before and after a run, in case other work came in between."""
@@ -87,6 +95,8 @@ def time_rounds(
     seconds: float,
     seed: int,
     progress: Callable[[int], None],
+    rounds: int = MIN_ROUNDS,
+    clock: Clock | None = None,
 ) -> dict[str, list[float]]:
     """Times all actions once in each round, in random order, so that none always follows the same other.
 
@@ -94,11 +104,14 @@ def time_rounds(
         actions: by name.
         after: called after each action, outside its time.
         device: where they run.
-        seconds: rounds go on for so long; there are at least `MIN_ROUNDS` and at most `MAX_ROUNDS`.
+        seconds: rounds go on for so long; there are at least ``rounds`` and at most `MAX_ROUNDS`.
         seed: of the order.
         progress: called with the rounds done.
+        rounds: at least so many.
+        clock: tells the seconds of a call; None takes `seconds_of`.
     """
     order, rng = list(actions), random.Random(seed)
+    clock = clock or (lambda action: seconds_of(action, device))
     times: dict[str, list[float]] = {name: [] for name in actions}
     started = time.perf_counter()
     gc.collect()
@@ -106,11 +119,11 @@ def time_rounds(
     gc.disable()
     try:
         for number in range(MAX_ROUNDS):
-            if number >= MIN_ROUNDS and time.perf_counter() - started > seconds:
+            if number >= rounds and time.perf_counter() - started > seconds:
                 break
             rng.shuffle(order)
             for name in order:
-                times[name].append(seconds_of(actions[name], device))
+                times[name].append(clock(actions[name]))
                 after()
             progress(number + 1)
     finally:
@@ -120,11 +133,12 @@ def time_rounds(
 
 
 def seconds_of(action: Callable[[], None], device: str) -> float:
-    """Seconds of one call, the GPU's work included."""
-    _wait(device)
+    """Seconds of one call; on a GPU, between events on an idle stream."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        return event_seconds(action, device)
     start = time.perf_counter()
     action()
-    _wait(device)
     return time.perf_counter() - start
 
 
@@ -154,8 +168,3 @@ def _quantile(ordered: list[float], share: float) -> float:
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-
-def _wait(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)

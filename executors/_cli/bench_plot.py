@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import matplotlib as mpl
 import numpy as np
 
+from executors._cli import plot as plot_of_one_layer
 from executors._cli.bench_case import Case, Row
 from executors._cli.bench_measure import Spread
 from executors._cli.bench_table import DIRECTIONS, MIB
-from executors._cli.plot import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 WIDEST = 0.7  # of the space between two T, for all contenders side by side
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX*"
+COLOURS = (*plot_of_one_layer.COLOURS, "#777777", "#8b5a2b")  # as many as markers
 GREY = "#cccccc"
 MEMORY = "memory"  # in place of a routing, in the last column
 DECODED = (("all experts decoded", "--"), ("active experts decoded", ":"))

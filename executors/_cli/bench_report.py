@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from executors._cli import report
-from executors._cli.bench import Settings
+from executors._cli.bench import Findings
 from executors._cli.bench_bnb import STACK
 from executors._cli.bench_case import FORWARD, LORA, WITH_BACKWARD, Case, Row
+from executors._cli.bench_liger import DISTRIBUTION, NAME, liger_version
 from executors._cli.bench_measure import Ceilings, is_no_result, spread
 from executors._cli.bench_nf4 import bitsandbytes_version
 from executors._cli.bench_peers import PREFIX, peers_version
+from executors._cli.bench_settings import Settings
 from executors._cli.bench_table import rates
 
 SCHEMA = 1
@@ -28,11 +30,14 @@ def machine(settings: Settings) -> list[str]:
     lines = [f"{where}, {found['threads']} threads, torch {found['torch']}; {_named(PREFIX, 'transformers')}"]
     if settings.quantisation:
         lines.append(f"weights: {settings.quantisation}; {_named('bnb:', 'bitsandbytes')}")
+    elif settings.gpu:
+        lines.append(f"Triton {report.version_of('triton')}; {_named(NAME, DISTRIBUTION)}")
     return lines
 
 
 def _named(prefix: str, package: str) -> str:
-    version = {"transformers": peers_version, "bitsandbytes": bitsandbytes_version}[package]()
+    versions = {"transformers": peers_version, "bitsandbytes": bitsandbytes_version, DISTRIBUTION: liger_version}
+    version = versions[package]()
     return f"{prefix} is {package} {version}" if version else f"{package} is not installed: no peers"
 
 
@@ -45,8 +50,9 @@ def heading(settings: Settings, ceilings: Ceilings) -> list[str]:
         f"read {ceilings.read_gbs:.0f} GB/s",
         "+-: half of what lies between the 10th and 90th percentile of the times",
         *(_RATIOS_IN_4_BITS if settings.quantisation else _RATIOS),
-        *(_MEMORY if settings.memory else ()),
-        *(_ROOF if settings.memory or settings.quantisation else ()),
+        *(_ON_A_GPU if settings.gpu else _MEMORY if settings.memory else ()),
+        *(_ROOF if settings.quantisation or (settings.memory and not settings.gpu) else ()),
+        *(_INTERPRETED if settings.interpreted else ()),
         *([busy] if settings.load > BUSY else ()),
     ]
 
@@ -64,6 +70,12 @@ _RATIOS_IN_4_BITS = (
     "twice in each round, see 'again'",
 )
 _MEMORY = ("MiB: what a call takes at most above layer and input, in a process of its own",)
+_ON_A_GPU = (
+    "Timed by events from a cold L2 cache; 'in a graph' is captured and replayed.",
+    "GB/s: active experts' weights once, x and y; its share is of the copy.",
+    "n: kernels that a call launches. MiB: its peak above layer and input",
+)
+_INTERPRETED = ("[in brackets]: interpreted kernels, whose times are no measurement",)
 _ROOF = ("roof: share of the ceiling of products (P) or of reading (R), the larger",)
 
 
@@ -80,7 +92,12 @@ def notes(cases: list[Case]) -> list[str]:
 
 def _remarks(row: Row) -> list[tuple[str, str]]:
     """What is to be said of a row, and why."""
-    remarks = [("not run", row.reason), ("memory not measured", row.no_peak)]
+    remarks = [
+        ("not run", row.reason),
+        ("not timed", row.untimed),
+        ("memory not measured", row.no_peak),
+        ("not captured in a graph", row.no_graph),
+    ]
     if row.failed and row.judgement is not None:
         remarks.append(("FAILED", row.judgement.failure))
     return [(what, why) for what, why in remarks if why]
@@ -101,19 +118,22 @@ def _where(found: list[Case], of_layer: list[Case]) -> str:
     return places[0] if len(found) == len(of_layer) else ", ".join(places)
 
 
-def as_json(settings: Settings, ceilings: Ceilings, cases: list[Case], seconds: float) -> dict[str, Any]:
+def as_json(settings: Settings, found: Findings, seconds: float) -> dict[str, Any]:
     """Everything that was measured."""
     return {
         "schema": SCHEMA,
         "machine": report.machine(),
         "transformers": peers_version(),
         "bitsandbytes": bitsandbytes_version(),
+        DISTRIBUTION: liger_version(),
         "quantisation": asdict(settings.quantisation) if settings.quantisation else None,
         "commit": commit(),
         "arguments": asdict(settings),
-        "ceilings": asdict(ceilings),
+        "ceilings": asdict(found.ceilings),
         "seconds": seconds,
-        "cases": [_case(case, ceilings) for case in cases],
+        "complete": found.complete,
+        "left_out": found.left_out,
+        "cases": [_case(case, found.ceilings) for case in found.cases],
     }
 
 
@@ -172,9 +192,12 @@ def _contender(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
         "failure": judgement.failure if judgement else "",
         "max_z": {v.name: v.max_z for v in judgement.verdicts} if judgement else {},
         "seconds": row.seconds,
+        "untimed": row.untimed,
+        "interpreted": row.interpreted,
         "peak_bytes": row.peak,
+        "launches": row.launches,
     }
-    if row.seconds:
+    if row.seconds and not row.interpreted:
         time = spread(row.seconds)
         tflops, gbs = rates(case, time)
         found |= {
@@ -186,5 +209,26 @@ def _contender(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
             "gbs": gbs,
             "of_product": tflops / ceilings.tflops,
             "of_bandwidth": gbs / ceilings.gbs,
+            "of_copy": gbs / ceilings.copy_gbs,
         }
+    if row.graph or row.no_graph:
+        found["graph"] = _graph(case, row, ceilings)
     return found
+
+
+def _graph(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
+    """What came of a call captured in a CUDA graph."""
+    if not row.graph:
+        return {"reason": row.no_graph, "seconds": []}
+    time, ratio = spread(row.graph), case.graph_ratio(row)
+    tflops, gbs = rates(case, time)
+    return {
+        "reason": "",
+        "seconds": row.graph,
+        "time": asdict(time),
+        "times_best": asdict(ratio) if ratio else None,
+        "tflops": tflops,
+        "gbs": gbs,
+        "of_product": tflops / ceilings.tflops,
+        "of_copy": gbs / ceilings.copy_gbs,
+    }

@@ -61,6 +61,8 @@ def table(cases: list[Case], ceilings: Ceilings) -> Table:
             again = _again(case) if row.name == case.reference else {}
             if again:
                 _add_dim(out, "  again", again, columns)
+            if row.graph:
+                _add_dim(out, "  in a graph", _in_a_graph(case, row, ceilings), columns)
         if any(name == "MiB" for name, _ in columns) and case.stack:
             for what, size in zip(("active", "all"), case.decoded(), strict=True):
                 _add_dim(out, f"  {what} decoded", {"MiB": _short(size / MIB)}, columns)
@@ -78,8 +80,13 @@ def _columns(cases: list[Case], ceilings: Ceilings) -> list[Column]:
     ]
     best: Column = ("x best", lambda case, row: _ratio(case, case.ratio(row), row is case.best_peer(), "best"))
     memory: list[Column] = [("MiB", lambda case, row: "?" if row.peak is None else _short(row.peak / MIB))]
+    tflops: Column = ("TFLOP/s", lambda case, row: _tflops(case, spread(row.seconds), ceilings))
+    gbs: Column = ("GB/s", lambda case, row: _gbs(case, spread(row.seconds), ceilings))
     if not any(row.peak is not None or row.no_peak for row in rows):
         memory = []
+    if cases[0].gpu and not cases[0].stack:
+        launches: Column = ("n", lambda case, row: "?" if row.launches is None else str(row.launches))
+        return [*columns, best, tflops, gbs, launches, *memory]
     if any(case.stack_row() for case in cases):
         columns += [
             best,
@@ -90,11 +97,7 @@ def _columns(cases: list[Case], ceilings: Ceilings) -> list[Column]:
         columns += [best, ("10-90%", lambda case, row: "" if row is case.best_peer() else _range(case.ratio(row)))]
     if memory or any(case.stack for case in cases):
         return [*columns, *memory, ("roof", lambda case, row: _roof(case, row, ceilings))]
-    return [
-        *columns,
-        ("TFLOP/s", lambda case, row: _tflops(case, row, ceilings)),
-        ("GB/s", lambda case, row: _gbs(case, row, ceilings)),
-    ]
+    return [*columns, tflops, gbs]
 
 
 def _cells(case: Case, row: Row, columns: list[Column]) -> list[str]:
@@ -103,6 +106,11 @@ def _cells(case: Case, row: Row, columns: list[Column]) -> list[str]:
         return [f"[dim]{name}[/dim]", *_only({"ms": "[dim]not run[/dim]"}, columns)]
     if row.failed:
         return [name, *_only({"max z": f"[red]{_max_z(row)}[/red]", "ms": "[red]FAIL[/red]"}, columns)]
+    if row.untimed:
+        return [name, *_only({"max z": _max_z(row), "ms": "[dim]slow[/dim]"}, columns)]
+    if row.interpreted:
+        time = escape(f"[{_short(MILLISECONDS * spread(row.seconds).median)}]")
+        return [name, *_only({"max z": _max_z(row), "ms": time}, columns)]
     return [name, *(cell(case, row) for _, cell in columns)]
 
 
@@ -117,6 +125,18 @@ def _again(case: Case) -> dict[str, str]:
         "+-": _relative(time),
         "x best": f"{control.median:.2f}",
         "10-90%": _range(control),
+    }
+
+
+def _in_a_graph(case: Case, row: Row, ceilings: Ceilings) -> dict[str, str]:
+    """The times of a call captured in a CUDA graph."""
+    time, ratio = spread(row.graph), case.graph_ratio(row)
+    return {
+        "ms": _short(MILLISECONDS * time.median),
+        "+-": _relative(time),
+        "x best": f"{ratio.median:.2f}" if ratio else "",
+        "TFLOP/s": _tflops(case, time, ceilings),
+        "GB/s": _gbs(case, time, ceilings),
     }
 
 
@@ -149,14 +169,15 @@ def _ratio(case: Case, ratio: Spread | None, itself: bool, name: str) -> str:
     return f"{'~' if unsure else ''}{ratio.median:.{digits}f}"
 
 
-def _tflops(case: Case, row: Row, ceilings: Ceilings) -> str:
-    tflops, _ = rates(case, spread(row.seconds))
+def _tflops(case: Case, time: Spread, ceilings: Ceilings) -> str:
+    tflops, _ = rates(case, time)
     return f"{_short(tflops)} {tflops / ceilings.tflops:4.0%}"
 
 
-def _gbs(case: Case, row: Row, ceilings: Ceilings) -> str:
-    _, gbs = rates(case, spread(row.seconds))
-    return f"{gbs:.{0 if gbs >= 10 else 1}f} {gbs / ceilings.gbs:4.0%}"
+def _gbs(case: Case, time: Spread, ceilings: Ceilings) -> str:
+    _, gbs = rates(case, time)
+    ceiling = ceilings.copy_gbs if case.gpu else ceilings.gbs
+    return f"{gbs:.{0 if gbs >= 10 else 1}f} {gbs / ceiling:4.0%}"
 
 
 def _roof(case: Case, row: Row, ceilings: Ceilings) -> str:

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,17 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": version_of("triton"),
         "numpy": np.__version__,
     }
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,123 @@
+"""Times the contenders of one case that were judged right, and on a GPU measures what else it can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from executors._cli import bench_cuda
+from executors._cli.bench_case import FORWARD, Case, Row
+from executors._cli.bench_measure import MIN_ROUNDS, Clock, time_rounds, warm_up
+from executors._cli.memory import peak_of
+
+AGAIN = " again"  # the second entry of the contender that is timed against itself
+DECODE = 64  # tokens up to which a forward call is captured in a graph, as a server's decoding step is
+SLOWEST_S = {"cuda": 1.0}  # of a call that is timed in turn; a CPU has no limit
+
+Action = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long and where.
+
+    Attributes:
+        device: where.
+        seconds: how long the rounds go on.
+        rounds: at least so many.
+        seed: of the order of calls.
+        memory: whether peak memory is measured here, on a GPU.
+    """
+
+    device: str
+    seconds: float
+    rounds: int = MIN_ROUNDS
+    seed: int = 0
+    memory: bool = False
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it is a GPU."""
+        return torch.device(self.device).type == "cuda"
+
+
+def time_case(
+    case: Case, actions: dict[str, Action], timing: Timing, after: Action, tell: Callable[[str], None]
+) -> None:
+    """Times the actions in turn, and fills in the rows of the same names.
+
+    Args:
+        case: its rows get their times.
+        actions: the calls, by contender.
+        timing: how long and where.
+        after: called after each call, outside its time.
+        tell: called with what is being done.
+    """
+    rows = {row.name: row for row in case.rows if row.name in actions}
+    tell("warming up")
+    warm = warm_up(actions, after, timing.device)
+    limit = SLOWEST_S.get(torch.device(timing.device).type)
+    for name, seconds in list(warm.items()):
+        if limit is not None and seconds > limit:
+            rows.pop(name).untimed = f"a call took {seconds:.1f} s, more than {limit:g} s"
+            del warm[name]
+    for row in rows.values():
+        if row.interpreted:  # no measurement: once is enough
+            row.seconds = [warm.pop(row.name)]
+    theirs = [name for name in warm if not rows[name].ours]
+    case.reference = min(theirs or warm, key=warm.__getitem__, default="")
+    entries = {name: actions[name] for name in warm}
+    if case.reference:
+        entries[case.reference + AGAIN] = actions[case.reference]
+    clock = bench_cuda.Clock(timing.device) if timing.gpu else None
+    times = _rounds(entries, timing, after, tell, clock) if entries else {}
+    case.again = times.pop(case.reference + AGAIN, [])
+    for name, samples in times.items():
+        rows[name].seconds = samples
+    if timing.gpu:
+        _tell_more(case, {name: actions[name] for name in rows}, rows, timing, after, tell)
+
+
+def _tell_more(
+    case: Case,
+    actions: dict[str, Action],
+    rows: dict[str, Row],
+    timing: Timing,
+    after: Action,
+    tell: Callable[[str], None],
+) -> None:
+    """Peak memory of each contender, and times in a graph."""
+    for name, action in actions.items() if timing.memory else ():
+        tell(f"memory of {name}")
+        rows[name].peak = peak_of(action, after, timing.device)
+        after()
+    if case.tokens > DECODE or case.direction != FORWARD:
+        return
+    replays: dict[str, Action] = {}
+    for name, action in actions.items():
+        tell(f"capturing {name}")
+        try:
+            replays[name] = bench_cuda.captured(action, timing.device)
+        except bench_cuda.NotCaptured as error:
+            rows[name].no_graph = str(error)
+    if replays:
+        found = _rounds(replays, timing, lambda: None, tell, bench_cuda.Clock(timing.device, queued=True))
+        for name, times in found.items():
+            rows[name].graph = times
+
+
+def _rounds(
+    actions: dict[str, Action], timing: Timing, after: Action, tell: Callable[[str], None], clock: Clock | None
+) -> dict[str, list[float]]:
+    return time_rounds(
+        actions,
+        after,
+        timing.device,
+        timing.seconds,
+        timing.seed,
+        lambda n: tell(f"round {n}"),
+        timing.rounds,
+        clock,
+    )
