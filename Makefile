@@ -40,4 +40,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist bench-results compare-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist bench-results compare-results train-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,9 +3,10 @@
 The text is the ``topics`` dictionary of the standard library's ``pydoc_data.topics``, so nothing has to be
 downloaded. The model is a byte-level language model of the gpt-oss architecture with random initial weights.
 After training, the input and the router logits of one MoE layer are captured on held-out text and written,
-together with the layer's weights, to a safetensors file. ``data/README.md`` documents that file.
+together with the layer's weights, to a safetensors file. A second file holds the rest of the model, so that training
+can go on (``examples/train_tiny.py``). ``data/README.md`` documents both files.
 
-Needs: torch, transformers, safetensors, numpy, matplotlib, typer, rich.
+Needs: moe-ref, torch, transformers, safetensors, numpy, matplotlib, typer, rich.
 """
 
 import hashlib
@@ -35,8 +36,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GptOssConfig, GptOssForCausalLM
 
+import moe_ref.nf4
+from executors import nf4
+from moe_ref.types import NF4Tensor
+
 FORMAT = "moe-ref layer 1"
 LAYER_NAME = "tiny_gpt_oss_layer"
+REST_NAME = "tiny_gpt_oss_rest"
 LOSS_NAME = "tiny_gpt_oss_loss"
 VOCABULARY = 256
 HELD_OUT_FRACTION = 0.1
@@ -278,6 +284,23 @@ def layer_metadata(model: GptOssForCausalLM, args: Arguments) -> dict[str, str]:
     }
 
 
+def rest_tensors(model: GptOssForCausalLM, args: Arguments) -> dict[str, Tensor | NF4Tensor]:
+    """Return all that the layer file lacks, by the model's own names: experts in 4 bits, everything else in bf16."""
+    kept = f"model.layers.{args.kept_layer}.mlp.experts."
+    low = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if not name.startswith(kept)}
+    return {
+        name: nf4.quantize_tensor(value, nested=True) if name.endswith(("gate_up_proj", "down_proj")) else value
+        for name, value in low.items()
+    }
+
+
+def as_stored(model: GptOssForCausalLM, rest: dict[str, Tensor | NF4Tensor]) -> dict[str, Tensor]:
+    """Return the model's parameters as the two files have them."""
+    stored = {name: value.to(torch.bfloat16).float() for name, value in model.state_dict().items()}
+    packed = {name: value for name, value in rest.items() if isinstance(value, NF4Tensor)}
+    return stored | {name: moe_ref.nf4.decode(value).float() for name, value in packed.items()}
+
+
 def with_sorted_metadata(content: bytes) -> bytes:
     """Return a safetensors file with its metadata keys in sorted order.
 
@@ -465,7 +488,7 @@ def check(args: Arguments, held_out: Tensor) -> None:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder to write the three files to.", file_okay=False)] = Path(
+    output: Annotated[Path, typer.Option(help="Folder to write the four files to.", file_okay=False)] = Path(
         __file__
     ).parent,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps. A few are enough for a smoke test.")] = 1000,
@@ -495,7 +518,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the batches.")] = 0,
 ) -> None:
-    """Train a small gpt-oss model on Python's documentation topics and write one of its MoE layers."""
+    """Train a small gpt-oss model on Python's documentation topics and write one of its MoE layers, and the rest."""
     values = locals()
     args = Arguments(**{name: values[name] for name in Arguments.__dataclass_fields__})
     console = Console()
@@ -517,6 +540,10 @@ def main(
     layer_path = output / f"{LAYER_NAME}.safetensors"
     content = save(layer_tensors(model, capture, args), metadata=layer_metadata(model, args))
     write_atomically(layer_path, with_sorted_metadata(content))
+    rest_path, rest = output / f"{REST_NAME}.safetensors", rest_tensors(model, args)
+    nf4.save(rest_path, rest)
+    write_atomically(rest_path, with_sorted_metadata(rest_path.read_bytes()))
+    model.load_state_dict(as_stored(model, rest))
     statistics = routing_statistics(capture, args.experts)
     report = {
         "arguments": asdict(args),
@@ -537,12 +564,19 @@ def main(
             "bytes": layer_path.stat().st_size,
             "sha256": hashlib.sha256(layer_path.read_bytes()).hexdigest(),
         },
+        "rest_file": {
+            "bytes": rest_path.stat().st_size,
+            "sha256": hashlib.sha256(rest_path.read_bytes()).hexdigest(),
+            "validation_loss_of_both_files": evaluate(model, held_out, args),
+        },
         "loss_unit": "nats per byte",
         "loss_curve": asdict(curve),
     }
     write_atomically(output / f"{LAYER_NAME}.json", report_text(report).encode())
     write_atomically(output / f"{LOSS_NAME}.png", draw_picture(curve, statistics, args))
-    console.print_json(data={name: report[name] for name in ("final", "agreement_with_the_model", "layer_file")})
+    console.print_json(
+        data={name: report[name] for name in ("final", "agreement_with_the_model", "layer_file", "rest_file")}
+    )
     console.print(f"max over mean {statistics['max_over_mean']:.2f}, entropy {statistics['normalised_entropy']:.3f}")
 
 
