@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import executors
 from executors.triton import _grouping, _layer, _routing
@@ -205,3 +207,26 @@ def test_gradients_have_the_strides_of_parameters(layout: str) -> None:
     gradients = torch.autograd.grad(call(executors.get("triton"), inputs), list(parameters.values()), inputs.dy)
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         assert gradient.stride() == parameter.stride(), name
+
+
+@pytest.mark.parametrize(("policy", "times"), [(True, 1), (False, 2)])
+def test_checkpointing_never_chooses_again(policy: bool, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D5: under the policy, the replay uses the ids of the forward pass; without it, it chooses once more."""
+    launched = []
+    plain = _routing.route_kernel
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            launched.append(grid)
+            return plain[grid]
+
+    executor, inputs, expected = executors.get("triton"), inputs_of(ALIGNED), inputs_of(ALIGNED)
+    call(executor, expected).backward(expected.dy)
+    monkeypatch.setattr(_routing, "route_kernel", Counted())
+    contexts = partial(create_selective_checkpoint_contexts, executors.checkpoint_policy)
+    options = {"context_fn": contexts} if policy else {}
+    y = checkpoint(executor, inputs.x, inputs.router_logits, inputs.weights, use_reentrant=False, **options)
+    y.backward(inputs.dy)
+    assert len(launched) == times
+    for leaf, value in expected.tensors().items():
+        assert torch.equal(value.grad, inputs.tensors()[leaf].grad), leaf

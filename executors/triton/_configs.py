@@ -91,6 +91,10 @@ _SOME = {"outer": Tile(128, 128, 32, 8, 3, 0)}
 _FEW_AMD = {"outer": Tile(128, 128, 16, 4, 2, 0)}
 _FEW_WIDE_AMD = {"outer": Tile(64, 64, 16, 4, 2, 0)}
 _FEW_WIDE = {"outer": Tile(64, 64, 16, 8, 2, 0)}
+_INTERPRETED = (
+    _same(4, 16, 64, 64, 4, 1, 0, outer=Tile(64, 128, 16, 4, 1, 0)),
+    _same(ANY, 32, 64, 32, 4, 1),
+)
 _ODD = (_same(16, 16, 32, 32, 2, 2, 0, **_FEW_WIDE), _same(ANY, 64, 64, 16, 8, 2, 2))
 _WIDE = (_same(16, 16, 64, 32, 4, 3, 0, **_FEW_WIDE), _same(ANY, 64, 64, 32, 8, 3, 2))
 
@@ -159,9 +163,9 @@ FAMILIES = {
     "interpreter": Family(
         2**30,
         False,
-        (_same(4, 16, 32, 32, 4, 1, 0), _same(ANY, 32, 64, 32, 4, 1)),
-        (_same(4, 16, 32, 32, 4, 1, 0), _same(ANY, 32, 64, 32, 4, 1)),
-        (_same(4, 16, 32, 32, 4, 1, 0), _same(ANY, 32, 64, 32, 4, 1)),
+        _INTERPRETED,
+        _INTERPRETED,
+        _INTERPRETED,
     ),
 }
 
