@@ -35,6 +35,54 @@ def test_frozen_input_costs_no_gradient(name: str, frozen: str) -> None:
         assert part.tensors()[frozen].shape not in made.shapes
 
 
+@every
+@pytest.mark.parametrize("scale_input", [False, True])
+def test_a_single_gradient_is_the_same(name: str, scale_input: bool) -> None:
+    """Whatever else is left out for it."""
+    problem = replace(EVERYTHING, tokens=5, config=replace(EVERYTHING.config, scale_input=scale_input))
+    full = inputs_of(problem)
+    call(executors.get(name), full).backward(full.dy)
+    leaves = set(full.tensors())
+    for leaf in leaves:
+        alone = inputs_of(replace(problem, frozen=frozenset(leaves - {leaf})))
+        call(executors.get(name), alone).backward(alone.dy)
+        assert torch.equal(alone.tensors()[leaf].grad, full.tensors()[leaf].grad), leaf
+
+
+@every
+def test_hooks_may_hand_back_other_strides(name: str) -> None:
+    """What is offloaded between forward and backward comes back as the hook likes it."""
+
+    def turned(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()
+        return tensor.t().contiguous().t() if tensor.ndim == 2 and tensor.numel() else tensor
+
+    plain, hooked = inputs_of(EVERYTHING), inputs_of(EVERYTHING)
+    call(executors.get(name), plain).backward(plain.dy)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, turned):
+        y = call(executors.get(name), hooked)
+    y.backward(hooked.dy)
+    for leaf, value in plain.tensors().items():
+        torch.testing.assert_close(hooked.tensors()[leaf].grad, value.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_kept_where_nothing_needs_a_gradient() -> None:
+    """The operator is told to keep z only where somebody will ask for it."""
+    asked: list[bool] = []
+
+    def forward(*given: object) -> tuple[torch.Tensor]:
+        asked.append(bool(given[_operator.TENSORS + 2]))
+        return (torch.empty_like(inputs.x),)
+
+    everything = frozenset(inputs_of(PROBLEM).tensors()) | {"topk_weights"}
+    for frozen, grad in ((frozenset(), True), (everything - {"x"}, True), (frozenset(), False), (everything, True)):
+        inputs = inputs_of(replace(PROBLEM, entry="experts", frozen=frozen))
+        with torch.set_grad_enabled(grad):
+            given = inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.weights
+            _operator.apply(_operator.Operator(forward, None), *given, keep_z=True)
+    assert asked == [True, True, False, False]
+
+
 class Shapes(Watched):
     """Collects the shapes of all results that are not views of what was given."""
 

@@ -121,7 +121,6 @@ def test_interpreted_kernels_are_named_as_such(outside: Path, monkeypatch: pytes
     ran = run_pytest(outside, *SUITE, "--executor", "triton", "-k", "exact_cases and clamp")
     assert ran.returncode == 0, ran.stdout
     assert "triton: its kernels were interpreted, not run on a device" in ran.stdout
-    assert "triton: no backward pass; clauses D1-D5 are not applicable" in ran.stdout
 
 
 def test_wrong_executor_fails_and_is_told_clause_and_problem(outside: Path) -> None:

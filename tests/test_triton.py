@@ -70,6 +70,8 @@ def test_too_many_slots_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_grouping, "MOST_SLOTS", 79)
     with pytest.raises(executors.Unsupported, match=r"T\*K=80 slots: must be at most 79 for triton"):
         call(executors.get("triton"), inputs_of(ALIGNED))
+    with pytest.raises(executors.Unsupported, match=r"T\*K=80 slots: must be at most 79 for triton"):
+        call(executors.get("triton"), inputs_of(replace(ALIGNED, entry="experts", top_k_given=False)))
 
 
 @pytest.mark.parametrize("option", ["recompute", "batch_invariant"])
@@ -150,7 +152,7 @@ def test_many_experts(experts: int, top_k: int, dtype: str) -> None:
 @interpreted
 def test_compare_shows_it_as_interpreted(tmp_path: Path) -> None:
     """The bundled layer passes; times are not measured."""
-    command = ["-m", "executors", "compare", "--executor", "triton", "--tokens", "64", "--out", str(tmp_path)]
+    command = ["-m", "executors", "compare", "--executor", "triton", "--tokens", "16", "--out", str(tmp_path)]
     done = python(*command, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "interpreted, not timed" in " ".join(done.stdout.replace("│", " ").split())

@@ -53,12 +53,14 @@ BY_EXPERTS = replace(BASE, entry="experts")
 PANEL = {
     "interleaved": BASE,
     "scaled": replace(BY_EXPERTS, config=MoEConfig(2, scale_input=True)),
-    "concatenated": replace(BY_EXPERTS, config=MoEConfig(2, activation="geglu_tanh")),
+    "concatenated": replace(BY_EXPERTS, config=MoEConfig(2, activation="geglu_tanh"), weights_layout="transposed"),
     "plain": replace(BY_EXPERTS, config=MoEConfig(2, activation="relu2", scale_input=True), weights_layout="sliced"),
     "groups": Problem(17, 8, 16, 8, DEEPSEEK, selection_bias="small", broken_logits=3),
     "softmax": Problem(17, 9, 16, 8, MoEConfig(3), logits="masked"),
     "ties": Problem(17, 9, 16, 8, MoEConfig(4, scoring="sigmoid"), logits="ties", broken_logits=2),
     "erf": replace(BASE, tokens=12, config=MoEConfig(2, activation="geglu")),
+    "sliced": replace(BASE, tokens=12, dy_layout="sliced", x_layout="sliced"),
+    "frozen": replace(BASE, tokens=12, frozen=frozenset({"gate_up_proj", "down_proj"})),
     "adapters": replace(BASE, gate_up_rank=5, down_rank=18),
     "adapters, concatenated": replace(
         BY_EXPERTS, config=MoEConfig(2, scale_input=True), gate_up_rank=17, down_rank=3, dtype="bfloat16"
@@ -181,6 +183,7 @@ def check_routing() -> None:
                 rtol=2e-2 if dtype == torch.bfloat16 else 1e-4,
                 atol=1e-5,
             )
+            assert not backward[torch.from_numpy(~defined)].any()
             same = (ids == exact.topk_ids).all(axis=1) | ~defined
             np.testing.assert_allclose(
                 found.topk_weights.numpy()[same], exact.topk_weights[same], rtol=1e-5, atol=1e-37

@@ -76,14 +76,14 @@ GRADIENT_MUTANTS = {
     ),
     "a bias gradient without weights": (
         "gradients",
-        "own *= tl.load(topk_weights + slots)",
+        "own *= tl.load(topk_weights + slots, mask=rows < end, other=0.0)",
         "own *= tl.full((BLOCK_M,), 1.0, tl.float32)",
         "concatenated",
     ),
     "the bias gradient of the neighbouring expert": (
         "gradients",
         "offset(expert, stride_oe) + offset(columns, stride_on)",
-        "offset((expert + 1) % tl.num_programs(0), stride_oe) + offset(columns, stride_on)",
+        "offset((expert + 1) % tl.num_programs(1), stride_oe) + offset(columns, stride_on)",
         "interleaved",
     ),
     "no bias gradient for an empty expert": (
@@ -120,7 +120,12 @@ GRADIENT_MUTANTS = {
         "plain",
     ),
     "dW without the input's weight": ("outer", "if SCALED:", "if SCALED and TOP_K < 0:", "scaled"),
-    "dW with the row's weight": ("outer", "tl.load(topk_weights + slots)", "tl.load(topk_weights + rows)", "scaled"),
+    "dW with the row's weight": (
+        "outer",
+        "tl.load(topk_weights + slots, mask",
+        "tl.load(topk_weights + rows, mask",
+        "scaled",
+    ),
     "column tiles of dW beyond the first group": (
         "outer",
         "tile % per_group // height",
@@ -223,6 +228,19 @@ GRADIENT_MUTANTS = {
         "chosen * (of_weights - mean)",
         "chosen * of_weights",
         "interleaved",
+    ),
+    "gradients of rows that are undefined": ("routing", " | (whole != whole)", "", "routing"),
+    "<dy, b> past the last column": (
+        "gradients",
+        "there = (rows < end)[:, None] & (columns < H)[None, :]",
+        "there = (rows < end)[:, None] & (columns < 2 * H)[None, :]",
+        "sliced",
+    ),
+    "no gradient of weights beside frozen matrices": (
+        "gradients",
+        "if STORE_WEIGHTS or STORE_H:",
+        "if STORE_H:",
+        "frozen",
     ),
     "half of the sigmoid's slope": ("routing", "of_weights * chosen * (1.0 - chosen)", "of_weights * chosen", "ties"),
     "the router's gradient of the next expert": (

@@ -64,13 +64,14 @@ ODD = Layer("odd", 5, 2, 50, 17, CLAMPED._replace(layout="concatenated"), biases
 LORA = QWEN3._replace(name="lora", rank=16)
 LORA_FP32 = GPT_OSS._replace(name="lora-fp32", rank=32, lora_dtype="float32")  # as PEFT makes them
 
-NARROW = (QWEN3, GPT_OSS, GPT_OSS_ROWS, GELU)
-NARROW_LARGEST = (DEEPSEEK, GEGLU, RELU2)  # with the largest tiles only, the nearest to their limits
-WIDE = (QWEN3, GPT_OSS, DEEPSEEK)
-ROUNDED = (QWEN3, GPT_OSS)  # in TF32
-TRAINED = (QWEN3, GPT_OSS)  # with every regime
-TRAINED_LARGEST = (GPT_OSS_ROWS, GELU, GEGLU, RELU2, LORA, LORA_FP32)
-TRAINED_WIDE = (QWEN3, GPT_OSS)
+INFERENCE = (GPT_OSS,)  # forward alone, with every regime
+INFERENCE_LARGEST = (QWEN3, DEEPSEEK)  # with the largest tiles only, the nearest to their limits
+TRAINED = (QWEN3,)  # both ways, with every regime
+TRAINED_LARGEST = (GPT_OSS, GPT_OSS_ROWS, GELU, GEGLU, RELU2, LORA_FP32)
+ADAPTED = (  # where tiles beside adapters depend on their dtype
+    (LORA, "bfloat16"),
+    (LORA_FP32, "float16"),
+)
 
 MANY = MoEConfig(10)
 GROUPED = MoEConfig(
@@ -170,22 +171,24 @@ def cases(family: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
     """The cases for a family of configurations."""
     own, device = _configs.FAMILIES[family], Device(family, MULTIPROCESSORS)
     for dtype in dtypes:
-        if dtype != "float32":
-            for layer in NARROW:
-                yield from _of_products(layer, own.narrow, dtype, device)
-            for layer in NARROW_LARGEST:
-                yield list(_of_products(layer, own.narrow, dtype, device))[-1]
-            for layer in TRAINED:
-                yield from _of_products(layer, own.narrow, dtype, device, trained=True)
-            for layer in TRAINED_LARGEST:
-                yield list(_of_products(layer, own.narrow, dtype, device, trained=True))[-1]
+        if dtype == "float32":
+            yield _largest(DEEPSEEK, own.wide, dtype, device)
+            yield from _of_products(GPT_OSS, own.wide, dtype, device, trained=True)
+            yield _largest(QWEN3, own.wide, dtype, device, trained=True)
+            yield from _of_products(GPT_OSS, own.wide, TF32, device)
+            yield _largest(QWEN3, own.wide, TF32, device, trained=True)
             continue
-        for layer in WIDE:
-            yield from _of_products(layer, own.wide, dtype, device)
-        for layer in ROUNDED:
-            yield from _of_products(layer, own.wide, TF32, device)
-        for layer in TRAINED_WIDE:
-            yield from _of_products(layer, own.wide, dtype, device, trained=True)
+        for layer in INFERENCE:
+            yield from _of_products(layer, own.narrow, dtype, device)
+        for layer in INFERENCE_LARGEST:
+            yield _largest(layer, own.narrow, dtype, device)
+        for layer in TRAINED:
+            yield from _of_products(layer, own.narrow, dtype, device, trained=True)
+        for layer in TRAINED_LARGEST:
+            yield _largest(layer, own.narrow, dtype, device, trained=True)
+        if own.apart != _configs.LEAST_APART:
+            for layer, other in ADAPTED:
+                yield _largest(layer, own.narrow, other, device, trained=True)
     for dtype in dtypes:
         yield from _of_products(ODD, own.odd, dtype, device, trained=True)
         yield Case("gpt-oss", dtype, partial(_route, 32, dtype, MoEConfig(4, scoring="topk_softmax")))
@@ -206,6 +209,10 @@ def _of_products(
     for rows, regime in zip(least, regimes, strict=False):
         tokens = int(rows * layer.experts / layer.top_k) + 1
         yield Case(layer.name, dtype, partial(_call, layer, tokens, dtype, device, regime, trained))
+
+
+def _largest(layer: Layer, regimes: tuple[Regime, ...], dtype: str, device: Device, trained: bool = False) -> Case:
+    return list(_of_products(layer, regimes, dtype, device, trained))[-1]
 
 
 def _call(layer: Layer, tokens: int, dtype: str, device: Device, regime: Regime, trained: bool) -> None:

@@ -49,6 +49,9 @@ class Regime(NamedTuple):
     inner: Tile
 
 
+LEAST_APART = (16, 128)
+
+
 class Family(NamedTuple):
     """Configurations for one kind of device.
 
@@ -58,8 +61,8 @@ class Family(NamedTuple):
         narrow: for 16-bit dtypes, in order of rows.
         wide: for fp32.
         odd: for operands whose rows are no whole 16 bytes, of any dtype.
-        apart: ranks at a time, and columns of a tile at most, where an adapter's dtype is not x's: what is taken apart
-            needs registers, or room next to the tensor cores.
+        apart: ranks at a time, and columns of a tile at most, beside an adapter that is taken apart: of bf16 x, and of
+            another dtype. It needs registers, or room next to the tensor cores.
     """
 
     shared: int
@@ -67,7 +70,7 @@ class Family(NamedTuple):
     narrow: tuple[Regime, ...]
     wide: tuple[Regime, ...]
     odd: tuple[Regime, ...]
-    apart: tuple[int, int] = (16, 128)
+    apart: tuple[int, int] = LEAST_APART
 
 
 ANY = float("inf")
@@ -91,9 +94,12 @@ _SOME = {"outer": Tile(128, 128, 32, 8, 3, 0)}
 _FEW_AMD = {"outer": Tile(128, 128, 16, 4, 2, 0)}
 _FEW_WIDE_AMD = {"outer": Tile(64, 64, 16, 4, 2, 0)}
 _FEW_WIDE = {"outer": Tile(64, 64, 16, 8, 2, 0)}
+# Small, so that small problems have several tiles, and each product's another, so that a wrong one shows.
 _INTERPRETED = (
-    _same(4, 16, 64, 64, 4, 1, 0, outer=Tile(64, 128, 16, 4, 1, 0)),
-    _same(ANY, 32, 64, 32, 4, 1),
+    _same(
+        4, 16, 64, 64, 4, 1, 0, dh=Tile(16, 128, 64, 4, 1), dx=Tile(16, 128, 32, 4, 1), outer=Tile(64, 128, 16, 4, 1)
+    ),
+    _same(ANY, 32, 64, 32, 4, 1, dh=Tile(32, 32, 64, 4, 1), dx=Tile(32, 128, 64, 4, 1), outer=Tile(64, 32, 16, 4, 1)),
 )
 _ODD = (_same(16, 16, 32, 32, 2, 2, 0, **_FEW_WIDE), _same(ANY, 64, 64, 16, 8, 2, 2))
 _WIDE = (_same(16, 16, 64, 32, 4, 3, 0, **_FEW_WIDE), _same(ANY, 64, 64, 32, 8, 3, 2))
@@ -159,7 +165,7 @@ FAMILIES = {
         (_same(16, 16, 64, 64, 4, 2, 0, **_FEW_WIDE_AMD), _same(ANY, 64, 64, 32, 4, 2)),
         _ODD,
     ),
-    # Small tiles, so that small problems have several of them: numbers are checked here, never times.
+    # Numbers are checked here, never times.
     "interpreter": Family(
         2**30,
         False,

@@ -16,7 +16,7 @@ ROWS, COLUMNS = 16, 64  # of an elementwise program, at a time; a row tile is no
 
 
 def dz(
-    dh: Tensor,
+    dh: Tensor | None,
     z: Tensor,
     topk_weights: Tensor,
     weighted: bool,
@@ -32,7 +32,7 @@ def dz(
     """dz [S, J], h [S, I], and the gradient of topk_weights [T, K], which is <dh, h> + <dy, b> (D3).
 
     Args:
-        dh: [S, I] rows sorted by expert, without the weight.
+        dh: [S, I] rows sorted by expert, without the weight; None if only h is wanted.
         z: [S, J] rows sorted by expert.
         topk_weights: [T, K].
         weighted: whether they multiply dz and h.
@@ -42,14 +42,15 @@ def dz(
         plan: of the call.
         want_dz: whether dz is computed; else it has no rows.
         want_h: whether h is; else it has no rows.
-        want_weights: whether the gradient of topk_weights is; else it is 0.
+        want_weights: whether the gradient of topk_weights is; else it has no rows.
     """
-    slots, intermediate = dh.shape
+    assert dh is not None or not (want_dz or want_weights)
+    slots, intermediate = z.shape[0], z.shape[1] // 2 if act.layout else z.shape[1]
     found = torch.empty(slots if want_dz else 0, z.shape[1], dtype=z.dtype, device=z.device)
     h = torch.empty(slots if want_h else 0, intermediate, dtype=z.dtype, device=z.device)
-    d_weights = torch.zeros_like(topk_weights)  # empty slots are not written
+    d_weights = torch.zeros_like(topk_weights if want_weights else topk_weights[:0])  # empty slots are not written
     dz_kernel[(max(1, plan.groups.most_tiles), plan.regime.up.block_m // ROWS)](
-        dh,
+        z if dh is None else dh,
         z,
         topk_weights,
         dy,
@@ -121,7 +122,7 @@ def sums(values: Tensor, topk_weights: Tensor | None, like: Tensor, plan: Plan, 
     assert of_tokens or topk_weights is None
     experts, columns = like.shape
     out = torch.empty_like(like)
-    sums_kernel[(experts, triton.cdiv(columns, SUMMED_COLUMNS))](
+    sums_kernel[(triton.cdiv(columns, SUMMED_COLUMNS), experts)](
         values,
         values if topk_weights is None else topk_weights,
         plan.groups.order,

@@ -101,10 +101,13 @@ def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, b
         _, z = activations(layer, plan, keep_z=True)
 
     # Of the down projection: dh, from dy without its weight, and from it what stands before the activation.
-    d_inner = None if down.lora_b is None else _d_inner(dy, down, plan, of_tokens=True)
-    dh, _ = _products.up(
-        dy, down.matrices.transpose(1, 2), None, _back(d_inner, down), None, NONE, plan.regime.dh, plan, keep_z=False
-    )
+    want_dh = want_dz or want_weights
+    d_inner = dh = None
+    if down.lora_b is not None and (want_dh or needs["down_lora_a"]):
+        d_inner = _d_inner(dy, down, plan, of_tokens=True)
+    if want_dh:
+        transposed, adapter = down.matrices.transpose(1, 2), _back(d_inner, down)
+        dh, _ = _products.up(dy, transposed, None, adapter, None, NONE, plan.regime.dh, plan, keep_z=False)
     dz, h, d_weights = _gradients.dz(
         dh,
         z,

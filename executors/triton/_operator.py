@@ -61,7 +61,7 @@ class Kernels(NamedTuple):
         layer = layer_of(given)
         with device_guard(given.x):
             plan = self._plan(layer)
-            return _layer.backward(layer, plan, kept.z, _products.readable(dy, plan.aligned), needs)
+            return _layer.backward(layer, plan, kept.z.contiguous(), _products.readable(dy, plan.aligned), needs)
 
     def _kept(self, z: Tensor) -> Kept:
         """Slots are sorted anew in backward: hooks may hand back weights with other strides, and so other tiles."""

@@ -253,7 +253,7 @@ def _beside(adapter: Adapter | None, tile: Tile, plan: Plan) -> Tile:
     """The tile, no wider than the adapter beside the matrices allows."""
     if adapter is None or adapter.factor.dtype == adapter.inner.dtype:
         return tile
-    return tile._replace(block_n=min(tile.block_n, _configs.FAMILIES[plan.device.family].apart[1]))
+    return tile._replace(block_n=min(tile.block_n, _apart(adapter, plan)[1]))
 
 
 def adapter_of(adapter: Adapter | None, like: Tensor, plan: Plan) -> tuple[Tensor, Tensor, int, int]:
@@ -261,12 +261,15 @@ def adapter_of(adapter: Adapter | None, like: Tensor, plan: Plan) -> tuple[Tenso
     if adapter is None:
         return like, like.new_empty(0, 0, 0), 0, 0
     rank, same = adapter.factor.shape[2], adapter.factor.dtype == adapter.inner.dtype
-    return (
-        adapter.inner,
-        adapter.factor,
-        rank,
-        ranks_at_a_time(rank) if same else _configs.FAMILIES[plan.device.family].apart[0],
-    )
+    return adapter.inner, adapter.factor, rank, ranks_at_a_time(rank) if same else _apart(adapter, plan)[0]
+
+
+def _apart(adapter: Adapter, plan: Plan) -> tuple[int, int]:
+    """Ranks at a time, and columns of a tile at most, for a factor whose dtype is not the rows'."""
+    narrow = (
+        adapter.inner.dtype == torch.bfloat16
+    )  # beside others the products are in fp32, and need more of everything
+    return _configs.FAMILIES[plan.device.family].apart if narrow else _configs.LEAST_APART
 
 
 def ranks_at_a_time(rank: int) -> int:

@@ -123,7 +123,7 @@ def backward_operator(
         route_backward_kernel[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
             gradients.contiguous(),
             router_logits,
-            topk_ids,
+            topk_ids.contiguous(),
             out,
             tokens,
             router_logits.shape[1],

@@ -9,7 +9,7 @@ from executors.triton.kernels.products import offset
 
 @triton.jit
 def dz_kernel(
-    dh,  # [S, N] rows sorted by expert: dy times the down projection; N = I
+    dh,  # [S, N] rows sorted by expert: dy times the down projection; N = I; read for dz and weights
     z,  # [S, J] rows sorted by expert, J = 2I if gated, else I
     topk_weights,  # [S], read where WEIGHTED
     dy,  # [T, H], read where HAS_BIAS
@@ -56,7 +56,8 @@ def dz_kernel(
             columns = first + tl.arange(0, BLOCK_N)
             places = offset(rows, N)[:, None] + columns[None, :]
             there = (rows < end)[:, None] & (columns < N)[None, :]
-            own = tl.load(dh + places, mask=there, other=0.0).to(tl.float32)
+            if STORE_DZ or STORE_WEIGHTS:
+                own = tl.load(dh + places, mask=there, other=0.0).to(tl.float32)
             z_places, z_there = places, there
             if LAYOUT == "interleaved":
                 both = 2 * first + tl.arange(0, 2 * BLOCK_N)
@@ -76,7 +77,8 @@ def dz_kernel(
                     value = act(gate, ACTIVATION, ALPHA)
                 else:
                     value = gated(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
-                total += tl.sum(own * value, axis=1)
+                if STORE_WEIGHTS:
+                    total += tl.sum(own * value, axis=1)
                 if STORE_H:
                     tl.store(h + places, (value * scale).to(h.dtype.element_ty), mask=there)
             if STORE_DZ:
@@ -151,8 +153,8 @@ def sums_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """The sum of each expert's rows, in order, times their weights where WEIGHTED; 0 for one without rows (D2)."""
-    expert = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    expert = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.load(group_offsets + expert + 1)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for row in range(tl.load(group_offsets + expert), end, BLOCK_M):
@@ -165,7 +167,7 @@ def sums_kernel(
         mask = (rows < end)[:, None] & (columns < N)[None, :]
         own = tl.load(values + places, mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
-            own *= tl.load(topk_weights + slots).to(tl.float32)[:, None]
+            own *= tl.load(topk_weights + slots, mask=rows < end, other=0.0).to(tl.float32)[:, None]
         total += tl.sum(own, axis=0)
     places = offset(expert, stride_oe) + offset(columns, stride_on)
     tl.store(out + places, total.to(out.dtype.element_ty), mask=columns < N)

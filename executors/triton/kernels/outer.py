@@ -13,7 +13,8 @@ def load_rows(values, slots, rows, columns, there, N, stride, stride_n, topk_wei
     places = offset(sources, stride)[:, None] + offset(columns, stride_n)[None, :]
     own = tl.load(values + places, mask=there[:, None] & (columns < N)[None, :], other=0.0)
     if SCALED:
-        own = (own.to(tl.float32) * tl.load(topk_weights + slots).to(tl.float32)[:, None]).to(own.dtype)
+        scale = tl.load(topk_weights + slots, mask=there, other=0.0).to(tl.float32)
+        own = (own.to(tl.float32) * scale[:, None]).to(own.dtype)
     return own
 
 

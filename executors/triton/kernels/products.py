@@ -58,7 +58,10 @@ def load_bias(bias, expert, columns, N, stride_be, stride_bn):
 
 @triton.jit
 def dot_exact(a, b, total, PRECISION):
-    """total + a b, where b has any float dtype and is read exactly: beside bf16 a wider one is three terms in bf16."""
+    """total + a b, where b has any float dtype and is read exactly.
+
+    Beside bf16 a wider one is three terms in bf16, if it is finite there; beside others both are widened to fp32.
+    """
     if a.dtype == b.dtype:
         total = tl.dot(a, b, total, input_precision=PRECISION)
     elif a.dtype == tl.bfloat16:
