@@ -4,6 +4,7 @@ The interpreter takes milliseconds for a step of a tile, so fewer problems are d
 """
 
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ PROFILE = profiles.current()
 DTYPES = ("float32", "bfloat16", "float16")
 WIDE = MoEConfig(2, limit=1.0, up_offset=1.0, gate_up_layout="interleaved")
 
-# What must never be left to chance: each of them in every dtype.
+# What must never be left to chance: each of them in one dtype, whatever the seed.
 ALWAYS = {
     "empty experts": Problem(5, 33, 16, 8, MoEConfig(1)),
     "ties": Problem(17, 33, 16, 8, MoEConfig(8, scoring="sigmoid"), logits="ties"),
@@ -62,8 +63,7 @@ def drawn(share: int) -> settings:
     return settings(PROFILE, max_examples=max(1, PROFILE.max_examples // share))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ALWAYS)
+@pytest.mark.parametrize(("name", "dtype"), list(zip(ALWAYS, cycle(DTYPES), strict=False)))
 def test_always(name: str, dtype: str) -> None:
     check_problem(TRITON, replace(ALWAYS[name], dtype=dtype), DEVICE)
 
@@ -74,7 +74,7 @@ def test_matches_specification(data: st.DataObject) -> None:
     check_problem(TRITON, data.draw(problems_for(TRITON), label="problem"), DEVICE)
 
 
-@drawn(20)
+@drawn(33)
 @given(st.data())
 def test_repeatable(data: st.DataObject) -> None:
     check_repeatable(TRITON, data.draw(problems_for(TRITON), label="problem"), DEVICE)

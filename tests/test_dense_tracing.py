@@ -93,6 +93,8 @@ def test_native_looks_at_its_offsets() -> None:
 @pytest.mark.parametrize("tokens", [0, 12])
 def test_operators_are_registered_right(name: str, tokens: int, problem: Problem) -> None:
     """torch.library.opcheck: schema, autograd, fake kernels, dynamic shapes."""
+    if name == "triton" and (problem is not EVERYTHING) == (tokens > 0):
+        pytest.skip("interpreted: some of them")
     operator = WATCHED[name]
     inputs = inputs_of(replace(problem, tokens=tokens, entry="experts"))
     tensors, static = arguments(inputs)

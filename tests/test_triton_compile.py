@@ -20,7 +20,7 @@ PRODUCTS = {"up", "down", "inner", "outer"}
 OTHERS = {"route", "route_backward", "group", "count", "scan", "place", "combine", "dz", "input_weights", "sums"}
 KERNELS = PRODUCTS | OTHERS
 DTYPES = {
-    "sm80": ("bfloat16",),  # in float32 its tiles are those of sm90
+    "sm80": ("bfloat16", "float32"),
     "sm90": ("bfloat16", "float32"),
     "sm100": ("bfloat16", "float32"),
     "gfx942": ("bfloat16", "float32"),
@@ -28,6 +28,8 @@ DTYPES = {
 }
 TENSOR_CORES = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
 SMALL = {"sm90": "HMMA", "sm100": "HMMA"}  # for fewer than 64 rows
+
+WHOLE = {"sm90", "gfx942"}  # with every configuration; of the others the largest tiles, the nearest to their limits
 
 Row = dict[str, Any]
 
@@ -44,12 +46,14 @@ def run(*arguments: str, interpreted: bool = False) -> subprocess.CompletedProce
 def test_kernels_fit(target: str, tmp_path: Path) -> None:
     dtypes = [argument for dtype in DTYPES[target] for argument in ("--dtype", dtype)]
     path = tmp_path / "kernels.json"
-    done = run("-m", "executors", "kernels", "--target", target, *dtypes, "--json", str(path))
+    some = [] if target in WHOLE else ["--largest"]
+    done = run("-m", "executors", "kernels", "--target", target, *dtypes, *some, "--json", str(path))
     assert path.exists(), done.stderr
     found = json.loads(path.read_text())["targets"][target]
     rows = found["kernels"]
     faults = [*wrong_sizes(rows, found["shared"]), *wrong_instructions(target, rows), *narrow_loads(target, rows)]
-    faults += not_compiled(target, found["family"], rows)
+    if target in WHOLE:
+        faults += not_compiled(target, found["family"], rows)
     assert not faults, f"for {target}:\n" + "\n".join(faults)
     assert done.returncode == 0, done.stderr
     assert f"{target}: {len(rows)} kernels" in done.stdout

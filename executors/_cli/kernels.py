@@ -75,6 +75,9 @@ def kernels(
             help="bfloat16, float16, float32 or all; repeatable. Default: bfloat16 (sm75: float16) and float32.",
         ),
     ] = None,
+    largest: Annotated[
+        bool, typer.Option("--largest", help="Only the products' largest tiles, the nearest to their limits.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures there too.")] = None,
 ) -> None:
     """Compiles the Triton kernels, and shows what they take.
@@ -99,7 +102,7 @@ def kernels(
         refuse("--dtype bfloat16: sm75 has none")
     console, everything, failed = new_console(), {}, False
     for name in targets:
-        rows = compile_rows(name, _dtypes(name, dtypes))
+        rows = compile_rows(name, _dtypes(name, dtypes), largest)
         family = family_of(name)
         shared = _configs.FAMILIES[family].shared
         console.print(f"\n{name}: {len(rows)} kernels")
@@ -124,14 +127,16 @@ def _dtypes(target: str, chosen: tuple[str, ...] | None) -> tuple[str, ...]:
     return tuple(d for d in DTYPES if (target, d) != ("sm75", "bfloat16")) if chosen else default_dtypes(target)
 
 
-def compile_rows(target: str, dtypes: tuple[str, ...]) -> list[Row]:
+def compile_rows(target: str, dtypes: tuple[str, ...], largest: bool) -> list[Row]:
     """Compiles everything for a target."""
     from executors.triton._cases import compile_kernels
     from executors.triton._resources import resources_of
 
     with progress_bar() as show:
         try:
-            found = compile_kernels(target, dtypes, lambda done, total: show(f"compiling for {target}", done, total))
+            found = compile_kernels(
+                target, dtypes, lambda done, total: show(f"compiling for {target}", done, total), largest
+            )
             resources = resources_of([kernel.compiled for kernel in found])
         except executors.Unavailable as error:
             refuse(str(error))

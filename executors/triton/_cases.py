@@ -68,11 +68,6 @@ INFERENCE = (GPT_OSS,)  # forward alone, with every regime
 INFERENCE_LARGEST = (QWEN3, DEEPSEEK)  # with the largest tiles only, the nearest to their limits
 TRAINED = (QWEN3,)  # both ways, with every regime
 TRAINED_LARGEST = (GPT_OSS, GPT_OSS_ROWS, GELU, GEGLU, RELU2, LORA_FP32)
-ADAPTED = (  # where tiles beside adapters depend on their dtype
-    (LORA, "bfloat16"),
-    (LORA_FP32, "float16"),
-)
-
 MANY = MoEConfig(10)
 GROUPED = MoEConfig(
     8, scoring="sigmoid", num_groups=8, topk_groups=4, group_score="top2_sum", routed_scaling_factor=2.5
@@ -140,20 +135,23 @@ def default_dtypes(target: str) -> tuple[str, ...]:
     return ("float16" if target == "sm75" else "bfloat16", "float32")
 
 
-def compile_kernels(target: str, dtypes: tuple[str, ...], show: Callable[[int, int], None]) -> list[Kernel]:
+def compile_kernels(
+    target: str, dtypes: tuple[str, ...], show: Callable[[int, int], None], largest: bool = False
+) -> list[Kernel]:
     """Compiles everything for a target: each kernel once, in the order of `BLOCKS`.
 
     Args:
         target: a name of `executors.triton._compile.TARGETS`.
         dtypes: "bfloat16", "float16" or "float32"; the last compiles for TF32 too.
         show: called with the cases done and the cases in all.
+        largest: whether to leave out all but the largest tiles of the products.
 
     Raises:
         Unavailable: the kernels are interpreted in this process.
     """
     found: dict[str, Kernel] = {}
     with compiling(target) as launches:
-        everything = list(cases(family_of(target), dtypes))
+        everything = list(cases(family_of(target), dtypes, largest))
         for done, case in enumerate(everything):
             show(done, len(everything))
             case.run()
@@ -167,8 +165,12 @@ def compile_kernels(target: str, dtypes: tuple[str, ...], show: Callable[[int, i
     return sorted(found.values(), key=lambda kernel: order.index(kernel.name))
 
 
-def cases(family: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
-    """The cases for a family of configurations."""
+def cases(family: str, dtypes: tuple[str, ...], largest: bool = False) -> Iterator[Case]:
+    """The cases for a family of configurations; or only those of its largest tiles, the nearest to their limits."""
+    if largest:
+        for dtype in dtypes:
+            yield from _largest_cases(family, dtype)
+        return
     own, device = _configs.FAMILIES[family], Device(family, MULTIPROCESSORS)
     for dtype in dtypes:
         if dtype == "float32":
@@ -186,9 +188,9 @@ def cases(family: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
             yield from _of_products(layer, own.narrow, dtype, device, trained=True)
         for layer in TRAINED_LARGEST:
             yield _largest(layer, own.narrow, dtype, device, trained=True)
-        if own.apart != _configs.LEAST_APART:
-            for layer, other in ADAPTED:
-                yield _largest(layer, own.narrow, other, device, trained=True)
+        if own.apart != _configs.LEAST_APART:  # where tiles beside adapters depend on x's dtype
+            yield _largest(LORA_FP32, own.narrow, "float16", device)
+            yield _largest(LORA, own.narrow, dtype, device)
     for dtype in dtypes:
         yield from _of_products(ODD, own.odd, dtype, device, trained=True)
         yield Case("gpt-oss", dtype, partial(_route, 32, dtype, MoEConfig(4, scoring="topk_softmax")))
@@ -209,6 +211,15 @@ def _of_products(
     for rows, regime in zip(least, regimes, strict=False):
         tokens = int(rows * layer.experts / layer.top_k) + 1
         yield Case(layer.name, dtype, partial(_call, layer, tokens, dtype, device, regime, trained))
+
+
+def _largest_cases(family: str, dtype: str) -> Iterator[Case]:
+    own, device = _configs.FAMILIES[family], Device(family, MULTIPROCESSORS)
+    regimes = own.wide if dtype == "float32" else own.narrow
+    yield _largest(GPT_OSS, regimes, dtype, device)
+    for layer in (QWEN3, GPT_OSS) if dtype == "float32" else (QWEN3, *TRAINED_LARGEST):
+        yield _largest(layer, regimes, dtype, device, trained=True)
+    yield _largest(ODD, own.odd, dtype, device, trained=True)
 
 
 def _largest(layer: Layer, regimes: tuple[Regime, ...], dtype: str, device: Device, trained: bool = False) -> Case:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from executors import Executor
 
 PROFILE = profiles.current()
-LAW_PROFILE = settings(PROFILE, max_examples=PROFILE.max_examples // 2)  # for each of six laws
+LAW_PROFILE = settings(PROFILE, max_examples=PROFILE.max_examples // 5)  # for each of six laws
 PINNED = pinned.EXAMPLES + pinned.LARGE + pinned.PACKED
 
 __all__ = [
