@@ -19,7 +19,7 @@ from moe_ref.conformance.problem import Problem
 MATRICES = ("gate_up_proj", "down_proj")
 
 
-@every
+@both
 @pytest.mark.parametrize("frozen", sorted(inputs_of(EVERYTHING).tensors()))
 def test_frozen_input_costs_no_gradient(name: str, frozen: str) -> None:
     """Its gradient is never made; what others get does not change by a bit."""

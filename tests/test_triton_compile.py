@@ -24,12 +24,11 @@ DTYPES = {
     "sm90": ("bfloat16", "float32"),
     "sm100": ("bfloat16", "float32"),
     "gfx942": ("bfloat16", "float32"),
-    "sm75": ("float16",),
 }
 TENSOR_CORES = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
 SMALL = {"sm90": "HMMA", "sm100": "HMMA"}  # for fewer than 64 rows
 
-WHOLE = {"sm90", "gfx942"}  # with every configuration; of the others the largest tiles, the nearest to their limits
+WHOLE = {"sm90"}  # with every configuration; of the others the largest tiles, the nearest to their limits
 
 Row = dict[str, Any]
 

@@ -31,8 +31,9 @@ def both_ways(problem: Problem) -> dict[str, torch.Tensor]:
 
 @interpreted
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("activation", ["gpt-oss", "concatenated", "plain"])
+@pytest.mark.parametrize(
+    ("activation", "dtype"), [("gpt-oss", "bfloat16"), ("concatenated", "float16"), ("plain", "bfloat16")]
+)
 def test_tensor_descriptors(activation: str, dtype: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What GPUs with TMA run, on sizes with tails: as with pointers."""
     configs = {"gpt-oss": GPT_OSS, "concatenated": MoEConfig(2), "plain": MoEConfig(2, activation="gelu")}
