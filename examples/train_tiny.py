@@ -28,7 +28,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import executors
-from executors._cli.common import LARGEST_SEED, DeviceOption, check_device, new_console, refuse
+from executors._cli.common import LARGEST_SEED, DeviceOption, check_device, new_console, refuse, within
 from executors._cli.report import write_json
 from moe_ref.conformance.mutants import mutants
 from tiny.checkpoint import bundled_model
@@ -52,13 +52,17 @@ def main(
         list[str] | None,
         typer.Option("--mutant", metavar="NAME", help="A deliberately wrong form of the first executor; repeatable."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 20,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text, all of them in every step.")] = 2,
-    context: Annotated[int, typer.Option(min=1, max=256, help="Bytes in a window; it was trained with 256.")] = 256,
-    honest: Annotated[int, typer.Option(min=FEWEST, help="Honest runs, which say how far losses may differ.")] = 8,
+    steps: Annotated[int, typer.Option(callback=within(1), help="Optimiser steps.")] = 20,
+    windows: Annotated[int, typer.Option(callback=within(1), help="Windows of text, all of them in every step.")] = 2,
+    context: Annotated[
+        int, typer.Option(callback=within(1, 256), help="Bytes in a window; it was trained with 256.")
+    ] = 256,
+    honest: Annotated[
+        int, typer.Option(callback=within(FEWEST), help="Honest runs, which say how far losses may differ.")
+    ] = 8,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="In which experts are computed.")] = "float32",
     device: DeviceOption = "cpu",
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the errors of honest runs.")] = 0,
+    seed: Annotated[int, typer.Option(callback=within(0, LARGEST_SEED), help="Of the errors of honest runs.")] = 0,
     output: Annotated[Path, typer.Option(help=f"Folder for {NAME}.json and {NAME}.png.")] = Path("train-results"),
 ) -> None:
     """Continues the training of the bundled model, and compares the losses with those of exact experts.

@@ -24,6 +24,7 @@ from executors._cli.common import (
     new_console,
     progress_bar,
     refuse,
+    within,
 )
 from executors._cli.judge import exact_answer, with_clear_choice
 from executors._cli.kernels import kernels
@@ -78,10 +79,10 @@ def compare(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for compare.json and compare.png.")] = Path("compare-results"),
     device: DeviceOption = "cpu",
-    tokens: Annotated[int | None, typer.Option(min=1, help="Only the layer's first N tokens.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each executor.")] = 10,
+    tokens: Annotated[int | None, typer.Option(callback=within(1), help="Only the layer's first N tokens.")] = None,
+    repeats: Annotated[int, typer.Option(callback=within(1), help="Timed calls of each executor.")] = 10,
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the upstream gradient and of the samples.")
+        int, typer.Option(callback=within(0, LARGEST_SEED), help="Seed of the upstream gradient and of the samples.")
     ] = 0,
 ) -> None:
     """Judges and times every executor on a layer.

@@ -23,6 +23,7 @@ from executors._cli.common import (
     new_console,
     progress_bar,
     refuse,
+    within,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def bench(
     ] = None,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="T; repeatable. Default: 1, 8, 64, 512; on a GPU also 4096, 32768."),
+        typer.Option(callback=within(1), help="T; repeatable. Default: 1, 8, 64, 512; on a GPU also 4096, 32768."),
     ] = None,
     routing: Annotated[
         list[str] | None,
@@ -51,7 +52,7 @@ def bench(
     weights: Annotated[str, typer.Option(help="dense (bf16), or in 4 bits: nf4 or fp4.")] = "dense",
     nested: Annotated[bool, typer.Option("--nested", help="Quantise the scales of 4 bits too.")] = False,
     lora_rank: Annotated[
-        int | None, typer.Option(min=0, help="Of the adapters in 4 bits; 0: none. Default: 16.")
+        int | None, typer.Option(callback=within(0), help="Of the adapters in 4 bits; 0: none. Default: 16.")
     ] = None,
     memory: Annotated[
         bool | None,
@@ -65,20 +66,23 @@ def bench(
             help="Only this one of ours; repeatable. Default: all that take such weights, but auto.",
         ),
     ] = None,
-    scale: Annotated[int, typer.Option(min=1, help="Divides H and I, for a quick look.")] = 1,
+    scale: Annotated[int, typer.Option(callback=within(1), help="Divides H and I, for a quick look.")] = 1,
     seconds: Annotated[
-        float | None, typer.Option(min=0.0, help="How long each case is timed. Default: 10; on a GPU 0.5.")
+        float | None, typer.Option(callback=within(0), help="How long each case is timed. Default: 10; on a GPU 0.5.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each case, at least.")] = MIN_ROUNDS,
+    rounds: Annotated[int, typer.Option(callback=within(1), help="Rounds of each case, at least.")] = MIN_ROUNDS,
     limit: Annotated[
-        float | None, typer.Option(min=0.0, metavar="SECONDS", help="After so long no further case is begun.")
+        float | None,
+        typer.Option(callback=within(0), metavar="SECONDS", help="After so long no further case is begun."),
     ] = None,
     interpreted: Annotated[
         bool, typer.Option("--interpreted", help="Admit interpreted kernels; their times are no measurement.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and the pictures.")] = Path("bench-results"),
     device: DeviceOption = "cpu",
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights, inputs and samples.")] = 0,
+    seed: Annotated[
+        int, typer.Option(callback=within(0, LARGEST_SEED), help="Seed of weights, inputs and samples.")
+    ] = 0,
 ) -> None:
     """Times every executor, and what else people use, on layers of real models.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -20,6 +21,19 @@ WIDTH = 80
 LARGEST_SEED = 2**63 - 1
 
 DeviceOption = Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")]
+
+
+def within(least: float, most: float = math.inf) -> Callable[..., Any]:
+    """A callback for an option with a number, or several: what is outside is refused in one line."""
+    allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+
+    def check(parameter: typer.CallbackParam, value: Any) -> Any:
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if number is not None and not least <= number <= most:
+                refuse(f"{max(parameter.opts, key=len)} {number}: must be {allowed}")
+        return value
+
+    return check
 
 
 def make_folder(out: Path) -> None:

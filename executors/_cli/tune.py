@@ -13,7 +13,7 @@ from rich.markup import escape
 from executors._cli import report
 from executors._cli.bench_layers import LAYERS, BenchLayer, Shape, random_layer, with_adapters
 from executors._cli.bench_routing import KINDS, batch
-from executors._cli.common import LARGEST_SEED, check_device, new_console, progress_bar, refuse
+from executors._cli.common import LARGEST_SEED, check_device, new_console, progress_bar, refuse, within
 from moe_ref.types import GATED, MoEConfig
 
 if TYPE_CHECKING:
@@ -31,24 +31,26 @@ SIZES = ("experts", "top_k", "hidden", "intermediate")
 
 def tune(
     layer: Annotated[str | None, typer.Option(metavar="NAME", help=f"A model's layer: {', '.join(LAYERS)}.")] = None,
-    experts: Annotated[int | None, typer.Option(min=1, help="E, of a layer without a name.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="K.")] = None,
-    hidden: Annotated[int | None, typer.Option(min=1, help="H.")] = None,
-    intermediate: Annotated[int | None, typer.Option(min=1, help="I.")] = None,
+    experts: Annotated[int | None, typer.Option(callback=within(1), help="E, of a layer without a name.")] = None,
+    top_k: Annotated[int | None, typer.Option(callback=within(1), help="K.")] = None,
+    hidden: Annotated[int | None, typer.Option(callback=within(1), help="H.")] = None,
+    intermediate: Annotated[int | None, typer.Option(callback=within(1), help="I.")] = None,
     activation: Annotated[str, typer.Option(help=f"{', '.join(GATED)}.")] = "swiglu",
     layout: Annotated[str, typer.Option(help="Of gate and up: concatenated or interleaved.")] = "concatenated",
     transposed: Annotated[bool, typer.Option("--transposed", help="Stored as (E, H, 2I) and (E, I, H).")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Of adapters beside frozen weights; 0: none.")] = 0,
+    rank: Annotated[int, typer.Option(callback=within(0), help="Of adapters beside frozen weights; 0: none.")] = 0,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     direction: Annotated[str, typer.Option(help="forward or forward_backward.")] = WITH_BACKWARD,
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="T; repeatable. Default: 4096.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(callback=within(1), help="T; repeatable. Default: 4096.")] = None,
     routing: Annotated[str, typer.Option(help="real, uniform or skewed.")] = "real",
-    seconds: Annotated[float, typer.Option(min=0.0, help="How long to search, for all T together.")] = DEFAULT_SECONDS,
+    seconds: Annotated[
+        float, typer.Option(callback=within(0), help="How long to search, for all T together.")
+    ] = DEFAULT_SECONDS,
     file: Annotated[Path | None, typer.Option(help="Store the choice there; default: where tuned=True looks.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Store nothing.")] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures there too.")] = None,
     device: Annotated[str | None, typer.Option(help="Which GPU, such as cuda:1.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights and inputs.")] = 0,
+    seed: Annotated[int, typer.Option(callback=within(0, LARGEST_SEED), help="Seed of weights and inputs.")] = 0,
 ) -> None:
     """Searches for faster tiles of the Triton kernels, on this GPU, for a layer and numbers of tokens.
 

@@ -17,7 +17,7 @@ from executors.triton import _gradients, _layer, _operator, _products, _tuned
 from executors.triton._configs import FAMILIES, Regime
 from executors.triton._device import device_guard, device_of
 from executors.triton._grouping import Groups, group
-from executors.triton._products import Adapter, Plan
+from executors.triton._operands import Adapter, Plan
 from executors.triton._tuned_file import Key
 
 LAYER = "layer"  # all products together, and what lies between them

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 
 from executors._operator import NAMES
-from executors.triton import _configs, _layer, _products
+from executors.triton import _configs, _layer, _operands
 from executors.triton._compile import TARGETS, compiling
 from executors.triton._configs import Regime
 from executors.triton._device import Device
 from executors.triton._grouping import group
 from executors.triton._layer import Projection
-from executors.triton._products import Act, Plan
+from executors.triton._operands import Act, Plan
 from executors.triton._routing import backward_operator, route
 from moe_ref.types import LORA_FACTORS, MoEConfig, MoEWeights
 
@@ -244,7 +244,7 @@ def _call(layer: Layer, tokens: int, dtype: str, device: Device, regime: Regime,
     up = projection(2 * intermediate if layer.act.layout else intermediate, hidden)
     whole = _layer.Layer(x, ids, weights, up, projection(hidden, intermediate), layer.act, layer.scale_input)
     groups = group(ids, layer.experts, regime.up.block_m)
-    aligned = _products.are_aligned(whole.up.matrices, whole.down.matrices)
+    aligned = _operands.are_aligned(whole.up.matrices, whole.down.matrices)
     plan = Plan(groups, layer.top_k, regime, device, "tf32" if dtype == TF32 else "ieee", aligned)
     y, z = _layer.forward(whole, plan, keep_z=trained)
     if trained:

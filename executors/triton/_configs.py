@@ -18,7 +18,8 @@ class Tile(NamedTuple):
         warps: of a program.
         stages: of the loop over k, loaded ahead of their use.
         per_sm: programs on a multiprocessor, each with a share of the tiles; 0 is a program for each tile that there
-            can be, which a device starts as others end: for tiles so short that memory bounds them.
+            can be, which a device starts as others end: for tiles so short that memory bounds them. Of ``outer`` it is
+            always 0.
     """
 
     block_m: int

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from executors.triton._configs import Tile
-from executors.triton._products import Act, Plan, blocks
+from executors.triton._operands import Act, Plan, blocks
 from executors.triton.kernels.gradients import dz_kernel, input_weights_kernel, sums_kernel
 from executors.triton.kernels.outer import outer_kernel
 

@@ -33,7 +33,7 @@ def mend() -> None:
         return TensorHandle(narrowed(source.data.astype(np.float32)), tl.bfloat16)
 
     def dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
-        return plain_dot(self, widened(a), widened(b), *others)
+        return plain_dot(self, in_rows(widened(a)), in_rows(widened(b)), *others)
 
     def run(self: Any, *args: Any, **options: Any) -> Any:
         patched.clear()
@@ -61,6 +61,11 @@ def widened(handle: Any) -> Any:
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def in_rows(handle: Any) -> Any:
+    """The same in rows of memory: NumPy sums a product of a transposed operand in another order."""
+    return TensorHandle(np.ascontiguousarray(handle.data), handle.dtype)
 
 
 def narrowed(values: np.ndarray) -> np.ndarray:

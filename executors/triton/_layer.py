@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from executors.triton import _gradients, _products
-from executors.triton._products import Act, Adapter, Plan
+from executors.triton._operands import Act, Adapter, Plan
 from moe_ref.types import PARAMETERS
 
 NONE = Act("", 1.0, None, 0.0, "")  # no activation

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from executors._operator import Arguments, Kept, define
-from executors.triton import _configs, _interpreter, _layer, _products, _tuned
+from executors.triton import _configs, _interpreter, _layer, _operands, _tuned
 from executors.triton._configs import Regime
 from executors.triton._device import INTERPRETED, device_guard, device_of
 from executors.triton._grouping import Groups, group
 from executors.triton._layer import Layer, Projection
-from executors.triton._products import Act, Plan
+from executors.triton._operands import Act, Plan
 from moe_ref.types import GATED
 
 
@@ -61,7 +61,7 @@ class Kernels(NamedTuple):
         layer = layer_of(given)
         with device_guard(given.x):
             plan = self._plan(layer)
-            return _layer.backward(layer, plan, kept.z.contiguous(), _products.readable(dy, plan.aligned), needs)
+            return _layer.backward(layer, plan, kept.z.contiguous(), _operands.readable(dy, plan.aligned), needs)
 
     def _kept(self, z: Tensor) -> Kept:
         """Slots are sorted anew in backward: hooks may hand back weights with other strides, and so other tiles."""
@@ -82,7 +82,7 @@ def shipped_regime(layer: Layer, *, batch_invariant: bool = False) -> Regime:
     return _configs.regime_of(
         device_of(layer.x.device).family,
         narrow=layer.x.element_size() == 2,
-        aligned=_products.are_aligned(layer.up.matrices, layer.down.matrices),
+        aligned=_operands.are_aligned(layer.up.matrices, layer.down.matrices),
         rows=layer.topk_ids.numel() / layer.num_experts,
         batch_invariant=batch_invariant,
     )
@@ -95,7 +95,7 @@ def layer_of(given: Arguments) -> Layer:
     down = Projection(given.down_proj, given.down_proj_bias, *factors[1], given.down_scaling)
     layout = given.layout if given.activation in GATED else ""
     return Layer(
-        _products.readable(given.x, _products.are_aligned(given.gate_up_proj, given.down_proj)),
+        _operands.readable(given.x, _operands.are_aligned(given.gate_up_proj, given.down_proj)),
         given.topk_ids.contiguous(),
         given.topk_weights.contiguous(),
         up,
@@ -107,7 +107,7 @@ def layer_of(given: Arguments) -> Layer:
 
 def plan_of(layer: Layer, groups: Groups, regime: Regime) -> Plan:
     """How the products run on the layer's device."""
-    aligned = _products.are_aligned(layer.up.matrices, layer.down.matrices)
+    aligned = _operands.are_aligned(layer.up.matrices, layer.down.matrices)
     device = device_of(layer.x.device)
     return Plan(groups, layer.topk_ids.shape[1], regime, device, precision_of(layer), aligned)
 

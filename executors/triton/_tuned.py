@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 import triton
 
-from executors.triton import _products, _tuned_file
+from executors.triton import _operands, _tuned_file
 from executors.triton._configs import Regime
 from executors.triton._device import INTERPRETED
 from executors.triton._layer import Layer, Projection
 from executors.triton._tuned_file import Entries, Key
 from moe_ref.validation import dtype_name
 
-LAUNCHERS = ("_grouping.py", "_products.py", "_gradients.py")  # what they do with a tile counts as well
+LAUNCHERS = ("_grouping.py", "_operands.py", "_products.py", "_gradients.py")  # what they do with a tile counts as well
 DIGITS = 12
 
 
@@ -82,7 +82,7 @@ def bucket_of(slots: int, experts: int) -> int:
 
 def storage_of(up: Projection, down: Projection) -> str:
     """Which dimension of both is last in memory, such as "rows, columns"; or "not aligned"."""
-    if not _products.are_aligned(up.matrices, down.matrices):
+    if not _operands.are_aligned(up.matrices, down.matrices):
         return "not aligned"
     return ", ".join("rows" if own.matrices.stride(2) == 1 else "columns" for own in (up, down))
 
@@ -117,4 +117,4 @@ def versions() -> str:
 def _rank_of(projection: Projection) -> int:
     """As the kernels take it."""
     factor = projection.lora_b
-    return 0 if factor is None else _products.ranks_at_a_time(factor.shape[2])
+    return 0 if factor is None else _operands.ranks_at_a_time(factor.shape[2])
