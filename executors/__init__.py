@@ -17,6 +17,7 @@ from executors._protocol import Capabilities, Executor, RoutingExecutor, Unavail
 from executors._registry import Explanation, available, explain, get, names, register, unregister
 
 if TYPE_CHECKING:
+    from executors import mxfp4 as mxfp4
     from executors import nf4 as nf4
 
 __all__ = [
@@ -38,9 +39,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``executors.nf4``, which needs torch, is imported when it is asked for."""
-    if name == "nf4":
+    """``executors.nf4`` and ``executors.mxfp4``, which need torch, are imported when they are asked for."""
+    if name in ("nf4", "mxfp4"):
         import importlib
 
-        return importlib.import_module("executors.nf4")
+        return importlib.import_module(f"executors.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,23 +1,30 @@
-"""4-bit experts to numbers, bit for bit as clauses Q1 to Q3 have them. Nothing here waits for a GPU.
+"""4-bit experts to numbers, bit for bit as clauses Q1 to Q3 and M1 have them. Nothing here waits for a GPU.
 
-Two ways give the same bits: a table of byte values, on any device, and bitsandbytes' kernel, on a CPU, which is four
-times as fast (`executors._decode_kernel`).
+Two ways give the same bits: a table of byte values, on any device, and bitsandbytes' kernel for its own formats, on a
+CPU, which is four times as fast (`executors._decode_kernel`).
 """
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, prod
 
 import torch
 from torch import Tensor
 
 from executors._decode_kernel import decode_blocks
 from executors._decode_table import decode_codes, decode_elements, table_of
-from moe_ref.types import NF4Tensor
+from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
+
+MX_BLOCKSIZE = 32
+NAN_EXPONENT = 255
+SMALLEST, NAN = 0x00400000, 0x7FC00000  # bits of 2**-127, which is subnormal, and of a NaN
 
 
-def decode_expert(tensor: NF4Tensor, index: int) -> Tensor:
+def decode_expert(tensor: PackedTensor, index: int) -> Tensor:
     """[m, k] One expert of [E, m, k]: of the others only what shares a block with it is decoded."""
+    if isinstance(tensor, MXFP4Tensor):
+        return _decode_mxfp4(tensor.blocks[index], tensor.scales[index], tensor)
+    assert isinstance(tensor, NF4Tensor)
     size, blocksize = tensor.size // tensor.shape[0], tensor.blocksize
     start, stop = index * size, (index + 1) * size
     first, last = start // blocksize, ceil(stop / blocksize)
@@ -27,8 +34,11 @@ def decode_expert(tensor: NF4Tensor, index: int) -> Tensor:
     return _laid_out(numbers, tensor)
 
 
-def decode_experts(tensor: NF4Tensor, experts: Tensor) -> Tensor:
+def decode_experts(tensor: PackedTensor, experts: Tensor) -> Tensor:
     """[n, m, k] Several experts of [E, m, k], whose numbers [n] only the device knows."""
+    if isinstance(tensor, MXFP4Tensor):
+        return _decode_mxfp4(tensor.blocks.index_select(0, experts), tensor.scales.index_select(0, experts), tensor)
+    assert isinstance(tensor, NF4Tensor)
     size, blocksize = tensor.size // tensor.shape[0], tensor.blocksize
     numbers = torch.empty(len(experts), size, dtype=getattr(torch, tensor.dtype), device=tensor.device)
     table = table_of(tensor.quant_type, tensor.device)
@@ -41,6 +51,21 @@ def decode_experts(tensor: NF4Tensor, experts: Tensor) -> Tensor:
         codes = tensor.packed.reshape(-1, size // 2).index_select(0, experts)
         decode_codes(codes.view(-1), absmax_of(tensor, blocks.view(-1)), blocksize, table, numbers.view(-1))
     return _laid_out(numbers, tensor)
+
+
+def _decode_mxfp4(blocks: Tensor, scales: Tensor, tensor: MXFP4Tensor) -> Tensor:
+    """[..., m, k] from blocks [..., k / 32, 16] and their scales, in the tensor's order."""
+    size = prod(tensor.shape[1:])
+    numbers = torch.empty(*blocks.shape[:-3], size, dtype=getattr(torch, tensor.dtype), device=blocks.device)
+    table = table_of(tensor.quant_type, blocks.device)
+    decode_codes(blocks.reshape(-1), powers_of(scales.reshape(-1)), MX_BLOCKSIZE, table, numbers.view(-1))
+    return _laid_out(numbers, tensor)
+
+
+def powers_of(scales: Tensor) -> Tensor:
+    """2 ** (scales - 127) in fp32, and NaN for 255 (M1)."""
+    bits = scales.int() << 23
+    return bits.masked_fill_(scales == 0, SMALLEST).masked_fill_(scales == NAN_EXPONENT, NAN).view(torch.float32)
 
 
 def _absmax_between(tensor: NF4Tensor, first: int, last: int) -> Tensor:
@@ -84,7 +109,7 @@ def _decode(codes: Tensor, scales: Tensor, tensor: NF4Tensor) -> Tensor:
     return rest if fast is None else torch.cat([fast, rest])
 
 
-def _laid_out(numbers: Tensor, tensor: NF4Tensor) -> Tensor:
+def _laid_out(numbers: Tensor, tensor: PackedTensor) -> Tensor:
     """[n] or [experts, n] in the shape of a projection, as a view."""
     stored = numbers.view(*numbers.shape[:-1], *tensor.stored_shape[1:])
     return stored.transpose(-1, -2) if tensor.transposed else stored

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from executors._decode_table import decode_codes, table_of
-from moe_ref.types import MoEWeights, NF4Tensor
+from moe_ref.types import MoEWeights, MXFP4Tensor, NF4Tensor
 
 LONGEST_BLOCK = 1024  # longer ones take another way in the library
 SMALLEST_SCALE = 2.0**-118  # from here on no product with a code is subnormal: the smallest code but 0 is 2**-7.6
@@ -77,9 +77,13 @@ def slow_note(x: Tensor, weights: MoEWeights) -> str:
     """Why a call on a CPU decodes by the table, or ""."""
     if x.device.type != "cpu":
         return ""
+    packed = weights.packed()
+    tables = [name for name, value in packed.items() if isinstance(value, MXFP4Tensor)]
+    if tables:
+        return f"bitsandbytes has no MXFP4: decodes {' and '.join(tables)} by a table, several times as slowly"
     if operator() is None:
         return 'decodes several times as fast with bitsandbytes: pip install "moe-ref[nf4]"'
-    wrong = [name for name, value in weights.packed().items() if not is_right(value.quant_type, value.dtype)]
+    wrong = [name for name, value in packed.items() if not is_right(value.quant_type, value.dtype)]
     if wrong:
         return f"bitsandbytes' kernel is wrong for {' and '.join(wrong)} on this machine: decodes by a table, slowly"
     return ""

@@ -25,19 +25,22 @@ CODES = {
         1.0,
     ),
     "fp4": tuple(n / 12 for n in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)),
+    "mxfp4": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
 }
+LOW_FIRST = ("mxfp4",)  # the low nibble is the first number
 PIECES = {"cpu": 2**19}  # bytes decoded at a time, on the way they take twelve times the room: a cache's worth
 PIECE = 2**23  # on a GPU: few launches, 100 MB
 
 
 def table_of(quant_type: str, device: torch.device | str) -> Tensor:
-    """[256, 2] fp32: the two numbers of each byte, the high nibble's first (Q1)."""
+    """[256, 2] fp32: the two numbers of each byte in their order (Q1, M1)."""
     numbers = CODES[quant_type]
     if torch.device(device).type == "cpu":
         codes = torch.tensor(numbers, dtype=torch.float32)
     else:  # made on the device: a copy from the host would wait for it
         codes = torch.cat([torch.full((1,), number, dtype=torch.float32, device=device) for number in numbers])
-    return torch.stack([codes.repeat_interleave(16), codes.repeat(16)], dim=1)
+    pair = [codes.repeat_interleave(16), codes.repeat(16)]  # of the high nibble, and of the low one
+    return torch.stack(pair[::-1] if quant_type in LOW_FIRST else pair, dim=1)
 
 
 def decode_codes(codes: Tensor, scales: Tensor, blocksize: int, table: Tensor, out: Tensor) -> None:

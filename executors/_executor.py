@@ -10,13 +10,13 @@ import torch
 from executors._operator import Operator, apply
 from executors._protocol import Capabilities, Unsupported
 from executors._routing import route, route_checked
-from moe_ref.types import LORA_FACTORS, MoEWeights, NF4Tensor, Routing
+from moe_ref.types import LORA_FACTORS, MoEWeights, PackedTensor, Routing
 from moe_ref.validation import check_experts_inputs, check_inputs, check_weights, dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HINTS = {"nf4": "; see grouped_nf4", "fp4": "; see grouped_nf4", "dense": "; see executors.nf4"}
+HINTS = dict.fromkeys(("nf4", "fp4", "mxfp4"), "; see grouped_nf4") | {"dense": "; see executors.nf4"}
 
 
 class LayerExecutor:
@@ -141,5 +141,5 @@ class OperatorExecutor(LayerExecutor):
 
 
 def kind_of(projection: Any) -> str:
-    """What a projection is: "dense", "nf4" or "fp4"."""
-    return projection.quant_type if isinstance(projection, NF4Tensor) else "dense"
+    """What a projection is: "dense", "nf4", "fp4" or "mxfp4"."""
+    return projection.quant_type if isinstance(projection, PackedTensor) else "dense"

@@ -9,37 +9,42 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from moe_ref.types import NF4Tensor, QuantType
+from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor, QuantType
 from moe_ref.validation import dtype_name
 
 Parts = tuple[Tensor, list[Tensor], list[int]]  # the stack or the codes, the scales, the format
 DENSE = 0
-KINDS = get_args(QuantType)  # of 4 bits, numbered from 1
+KINDS = (*get_args(QuantType), "mxfp4")  # of 4 bits, numbered from 1
 
 
 def apart(projection: Any) -> Parts:
-    """The arguments that stand for a projection: a Tensor [E, m, k], or an `NF4Tensor` of that shape."""
-    if not isinstance(projection, NF4Tensor):
+    """The arguments that stand for a projection: a Tensor [E, m, k], or a `PackedTensor` of that shape."""
+    if not isinstance(projection, PackedTensor):
         return projection, [], [DENSE]
-    packed, *scales = (array.detach() for array in projection.arrays().values())  # frozen, whatever a module made of it
+    codes, *scales = (array.detach() for array in projection.arrays().values())  # frozen, whatever a module made of it
     kind = 1 + KINDS.index(projection.quant_type)
-    static = [kind, projection.blocksize, projection.nested_blocksize, int(projection.transposed)]
-    return packed, scales, [*static, *projection.shape]
+    static = [kind, int(projection.transposed)]
+    if isinstance(projection, NF4Tensor):
+        static += [projection.blocksize, projection.nested_blocksize, *projection.shape]
+    return codes, scales, static
 
 
-def packed_of(parts: Parts, x: Tensor) -> NF4Tensor | None:
+def packed_of(parts: Parts, x: Tensor) -> PackedTensor | None:
     """The projection that these arguments stand for, decoded to x's dtype; or None if it is dense."""
-    packed, scales, (kind, *static) = parts
+    codes, scales, (kind, *static) = parts
     if kind == DENSE:
         return None
-    blocksize, nested_blocksize, transposed, *shape = static
+    transposed, *static = static
+    form: dict[str, Any] = {"dtype": dtype_name(x), "transposed": bool(transposed)}
+    if not static:
+        return MXFP4Tensor(codes, *scales, **form)
+    blocksize, nested_blocksize, *shape = static
     return NF4Tensor(
-        packed,
+        codes,
         *scales,
         shape=tuple(shape),
-        dtype=dtype_name(x),
         quant_type=KINDS[kind - 1],
         blocksize=blocksize,
         nested_blocksize=nested_blocksize,
-        transposed=bool(transposed),
+        **form,
     )

@@ -15,7 +15,7 @@ from executors._grouping import group
 from executors._layer import Layer, Matrices, Products, Projection
 from executors._operator import Arguments, Kept
 from executors._stack import Stack, room_for
-from moe_ref.types import NF4Tensor
+from moe_ref.types import PackedTensor
 
 
 class Multiplication(NamedTuple):
@@ -70,7 +70,7 @@ class Multiplication(NamedTuple):
         return {n: g.contiguous() for n, g in _layer.backward(layer, multiply, z, dy, needs).items()}
 
 
-def _packed(given: Arguments) -> list[NF4Tensor | None]:
+def _packed(given: Arguments) -> list[PackedTensor | None]:
     return [
         packed_of(parts, given.x)
         for parts in (

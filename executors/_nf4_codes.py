@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
-from executors._decode_table import CODES
+from executors import _decode_table
+from moe_ref.types import QuantType
 
-__all__ = ["CODES", "code_table", "dynamic_code", "same_bits"]
+CODES = {quant_type: _decode_table.CODES[quant_type] for quant_type in get_args(QuantType)}
 
 
 def code_table(quant_type: str, device: torch.device | str = "cpu") -> Tensor:

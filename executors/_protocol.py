@@ -43,7 +43,7 @@ class Capabilities:
         selection: whether it chooses experts by groups and with a selection bias (R2, R3).
         scale_input: whether it has that form of weighting (C3).
         lora: whether it takes adapters.
-        weights: the kinds of projections that it takes: "dense", "nf4", "fp4".
+        weights: the kinds of projections that it takes: "dense", "nf4", "fp4", "mxfp4".
         batch_invariant: whether a token's output never depends on other tokens, to the last bit (C2).
         interpreted: whether an interpreter runs its kernels here: numbers as they will be, times that mean nothing.
     """

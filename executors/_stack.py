@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from executors._decode import decode_expert, decode_experts
-from moe_ref.types import NF4Tensor
+from moe_ref.types import PackedTensor
 
 
 class Stack(NamedTuple):
@@ -22,7 +22,7 @@ class Stack(NamedTuple):
         filled: whether ``decoded`` holds it already: the backward pass of a call that kept it.
     """
 
-    packed: NF4Tensor
+    packed: PackedTensor
     decoded: Tensor
     filled: bool
 
@@ -53,7 +53,7 @@ class Stack(NamedTuple):
         return stored.transpose(-1, -2) if self.packed.transposed else stored
 
 
-def room_for(packed: NF4Tensor | None, slots: int | torch.SymInt, like: Tensor) -> Tensor:
+def room_for(packed: PackedTensor | None, slots: int | torch.SymInt, like: Tensor) -> Tensor:
     """Room for all experts that so many slots can name; on a CPU it takes memory only where it is written."""
     if packed is None:
         return like.new_empty(0)

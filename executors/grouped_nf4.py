@@ -53,7 +53,7 @@ class GroupedNF4(OperatorExecutor):
     capabilities: ClassVar[Capabilities] = Capabilities(
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
-        weights=frozenset({"nf4", "fp4"}),
+        weights=frozenset({"nf4", "fp4", "mxfp4"}),
     )
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:

@@ -20,7 +20,7 @@ from executors._nf4_join import from_linears, from_quant_state, unnest
 from executors._nf4_progress import Progress, check_progress, told
 from executors._nf4_quantize import quantized
 from executors._nf4_state import DTYPES, from_state_dict, to_state_dict
-from moe_ref.types import MoEWeights, NF4Tensor, QuantType
+from moe_ref.types import MoEWeights, NF4Tensor, PackedTensor, QuantType
 from moe_ref.validation import check_quantize, check_weights, dtype_name
 
 __all__ = [
@@ -136,8 +136,9 @@ def _from(before: int, tell: Callable[[int], object]) -> Callable[[int], object]
 
 
 def _check_dense(name: str, values: Any) -> None:
-    if isinstance(values, NF4Tensor):
-        raise TypeError(f"{name} is an NF4Tensor: must be a dense tensor, since nothing is quantised twice")
+    if isinstance(values, PackedTensor):
+        kind = type(values).__name__
+        raise TypeError(f"{name} is an {kind}: must be a dense tensor, since nothing is quantised twice")
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} is a {type(values).__module__}.{type(values).__name__}: must be a torch.Tensor")
     if dtype_name(values) not in DTYPES:

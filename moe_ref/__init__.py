@@ -2,12 +2,22 @@
 
 from moe_ref.layer import moe, routed_experts
 from moe_ref.routing import route
-from moe_ref.types import ExpertLoRA, Grouping, MoEConfig, MoEGradients, MoEWeights, NF4Tensor, Routing
+from moe_ref.types import (
+    ExpertLoRA,
+    Grouping,
+    MoEConfig,
+    MoEGradients,
+    MoEWeights,
+    MXFP4Tensor,
+    NF4Tensor,
+    Routing,
+)
 from moe_ref.vjp import moe_vjp, routed_experts_vjp
 
 __all__ = [
     "ExpertLoRA",
     "Grouping",
+    "MXFP4Tensor",
     "MoEConfig",
     "MoEGradients",
     "MoEWeights",

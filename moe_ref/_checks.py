@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_ref._typing import Array
-from moe_ref.types import NF4Tensor
+from moe_ref.types import PackedTensor
 
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 ID_DTYPES = ("int32", "int64")
@@ -64,7 +64,7 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _of_one_library(first: Array, second: Array) -> bool:
-    arrays = [value.packed if isinstance(value, NF4Tensor) else value for value in (first, second)]
+    arrays = [value.codes if isinstance(value, PackedTensor) else value for value in (first, second)]
     if all(hasattr(array, "requires_grad") for array in arrays):
         return True  # torch's; torch.compile cannot look at the class of a torch.nn.Parameter
     return library_of(first) == library_of(second)
@@ -72,7 +72,7 @@ def _of_one_library(first: Array, second: Array) -> bool:
 
 def library_of(value: Array) -> str:
     """The library at the root of the array's class: a subclass of torch.Tensor is a torch array."""
-    value = value.packed if isinstance(value, NF4Tensor) else value
+    value = value.codes if isinstance(value, PackedTensor) else value
     return [c.__module__.partition(".")[0] for c in type(value).__mro__ if c.__module__ != "builtins"][-1]
 
 

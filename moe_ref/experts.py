@@ -9,8 +9,8 @@ from array_api_compat import array_namespace, device
 
 from moe_ref._typing import Array, Float, Int
 from moe_ref.activations import activation
-from moe_ref.nf4 import decode_expert
 from moe_ref.numerics import EXACT, Rounding, matmul_transposed
+from moe_ref.packed import decode_expert
 from moe_ref.types import MoEWeights
 
 

@@ -9,17 +9,19 @@ Sizes, everywhere: T tokens, E experts, K experts chosen per token (``top_k``), 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field, replace
-from math import prod
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Literal
 
-from moe_ref._typing import Array, Float, Int, UInt8
+from moe_ref._packed import MXFP4Tensor as MXFP4Tensor
+from moe_ref._packed import NF4Tensor as NF4Tensor
+from moe_ref._packed import PackedTensor as PackedTensor
+from moe_ref._packed import QuantType as QuantType
+from moe_ref._typing import Array, Float, Int
 
 Scoring = Literal["softmax", "topk_softmax", "sigmoid"]
 GroupScore = Literal["max", "top2_sum"]
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu2"]
 GateUpLayout = Literal["concatenated", "interleaved"]
-QuantType = Literal["nf4", "fp4"]
 
 GATED: tuple[Activation, ...] = ("swiglu", "geglu", "geglu_tanh")
 DENSE = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
@@ -97,94 +99,12 @@ class ExpertLoRA:
 
 
 @dataclass(frozen=True, eq=False)
-class NF4Tensor:
-    """Numbers in 4 bits, in bitsandbytes' format and with its bytes as they are (clauses Q1 to Q5).
-
-    It stands where a projection stands, and is frozen: nothing differentiates it. `moe_ref.nf4` decodes it. B blocks of
-    ``blocksize`` codes run over the flattened tensor *as it is stored*; a block may straddle rows and experts, and the
-    last may be partial. Source: Dettmers et al. 2023 (arXiv:2305.14314).
-
-    Attributes:
-        packed: two codes to a byte, the high nibble first; an odd last code stands alone in the last byte.
-        absmax: the scale of each block; with nested statistics, its 8-bit code.
-        nested_absmax: the scale of each ``nested_blocksize`` codes in absmax, of one segment after the other; None
-            where absmax is plain, like the next two.
-        nested_code: what an 8-bit code stands for (bitsandbytes' ``nested_quant_map``).
-        nested_offset: added last. A scalar is one segment; of shape (E,), each expert has a segment of its own (Q5).
-        shape: as it is read: (E, J, H) or (E, H, I) for a projection.
-        dtype: the name of the dtype that it decodes to, "float32", "bfloat16" or "float16".
-        quant_type: "nf4" or "fp4": which 16 numbers the codes stand for.
-        blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
-        nested_blocksize: 256 in bitsandbytes.
-        transposed: whether the bytes hold the tensor with its last two dimensions swapped, as models store it that
-            keep (E, H, 2I). Nobody can tell that from a shape.
-    """
-
-    packed: UInt8[Array, " bytes"] = field(repr=False)
-    absmax: Array = field(repr=False)  # Float[B] or UInt8[B]
-    nested_absmax: Float[Array, " nested_blocks"] | None = field(default=None, repr=False)
-    nested_code: Float[Array, " 256"] | None = field(default=None, repr=False)
-    nested_offset: Float[Array, "*segments"] | None = None
-    _: KW_ONLY
-    shape: tuple[int, ...]
-    dtype: str
-    quant_type: QuantType = "nf4"
-    blocksize: int = 64
-    nested_blocksize: int = 256
-    transposed: bool = False
-
-    @property
-    def ndim(self) -> int:
-        """How many dimensions it has."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """How many numbers it holds."""
-        return prod(self.shape)
-
-    @property
-    def device(self) -> Any:
-        """Where its bytes are."""
-        return getattr(self.packed, "device", "cpu")
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """The shape in the order in which it is stored."""
-        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else tuple(self.shape)
-
-    @property
-    def segments(self) -> int:
-        """How many nested statistics there are, each with an offset of its own; 1 for plain ones."""
-        return self.nested_offset.shape[0] if self.nested_offset is not None and self.nested_offset.ndim else 1
-
-    def transpose(self, first: int, second: int) -> NF4Tensor:
-        """The same bytes, read with the last two dimensions swapped.
-
-        Raises:
-            ValueError: for other dimensions.
-        """
-        if self.ndim < 2 or {first % self.ndim, second % self.ndim} != {self.ndim - 2, self.ndim - 1}:
-            raise ValueError(f"dimensions={(first, second)}: must be the last two of {self.ndim}")
-        swapped = (*self.shape[:-2], self.shape[-1], self.shape[-2])
-        return replace(self, shape=swapped, transposed=not self.transposed)
-
-    def arrays(self) -> dict[str, Array]:
-        """Its arrays, by name, without those that it does not have."""
-        names = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def map(self, change: Callable[[Array], Array]) -> NF4Tensor:
-        """The same numbers with every array moved: to another device, or to another library."""
-        return replace(self, **{name: change(array) for name, array in self.arrays().items()})
-
-
-@dataclass(frozen=True, eq=False)
 class MoEWeights:
     """A thin view of a layer's parameters: build it per call, free of copies.
 
     The projections may be views of any strides: a model that stores (E, H, 2I) passes ``.transpose(1, 2)``. J is 2I
-    for gated activations and I for the others. Each projection is an array, or an `NF4Tensor`.
+    for gated activations and I for the others. Each projection is an array, or in 4 bits an
+    `NF4Tensor` or an `MXFP4Tensor`.
     """
 
     gate_up_proj: Float[Array, "E J H"]  # or in 4 bits
@@ -218,12 +138,14 @@ class MoEWeights:
         """
         found = {name: getattr(self, name) for name in DENSE}
         found |= {name: getattr(self.lora, name, None) for name in LORA_FACTORS}
-        return {name: value for name, value in found.items() if value is not None and not isinstance(value, NF4Tensor)}
+        return {
+            name: value for name, value in found.items() if value is not None and not isinstance(value, PackedTensor)
+        }
 
-    def packed(self) -> dict[str, NF4Tensor]:
+    def packed(self) -> dict[str, PackedTensor]:
         """The projections in 4 bits, by name."""
         projections = {name: getattr(self, name) for name in ("gate_up_proj", "down_proj")}
-        return {name: value for name, value in projections.items() if isinstance(value, NF4Tensor)}
+        return {name: value for name, value in projections.items() if isinstance(value, PackedTensor)}
 
     def with_parameters(self, changed: dict[str, Array]) -> MoEWeights:
         """The same layer with other arrays for some of its `parameters`, or others for what is `packed`."""

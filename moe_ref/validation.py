@@ -18,9 +18,20 @@ from moe_ref._checks import (
     dtype_name,
     short,
 )
+from moe_ref._mxfp4_checks import check_mxfp4, check_quantize_mxfp4
 from moe_ref._nf4_checks import DECODED_DTYPES, check_nf4, check_quantize
 from moe_ref._typing import Array
-from moe_ref.types import GATED, Activation, ExpertLoRA, GateUpLayout, GroupScore, MoEConfig, MoEWeights, Scoring
+from moe_ref.types import (
+    GATED,
+    Activation,
+    ExpertLoRA,
+    GateUpLayout,
+    GroupScore,
+    MoEConfig,
+    MoEWeights,
+    MXFP4Tensor,
+    Scoring,
+)
 
 __all__ = [
     "DECODED_DTYPES",
@@ -29,8 +40,10 @@ __all__ = [
     "check_dy",
     "check_experts_inputs",
     "check_inputs",
+    "check_mxfp4",
     "check_nf4",
     "check_quantize",
+    "check_quantize_mxfp4",
     "check_route_inputs",
     "check_router_logits",
     "check_weights",
@@ -116,7 +129,7 @@ def check_weights(weights: MoEWeights) -> None:
     check_choice("activation", weights.config.activation, get_args(Activation))
     gate_up, down = weights.gate_up_proj, weights.down_proj
     for name, projection in weights.packed().items():
-        check_nf4(name, projection)
+        check_mxfp4(name, projection) if isinstance(projection, MXFP4Tensor) else check_nf4(name, projection)
     check_array("gate_up_proj", gate_up)
     check_array("down_proj", down, like=("gate_up_proj", gate_up))
     shape = tuple(gate_up.shape)

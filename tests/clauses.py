@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "clauses.md"
-CLAUSE = re.compile(r"\b([TRGECDQ]\d)\b")
+CLAUSE = re.compile(r"\b([TRGECDQM]\d)\b")
 HEAD = """# Clauses and the tests that hold them
 
 Made by `python tests/clauses.py` from the docstrings of the tests. The suite runs on whatever executor it is given; the

@@ -30,7 +30,7 @@ def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def new_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton kernels that a test makes are interpreted too."""
-    from executors.triton._interpreter import mend
+    from executors._triton._interpreter import mend
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     mend()

@@ -30,7 +30,7 @@ SYNCHRONISING = ("_local_scalar_dense", "aten::item", "nonzero", "masked_select"
 both = pytest.mark.parametrize("name", OPERATORS)
 
 if find_spec("triton") and not torch.cuda.is_available():  # on a GPU these tests, on a CPU, are not for it
-    from executors.triton import _operator as _triton
+    from executors._triton import _operator as _triton
 
     WATCHED |= {"triton": _triton.OPERATOR}
 

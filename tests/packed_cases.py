@@ -19,6 +19,7 @@ PACKED_EVERYTHING = replace(
     EVERYTHING, quant_type="nf4", blocksize=32, nested="per expert", weights_layout="transposed"
 )
 STRADDLING = replace(EVERYTHING, quant_type="fp4", nested="one", hidden=7, intermediate=5)
+MXFP4 = replace(PACKED_EVERYTHING, quant_type="mxfp4", nested="", hidden=64, intermediate=32)
 LARGE = Problem(64, 32, 32, 32, replace(CONFIG, top_k=4), "bfloat16")  # all experts are used; the widths are others
 
 

@@ -17,12 +17,12 @@ from moe_ref.conformance.call import Inputs, call
 from moe_ref.conformance.checks import check_problem, check_repeatable
 from moe_ref.conformance.pinned import PACKED as PINNED
 from moe_ref.conformance.problem import Problem
-from moe_ref.nf4 import decode
-from packed_cases import PACKED, PACKED_EVERYTHING, SLICED, STRADDLING, WAYS, LivePeak, Sliced, large_inputs
+from moe_ref.packed import decode
+from packed_cases import MXFP4, PACKED, PACKED_EVERYTHING, SLICED, STRADDLING, WAYS, LivePeak, Sliced, large_inputs
 
 both_ways = pytest.mark.parametrize("way", WAYS)
 problems = pytest.mark.parametrize(
-    "problem", [PACKED, PACKED_EVERYTHING, STRADDLING], ids=["plain", "everything", "straddling"]
+    "problem", [PACKED, PACKED_EVERYTHING, STRADDLING, MXFP4], ids=["plain", "everything", "straddling", "mxfp4"]
 )
 
 
@@ -34,7 +34,7 @@ def on_decoded_weights(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 @both_ways
 @problems
 def test_the_bits_are_those_of_decoded_weights(way: str, problem: Problem) -> None:
-    """Decoding is exact, so the products see what a dense executor sees (Q2, Q3, Q5)."""
+    """Decoding is exact, so the products see what a dense executor sees (Q2, Q3, Q5, M1)."""
     inputs, dense = inputs_of(problem), on_decoded_weights(inputs_of(problem), torch.float32)
     name = "native" if way == "loop" else "grouped_mm"
     expected, actual = call(executors.get(name), dense), call(WAYS[way](), inputs)
@@ -47,7 +47,7 @@ def test_the_bits_are_those_of_decoded_weights(way: str, problem: Problem) -> No
 
 @pytest.mark.parametrize("problem", PINNED, ids=lambda p: f"T{p.tokens}-E{p.experts}-{p.dtype}-{p.quant_type}")
 def test_slices_hold_the_specification(problem: Problem) -> None:
-    """The way of GPUs, on a CPU: pinned problems, few experts and many, straddling blocks (Q1, Q2, Q3, Q5)."""
+    """The way of GPUs, on a CPU: pinned problems, few experts and many, straddling blocks (Q1, Q2, Q3, Q5, M1)."""
     check_problem(Sliced(), problem)
     check_repeatable(Sliced(), problem)
 
@@ -270,7 +270,7 @@ def test_nested_blocksize_is_checked_where_it_is_not_used() -> None:
 def test_dense_weights_are_refused() -> None:
     inputs = on_decoded_weights(inputs_of(PACKED), torch.float32)
     with pytest.raises(
-        executors.Unsupported, match=r"^gate_up_proj is dense: must be fp4 or nf4 for grouped_nf4; see exec"
+        executors.Unsupported, match=r"^gate_up_proj is dense: must be fp4 or mxfp4 or nf4 for grouped_nf4; see"
     ):
         call(executors.get("grouped_nf4"), inputs)
 

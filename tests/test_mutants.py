@@ -9,15 +9,21 @@ import pytest
 import executors
 from moe_ref import MoEConfig
 from moe_ref.conformance.checks import ConformanceError, check_problem, check_repeatable
-from moe_ref.conformance.exact import check_every_code
+from moe_ref.conformance.every_code import check_every_code
 from moe_ref.conformance.honest import honest_variants
 from moe_ref.conformance.mutants import mutants
-from moe_ref.conformance.mutants._registry import PACKED_MUTANTS
+from moe_ref.conformance.mutants._registry import PACKED_KINDS
 from moe_ref.conformance.problem import Problem
 
 EXECUTORS = ("native", "grouped_mm", "grouped_nf4")
 FEW, MANY = 64, 2048  # tokens
-EXACT = ("decoded_in_fp32", "nested_scales_fused")  # far below any error bar: only equality sees them, whatever T is
+# Far below any error bar, or seen under exponents that no layer has: only equality sees them, whatever T is.
+EXACT = {
+    "decoded_in_fp32": [*product(("nf4",), ("one", "per expert"), ("float32", "bfloat16"))],
+    "nested_scales_fused": [*product(("nf4",), ("one", "per expert"), ("float32", "bfloat16"))],
+    "exponent_0_is_zero": [("mxfp4", "", "bfloat16")],
+    "exponents_in_7_bits": [("mxfp4", "", "bfloat16")],
+}
 FULL = MoEConfig(
     4,
     scoring="softmax",
@@ -57,7 +63,13 @@ def panel_in_4_bits(tokens: int) -> tuple[Problem, ...]:
         {"quant_type": "fp4", "blocksize": 128},
     )
     some = [dense_panel(tokens)[place] for place in (1, 5, 10, 0, 2)]
-    return tuple(replace(problem, **forms[place % len(forms)]) for place, problem in enumerate(some))
+    in_nf4 = [replace(problem, **forms[place % len(forms)]) for place, problem in enumerate(some)]
+    stored = ({}, {"weights_layout": "transposed"})
+    in_mxfp4 = [
+        replace(some[place], quant_type="mxfp4", intermediate=64, **form)
+        for place, form in zip((1, 0), stored, strict=True)
+    ]
+    return (*in_nf4, *in_mxfp4)
 
 
 @cache
@@ -90,10 +102,10 @@ def rejected_by(executor: executors.Executor, problem: Problem) -> str:
     return ""
 
 
-def decodes_wrongly(executor: executors.Executor, nested: str, dtype: str) -> bool:
+def decodes_wrongly(executor: executors.Executor, quant_type: str, nested: str, dtype: str) -> bool:
     """Whether a number comes out that is not the specification's."""
     try:
-        check_every_code(executor, "nf4", nested, dtype)
+        check_every_code(executor, quant_type, nested, dtype)
     except ConformanceError:
         return True
     return False
@@ -102,16 +114,17 @@ def decodes_wrongly(executor: executors.Executor, nested: str, dtype: str) -> bo
 def mutants_to_kill(name: str) -> list[str]:
     """All of those for dense weights; for 4 bits those that concern what is new there, since the rest is shared."""
     every = sorted(mutants(executors.get(name)))
-    return [m for m in every if m in PACKED_MUTANTS or "adapter" in m] if name == "grouped_nf4" else every
+    return [m for m in every if m in PACKED_KINDS or "adapter" in m] if name == "grouped_nf4" else every
 
 
 @pytest.mark.parametrize(("name", "mutant"), [(name, mutant) for name in EXECUTORS for mutant in mutants_to_kill(name)])
 def test_mutant_is_rejected(name: str, mutant: str) -> None:
     wrong = mutants(executors.get(name))[mutant]
     if mutant in EXACT:
-        assert any(decodes_wrongly(wrong, *form) for form in product(("one", "per expert"), ("float32", "bfloat16")))
+        assert any(decodes_wrongly(wrong, *form) for form in EXACT[mutant])
         return
-    places = list(range(len(panel(name, FEW))))
+    misread = PACKED_KINDS.get(mutant)
+    places = [place for place, p in enumerate(panel(name, FEW)) if misread is None or p.quant_type in misread]
     for tokens in (FEW, MANY):
         killers = (place for place in places if rejected_by(wrong, panel(name, tokens)[place]))
         killer = next(killers, None)

@@ -254,7 +254,7 @@ def test_tensors_that_are_refused(values: Any, message: str) -> None:
 
 def test_it_is_reachable_and_costs_nothing_before() -> None:
     program = (
-        "import sys, executors; before = 'torch' in sys.modules; executors.nf4.quantize; "
+        "import sys, executors; before = 'torch' in sys.modules; executors.nf4.quantize; executors.mxfp4.quantize; "
         "print(before, 'torch' in sys.modules, sorted(sys.modules.keys() & {'bitsandbytes', 'rich', 'hypothesis'}))"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -1,24 +1,38 @@
 """Problems with 4-bit weights are what they say, and laws look at them."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, find, settings
 from torch import Tensor
 
 import executors
-from executors import Executor
+from executors import Capabilities, Executor
+from executors.grouped_nf4 import GroupedNF4
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.build import build
 from moe_ref.conformance.checks import ConformanceError
+from moe_ref.conformance.errors import check_errors, check_no_double_backward
+from moe_ref.conformance.every_code import WINDOWS, check_every_code
+from moe_ref.conformance.exact import check_exact
 from moe_ref.conformance.laws import check_law
-from moe_ref.conformance.packed import decoded, of_experts, with_own_blocks
+from moe_ref.conformance.mutants import mutants
+from moe_ref.conformance.packed import decoded, in_whole_blocks, of_experts, with_own_blocks
 from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.strategies import problems
 from moe_ref.conformance.wrapped import Wrapped, experts
-from moe_ref.nf4 import decode
+from moe_ref.packed import decode
 
 PROBLEM = Problem(9, 4, 32, 16, MoEConfig(2), quant_type="nf4", blocksize=32, entry="experts")
+
+
+@dataclass(frozen=True)
+class OnlyMXFP4(GroupedNF4):
+    name: ClassVar[str] = "only_mxfp4"
+    capabilities: ClassVar[Capabilities] = replace(GroupedNF4.capabilities, weights=frozenset({"mxfp4"}))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -38,16 +52,61 @@ def test_weights_have_the_form_that_is_asked_for(
         assert np.abs(decode(tensor) - original).mean() < 0.2 * np.abs(original).mean()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_weights_in_mxfp4_have_the_form_that_is_asked_for(layout: str) -> None:
+    problem = replace(PROBLEM, quant_type="mxfp4", intermediate=64, weights_layout=layout, dtype="float16")
+    weights, dense = build(problem).weights, build(replace(problem, quant_type="")).weights
+    for name, tensor in weights.packed().items():
+        assert (tensor.quant_type, tensor.dtype, tensor.transposed) == ("mxfp4", "float16", layout == "transposed")
+        original = getattr(dense, name)
+        assert np.abs(decode(tensor) - original).mean() < 0.2 * np.abs(original).mean()
+
+
+def test_problems_in_mxfp4_have_whole_blocks() -> None:
+    """Widths are rounded up, and what is of other formats stays as it is by default."""
+    quick = settings(database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    found = find(problems(weights=("mxfp4",)), lambda p: p.weights_layout == "transposed", settings=quick)
+    assert found == Problem(
+        0, 1, 32, 32, MoEConfig(1, scoring="softmax"), quant_type="mxfp4", weights_layout="transposed"
+    )
+    drawn = replace(PROBLEM, hidden=7, intermediate=33)
+    assert in_whole_blocks(drawn) == drawn
+    whole = in_whole_blocks(replace(drawn, quant_type="mxfp4"))
+    assert (whole.hidden, whole.intermediate) == (32, 64)
+
+
+def test_an_executor_may_take_nothing_but_mxfp4() -> None:
+    """Whole numbers and every code are held in it; what sizes forbid is said aloud; bad input has good widths."""
+    only = OnlyMXFP4()
+    assert check_exact(only, "small_integers", "bfloat16") == ""
+    assert check_exact(only, "long_sums", "bfloat16") == "mxfp4: none holds these weights exactly"
+    assert check_every_code(only, "mxfp4", "", "float16") == ""
+    assert check_every_code(only, "nf4", "", "float16") == "only_mxfp4 does not declare nf4 weights"
+    check_errors(only)
+    check_no_double_backward(only)
+    assert {"absmax_in_bf16", "nibbles_swapped", "exponent_bias_128"} & mutants(only).keys() == {
+        "nibbles_swapped",
+        "exponent_bias_128",
+    }
+
+
 def test_experts_change_places() -> None:
     """With their bytes and scales; -1 is an expert of NaN."""
-    for nested in ("", "one", "per expert"):
-        weights = build(replace(PROBLEM, nested=nested)).weights
+    forms = [{"nested": nested} for nested in ("", "one", "per expert")]
+    for form in (*forms, {"quant_type": "mxfp4", "intermediate": 32}):
+        weights = build(replace(PROBLEM, **form)).weights
         before = decoded(weights)
         after = decoded(of_experts(weights, np.array([2, 0, 3, 1, -1])))
         for name in ("gate_up_proj", "down_proj"):
             moved = getattr(after, name)
             assert (moved[:4] == getattr(before, name)[[2, 0, 3, 1]]).all()
             assert np.isnan(moved[4]).any()
+
+
+def test_exponents_without_a_test_are_three() -> None:
+    """Those of 2**126 and 2**127, whose largest codes are infinite, and that of NaN."""
+    shown = {exponent for _, window in WINDOWS for exponent in window}
+    assert set(range(256)) - shown == {253, 254, 255}
 
 
 def test_no_block_straddles_experts_that_change_places() -> None:
@@ -68,9 +127,13 @@ def prefers_the_first_expert(inner: Executor, x: Tensor, ids: Tensor, w: Tensor,
 @pytest.mark.parametrize(
     ("law", "breaker"), [("append_expert", reads_the_last_expert), ("relabel_experts", prefers_the_first_expert)]
 )
-@pytest.mark.parametrize("nested", ["", "one", "per expert"])
-def test_laws_of_experts_look_at_4_bits(law: str, breaker, nested: str) -> None:  # type: ignore[no-untyped-def]
-    executor, problem = executors.get("grouped_nf4"), replace(PROBLEM, nested=nested)
+@pytest.mark.parametrize(
+    "form",
+    [{"nested": nested} for nested in ("", "one", "per expert")] + [{"quant_type": "mxfp4", "intermediate": 32}],
+    ids=str,
+)
+def test_laws_of_experts_look_at_4_bits(law: str, breaker, form: dict[str, Any]) -> None:  # type: ignore[no-untyped-def]
+    executor, problem = executors.get("grouped_nf4"), replace(PROBLEM, **form)
     assert check_law(executor, problem, law)
     with pytest.raises(ConformanceError):
         check_law(Wrapped("broken", executor, slots=breaker), problem, law)

@@ -147,7 +147,7 @@ def test_what_an_executor_offers_is_not_denied(outside: Path) -> None:
     assert ran.returncode == 0, ran.stdout
     said = [line for line in ran.stdout.splitlines() if line.startswith("native: ")]
     assert said == [
-        "native: no weights in 4 bits; clauses Q1-Q3 and Q5 are not applicable",
+        "native: no weights in 4 bits; clauses Q1-Q3, Q5 and M1 are not applicable",
         "native: batch invariance is not declared; clause C2 is not judged",
     ]
 

@@ -141,7 +141,7 @@ def check_repeatable(executor: Executor, problem: Problem, device: str = "cpu") 
 def _swap_codes(inputs: Inputs) -> None:
     """Other codes in the same memory; twice is none."""
     for tensor in inputs.weights.packed().values():
-        tensor.packed.bitwise_xor_(0x11)
+        tensor.codes.bitwise_xor_(0x11)
 
 
 def result_arrays(result: Result) -> dict[str, np.ndarray]:

@@ -11,7 +11,9 @@ import torch
 from moe_ref.conformance.build import build
 from moe_ref.conformance.call import Inputs, call, to_torch
 from moe_ref.conformance.checks import ConformanceError, applicable
+from moe_ref.conformance.packed import in_whole_blocks
 from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.strategies import WEIGHTS
 from moe_ref.layer import moe, routed_experts
 from moe_ref.types import Activation, ExpertLoRA, MoEConfig
 from moe_ref.validation import DECODED_DTYPES, FLOAT_DTYPES
@@ -92,7 +94,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     "config no MoEConfig": (_weights(config=lambda config: {"top_k": 2}), "config"),
     "weights no MoEWeights": (_tensor(weights=lambda w: (w.gate_up_proj, w.down_proj)), "weights"),
 }
-PACKED_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
+NF4_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     "codes too few": (_packed(packed=lambda codes: codes[:-1]), "gate_up_proj.packed.shape"),
     "codes of another dtype": (_packed(packed=lambda codes: codes.view(torch.int8)), "gate_up_proj.packed.dtype"),
     "absmax of fewer blocks": (_packed(absmax=lambda absmax: absmax[:-1]), "gate_up_proj.absmax.shape"),
@@ -103,6 +105,21 @@ PACKED_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     "decoded to another dtype than x": (_packed(dtype=lambda _: "float16"), "down_proj.dtype"),
     "shape of other experts": (_packed(shape=lambda shape: (shape[0], shape[1] - 1, *shape[2:])), "gate_up_proj"),
 }
+MXFP4_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
+    "blocks of fewer bytes": (_packed(blocks=lambda blocks: blocks[..., 1:]), "gate_up_proj.blocks.shape"),
+    "blocks in one dimension": (_packed(blocks=lambda blocks: blocks.flatten()), "gate_up_proj.blocks.shape"),
+    "blocks of another dtype": (_packed(blocks=lambda blocks: blocks.view(torch.int8)), "gate_up_proj.blocks.dtype"),
+    "blocks of other experts": (
+        _packed(blocks=lambda blocks: blocks[1:], scales=lambda scales: scales[1:]),
+        "down_proj.shape",
+    ),
+    "scales of fewer blocks": (_packed(scales=lambda scales: scales[:, 1:]), "gate_up_proj.scales.shape"),
+    "scales as numbers": (_packed(scales=lambda scales: scales.float()), "gate_up_proj.scales.dtype"),
+    "decoded to another dtype than x": (_packed(dtype=lambda _: "float16"), "down_proj.dtype"),
+    "decoded to float64": (_packed(dtype=lambda _: "float64"), "gate_up_proj.dtype"),
+    "transposed no bool": (_packed(transposed=lambda _: 1), "gate_up_proj.transposed"),
+}
+IN_4_BITS = {"nf4": NF4_ONLY, "fp4": NF4_ONLY, "mxfp4": MXFP4_ONLY}  # what is wrong with projections of each kind
 LAYER_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     "router_logits of other tokens": (_tensor(router_logits=lambda a: a[1:]), "router_logits.shape"),
     "router_logits of other experts": (_tensor(router_logits=lambda a: a[:, 1:]), "router_logits.shape"),
@@ -126,9 +143,13 @@ def check_errors(executor: Executor, device: str = "cpu") -> None:
         if problem.entry != entry:
             continue
         good = to_torch(problem, build(problem), device)
-        in_4_bits = _in_4_bits(executor, problem, device)
-        for what, (spoil, argument) in (BAD_INPUTS | more | (PACKED_ONLY if in_4_bits else {})).items():
-            bad = spoil(in_4_bits if in_4_bits and what in PACKED_ONLY else good)
+        cases = [(what, spoil(good), argument) for what, (spoil, argument) in (BAD_INPUTS | more).items()]
+        for kind in sorted(executor.capabilities.weights & set(IN_4_BITS)):
+            packed = _of_kind(problem, kind)
+            inputs = to_torch(packed, build(packed), device)
+            spoiled = IN_4_BITS[kind].items()
+            cases += [(f"{kind}, {what}", spoil(inputs), argument) for what, (spoil, argument) in spoiled]
+        for what, bad, argument in cases:
             expected = _error_of(lambda bad=bad: _specification(bad))  # type: ignore[misc]
             actual = _error_of(lambda bad=bad: call(executor, bad))  # type: ignore[misc]
             if expected is None or not str(expected).startswith(argument) or "\n" in str(expected):
@@ -148,10 +169,10 @@ def check_undeclared_weights(executor: Executor, device: str = "cpu") -> None:
 
     able = executor.capabilities
     dtypes = [d for d in DECODED_DTYPES if d in able.dtypes]
-    for kind in ("dense", "nf4", "fp4"):
+    for kind in WEIGHTS:
         if kind in able.weights or not dtypes:
             continue
-        problem = applicable(executor, replace(_PROBLEM, dtype=dtypes[0], quant_type="" if kind == "dense" else kind))
+        problem = applicable(executor, _of_kind(replace(_PROBLEM, dtype=dtypes[0]), kind))
         inputs = to_torch(problem, build(problem), device)
         for name, action in (
             ("check", lambda i: executor.check(i.x, i.weights)),
@@ -177,8 +198,8 @@ def check_no_double_backward(executor: Executor, device: str = "cpu") -> None:
     dtype = next(d for d in ("float32", *FLOAT_DTYPES) if d in able.dtypes)
     activation = next(a for a in get_args(Activation) if a in able.activations)
     config = replace(_PROBLEM.config, activation=activation)
-    kind = "" if "dense" in able.weights else min(able.weights)
-    problem = applicable(executor, replace(_PROBLEM, dtype=dtype, config=config, quant_type=kind))
+    kind = "dense" if "dense" in able.weights else min(able.weights)
+    problem = applicable(executor, _of_kind(replace(_PROBLEM, dtype=dtype, config=config), kind))
     inputs = to_torch(problem, build(problem), device)
     y = call(executor, inputs)
     (dx,) = torch.autograd.grad(y.square().sum(), inputs.x, create_graph=True)
@@ -193,12 +214,8 @@ def check_no_double_backward(executor: Executor, device: str = "cpu") -> None:
     raise ConformanceError(executor, problem, "D1", "double backward must raise an error, but gives a result")
 
 
-def _in_4_bits(executor: Executor, problem: Problem, device: str) -> Inputs | None:
-    kinds = sorted(executor.capabilities.weights - {"dense"})
-    if not kinds:
-        return None
-    packed = replace(problem, quant_type=kinds[0], blocksize=32)
-    return to_torch(packed, build(packed), device)
+def _of_kind(problem: Problem, kind: str) -> Problem:
+    return in_whole_blocks(replace(problem, quant_type="" if kind == "dense" else kind, blocksize=32))
 
 
 def _specification(inputs: Inputs) -> Any:

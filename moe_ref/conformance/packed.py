@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from moe_ref import mxfp4
 from moe_ref._nf4_checks import BLOCKSIZES
 from moe_ref.conformance.problem import Problem
-from moe_ref.nf4 import absmax_of, decode, quantize
-from moe_ref.types import MoEWeights, NF4Tensor
+from moe_ref.nf4 import absmax_of, quantize
+from moe_ref.packed import decode
+from moe_ref.types import MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor
 
 
 def quantized(weights: MoEWeights, problem: Problem) -> MoEWeights:
@@ -18,16 +20,32 @@ def quantized(weights: MoEWeights, problem: Problem) -> MoEWeights:
     return weights.with_parameters({n: _quantized(getattr(weights, n), problem) for n in ("gate_up_proj", "down_proj")})
 
 
-def _quantized(projection: np.ndarray, problem: Problem) -> NF4Tensor:
-    """In the order in which it is stored; statistics of its own for each expert only where blocks allow it (Q5)."""
+def in_whole_blocks(problem: Problem) -> Problem:
+    """The problem in sizes that its format can have: widths that are multiples of 32, for MXFP4 (M1)."""
+    if problem.quant_type != "mxfp4":
+        return problem
+    return replace(problem, hidden=_whole(problem.hidden), intermediate=_whole(problem.intermediate))
+
+
+def _whole(width: int, blocksize: int = mxfp4.BLOCKSIZE) -> int:
+    return -(-width // blocksize) * blocksize
+
+
+def _quantized(projection: np.ndarray, problem: Problem) -> PackedTensor:
+    """In the order in which it is stored."""
     transposed = problem.weights_layout == "transposed"
     stored = np.ascontiguousarray(projection.swapaxes(1, 2) if transposed else projection).astype(np.float32)
+    is_mxfp4 = problem.quant_type == "mxfp4"
+    tensor = mxfp4.quantize(stored, dtype=problem.dtype) if is_mxfp4 else _in_nf4(stored, problem)
+    return tensor.transpose(1, 2) if transposed else tensor
+
+
+def _in_nf4(stored: np.ndarray, problem: Problem) -> NF4Tensor:
+    """Statistics of its own for each expert only where blocks allow it (Q5)."""
     form: dict[str, Any] = {"dtype": problem.dtype, "quant_type": problem.quant_type, "blocksize": problem.blocksize}
     if problem.nested == "per expert" and stored[0].size % problem.blocksize == 0:
-        tensor = _joined([quantize(expert, **form, nested=True) for expert in stored], stored.shape)
-    else:
-        tensor = quantize(stored, **form, nested=bool(problem.nested))
-    return tensor.transpose(1, 2) if transposed else tensor
+        return _joined([quantize(expert, **form, nested=True) for expert in stored], stored.shape)
+    return quantize(stored, **form, nested=bool(problem.nested))
 
 
 def _joined(parts: list[NF4Tensor], shape: tuple[int, ...]) -> NF4Tensor:
@@ -51,10 +69,10 @@ def decoded(weights: MoEWeights) -> MoEWeights:
 
 def with_own_blocks(problem: Problem) -> Problem:
     """The problem in sizes such that no block of 4 bits straddles experts, which can then change places."""
-    if not problem.quant_type:
+    if problem.quant_type in ("", "mxfp4"):  # no block of MXFP4 straddles even rows
         return problem
     smallest = BLOCKSIZES[0]
-    return replace(problem, hidden=-(-problem.hidden // smallest) * smallest, blocksize=smallest)
+    return replace(problem, hidden=_whole(problem.hidden, smallest), blocksize=smallest)
 
 
 def of_experts(weights: MoEWeights, experts: np.ndarray) -> MoEWeights:
@@ -73,7 +91,11 @@ def of_experts(weights: MoEWeights, experts: np.ndarray) -> MoEWeights:
     )
 
 
-def _of_experts(tensor: NF4Tensor, experts: np.ndarray, nobody: np.ndarray) -> NF4Tensor:
+def _of_experts(tensor: PackedTensor, experts: np.ndarray, nobody: np.ndarray) -> PackedTensor:
+    if isinstance(tensor, MXFP4Tensor):
+        scales = np.where(nobody[:, None, None], np.uint8(mxfp4.NAN), tensor.scales[experts])
+        return replace(tensor, blocks=tensor.blocks[experts], scales=scales)
+    assert isinstance(tensor, NF4Tensor)
     number = tensor.shape[0]
     codes = tensor.packed.reshape(number, -1)[experts]
     absmax = absmax_of(tensor).reshape(number, -1)[experts]

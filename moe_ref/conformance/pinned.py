@@ -44,6 +44,25 @@ PACKED = (
         weights_layout="transposed",
         seed=1,
     ),
+    # gpt-oss' checkpoints, with adapters
+    Problem(
+        64,
+        9,
+        64,
+        96,
+        GPT_OSS,
+        "bfloat16",
+        gate_up_bias=True,
+        down_bias=True,
+        gate_up_rank=4,
+        down_rank=4,
+        quant_type="mxfp4",
+        seed=6,
+    ),
+    # MXFP4 in the order in which gpt-oss has its parameters in bf16
+    Problem(
+        33, 5, 96, 32, GPT_OSS, "float16", gate_up_bias=True, quant_type="mxfp4", weights_layout="transposed", seed=7
+    ),
     # its own width: thousands of blocks, of which nested statistics straddle experts
     Problem(3, 4, 2880, 90, GPT_OSS, "bfloat16", quant_type="nf4", nested="one", down_bias=True, seed=2),
     # thousands of tokens, all experts
@@ -56,6 +75,9 @@ PACKED = (
     # nobody has a token; a single number
     Problem(0, 3, 8, 8, MoEConfig(1), "bfloat16", quant_type="nf4"),
     Problem(1, 1, 1, 1, MoEConfig(1, activation="relu2"), quant_type="fp4", nested="one"),
+    # a single block to a row, the fewest that MXFP4 has
+    Problem(1, 1, 32, 32, MoEConfig(1, activation="relu2"), quant_type="mxfp4"),
+    Problem(0, 2, 32, 32, MoEConfig(2), "float16", quant_type="mxfp4"),
 )
 
 EXAMPLES = (

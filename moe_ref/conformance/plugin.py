@@ -145,11 +145,14 @@ def _undeclared(capabilities: Capabilities) -> list[str]:
         lines.append(f"not judged in {', '.join(missing_dtypes)}")
     if "dense" not in capabilities.weights:
         lines.append("no dense weights; gradients of projections are not applicable")
-    missing_formats = [name for name in ("nf4", "fp4") if name not in capabilities.weights]
-    if len(missing_formats) == 2:
-        lines.append("no weights in 4 bits; clauses Q1-Q3 and Q5 are not applicable")
+    missing_formats = [name for name in ("nf4", "fp4", "mxfp4") if name not in capabilities.weights]
+    if len(missing_formats) == 3:
+        lines.append("no weights in 4 bits; clauses Q1-Q3, Q5 and M1 are not applicable")
+    elif missing_formats[:2] == ["nf4", "fp4"]:
+        lines.append("no nf4 and no fp4 weights; clauses Q1-Q3 and Q5 are not applicable")
     elif missing_formats:
-        lines.append(f"no {missing_formats[0]} weights; that part of Q1 is not applicable")
+        clauses = {"nf4": "that part of Q1 is", "fp4": "that part of Q1 is", "mxfp4": "clause M1 is"}
+        lines += [f"no {name} weights; {clauses[name]} not applicable" for name in missing_formats]
     missing = sorted(ACTIVATIONS - capabilities.activations)
     if missing:
         lines.append(f"no {', '.join(missing)}; those parts of E1 are not applicable")

@@ -27,10 +27,11 @@ class Problem:
         selection_bias: "" (none), "small" (as large as the scores) or "large" (a hundred times that).
         gate_up_rank, down_rank: of the adapters; 0 is none.
         lora_dtype: of their factors.
-        quant_type: "" for dense projections, or "nf4" or "fp4": frozen, in 4 bits.
-        blocksize: of 4 bits.
-        nested: of 4 bits: "" (absmax is plain), "one" (its statistics are one segment) or "per expert" (each expert has
-            its own, where no block straddles experts; else one).
+        quant_type: "" for dense projections, or "nf4", "fp4" or "mxfp4": frozen, in 4 bits. With "mxfp4" H and I are
+            multiples of 32.
+        blocksize: of "nf4" and "fp4".
+        nested: of "nf4" and "fp4": "" (absmax is plain), "one" (its statistics are one segment) or "per expert" (each
+            expert has its own, where no block straddles experts; else one).
         margins: whether no rounding comes near another choice of experts, for executors that do not tell theirs.
         logits: "random"; "ties" (whole numbers from -1 to 1, +0 and -0 among them); "masked" (a third are -inf);
             "skewed" (some experts are far more likely); "shifted" (rows around +100, or -100 for the softmax kinds);

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, get_args
 from hypothesis import strategies as st
 
 from moe_ref._nf4_checks import BLOCKSIZES, DECODED_DTYPES
+from moe_ref.conformance.packed import in_whole_blocks
 from moe_ref.conformance.problem import Problem
-from moe_ref.types import DENSE, GATED, LORA_FACTORS, Activation, MoEConfig
+from moe_ref.types import DENSE, GATED, LORA_FACTORS, Activation, MoEConfig, QuantType
 
 if TYPE_CHECKING:
     from executors import Capabilities, Executor
@@ -20,7 +21,7 @@ EXPERTS = st.one_of(st.integers(1, 9), st.sampled_from([16, 33]))
 WIDTHS = st.sampled_from([1, 7, 8, 16, 17, 32, 50, 64])
 ACTIVATIONS = get_args(Activation)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-WEIGHTS = ("dense", "nf4", "fp4")
+WEIGHTS = ("dense", "nf4", "fp4", "mxfp4")
 
 
 @st.composite
@@ -74,7 +75,7 @@ def problems(
         dtypes: for x and the projections.
         activations: for the configuration.
         routing: False for executors that only take ids and weights.
-        weights: kinds of projections, of "dense", "nf4" and "fp4".
+        weights: kinds of projections, of "dense", "nf4", "fp4" and "mxfp4"; widths are rounded up for the last.
     """
     tokens = draw(TOKENS, label="tokens")
     experts = draw(EXPERTS, label="experts")
@@ -94,9 +95,9 @@ def problems(
     kind = draw(st.sampled_from([k for k in WEIGHTS if k in weights]), label="weights")
     blocksize = draw(st.sampled_from(BLOCKSIZES), label="blocksize")
     nested = draw(st.sampled_from(["", "one", "per expert"]), label="nested")
-    dense = kind == "dense"
+    dense, in_nf4 = kind == "dense", kind in get_args(QuantType)
     allowed = [d for d in DTYPES if d in dtypes and (dense or d in DECODED_DTYPES)]
-    return Problem(
+    problem = Problem(
         tokens=tokens,
         experts=experts,
         hidden=draw(WIDTHS, label="hidden"),
@@ -114,8 +115,8 @@ def problems(
         down_rank=draw(st.sampled_from([0, 0, 1, 3]), label="down_rank"),
         lora_dtype=draw(st.sampled_from(DTYPES), label="lora_dtype"),
         quant_type="" if dense else kind,
-        blocksize=64 if dense else blocksize,
-        nested="" if dense else nested,
+        blocksize=blocksize if in_nf4 else 64,
+        nested=nested if in_nf4 else "",
         logits=logits if by_logits else "random",
         cut_points=cut_points and not by_logits,
         empty_slots=empty_slots and not by_logits,
@@ -131,6 +132,7 @@ def problems(
         frozen=frozenset(_frozen(name, by_logits) for name in {*frozen, *(DENSE if base_frozen else ())}),
         seed=draw(st.integers(0, 2**32 - 1), label="seed"),
     )
+    return in_whole_blocks(problem)
 
 
 def _frozen(name: str, by_logits: bool) -> str:

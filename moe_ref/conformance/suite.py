@@ -10,6 +10,7 @@ and ``conformance_device`` come from the pytest plugin.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING, get_args
 
 import pytest
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from moe_ref.conformance import pinned, profiles
 from moe_ref.conformance.checks import check_problem, check_repeatable
 from moe_ref.conformance.errors import check_errors, check_no_double_backward, check_undeclared_weights
-from moe_ref.conformance.exact import CASES, check_every_code, check_exact
+from moe_ref.conformance.every_code import check_every_code
+from moe_ref.conformance.exact import CASES, check_exact
 from moe_ref.conformance.invariance import check_batch_invariance
 from moe_ref.conformance.laws import LAWS, check_law
 from moe_ref.conformance.problem import Problem
@@ -102,10 +104,11 @@ def test_exact_cases(executor: Executor, conformance_device: str, case: str, dty
 
 
 @pytest.mark.parametrize("dtype", DECODED_DTYPES)
-@pytest.mark.parametrize("nested", ["", "one", "per expert"])
-@pytest.mark.parametrize("quant_type", get_args(QuantType))
+@pytest.mark.parametrize(
+    ("quant_type", "nested"), [*product(get_args(QuantType), ("", "one", "per expert")), ("mxfp4", "")]
+)
 def test_every_code(executor: Executor, conformance_device: str, quant_type: str, nested: str, dtype: str) -> None:
-    """4-bit weights are decoded to the last bit, whatever the products may round (Q1, Q2, Q3, Q5)."""
+    """4-bit weights are decoded to the last bit, whatever the products may round (Q1, Q2, Q3, Q5, M1)."""
     lacking = check_every_code(executor, quant_type, nested, dtype, conformance_device)
     if lacking:
         pytest.skip(lacking)

@@ -12,12 +12,19 @@ from moe_ref.conformance.mutants import (  # noqa: F401  (they register)
     adapters,
     experts,
     gradients,
+    mxfp4,
     outputs,
     packed,
     routing,
     slots,
 )
-from moe_ref.conformance.mutants._registry import DENSE_MUTANTS, LAYER_MUTANTS, PACKED_MUTANTS, SLOT_MUTANTS
+from moe_ref.conformance.mutants._registry import (
+    DENSE_MUTANTS,
+    LAYER_MUTANTS,
+    PACKED_KINDS,
+    PACKED_MUTANTS,
+    SLOT_MUTANTS,
+)
 from moe_ref.conformance.wrapped import Wrapped
 
 if TYPE_CHECKING:
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
 def mutants(inner: Executor) -> dict[str, Wrapped]:
     """Every mutant of an executor, by name: those that concern the kinds of weights that it takes."""
     kinds = inner.capabilities.weights
-    changes = SLOT_MUTANTS | (DENSE_MUTANTS if "dense" in kinds else {}) | (PACKED_MUTANTS if kinds - {"dense"} else {})
+    misread = {name: change for name, change in PACKED_MUTANTS.items() if kinds & PACKED_KINDS[name]}
+    changes = SLOT_MUTANTS | (DENSE_MUTANTS if "dense" in kinds else {}) | misread
     slot_changes = {name: Wrapped(name, inner, slots=change) for name, change in changes.items()}
     return slot_changes | {name: Wrapped(name, inner, layer=change) for name, change in LAYER_MUTANTS.items()}

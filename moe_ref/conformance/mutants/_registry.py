@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from moe_ref.conformance.wrapped import LayerChange, SlotChange
 
 SLOT_MUTANTS: dict[str, SlotChange] = {}
 DENSE_MUTANTS: dict[str, SlotChange] = {}
 PACKED_MUTANTS: dict[str, SlotChange] = {}
+PACKED_KINDS: dict[str, frozenset[str]] = {}  # of each of those: the kinds of weights that it misreads
+NF4, MXFP4 = ("nf4", "fp4"), ("mxfp4",)
 LAYER_MUTANTS: dict[str, LayerChange] = {}
 
 
@@ -22,10 +26,15 @@ def dense_mutant(change: SlotChange) -> SlotChange:
     return change
 
 
-def packed_mutant(change: SlotChange) -> SlotChange:
-    """Adds a mutant that reads projections in 4 bits wrongly."""
-    PACKED_MUTANTS[change.__name__] = change
-    return change
+def packed_mutant(*kinds: str) -> Callable[[SlotChange], SlotChange]:
+    """Adds a mutant that reads projections in 4 bits wrongly, of these kinds; of others it changes nothing."""
+
+    def add(change: SlotChange) -> SlotChange:
+        PACKED_MUTANTS[change.__name__] = change
+        PACKED_KINDS[change.__name__] = frozenset(kinds)
+        return change
+
+    return add
 
 
 def layer_mutant(change: LayerChange) -> LayerChange:

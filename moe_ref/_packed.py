@@ -1,0 +1,177 @@
+"""Projections in 4 bits: what `moe_ref.types` offers of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field, replace
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from moe_ref._typing import Array, Float, UInt8
+
+QuantType = Literal["nf4", "fp4"]
+
+
+class PackedTensor:
+    """Numbers in 4 bits, which stand where a projection stands and are frozen: nothing differentiates them.
+
+    A transposed view is a flag, since nobody could tell the order of the bytes from a shape.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]]  # of its arrays, the codes first
+
+    if TYPE_CHECKING:  # fields or properties of those that inherit
+
+        @property
+        def shape(self) -> tuple[int, ...]:
+            """As it is read."""
+
+        @property
+        def dtype(self) -> str:
+            """The name of the dtype that it decodes to."""
+
+        @property
+        def quant_type(self) -> str:
+            """The format's name."""
+
+        @property
+        def transposed(self) -> bool:
+            """Whether the bytes hold the tensor with its last two dimensions swapped."""
+
+    @property
+    def ndim(self) -> int:
+        """How many dimensions it has."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return prod(self.shape)
+
+    @property
+    def codes(self) -> Array:
+        """The bytes that hold two codes each."""
+        return getattr(self, self.NAMES[0])
+
+    @property
+    def device(self) -> Any:
+        """Where its bytes are."""
+        return getattr(self.codes, "device", "cpu")
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in the order in which it is stored."""
+        return _swapped(self.shape) if self.transposed else tuple(self.shape)
+
+    def transpose(self, first: int, second: int) -> Self:
+        """The same bytes, read with the last two dimensions swapped.
+
+        Raises:
+            ValueError: for other dimensions.
+        """
+        if self.ndim < 2 or {first % self.ndim, second % self.ndim} != {self.ndim - 2, self.ndim - 1}:
+            raise ValueError(f"dimensions={(first, second)}: must be the last two of {self.ndim}")
+        return self._turned()
+
+    def _turned(self) -> Self:
+        raise NotImplementedError
+
+    def arrays(self) -> dict[str, Array]:
+        """Its arrays, by name, without those that it does not have."""
+        return {name: getattr(self, name) for name in self.NAMES if getattr(self, name) is not None}
+
+    def map(self, change: Callable[[Array], Array]) -> Self:
+        """The same numbers with every array moved: to another device, or to another library."""
+        return replace(self, **{name: change(array) for name, array in self.arrays().items()})  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, eq=False)
+class NF4Tensor(PackedTensor):
+    """Numbers in 4 bits, in bitsandbytes' format and with its bytes as they are (clauses Q1 to Q5).
+
+    It stands where a projection stands, and is frozen: nothing differentiates it. `moe_ref.nf4` decodes it. B blocks of
+    ``blocksize`` codes run over the flattened tensor *as it is stored*; a block may straddle rows and experts, and the
+    last may be partial. Source: Dettmers et al. 2023 (arXiv:2305.14314).
+
+    Attributes:
+        packed: two codes to a byte, the high nibble first; an odd last code stands alone in the last byte.
+        absmax: the scale of each block; with nested statistics, its 8-bit code.
+        nested_absmax: the scale of each ``nested_blocksize`` codes in absmax, of one segment after the other; None
+            where absmax is plain, like the next two.
+        nested_code: what an 8-bit code stands for (bitsandbytes' ``nested_quant_map``).
+        nested_offset: added last. A scalar is one segment; of shape (E,), each expert has a segment of its own (Q5).
+        shape: as it is read: (E, J, H) or (E, H, I) for a projection.
+        dtype: the name of the dtype that it decodes to, "float32", "bfloat16" or "float16".
+        quant_type: "nf4" or "fp4": which 16 numbers the codes stand for.
+        blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
+        nested_blocksize: 256 in bitsandbytes.
+        transposed: whether the bytes hold the tensor with its last two dimensions swapped, as models store it that
+            keep (E, H, 2I). Nobody can tell that from a shape.
+    """
+
+    packed: UInt8[Array, " bytes"] = field(repr=False)
+    absmax: Array = field(repr=False)  # Float[B] or UInt8[B]
+    nested_absmax: Float[Array, " nested_blocks"] | None = field(default=None, repr=False)
+    nested_code: Float[Array, " 256"] | None = field(default=None, repr=False)
+    nested_offset: Float[Array, "*segments"] | None = None
+    _: KW_ONLY
+    shape: tuple[int, ...]
+    dtype: str
+    quant_type: QuantType = "nf4"
+    blocksize: int = 64
+    nested_blocksize: int = 256
+    transposed: bool = False
+
+    NAMES: ClassVar[tuple[str, ...]] = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
+
+    @property
+    def segments(self) -> int:
+        """How many nested statistics there are, each with an offset of its own; 1 for plain ones."""
+        return self.nested_offset.shape[0] if self.nested_offset is not None and self.nested_offset.ndim else 1
+
+    def _turned(self) -> NF4Tensor:
+        return replace(self, shape=_swapped(self.shape), transposed=not self.transposed)
+
+
+@dataclass(frozen=True, eq=False)
+class MXFP4Tensor(PackedTensor):
+    """Numbers in 4 bits, in the format of gpt-oss' checkpoints and with their bytes as they are (clause M1).
+
+    It stands where a projection stands, and is frozen: nothing differentiates it. `moe_ref.mxfp4` decodes it. 32 codes
+    next to each other along the last stored dimension have one scale, a power of two. Sources: OCP Microscaling Formats
+    1.0, section 5; gpt-oss, whose ``*_blocks`` and ``*_scales`` these are. (Trap: gpt-oss stores (E, 2I, H) here, with
+    the input dimension last, although its parameter in bf16 is (E, H, 2I).)
+
+    Attributes:
+        blocks: [..., k / 32, 16] two codes to a byte, the *low* nibble first.
+        scales: [..., k / 32] exponents with a bias of 127; 255 is NaN.
+        dtype: the name of the dtype that it decodes to, "float32", "bfloat16" or "float16".
+        transposed: whether it is read with its last two dimensions swapped.
+    """
+
+    blocks: UInt8[Array, "*rows k/32 16"] = field(repr=False)
+    scales: UInt8[Array, "*rows k/32"] = field(repr=False)
+    _: KW_ONLY
+    dtype: str = "bfloat16"
+    transposed: bool = False
+
+    NAMES: ClassVar[tuple[str, ...]] = ("blocks", "scales")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is read: (E, J, H) or (E, H, I) for a projection."""
+        *rows, groups, size = self.blocks.shape
+        stored = (*rows, 2 * groups * size)
+        return _swapped(stored) if self.transposed else stored
+
+    @property
+    def quant_type(self) -> str:
+        """The format's name."""
+        return "mxfp4"
+
+    def _turned(self) -> MXFP4Tensor:
+        return replace(self, transposed=not self.transposed)
+
+
+def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])

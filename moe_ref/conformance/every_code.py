@@ -1,0 +1,93 @@
+"""Every number of a projection in 4 bits, seen through one-hot tokens: it is decoded to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_ref.conformance.build import Arrays
+from moe_ref.conformance.exact import check_equal
+from moe_ref.conformance.packed import quantized
+from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.strategies import undeclared
+from moe_ref.mxfp4 import BLOCKSIZE
+from moe_ref.types import MoEConfig, MoEWeights, MXFP4Tensor, PackedTensor
+
+if TYPE_CHECKING:
+    from executors import Executor
+
+SIZE = 64  # H and I
+EXPERTS = 2
+LAYOUTS = ("contiguous", "transposed")
+BLOCKSIZES = (32, 64, 4096)
+# Of MXFP4: the tokens' number, and the exponents whose codes times that number have squares in range. Together all in
+# fp32 and bf16, but for two whose products with the largest codes are infinite, and for 255, which is NaN.
+WINDOWS = ((2.0**100, range(88)), (1.0, range(66, 188)), (2.0**-100, range(166, 253)))
+WINDOWS_OF_FP16 = ((1.0, range(121, 133)),)
+
+
+def check_every_code(executor: Executor, quant_type: str, nested: str, dtype: str, device: str = "cpu") -> str:
+    """Every number of a projection in 4 bits is decoded to the last bit (Q1, Q2, Q3, M1).
+
+    Token j is 1 or -1 at place j (or another power of two), squared ReLU hides the sign, and the down projection is the
+    identity: y holds the squares of column j.
+
+    Returns:
+        What keeps the executor from having the case, or "".
+
+    Raises:
+        ConformanceError: if a number differs.
+    """
+    config = MoEConfig(top_k=1, activation="relu2")
+    problem = Problem(2 * SIZE, EXPERTS, SIZE, SIZE, config, dtype, entry="experts", quant_type=quant_type)
+    lacking = undeclared(problem, executor.capabilities)
+    if lacking:
+        return f"{executor.name} does not declare {lacking}"
+    clause = "M1 (every code)" if quant_type == "mxfp4" else "Q1, Q2, Q3 (every code)"
+    for form, scale, gate_up in (
+        _of_mxfp4(problem) if quant_type == "mxfp4" else _of_nf4(replace(problem, nested=nested))
+    ):
+        identity = quantized(_weights(np.eye(SIZE), form), replace(form, nested="")).down_proj
+        weights = MoEWeights(gate_up, identity, config=config)
+        x = scale * np.concatenate([np.eye(SIZE), -np.eye(SIZE)])
+        for expert in range(EXPERTS):  # all tokens go to it
+            ids = np.full((problem.tokens, 1), expert)
+            arrays = Arrays(x, np.zeros_like(x), ids, None, np.ones(ids.shape), weights)
+            check_equal(executor, form, arrays, clause, device)
+    return ""
+
+
+def _of_nf4(problem: Problem) -> Iterator[tuple[Problem, float, PackedTensor]]:
+    """Forms of the problem, the tokens' number, and normal numbers whose rows have scales of their own."""
+    for seed, (layout, blocksize) in enumerate(product(LAYOUTS, BLOCKSIZES)):
+        form = replace(problem, blocksize=blocksize, weights_layout=layout)
+        rng = np.random.default_rng(seed)
+        rows = rng.standard_normal((EXPERTS, SIZE, SIZE)) * np.exp(rng.standard_normal((EXPERTS, SIZE, 1)))
+        yield form, 1.0, quantized(_weights(rows, form), form).gate_up_proj
+
+
+def _of_mxfp4(problem: Problem) -> Iterator[tuple[Problem, float, PackedTensor]]:
+    """Forms of the problem, the tokens' number, and all codes under all exponents of a window.
+
+    No number is subnormal: products of processors may take those for zeros. So exponents 0 and 1 have codes from 2 on.
+    """
+    windows = WINDOWS_OF_FP16 if problem.dtype == "float16" else WINDOWS
+    for seed, (layout, (scale, window)) in enumerate(product(LAYOUTS, windows)):
+        form = replace(problem, weights_layout=layout)
+        rng = np.random.default_rng(seed)
+        blocks = rng.integers(0, 256, (EXPERTS, SIZE, SIZE // BLOCKSIZE, BLOCKSIZE // 2), dtype=np.uint8)
+        exponents = np.resize(np.array(window, dtype=np.uint8), (EXPERTS, blocks[0, ..., 0].size))
+        scales = rng.permuted(exponents, axis=1).reshape(blocks.shape[:-1])
+        blocks = np.where(scales[..., None] < 2, blocks | 0x44, blocks)
+        tensor = MXFP4Tensor(blocks, scales, dtype=problem.dtype)
+        yield form, scale, tensor.transpose(1, 2) if layout == "transposed" else tensor
+
+
+def _weights(matrix: np.ndarray, problem: Problem) -> MoEWeights:
+    """The matrix, or one for each expert, as both projections."""
+    stack = np.broadcast_to(matrix, (EXPERTS, SIZE, SIZE))
+    return MoEWeights(stack, stack, config=problem.config)
