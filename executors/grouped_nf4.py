@@ -1,22 +1,28 @@
-"""``grouped_nf4``: frozen experts in 4 bits, of which only those with tokens are decoded, once per product.
+"""``grouped_nf4``: frozen experts in 4 bits (NF4, FP4, MXFP4), never decoded as a whole.
 
-On a CPU one expert at a time, by bitsandbytes' kernel where that is right. On a GPU in slices of experts, planned on
-the device: no host synchronisation where ``grouped_mm`` has none. Weights are frozen; x, the routing, biases and
-adapters are differentiable.
+On a GPU by the Triton kernels, where Triton is installed: with few rows per expert numbers are decoded in the products,
+in registers; with many an eighth of the experts at a time, before them. Without Triton in slices of experts by
+``grouped_mm``. On a CPU one expert at a time, by bitsandbytes' kernel where that is right. Weights are frozen; x, the
+routing, biases and adapters are differentiable.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, ClassVar, get_args
+
+import torch
 
 from executors._decode_kernel import slow_note
-from executors._executor import OperatorExecutor
+from executors._executor import LayerExecutor
 from executors._grouped import check_capture, host_note
 from executors._loop import LoopProducts
 from executors._multiplication import Multiplication
 from executors._operator import Operator, apply, define
-from executors._protocol import Capabilities
+from executors._paths import Path, mean_rows
+from executors._protocol import Capabilities, Unavailable
 from executors._sliced import SlicedProducts
 
 if TYPE_CHECKING:
@@ -35,36 +41,93 @@ OPERATOR = define(Multiplication("grouped_nf4", products, on_host=False))
 
 
 @dataclass(frozen=True)
-class GroupedNF4(OperatorExecutor):
+class GroupedNF4(LayerExecutor):
     """The executor ``grouped_nf4``.
 
-    Its option is ``recompute``: decode again in backward, which is the default; False keeps what forward decoded, of
-    experts that have tokens.
+    Attributes:
+        path: "auto" takes the kernels on a GPU where Triton is installed, by a rule of rows per expert that ``explain``
+            tells, and torch's operators elsewhere; "fused" and "decoded" take the kernels, and decode in the products
+            or before them; "torch" takes torch's operators.
+        recompute: decode again in backward, which is the default; False keeps what forward decoded, of experts that
+            have tokens, on the path "torch". The kernels keep nothing. Gradients are the same to the last bit (D4).
+
+    Raises:
+        TypeError: ``recompute`` is neither True nor False.
+        ValueError: ``path`` is none of these.
+        Unavailable: the path takes kernels, and Triton is not installed, or there is no GPU and its interpreter is off.
 
     Example:
         >>> weights = executors.nf4.quantize(weights)
         >>> y = executors.get("grouped_nf4")(x, router_logits, weights)
     """
 
+    path: Path = "auto"
     recompute: bool = True
+    _kernels: ModuleType | None = field(init=False, repr=False, compare=False)  # where they may be used
 
     name: ClassVar[str] = "grouped_nf4"
-    operator: ClassVar[Operator] = OPERATOR
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        devices=frozenset({"cpu", "cuda"}),
-        dtypes=frozenset({"float32", "bfloat16", "float16"}),
-        weights=frozenset({"nf4", "fp4", "mxfp4"}),
-    )
+    operator: ClassVar[Operator] = OPERATOR  # of the path "torch"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.recompute, bool):
+            raise TypeError(f"recompute={self.recompute!r}: must be True or False")
+        if self.path not in get_args(Path):
+            raise ValueError(f"path={self.path!r}: must be one of {', '.join(map(repr, get_args(Path)))}")
+        object.__setattr__(self, "_kernels", self._find_kernels())
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it declares; of kernels a CPU only under the interpreter."""
+        forced = self._kernels if self._forced else None
+        interpreted = forced is not None and forced.INTERPRETED
+        return Capabilities(
+            devices=frozenset({"cuda"} if forced and not interpreted else {"cpu", "cuda"}),
+            dtypes=frozenset({"float32", "bfloat16", "float16"}),
+            weights=frozenset({"nf4", "fp4", "mxfp4"}),
+            interpreted=interpreted,
+        )
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:
         """Raises Unsupported for dense weights, other devices and dtypes, and where it would break a capture."""
         super().check(x, weights)
-        check_capture(x, weights)
+        if self._kernels_for(x) is None:
+            check_capture(x, weights)
 
     def note(self, x: Tensor, weights: MoEWeights) -> str:
-        """What a user should know of a call that works: whether it waits for the GPU, or decodes slowly."""
+        """What a user should know of a call that works: which way it decodes, or that it is slow or waits."""
+        kernels = self._kernels_for(x)
+        if kernels is not None:
+            return kernels.path_note(x, mean_rows(x, weights), self._forced)
         return host_note(x, weights) or slow_note(x, weights)
 
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
-        keep = not self.recompute
-        return apply(self.operator, x, topk_ids, topk_weights, weights, keep_z=True, keep_own=keep)
+        kernels = self._kernels_for(x)
+        if kernels is not None:
+            own = kernels.operator_of(self._forced)
+            return apply(own, x, topk_ids, topk_weights, weights, keep_z=True)
+        return apply(self.operator, x, topk_ids, topk_weights, weights, keep_z=True, keep_own=not self.recompute)
+
+    @property
+    def _forced(self) -> str:
+        """The way of the kernels that was asked for, or ""."""
+        return self.path if self.path in ("fused", "decoded") else ""
+
+    def _kernels_for(self, x: Tensor) -> ModuleType | None:
+        return self._kernels if self._forced or x.is_cuda else None
+
+    def _find_kernels(self) -> ModuleType | None:
+        """The Triton kernels' operators, imported only where they may be used."""
+        if self.path == "torch" or not (self._forced or torch.cuda.is_available()):
+            return None
+        what = f"executor {self.name!r} with path={self.path!r}"
+        try:
+            kernels = import_module("executors._triton._operator")
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "triton":
+                raise
+            if not self._forced:
+                return None
+            raise Unavailable(f'{what} needs triton: pip install "moe-ref[triton]"') from error
+        if self._forced and not kernels.INTERPRETED and not torch.cuda.is_available():
+            raise Unavailable(f"{what} needs a GPU; TRITON_INTERPRET=1 checks its numbers without one, slowly")
+        return kernels

@@ -1,4 +1,4 @@
-"""The kernels of ``triton``, judged as every executor is: on a GPU, or without one in Triton's interpreter.
+"""The kernels of ``triton`` on dense weights, judged as every executor is: on a GPU, or in Triton's interpreter.
 
 The interpreter takes milliseconds for a step of a tile, so fewer problems are drawn than for other executors.
 """
@@ -20,7 +20,7 @@ from moe_ref.conformance.exact import CASES, check_exact
 from moe_ref.conformance.invariance import check_batch_invariance
 from moe_ref.conformance.laws import LAWS, check_law
 from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.strategies import problems_for, undeclared
+from moe_ref.conformance.strategies import problems, undeclared
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = executors.get("triton")
@@ -58,6 +58,11 @@ ALWAYS = {
 }
 
 
+def dense(executor: executors.Executor) -> st.SearchStrategy[Problem]:
+    """Problems within an executor's declared dtypes; 4 bits are judged in test_triton_packed.py."""
+    return problems(executor.capabilities.dtypes, weights=("dense",))
+
+
 def drawn(share: int) -> settings:
     """One of so many of the profile's examples."""
     return settings(PROFILE, max_examples=max(1, PROFILE.max_examples // share))
@@ -71,20 +76,20 @@ def test_always(name: str, dtype: str) -> None:
 @drawn(5)
 @given(st.data())
 def test_matches_specification(data: st.DataObject) -> None:
-    check_problem(TRITON, data.draw(problems_for(TRITON), label="problem"), DEVICE)
+    check_problem(TRITON, data.draw(dense(TRITON), label="problem"), DEVICE)
 
 
 @drawn(33)
 @given(st.data())
 def test_repeatable(data: st.DataObject) -> None:
-    check_repeatable(TRITON, data.draw(problems_for(TRITON), label="problem"), DEVICE)
+    check_repeatable(TRITON, data.draw(dense(TRITON), label="problem"), DEVICE)
 
 
 @pytest.mark.parametrize("law", LAWS)
 @drawn(25)
 @given(data=st.data())
 def test_laws(law: str, data: st.DataObject) -> None:
-    assume(check_law(TRITON, data.draw(problems_for(TRITON), label="problem"), law, DEVICE))
+    assume(check_law(TRITON, data.draw(dense(TRITON), label="problem"), law, DEVICE))
 
 
 @drawn(16)
@@ -92,7 +97,7 @@ def test_laws(law: str, data: st.DataObject) -> None:
 def test_batch_invariance(data: st.DataObject) -> None:
     """C2, with the option."""
     invariant = executors.get("triton", batch_invariant=True)
-    assert check_batch_invariance(invariant, data.draw(problems_for(invariant), label="problem"), DEVICE)
+    assert check_batch_invariance(invariant, data.draw(dense(invariant), label="problem"), DEVICE)
 
 
 @pytest.mark.parametrize("problem", pinned.EXAMPLES, ids=lambda p: f"T{p.tokens}-E{p.experts}")

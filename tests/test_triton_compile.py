@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,24 @@ import pytest
 from typer.testing import CliRunner
 
 from executors._cli.app import app
-from executors.triton import _configs
-from executors.triton._disassembly import Instruction, disassemble_amd
-from executors.triton._resources import inner_loop
+from executors._triton import _configs
+from executors._triton._disassembly import Instruction, disassemble_amd
+from executors._triton._resources import inner_loop
 
 PRODUCTS = {"up", "down", "inner", "outer"}
-OTHERS = {"route", "route_backward", "group", "count", "scan", "place", "combine", "dz", "input_weights", "sums"}
+OTHERS = {
+    "route",
+    "route_backward",
+    "group",
+    "count",
+    "scan",
+    "place",
+    "combine",
+    "dz",
+    "input_weights",
+    "sums",
+    "decode",
+}
 KERNELS = PRODUCTS | OTHERS
 DTYPES = {
     "sm80": ("bfloat16", "float32"),
@@ -28,6 +41,7 @@ DTYPES = {
 TENSOR_CORES = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
 SMALL = {"sm90": "HMMA", "sm100": "HMMA"}  # for fewer than 64 rows
 
+PER_WEIGHT = {"sm80": 21, "sm90": 11, "sm100": 11, "gfx942": 20}  # instructions of a thread at most
 WHOLE = {"sm90"}  # with every configuration; of the others the largest tiles, the nearest to their limits
 
 Row = dict[str, Any]
@@ -51,6 +65,7 @@ def test_kernels_fit(target: str, tmp_path: Path) -> None:
     found = json.loads(path.read_text())["targets"][target]
     rows = found["kernels"]
     faults = [*wrong_sizes(rows, found["shared"]), *wrong_instructions(target, rows), *narrow_loads(target, rows)]
+    faults += slow_decoding(target, rows)
     if target in WHOLE:
         faults += not_compiled(target, found["family"], rows)
     assert not faults, f"for {target}:\n" + "\n".join(faults)
@@ -70,7 +85,7 @@ def wrong_sizes(rows: list[Row], shared: int) -> Iterator[str]:
     for row in rows:
         if row["spilled"] or row["local"]:
             yield f"{name(row)}: spills {row['spilled']} bytes in {row['local']} instructions, but must spill none"
-        if row["scalars_moved"] and row["kernel"] in PRODUCTS - {"inner"} and row["layer"] != "odd":
+        if row["scalars_moved"] and row["kernel"] in PRODUCTS - {"inner"} and not row["layer"].startswith("odd"):
             yield f"{name(row)}: {row['scalars_moved']} scalar registers too many, but must be none"
         if row["shared"] > shared:
             yield f"{name(row)}: {row['shared']} bytes of shared memory, but must be at most {shared}"
@@ -95,13 +110,36 @@ def wrong_instructions(target: str, rows: list[Row]) -> Iterator[str]:
 def narrow_loads(target: str, rows: list[Row]) -> Iterator[str]:
     """Aligned operands that are not loaded 16 bytes at a time in the loop over k, or not all of them there."""
     for row in rows:
-        if row["kernel"] not in PRODUCTS or row["layer"] == "odd" or row["dtype"] == "tf32":
+        if row["kernel"] not in PRODUCTS or row["layer"].startswith("odd") or row["dtype"] == "tf32":
             continue  # TF32 may turn a tile round
-        if row["layer"].startswith("lora") and row["kernel"] != "outer":
+        if row["constants"].get("BLOCK_R") and row["kernel"] != "outer":
             continue  # the innermost loop is that over the rank; without it the kernel is the same
+        if row["constants"].get("FORM"):
+            yield from narrow_codes(target, row)
+            continue
         loads, wide, expected = row["inner_loads"], row["inner_wide_loads"], operand_loads(target, row)
         if wide != expected or loads - wide > narrow_at_most(target, row):
             yield f"{name(row)}: {loads} loads in the loop over k, {wide} of them wide; must be {expected} wide"
+
+
+def slow_decoding(target: str, rows: list[Row]) -> Iterator[str]:
+    """Decoding that takes more instructions than it took when it was written; its figures are in docs/four-bit.md."""
+    aligned = [row for row in rows if row["instructions_per_weight"] and not row["layer"].startswith("odd")]
+    if not aligned:
+        yield "no kernel decodes 4 bits"
+    for row in aligned:
+        each = row["instructions_per_weight"]
+        if row["dtype"] == "bfloat16" and each > PER_WEIGHT[target]:
+            yield f"{name(row)}: {each:.1f} instructions for each weight, must be at most {PER_WEIGHT[target]}"
+
+
+def narrow_codes(target: str, row: Row) -> Iterator[str]:
+    """Codes that are not loaded several bytes at a time, or rows beside them that are not loaded widely."""
+    rows = wide_loads(target, row, row["constants"]["BLOCK_M"])
+    narrow, most = row["inner_loads"] - row["inner_wide_loads"], 11  # scales, and codes where 16 bytes are too many
+    if row["inner_wide_loads"] < rows or narrow > most:
+        loads = f"{row['inner_loads']} loads in the loop over k, {row['inner_wide_loads']} of them wide"
+        yield f"{name(row)}: {loads}; must be at least {rows} wide, and at most {most} narrow"
 
 
 def narrow_at_most(target: str, row: Row) -> int:
@@ -137,22 +175,27 @@ def not_compiled(target: str, family: str, rows: list[Row]) -> Iterator[str]:
     """Kernels and shipped configurations that the cases leave out."""
     for kernel in KERNELS - {row["kernel"] for row in rows}:
         yield f"{kernel}: must be compiled"
-    own = _configs.FAMILIES[family]
-    for dtype in DTYPES[target]:
-        aligned = own.wide if dtype == "float32" else own.narrow
+    whole = _configs.FAMILIES[family]
+    for dtype, own in product(DTYPES[target], (whole, whole.packed)):
+        aligned, packed = own.wide if dtype == "float32" else own.narrow, own is whole.packed
         for regimes, odd in ((aligned, False), (own.odd, True)):
             compiled = {
                 (row["kernel"], *row["tile"], row["warps"], row["constants"]["num_stages"])
                 for row in rows
-                if row["kernel"] in PRODUCTS and row["dtype"] == dtype and (row["layer"] == "odd") == odd
+                if row["kernel"] in PRODUCTS
+                and row["dtype"] == dtype
+                and row["layer"].startswith("odd") == odd
+                and bool(row["constants"].get("FORM")) == packed
             }
             shipped = {
                 (kernel, *getattr(regime, field)[:5])
                 for regime in regimes
                 for field, kernel in (("up", "up"), ("dh", "up"), ("down", "down"), ("dx", "down"), ("outer", "outer"))
+                if field != "outer" or not packed  # what is in 4 bits has no gradient
             }
             yield from (
-                f"{dtype}, {'odd' if odd else 'aligned'}: {tile} must be compiled" for tile in shipped - compiled
+                f"{dtype}, {'odd' if odd else 'aligned'}{', 4 bits' if packed else ''}: {tile} must be compiled"
+                for tile in shipped - compiled
             )
 
 
@@ -195,9 +238,9 @@ def test_older_tensor_cores_are_found() -> None:
 
 PLANTED = """
 from executors._cli.kernels import Row
-from executors.triton import _cases, _configs
-from executors.triton._compile import compiling
-from executors.triton._resources import resources_of
+from executors._triton import _cases, _configs
+from executors._triton._compile import compiling
+from executors._triton._resources import resources_of
 
 tile = _configs.Tile({tile})
 family = _configs.FAMILIES["sm80"]

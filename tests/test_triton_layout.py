@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 import executors
-from executors.triton import _configs, _operands, _products
-from executors.triton._configs import FAMILIES, Regime, regime_of
-from executors.triton._device import Device
-from executors.triton._grouping import Groups
-from executors.triton._operands import Plan
-from executors.triton.kernels import adapters, gradients, outer, products
-from executors.triton.kernels.products import offset
+from executors._triton import _configs, _operands, _products
+from executors._triton._configs import FAMILIES, Regime, regime_of
+from executors._triton._device import Device
+from executors._triton._grouping import Groups
+from executors._triton._operands import Plan
+from executors._triton.kernels import adapters, addresses, gradients, outer, packed, products
+from executors._triton.kernels.addresses import offset
 from moe_ref import MoEConfig
 from moe_ref.conformance.call import call, run
 from moe_ref.conformance.checks import check_problem, same_bits
@@ -44,7 +44,7 @@ def test_tensor_descriptors(activation: str, dtype: str, layout: str, monkeypatc
     plain = _products.operand
     monkeypatch.setattr(_products, "operand", lambda *given: used.append(plain(*given)) or used[-1])
     check_problem(executors.get("triton"), problem, DEVICE)
-    assert {kind for _, kind in used} == {"columns", "rows"}  # one of them forward, the other backward
+    assert {own.tma for own in used} == {"columns", "rows"}  # one of them forward, the other backward
     for leaf, value in both_ways(problem).items():
         assert same_bits(value, pointers[leaf]), leaf
 
@@ -89,7 +89,7 @@ def test_weights_and_option_decide_on_the_configuration(
     plain = _configs.regime_of
     monkeypatch.setattr(_configs, "regime_of", lambda *a, **given: asked.append(given) or plain(*a, **given))
     call(executors.get("triton", batch_invariant=invariant), inputs_of(replace(ALIGNED, x_layout=layout)))
-    assert asked == [{"narrow": True, "aligned": True, "rows": 16.0, "batch_invariant": invariant}]
+    assert asked == [{"narrow": True, "aligned": True, "rows": 16.0, "batch_invariant": invariant, "packed": False}]
 
 
 def test_descriptors_are_for_nested_strides() -> None:
@@ -99,7 +99,7 @@ def test_descriptors_are_for_nested_strides() -> None:
     room = torch.zeros(2**16, dtype=torch.bfloat16)
 
     def kind(shape: tuple[int, ...], strides: tuple[int, ...]) -> str:
-        return _operands.operand(room.as_strided(shape, strides), 64, plan.regime.up, plan)[1]
+        return _operands.operand(room.as_strided(shape, strides), 64, plan.regime.up, plan).tma
 
     assert kind((2, 48, 32), (48 * 32, 32, 1)) == "rows"
     assert kind((2, 48, 32), (64 * 64, 64, 1)) == "rows"
@@ -107,12 +107,13 @@ def test_descriptors_are_for_nested_strides() -> None:
     assert kind((1, 48, 32), (7, 32, 1)) == "rows"
     assert kind((2, 48, 32), (0, 32, 1)) == kind((2, 48, 32), (32, 64, 1)) == kind((2, 48, 32), (48 * 32, 16, 1)) == ""
     assert kind((2, 48, 32), (48 * 32 + 16, 32, 1)) == ""
-    assert _operands.operand(room.float().view(4, 128, 128), 64, plan.regime.up, plan)[1] == ""
+    assert _operands.operand(room.float().view(4, 128, 128), 64, plan.regime.up, plan).tma == ""
 
 
 def test_configurations_are_well_formed() -> None:
     for name, family in FAMILIES.items():
-        for regimes in (family.narrow, family.wide, family.odd):
+        packed = family.packed
+        for regimes in (family.narrow, family.wide, family.odd, packed.narrow, packed.wide, packed.odd):
             assert regimes[-1].rows == float("inf"), name
             assert [r.rows for r in regimes] == sorted({r.rows for r in regimes}), name
             for regime in regimes:
@@ -136,6 +137,10 @@ def test_configuration_follows_rows_per_expert() -> None:
     assert [chosen(rows) for rows in (0.1, 16, 16.5, 64, 65, 1e6)] == [few, few, some, some, many, many]
     assert chosen(1, narrow=False) == FAMILIES["sm90"].wide[0]
     assert chosen(1, aligned=False) == FAMILIES["sm90"].odd[0]
+    packed = FAMILIES["sm90"].packed
+    assert [chosen(rows, packed=True) for rows in (16, 64, 65)] == list(packed.narrow)
+    assert chosen(1, packed=True, narrow=False) == packed.wide[0]
+    assert chosen(1, packed=True, aligned=False) == packed.odd[0]
     assert {chosen(rows, batch_invariant=True) for rows in (0.1, 20, 1e6)} == {many}
 
 
@@ -174,10 +179,10 @@ def test_offsets_are_64_bit() -> None:
 
 def test_addresses_are_made_by_offset_only() -> None:
     """No kernel of products or gradients multiplies with a stride or a size by itself, but within a tile (E5)."""
-    size = r"(?:stride\w*|strides\[|width\b|num_slots\b|[NKHMR]\b)"
+    size = r"(?:stride\w*|strides\[|width\b|num_slots\b|OUTER\b|INNER\b|scales\[|[NKHMR]\b)"
     found = [
         line
-        for module in (products, adapters, gradients, outer)
+        for module in (addresses, products, packed, adapters, gradients, outer)
         for line in re.findall(rf".*\*\s*{size}.*", Path(str(module.__file__)).read_text())
         if "offset(rows, 2 * N)" not in line and "< 2 * N)" not in line  # twice a size is no product of sizes
     ]

@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from types import ModuleType
@@ -14,11 +14,17 @@ import pytest
 import torch
 
 import executors
-from executors.triton import _gradients, _grouping, _products, _routing
-from executors.triton._grouping import CHUNK
+from executors._decode import decode_experts
+from executors._triton import _decode, _gradients, _grouping, _interpreter, _products, _routing
+from executors._triton._configs import FAMILIES
+from executors._triton._device import Device
+from executors._triton._grouping import CHUNK
+from executors._triton._operands import Plan
 from guarded import guarded
-from moe_ref import MoEConfig, MoEWeights
-from moe_ref.conformance.checks import check_problem
+from moe_ref import MoEConfig, MoEWeights, MXFP4Tensor, NF4Tensor
+from moe_ref.conformance.build import build
+from moe_ref.conformance.call import run, to_torch
+from moe_ref.conformance.checks import check_problem, same_bits
 from moe_ref.conformance.choices import admissible
 from moe_ref.conformance.exact import check_exact
 from moe_ref.conformance.problem import Problem
@@ -27,13 +33,18 @@ from moe_ref.routing import route
 from moe_ref.routing_vjp import route_vjp
 from triton_gradient_mutants import GRADIENT_MUTANTS
 from triton_mutants import MUTANTS
+from triton_packed_mutants import PACKED_MUTANTS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are planted in the interpreter")
 
-KERNELS = Path(executors.__file__).parent / "triton" / "kernels"
-LAUNCHERS = (_gradients, _grouping, _products, _routing)
-IMPORTERS = {"activation": ("products", "gradients")}  # kernels that call those of another file
+KERNELS = Path(executors.__file__).parent / "_triton" / "kernels"
+LAUNCHERS = (_decode, _gradients, _grouping, _products, _routing)
+IMPORTERS = {
+    "activation": ("products", "gradients"),
+    "packed": ("products",),
+}  # kernels that call those of another file
 
+ALL_MUTANTS = MUTANTS | GRADIENT_MUTANTS | PACKED_MUTANTS
 SUMMED = 2  # chunks
 
 GPT_OSS = MoEConfig(2, scoring="topk_softmax", alpha=1.702, limit=1.0, up_offset=1.0, gate_up_layout="interleaved")
@@ -49,6 +60,9 @@ DEEPSEEK = MoEConfig(
 )
 BASE = Problem(40, 5, 50, 70, GPT_OSS, gate_up_bias=True, down_bias=True)
 BY_EXPERTS = replace(BASE, entry="experts")
+NESTED = replace(
+    BASE, tokens=12, hidden=64, intermediate=48, config=MoEConfig(2), quant_type="nf4", blocksize=64, nested="one"
+)
 # Each feature in which a kernel can go wrong is in one of them. Five experts of about 16 rows, tails everywhere.
 PANEL = {
     "interleaved": BASE,
@@ -68,6 +82,15 @@ PANEL = {
     "empty slots": replace(BY_EXPERTS, empty_slots=True, cut_points=True),
     "empty slots, scaled": replace(BY_EXPERTS, config=MoEConfig(2, scale_input=True), empty_slots=True),
     "first expert empty": replace(BY_EXPERTS, tokens=3, experts=12),
+    # in 4 bits: few rows, decoded in the products; tiles have tails
+    "nf4": replace(BASE, tokens=12, hidden=64, intermediate=80, quant_type="nf4", blocksize=32),
+    "columns": replace(NESTED, quant_type="fp4", weights_layout="transposed", nested=""),
+    "nested": NESTED,
+    "per expert": replace(NESTED, nested="per expert", weights_layout="transposed"),
+    "odd rows": replace(BASE, tokens=12, hidden=17, intermediate=33, quant_type="nf4", blocksize=32),
+    "mxfp4": replace(BASE, tokens=12, hidden=64, intermediate=96, quant_type="mxfp4", gate_up_rank=2),
+    # many, decoded before them
+    "decoded": replace(BASE, hidden=50, intermediate=70, quant_type="nf4", nested="one", weights_layout="transposed"),
     "many slots": Problem(300, 5, 8, 8, MoEConfig(4, activation="silu"), entry="experts", cut_points=True),
 }
 
@@ -92,7 +115,7 @@ def check(name: str) -> None:
     if name in ALONE:
         ALONE[name]()
         return
-    with guarded():
+    with guarded(), patch.object(_decode, "PARTS", 2):
         check_problem(executors.get("triton"), PANEL[name])
 
 
@@ -197,7 +220,63 @@ def check_exact_cases() -> None:
         check_exact(executors.get("triton"), case, "float32")
 
 
-ALONE = {"grouping": check_grouping, "routing": check_routing, "exact": check_exact_cases}
+def check_decoding() -> None:
+    """Every code under every power of two, and nested scales of each kind: bits as the other executors have them."""
+    rng = np.random.default_rng(0)
+    bytes_of = partial(rng.integers, 0, 256, dtype=np.uint8)
+    everything = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16), (256, 1, 1))  # [exponent, codes, 16]
+    powers = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 16, axis=1)
+    mx = MXFP4Tensor(*map(torch.from_numpy, (everything.reshape(2, 128, 16, 16), powers.reshape(2, 128, 16))))
+    stored = (3, 36, 130)  # 438.75 blocks of 32, which straddle rows and experts
+    code = torch.from_numpy(np.sort(rng.normal(size=256)).astype(np.float32))
+
+    def nested(shape: tuple[int, int, int], blocks: int, coarse: int, offset: torch.Tensor) -> NF4Tensor:
+        scales = torch.from_numpy(rng.normal(size=coarse).astype(np.float32))
+        codes = torch.from_numpy(bytes_of(size=int(np.prod(shape)) // 2))
+        absmax = torch.from_numpy(bytes_of(size=blocks))
+        return NF4Tensor(codes, absmax, scales, code, offset, shape=shape, dtype="float32", blocksize=32)
+
+    one = nested(stored, 439, 2, torch.tensor(0.3))
+    each = nested((3, 36, 256), 864, 6, torch.tensor([0.3, -0.7, 0.011]))
+    for tensor in (mx, one, replace(one, quant_type="fp4"), each):
+        for dtype in ("float32", "bfloat16", "float16"):
+            packed = replace(tensor, dtype=dtype)
+            expected = decode_experts(packed, torch.arange(packed.shape[0]))
+            groups = _grouping.Groups(torch.empty(0), torch.arange(packed.shape[0] + 1), torch.empty(0), 0)
+            plan = Plan(groups, 1, FAMILIES["interpreter"].narrow[0], Device("interpreter", 3), "ieee", True)
+            with guarded():
+                out = torch.empty(packed.shape, dtype=expected.dtype)
+                _interpreter.mend()
+                _decode.decode(packed, 0, out, plan)
+            assert torch.equal(out.isnan(), expected.isnan())
+            assert same_bits(out.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def check_neighbours() -> None:
+    """What stands around scales in memory has no part in a result."""
+    problem, results = PANEL["nf4"], []
+    for around in (0.0, torch.nan):
+
+        def moved(array: torch.Tensor, around: float = around) -> torch.Tensor:
+            if not array.is_floating_point():
+                return array
+            return torch.nn.functional.pad(array, (64, 64), value=around)[64:-64]
+
+        inputs = to_torch(problem, build(problem))
+        packed = {name: value.map(moved) for name, value in inputs.weights.packed().items()}
+        inputs = replace(inputs, weights=inputs.weights.with_parameters(packed))
+        results.append(run(executors.get("triton"), inputs).tensors)
+    for name, value in results[0].items():
+        assert same_bits(value, results[1][name]), name
+
+
+ALONE = {
+    "grouping": check_grouping,
+    "routing": check_routing,
+    "exact": check_exact_cases,
+    "decoding": check_decoding,
+    "neighbours": check_neighbours,
+}
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -211,9 +290,9 @@ def test_as_they_are(name: str) -> None:
 
 
 @pytest.mark.usefixtures("new_kernels")
-@pytest.mark.parametrize("mutant", MUTANTS | GRADIENT_MUTANTS)
+@pytest.mark.parametrize("mutant", ALL_MUTANTS)
 def test_planted(mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, right, wrong, problem = (MUTANTS | GRADIENT_MUTANTS)[mutant]
+    file, right, wrong, problem = ALL_MUTANTS[mutant]
     text = source(file)
     assert text.count(right) >= 1, "the kernels have changed: so must this mutant"
     planted = tmp_path / f"planted_{file}.py"
@@ -221,7 +300,7 @@ def test_planted(mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     modules = [load(planted)]
     for importer in IMPORTERS.get(file, ()):
         other = tmp_path / f"planted_{importer}.py"
-        other.write_text(source(importer).replace(f"executors.triton.kernels.{file}", f"planted_{file}"))
+        other.write_text(source(importer).replace(f"executors._triton.kernels.{file}", f"planted_{file}"))
         modules.append(load(other))
     for launcher, module in product(LAUNCHERS, modules):
         for attribute in [a for a in vars(launcher) if a.endswith("_kernel") and hasattr(module, a)]:

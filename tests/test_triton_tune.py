@@ -19,10 +19,10 @@ from executors._cli.tune_contest import Contest, Duel, agree
 from executors._cli.tune_moves import fits, moves, with_rows
 from executors._cli.tune_problem import LAYER, Problem
 from executors._cli.tune_search import Search
-from executors.triton import _interpreter, _layer, _tuned, _tuned_file
-from executors.triton._configs import FAMILIES, Regime, Tile
-from executors.triton._device import INTERPRETED
-from executors.triton._tuned_file import PRODUCTS, SHARING
+from executors._triton import _interpreter, _layer, _tuned, _tuned_file
+from executors._triton._configs import FAMILIES, Regime, Tile
+from executors._triton._device import INTERPRETED
+from executors._triton._tuned_file import PRODUCTS, SHARING
 from moe_ref import MoEConfig
 from triton_cases import DEVICE, python
 

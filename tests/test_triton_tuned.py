@@ -16,10 +16,10 @@ import torch
 
 import executors
 from executors._operator import Arguments, arguments_of
-from executors.triton import _operator, _products, _tuned, _tuned_file
-from executors.triton._configs import FAMILIES, Regime, Tile
-from executors.triton._layer import Layer
-from executors.triton._tuned_file import PRODUCTS, Key, as_entry, parse, read, save
+from executors._triton import _operator, _products, _tuned, _tuned_file
+from executors._triton._configs import FAMILIES, Regime, Tile
+from executors._triton._layer import Layer
+from executors._triton._tuned_file import PRODUCTS, Key, as_entry, parse, read, save
 from moe_ref.conformance.call import Inputs, call
 from moe_ref.conformance.checks import check_problem, same_bits
 from triton_cases import ALIGNED, DEVICE, inputs_of

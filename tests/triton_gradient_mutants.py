@@ -135,8 +135,8 @@ GRADIENT_MUTANTS = {
     "an adapter's scaling forgotten": ("adapters", "total * scaling", "total", "adapters"),
     "the first factor of the neighbouring expert": (
         "adapters",
-        "load_matrix(factor, expert, rs",
-        "load_matrix(factor, tl.maximum(expert - 1, 0), rs",
+        "load_matrix(factor, (), expert, rs",
+        "load_matrix(factor, (), tl.maximum(expert - 1, 0), rs",
         "adapters",
     ),
     "a rank of the first factor is dropped": (
@@ -155,8 +155,8 @@ GRADIENT_MUTANTS = {
     ),
     "the second factor of the neighbouring expert": (
         "products",
-        "load_matrix(factor, expert, columns",
-        "load_matrix(factor, tl.maximum(expert - 1, 0), columns",
+        "load_matrix(factor, (), expert, columns",
+        "load_matrix(factor, (), tl.maximum(expert - 1, 0), columns",
         "adapters",
     ),
     "no adapter for up": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -16,10 +17,10 @@ from executors._cli import report
 from executors._cli.common import choice, new_console, progress_bar, refuse
 
 if TYPE_CHECKING:
-    from executors.triton._cases import Kernel
-    from executors.triton._resources import Resources
+    from executors._triton._cases import Kernel
+    from executors._triton._resources import Resources
 
-SCHEMA = 1
+SCHEMA = 2
 KIB = 1024
 DEFAULT_TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 ALL = "all"
@@ -29,14 +30,17 @@ TENSOR_CORES = {"UTCHMMA": "UTC", "v_mfma": "MFMA"}
 NOTES = """\
 tile: of a product, rows x columns x k; of group and place, slots x experts x
   rows; then w: warps, s: stages of the loop over k
-regs: registers of a thread; spill: bytes of a thread that found no register
-KiB: shared memory of a program, {shared} at most on {target}
+regs: registers of a thread; KiB: shared memory of a program, {shared} at most
+  on {target}
 tensor: instructions that multiply matrices (HMMA: mma.sync, HGMMA: wgmma,
-  UTC: tcgen05, MFMA); instr: all instructions
-loads: from global memory, wide / all; in k: the same in the loop over k; wide:
-  16 bytes of a thread, or a tile by TMA
+  UTC: tcgen05, MFMA)
+in k: loads from global memory in the loop over k, wide / all; wide: 16 bytes of
+  a thread, or a tile by TMA
+/w: instructions of a thread for each weight in 4 bits: in that loop, or in all
 layers: k is last in memory in qwen3 and oss-rows, not in gpt-oss and deepseek;
-  geglu, gelu (H=1040, I=528), relu2: by activation; odd: H=50, I=17"""
+  geglu, gelu (H=1040, I=528), relu2: by activation; odd: H=50, I=17
+in 4 bits: nf4 is qwen3; nf4-nest, nf4-peft (with adapters) and mxfp4 are
+  gpt-oss, k last in memory in mxfp4 only"""
 
 
 class Row(NamedTuple):
@@ -51,6 +55,21 @@ class Row(NamedTuple):
         constants = self.kernel.constants
         stages = f" s{constants['num_stages']}" if "num_stages" in constants else ""
         return f"{'x'.join(map(str, self.kernel.tile))} w{self.kernel.compiled.metadata.num_warps}{stages}"
+
+    @property
+    def per_weight(self) -> float | None:
+        """Instructions of a thread for each weight in 4 bits: of a product in the loop over k, of ``decode`` in all.
+
+        None of other kernels, and beside an adapter, where another loop is the innermost one.
+        """
+        constants, own = self.kernel.constants, self.resources
+        if constants.get("FORM") is None or constants.get("BLOCK_R"):
+            return None
+        metadata = self.kernel.compiled.metadata
+        threads = metadata.num_warps * metadata.target.warp_size
+        decodes = self.kernel.name == "decode"
+        weights = prod(constants[size] for size in (("BLOCK_O", "BLOCK_I") if decodes else ("BLOCK_N", "BLOCK_K")))
+        return (own.instructions if decodes else own.inner_instructions) * threads / weights
 
     def faults(self, shared: int) -> list[str]:
         """What is wrong with it, where a program may have so many bytes of shared memory."""
@@ -83,15 +102,15 @@ def kernels(
     """Compiles the Triton kernels, and shows what they take.
 
     Every shipped configuration is compiled on layers of real models, without a GPU. One table for each target:
-    registers, spills, shared memory, tensor-core instructions, and how wide loads are. Exit status: 0, or 1 if a
-    kernel spills or takes more shared memory than there is, 2 for bad arguments.
+    registers, shared memory, tensor-core instructions, how wide loads are, and what decoding 4 bits takes. Exit
+    status: 0, or 1 if a kernel spills or takes more shared memory than there is, 2 for bad arguments.
     """
     try:
-        from executors.triton import _configs
-        from executors.triton._cases import family_of
-        from executors.triton._compile import TARGETS
+        from executors._triton import _configs
+        from executors._triton._cases import family_of
+        from executors._triton._compile import TARGETS
     except ModuleNotFoundError as error:
-        if error.name != "triton":
+        if (error.name or "").partition(".")[0] != "triton":
             raise
         refuse('kernels need triton: pip install "moe-ref[triton]"')
     targets = choice("--target", target, list(TARGETS)) or DEFAULT_TARGETS
@@ -120,7 +139,7 @@ def kernels(
 
 
 def _dtypes(target: str, chosen: tuple[str, ...] | None) -> tuple[str, ...]:
-    from executors.triton._cases import default_dtypes
+    from executors._triton._cases import default_dtypes
 
     if chosen and ALL not in chosen:
         return chosen
@@ -129,8 +148,8 @@ def _dtypes(target: str, chosen: tuple[str, ...] | None) -> tuple[str, ...]:
 
 def compile_rows(target: str, dtypes: tuple[str, ...], largest: bool) -> list[Row]:
     """Compiles everything for a target."""
-    from executors.triton._cases import compile_kernels
-    from executors.triton._resources import resources_of
+    from executors._triton._cases import compile_kernels
+    from executors._triton._resources import resources_of
 
     with progress_bar() as show:
         try:
@@ -148,7 +167,7 @@ def table(rows: list[Row], shared: int) -> Table:
     out = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     for name in ("kernel", "layer", "type", "tile"):
         out.add_column(name, no_wrap=True)
-    for name in ("regs", "spill", "KiB", "tensor", "loads", "in k", "instr"):
+    for name in ("regs", "KiB", "tensor", "in k", "/w"):
         out.add_column(name, justify="right", no_wrap=True)
     last = ""
     for row in _most_registers(rows):
@@ -160,13 +179,11 @@ def table(rows: list[Row], shared: int) -> Table:
             escape(kernel.layer),
             SHORT.get(kernel.dtype, kernel.dtype),
             row.tile,
-            str(own.registers),
-            _red(str(own.spilled), own.spills) if own.spills else "-",
+            _red(str(own.registers), own.spills),
             _red(_kib(own.shared), own.shared > shared),
             _tensor(own),
-            f"{own.wide_loads}/{own.loads}",
             f"{own.inner_wide_loads}/{own.inner_loads}" if own.inner_loads else "",
-            str(own.instructions),
+            "" if row.per_weight is None else f"{row.per_weight:.1f}",
         )
         last = kernel.name
     return out
@@ -194,14 +211,16 @@ def faults(target: str, rows: list[Row], shared: int) -> list[str]:
 def as_json(row: Row) -> dict[str, Any]:
     """All that is known of a kernel."""
     kernel = row.kernel
+    form = kernel.constants.get("FORM")
     return {
         "kernel": kernel.name,
         "layer": kernel.layer,
         "dtype": kernel.dtype,
         "tile": list(kernel.tile),
         "warps": kernel.compiled.metadata.num_warps,
-        "constants": kernel.constants,
+        "constants": kernel.constants | {"FORM": form and form._asdict()},
         **asdict(row.resources),
+        "instructions_per_weight": row.per_weight,
     }
 
 

@@ -72,7 +72,7 @@ def tune(
         refuse(f"--json {json}: must be in a folder that exists")
     every = _check_tokens(tuple(dict.fromkeys(tokens or DEFAULT_TOKENS)), shape)
     from executors._cli import tune_choice
-    from executors.triton import _tuned
+    from executors._triton import _tuned
 
     target = file or _tuned.default_path()
     console, choices, stored = new_console(), [], True
@@ -108,10 +108,10 @@ def tune(
 def _check_machine(device: str | None) -> str:
     """The device to tune on."""
     try:
-        from executors.triton import _interpreter
-        from executors.triton._device import INTERPRETED
+        from executors._triton import _interpreter
+        from executors._triton._device import INTERPRETED
     except ModuleNotFoundError as error:
-        if error.name != "triton":
+        if (error.name or "").partition(".")[0] != "triton":
             raise
         refuse('tune needs triton: pip install "moe-ref[triton]"')
     if INTERPRETED:
@@ -157,7 +157,7 @@ def _check(option: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _check_tokens(tokens: tuple[int, ...], shape: Shape) -> tuple[int, ...]:
     """Refuses two T of which one choice would replace the other."""
-    from executors.triton._tuned import bucket_of
+    from executors._triton._tuned import bucket_of
 
     seen: dict[int, int] = {}
     for count in tokens:
@@ -208,7 +208,7 @@ def _store(path: Path, choice: Choice) -> bool:
     from json import dumps
 
     from executors._cli.tune_choice import told
-    from executors.triton import _tuned, _tuned_file
+    from executors._triton import _tuned, _tuned_file
 
     console = new_console()
     try:

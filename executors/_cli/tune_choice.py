@@ -13,9 +13,9 @@ from rich.table import Table
 from executors._cli.tune_contest import Contest, Duel, GpuClock, Tally, host_clock
 from executors._cli.tune_problem import LAYER, Problem
 from executors._cli.tune_search import Search, text_of
-from executors.triton._configs import Regime
-from executors.triton._device import INTERPRETED
-from executors.triton._tuned_file import Key, as_entry
+from executors._triton._configs import Regime
+from executors._triton._device import INTERPRETED
+from executors._triton._tuned_file import Key, as_entry
 
 ROUNDS = 15  # of a duel; interpreted, times mean nothing, and one does
 CONFIRMING = 3  # times as many rounds for the whole layer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from executors.triton._configs import Regime
+from executors._triton._configs import Regime
 from moe_ref.conformance.poison import poisoned
 
 Clock = Callable[[Callable[[], object]], float]  # seconds of a call

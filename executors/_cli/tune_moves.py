@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from executors.triton._configs import Regime, Tile
-from executors.triton._tuned_file import SHARING, check_tile
+from executors._triton._configs import Regime, Tile
+from executors._triton._tuned_file import SHARING, check_tile
 
 THREADS = {"gfx942": 64}  # of a warp
 LEAST_ACCUMULATORS, MOST_ACCUMULATORS = 2, 128  # sums of a thread: with twice as many it spills

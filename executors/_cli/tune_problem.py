@@ -13,12 +13,12 @@ from torch import Tensor
 from executors._cli.bench_layers import BenchLayer, Form
 from executors._cli.bench_routing import Batch
 from executors._operator import NAMES, Arguments, arguments_of
-from executors.triton import _gradients, _layer, _operator, _products, _tuned
-from executors.triton._configs import FAMILIES, Regime
-from executors.triton._device import device_guard, device_of
-from executors.triton._grouping import Groups, group
-from executors.triton._operands import Adapter, Plan
-from executors.triton._tuned_file import Key
+from executors._triton import _gradients, _layer, _operator, _products, _tuned
+from executors._triton._configs import FAMILIES, Regime
+from executors._triton._device import device_guard, device_of
+from executors._triton._grouping import Groups, group
+from executors._triton._operands import Adapter, Plan
+from executors._triton._tuned_file import Key
 
 LAYER = "layer"  # all products together, and what lies between them
 
@@ -107,6 +107,8 @@ class Problem:
     def _run_outer(self, plan: Plan) -> list[Tensor]:
         own, up, down, known = self.layer, self.layer.up, self.layer.down, self._known
         if not self.form.rank:
+            assert isinstance(down.matrices, Tensor)
+            assert isinstance(up.matrices, Tensor)
             return [
                 _gradients.outer(self.dy, known.h, down.matrices, plan, tokens_a=True),
                 _gradients.outer(known.dz, own.x, up.matrices, plan, tokens_b=True, scaled_b=own.before),

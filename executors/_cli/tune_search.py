@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from executors._cli.tune_contest import Contest
 from executors._cli.tune_moves import fits, moves, replaced, with_rows, with_tiles
 from executors._cli.tune_problem import LAYER
-from executors.triton._configs import Regime, Tile
-from executors.triton._tuned_file import SHARING
+from executors._triton._configs import Regime, Tile
+from executors._triton._tuned_file import SHARING
 
 OTHER_ROWS = 2  # twice and half of the shipped BLOCK_M: each as much of the time as all products had before
 OF_ADAPTERS = "inner"  # tuned wherever there are any

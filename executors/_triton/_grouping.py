@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from executors.triton.kernels.grouping import count_kernel, group_kernel, place_kernel, scan_kernel
+from executors._triton.kernels.grouping import count_kernel, group_kernel, place_kernel, scan_kernel
 
 CHUNK = 1024  # slots that one program takes
 BLOCK_S = 128  # of which as many at a time
@@ -31,6 +31,18 @@ class Groups(NamedTuple):
     group_offsets: Tensor
     tiles: Tensor
     most_tiles: int
+
+
+def bounds_of(groups: Groups, block_m: int) -> Tensor:
+    """[E + 1] int32: where the row tiles of each expert begin in the list, and where they end.
+
+    Args:
+        groups: of `group`.
+        block_m: rows of a tile, as there.
+    """
+    sizes = groups.group_offsets.diff()
+    counts = (sizes + (block_m - 1)).div(block_m, rounding_mode="floor")
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def group(topk_ids: Tensor, num_experts: int, block_m: int) -> Groups:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from executors.triton.kernels.products import offset
+from executors._triton.kernels.addresses import offset
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from executors._protocol import Unavailable
-from executors.triton._device import INTERPRETED
+from executors._triton._device import INTERPRETED
 
 TARGETS = {
     "sm75": GPUTarget("cuda", 75, 32),

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from executors.triton.kernels.routing import sigmoid
+from executors._triton.kernels.routing import sigmoid
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from executors.triton import _gradients, _products
-from executors.triton._operands import Act, Adapter, Plan
+from executors._triton import _gradients, _products
+from executors._triton._operands import Act, Adapter, Matrices, Plan
 from moe_ref.types import PARAMETERS
 
 NONE = Act("", 1.0, None, 0.0, "")  # no activation
@@ -17,7 +17,7 @@ NONE = Act("", 1.0, None, 0.0, "")  # no activation
 class Projection(NamedTuple):
     """A projection's parameters: [E, m, k], bias [E, m], adapter factors [E, r, k] and [E, m, r]."""
 
-    matrices: Tensor
+    matrices: Matrices
     bias: Tensor | None
     lora_a: Tensor | None
     lora_b: Tensor | None
@@ -124,7 +124,7 @@ def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, b
     del z, dh
     if want_weights:
         found["topk_weights"] = d_weights
-    if needs["down_proj"]:
+    if needs["down_proj"] and isinstance(down.matrices, Tensor):
         found["down_proj"] = _gradients.outer(dy, h, down.matrices, plan, tokens_a=True)
     if needs["down_lora_a"] and d_inner is not None and down.lora_a is not None:
         found["down_lora_a"] = _gradients.outer(d_inner, h, down.lora_a, plan)
@@ -139,7 +139,7 @@ def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, b
     d_inner = None
     if up.lora_b is not None and (want_rows or needs["gate_up_lora_a"]):
         d_inner = _d_inner(dz, up, plan, of_tokens=False)
-    if needs["gate_up_proj"]:
+    if needs["gate_up_proj"] and isinstance(up.matrices, Tensor):
         found["gate_up_proj"] = _gradients.outer(dz, layer.x, up.matrices, plan, tokens_b=True, scaled_b=layer.before)
     if needs["gate_up_lora_a"] and d_inner is not None and up.lora_a is not None:
         found["gate_up_lora_a"] = _gradients.outer(

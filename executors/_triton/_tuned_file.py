@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from executors.triton._configs import Regime, Tile
+from executors._triton._configs import Regime, Tile
 
 SCHEMA = 1
 POWERS = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 256), "warps": (1, 16)}  # of two, least and most

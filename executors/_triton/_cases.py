@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 import torch
 
 from executors._operator import NAMES
-from executors.triton import _configs, _layer, _operands
-from executors.triton._compile import TARGETS, compiling
-from executors.triton._configs import Regime
-from executors.triton._device import Device
-from executors.triton._grouping import group
-from executors.triton._layer import Projection
-from executors.triton._operands import Act, Plan
-from executors.triton._routing import backward_operator, route
-from moe_ref.types import LORA_FACTORS, MoEConfig, MoEWeights
+from executors._triton import _configs, _layer, _operands
+from executors._triton._compile import TARGETS, compiling
+from executors._triton._configs import Regime
+from executors._triton._device import Device
+from executors._triton._grouping import bounds_of, group
+from executors._triton._layer import Projection
+from executors._triton._operands import Act, Plan
+from executors._triton._routing import backward_operator, route
+from moe_ref.types import LORA_FACTORS, MoEConfig, MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor
+from moe_ref.validation import dtype_name
 
 TF32 = "tf32"  # float32 whose products may round their operands
 MULTIPROCESSORS = 128  # decides how many programs run, not what they are
@@ -35,6 +36,8 @@ class Layer(NamedTuple):
         scale_input: C3.
         rank: of both adapters, beside frozen projections; 0 is none.
         lora_dtype: of the adapters; "" is x's.
+        packed: both projections in 4 bits, frozen: "nf4", "nested" (its scales too), "mxfp4"; "" is dense.
+        decoded: whether they are decoded before the products.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Layer(NamedTuple):
     scale_input: bool = False
     rank: int = 0
     lora_dtype: str = ""
+    packed: str = ""
+    decoded: bool = False
 
 
 SWIGLU = Act("swiglu", 1.0, None, 0.0, "concatenated")
@@ -63,6 +68,13 @@ ODD = Layer("odd", 5, 2, 50, 17, CLAMPED._replace(layout="concatenated"), biases
 
 LORA = QWEN3._replace(name="lora", rank=16)
 LORA_FP32 = GPT_OSS._replace(name="lora-fp32", rank=32, lora_dtype="float32")  # as PEFT makes them
+
+NF4 = QWEN3._replace(name="nf4", packed="nf4")
+NESTED = GPT_OSS._replace(name="nf4-nest", packed="nested")
+MXFP4 = GPT_OSS_ROWS._replace(name="mxfp4", packed="mxfp4")
+PEFT = NESTED._replace(name="nf4-peft", rank=16, lora_dtype="float32")
+DECODED = NESTED._replace(name="nf4-dec", decoded=True)
+ODD_NF4 = ODD._replace(name="odd-nf4", packed="nested")
 
 INFERENCE = (GPT_OSS,)  # forward alone, with every regime
 INFERENCE_LARGEST = (QWEN3, DEEPSEEK)  # with the largest tiles only, the nearest to their limits
@@ -117,6 +129,7 @@ BLOCKS = {
     "up": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "down": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "combine": ("BLOCK_T", "BLOCK_H"),
+    "decode": ("BLOCK_O", "BLOCK_I"),
     "inner": ("BLOCK_M", "BLOCK_R", "BLOCK_K"),
     "outer": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "dz": ("BLOCK_M", "BLOCK_N"),
@@ -141,7 +154,7 @@ def compile_kernels(
     """Compiles everything for a target: each kernel once, in the order of `BLOCKS`.
 
     Args:
-        target: a name of `executors.triton._compile.TARGETS`.
+        target: a name of `executors._triton._compile.TARGETS`.
         dtypes: "bfloat16", "float16" or "float32"; the last compiles for TF32 too.
         show: called with the cases done and the cases in all.
         largest: whether to leave out all but the largest tiles of the products.
@@ -179,6 +192,7 @@ def cases(family: str, dtypes: tuple[str, ...], largest: bool = False) -> Iterat
             yield _largest(QWEN3, own.wide, dtype, device, trained=True)
             yield from _of_products(GPT_OSS, own.wide, TF32, device)
             yield _largest(QWEN3, own.wide, TF32, device, trained=True)
+            yield from _of_products(NF4, own.packed.wide, dtype, device, trained=True)
             continue
         for layer in INFERENCE:
             yield from _of_products(layer, own.narrow, dtype, device)
@@ -188,11 +202,17 @@ def cases(family: str, dtypes: tuple[str, ...], largest: bool = False) -> Iterat
             yield from _of_products(layer, own.narrow, dtype, device, trained=True)
         for layer in TRAINED_LARGEST:
             yield _largest(layer, own.narrow, dtype, device, trained=True)
+        yield from _of_products(NF4, own.packed.narrow, dtype, device, trained=True)
+        yield from _of_products(MXFP4, own.packed.narrow, dtype, device)
+        for layer in (NESTED, MXFP4, PEFT):
+            yield _largest(layer, own.packed.narrow, dtype, device, trained=True)
+        yield _largest(DECODED, own.narrow, dtype, device, trained=True)
         if own.apart != _configs.LEAST_APART:  # where tiles beside adapters depend on x's dtype
             yield _largest(LORA_FP32, own.narrow, "float16", device)
             yield _largest(LORA, own.narrow, dtype, device)
     for dtype in dtypes:
         yield from _of_products(ODD, own.odd, dtype, device, trained=True)
+        yield from _of_products(ODD_NF4, own.packed.odd, dtype, device, trained=True)
         yield Case("gpt-oss", dtype, partial(_route, 32, dtype, MoEConfig(4, scoring="topk_softmax")))
         yield Case("E=512", dtype, partial(_route, 512, dtype, MANY))
     yield Case("deepseek", "float32", partial(_route, 256, "float32", GROUPED))
@@ -219,7 +239,14 @@ def _largest_cases(family: str, dtype: str) -> Iterator[Case]:
     yield _largest(GPT_OSS, regimes, dtype, device)
     for layer in (QWEN3, GPT_OSS) if dtype == "float32" else (QWEN3, *TRAINED_LARGEST):
         yield _largest(layer, regimes, dtype, device, trained=True)
+    if dtype == "float32":
+        yield _largest(NF4, own.packed.wide, dtype, device, trained=True)
+    else:
+        for layer in (NF4, MXFP4, PEFT):
+            yield _largest(layer, own.packed.narrow, dtype, device, trained=True)
+        yield _largest(DECODED, regimes, dtype, device)
     yield _largest(ODD, own.odd, dtype, device, trained=True)
+    yield _largest(ODD_NF4, own.packed.odd, dtype, device, trained=True)
 
 
 def _largest(layer: Layer, regimes: tuple[Regime, ...], dtype: str, device: Device, trained: bool = False) -> Case:
@@ -236,6 +263,8 @@ def _call(layer: Layer, tokens: int, dtype: str, device: Device, regime: Regime,
         bias = absent(experts, m) if layer.biases else None
         factor = partial(absent, **({"dtype": getattr(torch, layer.lora_dtype)} if layer.lora_dtype else {}))
         a, b = (factor(experts, rank, k), factor(experts, m, rank)) if rank else (None, None)
+        if layer.packed:
+            return Projection(packed_like(layer.packed, stored, layer.by_columns), bias, a, b, 2.0)
         return Projection(stored, bias, a, b, 2.0)
 
     hidden, intermediate = layer.hidden, layer.intermediate
@@ -245,11 +274,36 @@ def _call(layer: Layer, tokens: int, dtype: str, device: Device, regime: Regime,
     whole = _layer.Layer(x, ids, weights, up, projection(hidden, intermediate), layer.act, layer.scale_input)
     groups = group(ids, layer.experts, regime.up.block_m)
     aligned = _operands.are_aligned(whole.up.matrices, whole.down.matrices)
-    plan = Plan(groups, layer.top_k, regime, device, "tf32" if dtype == TF32 else "ieee", aligned)
+    bounds = bounds_of(groups, regime.up.block_m) if layer.decoded else None
+    plan = Plan(groups, layer.top_k, regime, device, "tf32" if dtype == TF32 else "ieee", aligned, bounds)
     y, z = _layer.forward(whole, plan, keep_z=trained)
     if trained:
-        frozen = ("gate_up_proj", "down_proj") if layer.rank else LORA_FACTORS
+        frozen = {"gate_up_proj", "down_proj"} if layer.rank or layer.packed else set()
+        frozen |= set() if layer.rank else set(LORA_FACTORS)
         _layer.backward(whole, plan, z, y, {name: name not in frozen for name in NAMES})
+
+
+def packed_like(kind: str, matrices: torch.Tensor, transposed: bool) -> PackedTensor:
+    """A projection in 4 bits of the shape of matrices [E, m, k], in their order in memory.
+
+    Args:
+        kind: "nf4", "nested" or "mxfp4".
+        matrices: gives shape, dtype and device.
+        transposed: whether m is their last dimension in memory.
+    """
+    absent = partial(torch.empty, device=matrices.device)
+    experts, outer, inner = (matrices.transpose(1, 2) if transposed else matrices).shape
+    if kind == "mxfp4":
+        groups = (experts, outer, inner // 32)
+        codes, scales = absent(*groups, 16, dtype=torch.uint8), absent(groups, dtype=torch.uint8)
+        return MXFP4Tensor(codes, scales, dtype=dtype_name(matrices), transposed=transposed)
+    blocks = -(-experts * outer * inner // 64)
+    codes = absent(-(-experts * outer * inner // 2), dtype=torch.uint8)
+    form: dict[str, Any] = {"shape": tuple(matrices.shape), "dtype": dtype_name(matrices), "transposed": transposed}
+    if kind == "nf4":
+        return NF4Tensor(codes, absent(blocks), **form)
+    absmax = absent(blocks, dtype=torch.uint8)
+    return NF4Tensor(codes, absmax, absent(-(-blocks // 256)), absent(256), absent(()), **form)
 
 
 def _route(experts: int, dtype: str, config: MoEConfig) -> None:

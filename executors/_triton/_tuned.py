@@ -16,14 +16,17 @@ from pathlib import Path
 import torch
 import triton
 
-from executors.triton import _operands, _tuned_file
-from executors.triton._configs import Regime
-from executors.triton._device import INTERPRETED
-from executors.triton._layer import Layer, Projection
-from executors.triton._tuned_file import Entries, Key
+from executors._triton import _operands, _tuned_file
+from executors._triton._configs import Regime
+from executors._triton._device import INTERPRETED
+from executors._triton._layer import Layer, Projection
+from executors._triton._operands import Matrices
+from executors._triton._tuned_file import Entries, Key
+from moe_ref.types import PackedTensor
 from moe_ref.validation import dtype_name
 
-LAUNCHERS = ("_grouping.py", "_operands.py", "_products.py", "_gradients.py")  # what they do with a tile counts as well
+# What they do with a tile counts as well.
+LAUNCHERS = ("_grouping.py", "_operands.py", "_packed.py", "_decode.py", "_products.py", "_gradients.py")
 DIGITS = 12
 
 
@@ -84,7 +87,13 @@ def storage_of(up: Projection, down: Projection) -> str:
     """Which dimension of both is last in memory, such as "rows, columns"; or "not aligned"."""
     if not _operands.are_aligned(up.matrices, down.matrices):
         return "not aligned"
-    return ", ".join("rows" if own.matrices.stride(2) == 1 else "columns" for own in (up, down))
+    return ", ".join(_storage_of(own.matrices) for own in (up, down))
+
+
+def _storage_of(matrices: Matrices) -> str:
+    if isinstance(matrices, PackedTensor):
+        return f"{matrices.quant_type} {'columns' if matrices.transposed else 'rows'}"
+    return "rows" if matrices.stride(2) == 1 else "columns"
 
 
 @cache
@@ -106,7 +115,7 @@ def versions() -> str:
     except PackageNotFoundError:
         own = "unknown"
     digest = hashlib.sha256()
-    package = resources.files("executors.triton")
+    package = resources.files("executors._triton")
     kernels = sorted((file for file in package.joinpath("kernels").iterdir() if file.name.endswith(".py")), key=str)
     for file in (*kernels, *map(package.joinpath, LAUNCHERS)):
         digest.update(file.read_bytes())

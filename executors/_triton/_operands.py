@@ -9,10 +9,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from executors.triton import _configs
-from executors.triton._configs import Regime, Tile
-from executors.triton._device import Device
-from executors.triton._grouping import Groups
+from executors._triton import _configs
+from executors._triton._configs import Regime, Tile
+from executors._triton._device import Device
+from executors._triton._grouping import Groups
+from executors._triton._packed import Form, codes_of, is_aligned
+from moe_ref.types import PackedTensor
+
+Matrices = Tensor | PackedTensor  # [E, m, k]; of one in 4 bits no gradient is ever asked for
 
 UNIT = 16  # elements: what Triton must know sizes and strides to be multiples of, to load widely
 LEAST_RANKS, RANKS = 16, 64  # of an adapter at a time
@@ -38,6 +42,8 @@ class Plan(NamedTuple):
         device: what runs them.
         precision: "ieee" or "tf32".
         aligned: whether all projections can be loaded 16 bytes at a time.
+        bounds: [E + 1] where the row tiles of each expert begin, if what is in 4 bits is decoded before the products,
+            a part of the experts at a time; None if it is decoded in them.
     """
 
     groups: Groups
@@ -46,6 +52,7 @@ class Plan(NamedTuple):
     device: Device
     precision: str
     aligned: bool
+    bounds: Tensor | None = None
 
 
 class Adapter(NamedTuple):
@@ -55,9 +62,27 @@ class Adapter(NamedTuple):
     factor: Tensor
 
 
-def are_aligned(*projections: Tensor) -> bool:
-    """Whether projections [E, m, k] can be loaded 16 bytes at a time, along k or along m."""
-    return all(map(_is_matrix_aligned, projections))
+class Operand(NamedTuple):
+    """A kernel's arguments for matrices [E, m, k].
+
+    Attributes:
+        w: the tensor, a descriptor of it, or codes of it in 4 bits.
+        scales: of codes, else empty.
+        strides: three, of elements; of codes of bytes.
+        form: of codes, or None.
+        tma: "rows" or "columns" for a descriptor, else "".
+    """
+
+    w: Any
+    scales: tuple[Any, ...]
+    strides: tuple[int, ...]
+    form: Form | None
+    tma: str
+
+
+def are_aligned(*projections: Matrices) -> bool:
+    """Whether projections [E, m, k] can be loaded 16 bytes at a time, along k or along m; or 8, in 4 bits."""
+    return all(is_aligned(own) if isinstance(own, PackedTensor) else _is_matrix_aligned(own) for own in projections)
 
 
 def readable(rows: Tensor, aligned: bool) -> Tensor:
@@ -107,8 +132,19 @@ def ranks_at_a_time(rank: int) -> int:
     return min(RANKS, max(LEAST_RANKS, triton.next_power_of_2(rank)))
 
 
-def operand(matrices: Tensor, box: int, tile: Tile, plan: Plan) -> tuple[Any, str]:
-    """Matrices [E, m, k] as a kernel takes them: a descriptor where the device has them, else the tensor."""
+def operand(matrices: Matrices, box: int, tile: Tile, plan: Plan, halves: int = 1) -> Operand:
+    """Matrices [E, m, k] as a kernel takes them: a descriptor where the device has them, else the tensor, or codes.
+
+    Args:
+        matrices: of a projection, or their transposes.
+        box: columns of a tile that stand next to each other.
+        tile: of the product.
+        plan: of the call.
+        halves: 2 where columns begin in the middle too, else 1.
+    """
+    if isinstance(matrices, PackedTensor):
+        codes = codes_of(matrices, (box, tile.block_k), halves)
+        return Operand(codes.codes, codes.scales, codes.strides, codes.form, "")
     narrow = matrices.element_size() == 2  # those of fp32 go through registers anyway, and would spill
     kind, stored, block = "rows", matrices, [1, box, tile.block_k]
     if matrices.stride(2) != 1:
@@ -117,8 +153,9 @@ def operand(matrices: Tensor, box: int, tile: Tile, plan: Plan) -> tuple[Any, st
     of_expert = of_expert if experts > 1 else outer * of_outer
     nested = of_outer >= inner and of_expert >= outer * of_outer and of_expert % of_outer == 0
     if not (plan.aligned and narrow and nested and _configs.FAMILIES[plan.device.family].descriptors):
-        return matrices, ""
-    return TensorDescriptor(matrices, [experts, outer, inner], [of_expert, of_outer, 1], block), kind
+        return Operand(matrices, (), matrices.stride(), None, "")
+    descriptor = TensorDescriptor(matrices, [experts, outer, inner], [of_expert, of_outer, 1], block)
+    return Operand(descriptor, (), matrices.stride(), None, kind)
 
 
 def grid(plan: Plan, column_tiles: int, tile: Tile) -> tuple[int]:

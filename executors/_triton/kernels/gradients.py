@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from executors.triton.kernels.activation import act, gated, gated_slopes, slope
-from executors.triton.kernels.products import offset
+from executors._triton.kernels.activation import act, gated, gated_slopes, slope
+from executors._triton.kernels.addresses import offset
 
 
 @triton.jit

@@ -7,13 +7,9 @@ all of them busy. Sums are in fp32, over k in increasing order.
 import triton
 import triton.language as tl
 
-from executors.triton.kernels.activation import act, gated
-
-
-@triton.jit
-def offset(index, stride):
-    """index * stride in 64 bits, whatever the two have (E5)."""
-    return index.to(tl.int64) * stride
+from executors._triton.kernels.activation import act, gated
+from executors._triton.kernels.addresses import offset
+from executors._triton.kernels.packed import load_packed
 
 
 @triton.jit
@@ -31,13 +27,26 @@ def tile_at(tile, tiles, num_row_tiles, num_column_tiles, GROUP_M):
 
 
 @triton.jit
-def load_matrix(w, expert, columns, first, k, N, K, strides, EVEN_K, BLOCK_N, BLOCK_K, TMA):
+def part_of(tiles, bounds, first_expert, last_expert, PART):
+    """Where the row tiles of a part of the experts are listed, and how many there are."""
+    if PART:
+        begin = tl.load(bounds + first_expert)
+        return tiles + 3 * begin, tl.load(bounds + last_expert) - begin
+    else:
+        return tiles, tl.load(tiles)
+
+
+@triton.jit
+def load_matrix(w, scales, expert, columns, first, k, N, K, strides, FORM, DTYPE, EVEN_K, BLOCK_N, BLOCK_K, TMA):
     """[BLOCK_K, BLOCK_N] of an expert's matrix [N, K], transposed; zeros outside.
 
     Either w is a pointer, and ``columns`` say which of the N; or by TMA a descriptor of [E, N, K] ("rows") or of
-    [E, K, N] ("columns"), and BLOCK_N of them are taken from ``first`` on.
+    [E, K, N] ("columns"), and BLOCK_N of them are taken from ``first`` on; or with FORM they are codes in 4 bits, whose
+    numbers are rounded to DTYPE; outside are any numbers then, and the other operand has zeros.
     """
-    if TMA == "rows":
+    if FORM is not None:
+        values = load_packed(w, scales, expert, columns, first, k, N, K, strides, FORM, BLOCK_N, BLOCK_K).to(DTYPE)
+    elif TMA == "rows":
         values = w.load([expert, first, k]).reshape(BLOCK_N, BLOCK_K).T
     elif TMA == "columns":
         values = w.load([expert, k, first]).reshape(BLOCK_K, BLOCK_N)
@@ -82,21 +91,25 @@ def add_adapter(total, inner, factor, expert, row, end, columns, N, R, strides, 
     for r in tl.range(0, R, BLOCK_R):
         rs = r + tl.arange(0, BLOCK_R)
         a = tl.load(inner + rows + rs[None, :], mask=(rs < R)[None, :], other=0.0)
-        b = load_matrix(factor, expert, columns, 0, r, N, R, strides, False, BLOCK_N, BLOCK_R, "")
+        b = load_matrix(factor, (), expert, columns, 0, r, N, R, strides, None, a.dtype, False, BLOCK_N, BLOCK_R, "")
         total = dot_exact(a, b, total, PRECISION)
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "last_expert"])
 def up_kernel(
     x,  # [T, H]
-    w,  # [E, N, H], N = 2I if gated, else I; or a descriptor of it
+    w,  # [E, N, H], N = 2I if gated, else I; or a descriptor of it, or codes of it in 4 bits
+    scales,  # of codes, else empty
     bias,  # [E, N], or anything where HAS_BIAS is False
     topk_weights,  # [S], read where SCALE_INPUT
     inner,  # [S, R] rows times the adapter's first factor, read where BLOCK_R
     factor,  # [E, N, R] the adapter's second factor, read where BLOCK_R
     order,  # [S] the slot of each row
     tiles,  # [1 + tiles, 3] from kernels.grouping
+    bounds,  # [E + 1] where each expert's row tiles begin, read where PART
+    first_expert,  # of those whose matrices w holds: 0, or where PART another one
+    last_expert,  # the first one after them, read where PART
     h,  # [S, I] out, rows sorted by expert
     z,  # [S, N] out where STORE_Z
     N,
@@ -123,6 +136,8 @@ def up_kernel(
     UP_OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PART: tl.constexpr,
+    FORM: tl.constexpr,  # of codes, or None
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of w in a tile, gate and up together
@@ -136,10 +151,11 @@ def up_kernel(
     width = N if LAYOUT == "" else N // 2
     strides = (stride_we, stride_wn, stride_wk)
     of_factor = (stride_fe, stride_fn, stride_fr)
-    num_row_tiles = tl.load(tiles)
+    tiles, num_row_tiles = part_of(tiles, bounds, first_expert, last_expert, PART)
     num_column_tiles = tl.cdiv(width, BLOCK_H)
     for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, tl.num_programs(0)):
         expert, row, end, column_tile = tile_at(tile, tiles, num_row_tiles, num_column_tiles, GROUP_M)
+        matrix = expert - first_expert
         rows = row + tl.arange(0, BLOCK_M)
         slots = tl.load(order + tl.minimum(rows, end - 1))  # what is past the end is a copy, and not stored
         x_rows = offset(slots // TOP_K, stride_xt)[:, None]
@@ -147,16 +163,22 @@ def up_kernel(
         columns = first + tl.arange(0, BLOCK_W)
         others = columns + width  # ups, where columns are gates
         limit = width if LAYOUT == "concatenated" else N
+        bound = limit if FORM is None else N  # codes past the gates are ups, and not stored
         total = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
         up = total  # the second half, of a concatenated layout only
         for k in tl.range(0, K, BLOCK_K):
             ks = k + tl.arange(0, BLOCK_K)
             places = x_rows + offset(ks, stride_xk)[None, :]
             a = tl.load(x + places) if EVEN_K else tl.load(x + places, mask=(ks < K)[None, :], other=0.0)
-            b = load_matrix(w, expert, columns, first, k, limit, K, strides, EVEN_K, BLOCK_W, BLOCK_K, TMA)
+            b = load_matrix(
+                w, scales, matrix, columns, first, k, bound, K, strides, FORM, a.dtype, EVEN_K, BLOCK_W, BLOCK_K, TMA
+            )
             total = tl.dot(a, b, total, input_precision=PRECISION)
             if LAYOUT == "concatenated":
-                c = load_matrix(w, expert, others, first + width, k, N, K, strides, EVEN_K, BLOCK_W, BLOCK_K, TMA)
+                start = first + width
+                c = load_matrix(
+                    w, scales, matrix, others, start, k, N, K, strides, FORM, a.dtype, EVEN_K, BLOCK_W, BLOCK_K, TMA
+                )
                 up = tl.dot(a, c, up, input_precision=PRECISION)
         if BLOCK_R:
             total = add_adapter(
@@ -205,16 +227,20 @@ def up_kernel(
         tl.store(h + places, value.to(h.dtype.element_ty), mask=there & (out < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "last_expert"])
 def down_kernel(
     h,  # [S, K] rows sorted by expert, or a descriptor of it
-    w,  # [E, N, K], or a descriptor of it
+    w,  # [E, N, K], or a descriptor of it, or codes of it in 4 bits
+    scales,  # of codes, else empty
     bias,  # [E, N], or anything where HAS_BIAS is False
     topk_weights,  # [S], read where WEIGHTED
     inner,  # [S, R] rows times the adapter's first factor, read where BLOCK_R
     factor,  # [E, N, R] the adapter's second factor, read where BLOCK_R
     order,  # [S] the slot of each row
     tiles,  # [1 + tiles, 3] from kernels.grouping
+    bounds,  # [E + 1] where each expert's row tiles begin, read where PART
+    first_expert,  # of those whose matrices w holds: 0, or where PART another one
+    last_expert,  # the first one after them, read where PART
     out,  # [S, N] out, each row at its slot
     N,
     K,
@@ -231,6 +257,8 @@ def down_kernel(
     WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PART: tl.constexpr,
+    FORM: tl.constexpr,  # of codes, or None
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -244,10 +272,11 @@ def down_kernel(
     """
     strides = (stride_we, stride_wn, stride_wk)
     of_factor = (stride_fe, stride_fn, stride_fr)
-    num_row_tiles = tl.load(tiles)
+    tiles, num_row_tiles = part_of(tiles, bounds, first_expert, last_expert, PART)
     num_column_tiles = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, tl.num_programs(0)):
         expert, row, end, column_tile = tile_at(tile, tiles, num_row_tiles, num_column_tiles, GROUP_M)
+        matrix = expert - first_expert
         rows = row + tl.arange(0, BLOCK_M)
         first = column_tile * BLOCK_N
         columns = first + tl.arange(0, BLOCK_N)
@@ -261,7 +290,9 @@ def down_kernel(
                 a = tl.load(h + h_rows + ks[None, :])
             else:
                 a = tl.load(h + h_rows + ks[None, :], mask=(ks < K)[None, :], other=0.0)
-            b = load_matrix(w, expert, columns, first, k, N, K, strides, EVEN_K, BLOCK_N, BLOCK_K, TMA)
+            b = load_matrix(
+                w, scales, matrix, columns, first, k, N, K, strides, FORM, a.dtype, EVEN_K, BLOCK_N, BLOCK_K, TMA
+            )
             o = tl.dot(a, b, o, input_precision=PRECISION)
         if BLOCK_R:
             o = add_adapter(

@@ -7,12 +7,24 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from executors.triton import _configs
-from executors.triton._configs import Tile
-from executors.triton._operands import Act, Adapter, Plan, adapter_of, beside, blocks, grid, operand, ranks_at_a_time
-from executors.triton.kernels.adapters import inner_kernel
-from executors.triton.kernels.combine import combine_kernel
-from executors.triton.kernels.products import down_kernel, up_kernel
+from executors._triton import _configs
+from executors._triton._configs import Tile
+from executors._triton._decode import parts_of
+from executors._triton._operands import (
+    Act,
+    Adapter,
+    Matrices,
+    Plan,
+    adapter_of,
+    beside,
+    blocks,
+    grid,
+    operand,
+    ranks_at_a_time,
+)
+from executors._triton.kernels.adapters import inner_kernel
+from executors._triton.kernels.combine import combine_kernel
+from executors._triton.kernels.products import down_kernel, up_kernel
 
 COMBINED = 1024  # elements of y in one program
 HALF_AS_WIDE = ("relu2", "gelu", "gelu_tanh", "silu", "geglu")  # a wider tile's activation spills
@@ -20,7 +32,7 @@ HALF_AS_WIDE = ("relu2", "gelu", "gelu_tanh", "silu", "geglu")  # a wider tile's
 
 def up(
     x: Tensor,
-    matrices: Tensor,
+    matrices: Matrices,
     bias: Tensor | None,
     adapter: Adapter | None,
     topk_weights: Tensor | None,
@@ -43,47 +55,53 @@ def up(
     h = torch.empty(slots, intermediate, dtype=x.dtype, device=x.device)
     z = torch.empty(slots if keep_z else 0, both, dtype=x.dtype, device=x.device)
     box = columns_of_tile if act.layout == "concatenated" else tile.block_n
-    w, tma = operand(matrices, box, tile, plan)
     inner, factor, rank, block_r = adapter_of(adapter, x, plan)
-    up_kernel[grid(plan, triton.cdiv(intermediate, columns_of_tile), tile)](
-        x,
-        w,
-        x if bias is None else bias,
-        x if topk_weights is None else topk_weights,
-        inner,
-        factor,
-        plan.groups.order,
-        plan.groups.tiles,
-        h,
-        z,
-        both,
-        hidden,
-        rank,
-        *x.stride(),
-        *matrices.stride(),
-        *((0, 0) if bias is None else bias.stride()),
-        *factor.stride(),
-        TOP_K=plan.top_k,
-        HAS_BIAS=bias is not None,
-        SCALE_INPUT=topk_weights is not None,
-        STORE_Z=keep_z,
-        LAYOUT=act.layout,
-        ACTIVATION=act.activation,
-        ALPHA=act.alpha,
-        LIMIT=act.limit,
-        UP_OFFSET=act.up_offset,
-        PRECISION=plan.precision,
-        EVEN_K=hidden % tile.block_k == 0,
-        TMA=tma,
-        BLOCK_R=block_r,
-        **blocks(tile),
-    )
+    halves = 2 if act.layout == "concatenated" else 1
+    for own, part in parts_of(matrices, plan):
+        of_w = operand(own, box, tile, plan, halves)
+        up_kernel[grid(plan, triton.cdiv(intermediate, columns_of_tile), tile)](
+            x,
+            of_w.w,
+            of_w.scales,
+            x if bias is None else bias,
+            x if topk_weights is None else topk_weights,
+            inner,
+            factor,
+            plan.groups.order,
+            plan.groups.tiles,
+            *part,
+            h,
+            z,
+            both,
+            hidden,
+            rank,
+            *x.stride(),
+            *of_w.strides,
+            *((0, 0) if bias is None else bias.stride()),
+            *factor.stride(),
+            TOP_K=plan.top_k,
+            HAS_BIAS=bias is not None,
+            SCALE_INPUT=topk_weights is not None,
+            STORE_Z=keep_z,
+            LAYOUT=act.layout,
+            ACTIVATION=act.activation,
+            ALPHA=act.alpha,
+            LIMIT=act.limit,
+            UP_OFFSET=act.up_offset,
+            PRECISION=plan.precision,
+            EVEN_K=hidden % tile.block_k == 0,
+            PART=part.last > 0,
+            FORM=of_w.form,
+            TMA=of_w.tma,
+            BLOCK_R=block_r,
+            **blocks(tile),
+        )
     return h, z
 
 
 def down(
     h: Tensor,
-    matrices: Tensor,
+    matrices: Matrices,
     bias: Tensor | None,
     adapter: Adapter | None,
     topk_weights: Tensor | None,
@@ -94,33 +112,38 @@ def down(
     hidden, inner_size = matrices.shape[1:]
     tile = beside(adapter, tile, plan)
     out = torch.empty(h.shape[0], hidden, dtype=h.dtype, device=h.device)
-    w, tma = operand(matrices, tile.block_n, tile, plan)
-    rows = TensorDescriptor(h, list(h.shape), list(h.stride()), [tile.block_m, tile.block_k]) if tma else h
     inner, factor, rank, block_r = adapter_of(adapter, h, plan)
-    down_kernel[grid(plan, triton.cdiv(hidden, tile.block_n), tile)](
-        rows,
-        w,
-        h if bias is None else bias,
-        h if topk_weights is None else topk_weights,
-        inner,
-        factor,
-        plan.groups.order,
-        plan.groups.tiles,
-        out,
-        hidden,
-        inner_size,
-        rank,
-        *matrices.stride(),
-        *((0, 0) if bias is None else bias.stride()),
-        *factor.stride(),
-        HAS_BIAS=bias is not None,
-        WEIGHTED=topk_weights is not None,
-        PRECISION=plan.precision,
-        EVEN_K=inner_size % tile.block_k == 0,
-        TMA=tma,
-        BLOCK_R=block_r,
-        **blocks(tile),
-    )
+    for own, part in parts_of(matrices, plan):
+        of_w = operand(own, tile.block_n, tile, plan)
+        rows = TensorDescriptor(h, list(h.shape), list(h.stride()), [tile.block_m, tile.block_k]) if of_w.tma else h
+        down_kernel[grid(plan, triton.cdiv(hidden, tile.block_n), tile)](
+            rows,
+            of_w.w,
+            of_w.scales,
+            h if bias is None else bias,
+            h if topk_weights is None else topk_weights,
+            inner,
+            factor,
+            plan.groups.order,
+            plan.groups.tiles,
+            *part,
+            out,
+            hidden,
+            inner_size,
+            rank,
+            *of_w.strides,
+            *((0, 0) if bias is None else bias.stride()),
+            *factor.stride(),
+            HAS_BIAS=bias is not None,
+            WEIGHTED=topk_weights is not None,
+            PRECISION=plan.precision,
+            EVEN_K=inner_size % tile.block_k == 0,
+            PART=part.last > 0,
+            FORM=of_w.form,
+            TMA=of_w.tma,
+            BLOCK_R=block_r,
+            **blocks(tile),
+        )
     return out
 
 

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from executors.triton.kernels.products import dot_exact, load_matrix, offset, tile_at
+from executors._triton.kernels.addresses import offset
+from executors._triton.kernels.products import dot_exact, load_matrix, tile_at
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def inner_kernel(
             ks = k + tl.arange(0, BLOCK_K)
             places = starts + offset(ks, stride_k)[None, :]
             a = tl.load(rows_of + places) if EVEN_K else tl.load(rows_of + places, mask=(ks < K)[None, :], other=0.0)
-            b = load_matrix(factor, expert, rs, 0, k, R, K, strides, EVEN_K, BLOCK_R, BLOCK_K, "")
+            b = load_matrix(factor, (), expert, rs, 0, k, R, K, strides, None, a.dtype, EVEN_K, BLOCK_R, BLOCK_K, "")
             total = dot_exact(a, b, total, PRECISION)
         places = offset(rows, R)[:, None] + rs[None, :]
         mask = (rows < end)[:, None] & (rs < R)[None, :]

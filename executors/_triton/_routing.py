@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from executors.triton import _interpreter
-from executors.triton._device import INTERPRETED, device_guard
-from executors.triton.kernels.routing import route_backward_kernel, route_kernel
+from executors._triton import _interpreter
+from executors._triton._device import INTERPRETED, device_guard
+from executors._triton.kernels.routing import route_backward_kernel, route_kernel
 from moe_ref.types import MoEWeights, Routing
 from moe_ref.validation import dtype_name
 

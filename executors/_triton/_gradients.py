@@ -6,10 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from executors.triton._configs import Tile
-from executors.triton._operands import Act, Plan, blocks
-from executors.triton.kernels.gradients import dz_kernel, input_weights_kernel, sums_kernel
-from executors.triton.kernels.outer import outer_kernel
+from executors._triton._configs import Tile
+from executors._triton._operands import Act, Plan, blocks
+from executors._triton.kernels.gradients import dz_kernel, input_weights_kernel, sums_kernel
+from executors._triton.kernels.outer import outer_kernel
 
 SUMMED_ROWS, SUMMED_COLUMNS = 32, 128  # of a bias gradient's program
 ROWS, COLUMNS = 16, 64  # of an elementwise program, at a time; a row tile is no smaller

@@ -53,6 +53,18 @@ class Regime(NamedTuple):
 LEAST_APART = (16, 128)
 
 
+class Packed(NamedTuple):
+    """Configurations for matrices in 4 bits.
+
+    Attributes:
+        narrow, wide, odd: as of `Family`.
+    """
+
+    narrow: tuple[Regime, ...]
+    wide: tuple[Regime, ...]
+    odd: tuple[Regime, ...]
+
+
 class Family(NamedTuple):
     """Configurations for one kind of device.
 
@@ -62,6 +74,7 @@ class Family(NamedTuple):
         narrow: for 16-bit dtypes, in order of rows.
         wide: for fp32.
         odd: for operands whose rows are no whole 16 bytes, of any dtype.
+        packed: for matrices in 4 bits. Decoding takes registers: tiles are smaller.
         apart: ranks at a time, and columns of a tile at most, beside an adapter that is taken apart: of bf16 x, and of
             another dtype. It needs registers, or room next to the tensor cores.
     """
@@ -71,6 +84,7 @@ class Family(NamedTuple):
     narrow: tuple[Regime, ...]
     wide: tuple[Regime, ...]
     odd: tuple[Regime, ...]
+    packed: Packed
     apart: tuple[int, int] = LEAST_APART
 
 
@@ -104,6 +118,17 @@ _INTERPRETED = (
 )
 _ODD = (_same(16, 16, 32, 32, 2, 2, 0, **_FEW_WIDE), _same(ANY, 64, 64, 16, 8, 2, 2))
 _WIDE = (_same(16, 16, 64, 32, 4, 3, 0, **_FEW_WIDE), _same(ANY, 64, 64, 32, 8, 3, 2))
+_PACKED_WIDE = (_same(16, 16, 64, 32, 4, 2, 0, **_FEW_WIDE), _same(ANY, 32, 64, 32, 8, 3, 2))
+_PACKED_ODD = (_same(16, 16, 32, 16, 4, 1, 0, **_FEW_WIDE), _same(ANY, 32, 32, 16, 4, 1, 2))
+
+
+def _packed(*narrow: Regime) -> Packed:
+    return Packed(narrow, _PACKED_WIDE, _PACKED_ODD)
+
+
+_PACKED_SM80 = _packed(
+    _same(16, 16, 64, 64, 4, 4, 0, **_FEW), _same(64, 64, 64, 64, 8, 2, **_SOME), _same(ANY, 128, 128, 64, 8, 3)
+)
 
 FAMILIES = {
     # Triton has no tensor cores before 8.0: products are sums of single products there, and larger tiles spill.
@@ -113,6 +138,7 @@ FAMILIES = {
         (_same(16, 16, 64, 32, 2, 2, 0), _same(ANY, 32, 64, 32, 4, 2, 2)),
         (_same(16, 16, 64, 32, 4, 2, 0), _same(ANY, 64, 64, 16, 4, 2, 2)),
         (_same(16, 16, 32, 32, 2, 2, 0), _same(ANY, 32, 64, 16, 4, 2, 2)),
+        _packed(_same(16, 16, 32, 32, 4, 2, 0), _same(ANY, 32, 32, 32, 4, 2, 2)),
     ),
     "sm80": Family(
         163 * 1024,
@@ -124,6 +150,7 @@ FAMILIES = {
         ),
         _WIDE,
         _ODD,
+        _PACKED_SM80,
     ),
     "sm86": Family(
         99 * 1024,
@@ -131,6 +158,7 @@ FAMILIES = {
         (_same(16, 16, 64, 64, 4, 4, 0, **_FEW), _same(64, 64, 128, 32, 4, 3, **_SOME), _same(ANY, 128, 128, 32, 8, 3)),
         _WIDE,
         _ODD,
+        _PACKED_SM80,
     ),
     "sm90": Family(
         227 * 1024,
@@ -138,6 +166,11 @@ FAMILIES = {
         (_same(16, 16, 64, 64, 4, 6, 0, **_FEW), _same(64, 64, 128, 64, 4, 4, **_SOME), _same(ANY, 128, 256, 64, 8, 4)),
         _WIDE,
         _ODD,
+        _packed(
+            _same(16, 16, 64, 64, 4, 4, 0, **_FEW),
+            _same(64, 64, 128, 64, 8, 3, **_SOME),
+            _same(ANY, 128, 128, 64, 8, 3),
+        ),
         apart=(32, 256),
     ),
     "sm100": Family(
@@ -153,6 +186,11 @@ FAMILIES = {
             _regime(ANY, Tile(64, 64, 32, 8, 3, 2), up=Tile(64, 64, 32, 4, 3, 2)),
         ),
         _ODD,
+        _packed(
+            _same(16, 16, 64, 64, 4, 4, 0, **_FEW),
+            _same(64, 64, 128, 64, 4, 3, **_SOME),
+            _same(ANY, 128, 128, 64, 8, 3),
+        ),
     ),
     # Two stages here are one buffer in shared memory, and the next tile in registers on its way there.
     "gfx942": Family(
@@ -165,6 +203,11 @@ FAMILIES = {
         ),
         (_same(16, 16, 64, 64, 4, 2, 0, **_FEW_WIDE_AMD), _same(ANY, 64, 64, 32, 4, 2)),
         _ODD,
+        _packed(
+            _same(16, 16, 64, 64, 4, 2, 0, **_FEW_AMD),
+            _same(64, 64, 128, 64, 4, 2, **_SOME),
+            _same(ANY, 128, 128, 64, 8, 2),
+        ),
     ),
     # Numbers are checked here, never times.
     "interpreter": Family(
@@ -173,6 +216,7 @@ FAMILIES = {
         _INTERPRETED,
         _INTERPRETED,
         _INTERPRETED,
+        Packed(_INTERPRETED, _INTERPRETED, _INTERPRETED),
     ),
 }
 
@@ -191,7 +235,9 @@ def family_of(backend: str, arch: str | int) -> str:
     return own.get(arch, "sm86")
 
 
-def regime_of(family: str, *, narrow: bool, aligned: bool, rows: float, batch_invariant: bool) -> Regime:
+def regime_of(
+    family: str, *, narrow: bool, aligned: bool, rows: float, batch_invariant: bool, packed: bool = False
+) -> Regime:
     """The configuration for a call.
 
     Args:
@@ -200,7 +246,9 @@ def regime_of(family: str, *, narrow: bool, aligned: bool, rows: float, batch_in
         aligned: whether rows of every operand are whole 16 bytes.
         rows: mean rows per expert, S / E.
         batch_invariant: whether one configuration serves any number of rows (C2): the last one.
+        packed: whether a projection is in 4 bits.
     """
-    own = FAMILIES[family]
+    whole = FAMILIES[family]
+    own = whole.packed if packed else whole
     regimes = own.odd if not aligned else own.narrow if narrow else own.wide
     return regimes[-1] if batch_invariant else next(regime for regime in regimes if rows <= regime.rows)

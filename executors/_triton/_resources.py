@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from executors.triton._disassembly import Instruction, disassemble_amd, disassemble_nvidia, run_tool
+from executors._triton._disassembly import Instruction, disassemble_amd, disassemble_nvidia, run_tool
 
 REGISTER = 4  # bytes
 TENSOR_CORE = re.compile(r"(HMMA|HGMMA|UTC\w*MMA|v_mfma)")
@@ -34,6 +34,7 @@ class Resources:
         loads, wide_loads: instructions that load from global memory; of those, 16 bytes of a thread or a whole tile.
         inner_loads, inner_wide_loads: the same in the innermost loop that multiplies, the one over k.
         instructions: in all, without padding.
+        inner_instructions: of the innermost loop that multiplies, without padding.
     """
 
     registers: int
@@ -48,6 +49,7 @@ class Resources:
     inner_loads: int
     inner_wide_loads: int
     instructions: int
+    inner_instructions: int
 
     @property
     def spills(self) -> bool:
@@ -109,7 +111,8 @@ def _counted(code: list[Instruction], registers: int, spilled: int, scalars_move
         wide_loads=_number(WIDE, code, LOAD),
         inner_loads=_number(LOAD, loop),
         inner_wide_loads=_number(WIDE, loop, LOAD),
-        instructions=sum(i.opcode not in ("NOP", "s_nop", "s_code_end") for i in code),
+        instructions=_without_padding(code),
+        inner_instructions=_without_padding(loop),
     )
 
 
@@ -121,6 +124,10 @@ def inner_loop(code: list[Instruction]) -> list[Instruction]:
         if _number(MULTIPLY, loop):
             return loop
     return []
+
+
+def _without_padding(code: list[Instruction]) -> int:
+    return sum(i.opcode not in ("NOP", "s_nop", "s_code_end") for i in code)
 
 
 def _number(pattern: re.Pattern[str], code: list[Instruction], other: re.Pattern[str] = re.compile("")) -> int:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from executors.triton import _configs
-from executors.triton.kernels.combine import combine_kernel
+from executors._triton import _configs
+from executors._triton.kernels.combine import combine_kernel
 
 INTERPRETED = not isinstance(combine_kernel, JITFunction)  # settled when the kernels were imported
 

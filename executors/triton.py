@@ -15,9 +15,11 @@ import torch
 
 from executors._executor import LayerExecutor
 from executors._operator import Operator, apply
+from executors._paths import mean_rows
 from executors._protocol import Capabilities, Unavailable, Unsupported
-from executors.triton import _grouping, _operator, _routing, _tuned
-from executors.triton._device import INTERPRETED
+from executors._triton import _grouping, _operator, _routing, _tuned
+from executors._triton._device import INTERPRETED
+from executors._triton._paths import FUSED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +74,7 @@ class Triton(LayerExecutor):
         return Capabilities(
             devices=frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"}),
             dtypes=frozenset({"float32", "bfloat16", "float16"}),
+            weights=frozenset({"dense", "nf4", "fp4", "mxfp4"}),
             batch_invariant=self.batch_invariant,
             interpreted=INTERPRETED,
         )
@@ -82,7 +85,9 @@ class Triton(LayerExecutor):
         self._check_slots(x.numel() // x.shape[-1] * (weights.config.top_k or 1))
 
     def note(self, x: Tensor, weights: MoEWeights) -> str:
-        """What a user should know of a call that works: that it is interpreted."""
+        """What a user should know of a call that works: that it is interpreted, and which way 4 bits take."""
+        if weights.packed():
+            return _operator.path_note(x, mean_rows(x, weights), FUSED if self.batch_invariant else "")
         return "interpreted on the CPU (TRITON_INTERPRET=1): slow, for numbers only" if INTERPRETED else ""
 
     def _check_slots(self, slots: int) -> None:

@@ -1,0 +1,57 @@
+"""What is in 4 bits: decoded in the products, or before them. A rule by the mean rows of an expert.
+
+In the product a number is decoded once for each row tile that uses it, in registers, and nothing is written. Before
+it, each number is decoded once, but written and read again in 16 bits. So the first wins for few rows, the second for
+many.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+FUSED, DECODED = "fused", "decoded"
+
+
+class Rule(NamedTuple):
+    """When a kind of device decodes in the products.
+
+    Attributes:
+        rows: mean rows of an expert, S / E, up to which it does.
+        basis: what the number stands on.
+    """
+
+    rows: float
+    basis: str
+
+
+COUNTED = "counted, awaiting a measurement"  # docs/four-bit.md: instructions, bytes and products of a row tile
+RULES = {
+    "sm75": Rule(256, COUNTED),
+    "sm80": Rule(256, COUNTED),
+    "sm86": Rule(256, COUNTED),
+    "sm90": Rule(256, COUNTED),
+    "sm100": Rule(128, COUNTED),
+    "gfx942": Rule(256, COUNTED),
+    "interpreter": Rule(6, "small, so that small problems take both ways"),
+}
+
+
+def path_of(family: str, rows: float) -> str:
+    """The way for a call: "fused" or "decoded".
+
+    Args:
+        family: of the device.
+        rows: mean rows of an expert, S / E.
+    """
+    return FUSED if rows <= RULES[family].rows else DECODED
+
+
+def told(family: str, rows: float | None) -> str:
+    """Which way a call goes and why, in one line; without rows, the rule."""
+    rule = RULES[family]
+    bound = f"up to {rule.rows:g} rows per expert ({rule.basis})"
+    if rows is None:
+        return f"4 bits: decoded in the products {bound}"
+    if path_of(family, rows) == FUSED:
+        return f"4 bits: decoded in the products, as {bound}; here {rows:g}"
+    return f"4 bits: decoded before the products; in them only {bound}; here {rows:g}"

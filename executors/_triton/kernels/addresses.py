@@ -1,0 +1,10 @@
+"""Addresses that do not wrap (clause E5)."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def offset(index, stride):
+    """index * stride in 64 bits, whatever the two have (E5)."""
+    return index.to(tl.int64) * stride

@@ -1,0 +1,119 @@
+"""The kernels that read 4 bits, both ways: decoded in the products and before them, judged as every executor is.
+
+NF4, FP4, plain and nested, and MXFP4. Where the kernels are interpreted fewer problems are drawn.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import executors
+from executors import Executor
+from moe_ref import MoEConfig
+from moe_ref.conformance import pinned, profiles
+from moe_ref.conformance.checks import check_problem, check_repeatable
+from moe_ref.conformance.errors import check_errors, check_no_double_backward
+from moe_ref.conformance.every_code import check_every_code
+from moe_ref.conformance.exact import CASES, check_exact
+from moe_ref.conformance.laws import LAWS, check_law
+from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.strategies import problems_for
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROFILE = profiles.current()
+PATHS = {path: executors.get("grouped_nf4", path=path) for path in ("fused", "decoded")}
+MOST = 10**6 if torch.cuda.is_available() else 40_000  # numbers of x and a projection, for the interpreter
+
+both_paths = pytest.mark.parametrize("executor", PATHS.values(), ids=PATHS)
+
+# What must never be left to chance: gpt-oss' form both ways in memory, every kind of statistics, rows within bytes.
+GPT_OSS = replace(pinned.GPT_OSS, top_k=2)
+BASE = Problem(17, 5, 64, 96, GPT_OSS, "bfloat16", gate_up_bias=True, down_bias=True)
+ALWAYS = {
+    "nf4": replace(BASE, quant_type="nf4"),
+    "nested": replace(BASE, quant_type="nf4", nested="one", weights_layout="transposed", config=MoEConfig(2)),
+    "per expert": replace(BASE, quant_type="nf4", nested="per expert", blocksize=32, dtype="float16"),
+    "straddling": replace(BASE, quant_type="fp4", nested="one", hidden=50, intermediate=17, dtype="float32"),
+    "rows of odd length": replace(
+        BASE,
+        quant_type="nf4",
+        blocksize=32,
+        hidden=17,
+        intermediate=7,
+        config=MoEConfig(2),
+        weights_layout="transposed",
+    ),
+    "mxfp4": replace(BASE, quant_type="mxfp4", gate_up_rank=3, down_rank=17),
+    "mxfp4, transposed": replace(
+        BASE, quant_type="mxfp4", weights_layout="transposed", config=MoEConfig(2), dtype="float16"
+    ),
+    "empty experts and slots": replace(BASE, quant_type="nf4", experts=33, entry="experts", empty_slots=True),
+    "broken rows": replace(BASE, quant_type="mxfp4", broken_logits=3, broken_x=1),
+}
+
+
+def drawn(share: int) -> settings:
+    """One of so many of the profile's examples."""
+    return settings(PROFILE, max_examples=max(1, PROFILE.max_examples // share))
+
+
+@both_paths
+@pytest.mark.parametrize("name", ALWAYS)
+def test_always(executor: Executor, name: str) -> None:
+    check_problem(executor, ALWAYS[name], DEVICE)
+
+
+@both_paths
+@drawn(10)
+@given(data=st.data())
+def test_matches_specification(executor: Executor, data: st.DataObject) -> None:
+    check_problem(executor, data.draw(problems_for(executor), label="problem"), DEVICE)
+
+
+@both_paths
+@drawn(50)
+@given(data=st.data())
+def test_repeatable(executor: Executor, data: st.DataObject) -> None:
+    check_repeatable(executor, data.draw(problems_for(executor), label="problem"), DEVICE)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@drawn(50)
+@given(data=st.data())
+def test_laws(law: str, data: st.DataObject) -> None:
+    executor = PATHS["fused"]
+    assume(check_law(executor, data.draw(problems_for(executor), label="problem"), law, DEVICE))
+
+
+@both_paths
+@pytest.mark.parametrize("problem", pinned.PACKED, ids=lambda p: f"T{p.tokens}-E{p.experts}-{p.dtype}-{p.quant_type}")
+def test_pinned_problems(executor: Executor, problem: Problem) -> None:
+    if problem.hidden * (problem.tokens + problem.intermediate) > MOST:
+        pytest.skip("too large for the interpreter")
+    check_problem(executor, problem, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("path", "quant_type", "nested", "dtype"),
+    [
+        ("fused", "nf4", "per expert", "bfloat16"),
+        ("fused", "fp4", "one", "float16"),
+        ("fused", "mxfp4", "", "float32"),
+        ("decoded", "mxfp4", "", "bfloat16"),
+    ],
+)
+def test_every_code(path: str, quant_type: str, nested: str, dtype: str) -> None:
+    assert check_every_code(PATHS[path], quant_type, nested, dtype, DEVICE) == ""
+
+
+@pytest.mark.parametrize("case", sorted(CASES.keys() - {"wide_combine"}))  # whose weights no format holds
+def test_exact_cases(case: str) -> None:
+    assert check_exact(PATHS["fused"], case, "bfloat16", DEVICE) == ""
+
+
+def test_refusals() -> None:
+    check_errors(PATHS["fused"], DEVICE)
+    check_no_double_backward(PATHS["fused"], DEVICE)
