@@ -10,7 +10,7 @@ from pathlib import Path
 from gpu_run import SECONDS, Stage
 
 NAMES = (
-    *("machine", "small", "capture", "peers", "bench", "suite-triton", "memcheck"),
+    *("machine", "small", "capture", "peers", "bench", "suite-triton", "four-bit", "crossover", "memcheck"),
     *("suite", "bench-large", "bench-routing", "racecheck", "initcheck", "profile"),
 )  # in their order: what matters most comes first, since the limit ends the last
 ONLY_IF_ASKED = ("profile",)
@@ -133,6 +133,8 @@ def _benchmarks(plan: Plan) -> list[Stage]:
     return [
         peers,
         _bench(plan, "bench", MAIN_LAYERS, ("--routing", "real"), 260),
+        _four_bit(plan),
+        _crossover(plan),
         replace(_bench(plan, "bench-large", LARGE_LAYERS, ("--routing", "real"), 200), skip=skip),
         replace(_bench(plan, "bench-routing", MAIN_LAYERS, forward, 120), skip=skip),
     ]
@@ -146,6 +148,21 @@ def _bench(plan: Plan, name: str, layers: Sequence[str], options: Sequence[str],
     chosen = [part for layer in layers for part in ("--layer", layer)]
     where = ("--device", plan.device, "--limit", SECONDS, "--out", str(plan.out / name))
     return Stage(name, (plan.python, "-m", "executors", "bench", *chosen, *options, *where), cap)
+
+
+def _four_bit(plan: Plan) -> Stage:
+    short = ("--short",) if plan.short else ()
+    program = (plan.python, "benchmarks/gpu_four_bit.py", plan.device, str(plan.out / "four-bit"), SECONDS, *short)
+    return Stage("four-bit", program, 300)
+
+
+def _crossover(plan: Plan) -> Stage:
+    """Where decoding in the products stops to pay."""
+    short = ("--layer", LARGE_LAYERS[0], "--weights", "mxfp4", "--rows", "1", "--direction", "forward")
+    tiny = ("--scale", "256", "--seconds", "0", "--rounds", "1", "--interpreted")
+    where = ("--limit", SECONDS, "--out", str(plan.out / "crossover"), "--device", plan.device)
+    command = (plan.python, "-m", "executors", "crossover", *((*short, *tiny) if plan.short else ()), *where)
+    return Stage("crossover", command, 300)
 
 
 def _profile(plan: Plan) -> Stage:

@@ -7,6 +7,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,13 +58,17 @@ def test_all_of_it_shortened(tmp_path: Path) -> None:
     without_a_gpu = {"memcheck", "racecheck", "initcheck", "peers", "bench-large", "bench-routing"}
     assert {name for name, what in status.items() if what == "skipped"} == without_a_gpu
     assert {name for name, what in status.items() if what == "passed"} == status.keys() - without_a_gpu
-    assert {"machine", "small", "capture", "suite-triton", "suite", "bench"} <= status.keys()
+    assert {"machine", "small", "capture", "suite-triton", "suite", "bench", "four-bit", "crossover"} <= status.keys()
     assert all(stage["said"] == "needs a GPU" for stage in found["stages"] if stage["status"] == "skipped")
     assert max(map(len, done.stdout.splitlines()[-len(status) - 2 : -1])) <= 80
     assert json.loads((tmp_path / "machine.json").read_text())["packages"]["torch"]
     assert "skipped" in (tmp_path / "capture.log").read_text()
     assert "triton: its kernels were interpreted" in (tmp_path / "suite-triton.log").read_text()
     check_bench(tmp_path / "bench")
+    check_four_bit(tmp_path / "four-bit" / "mxfp4-training")
+    (curve,) = json.loads((tmp_path / "crossover" / "crossover.json").read_text())["curves"]
+    assert [point["failure"] for point in curve["points"]] == [""]
+    assert (tmp_path / "crossover" / "crossover.png").read_bytes().startswith(PNG)
 
 
 def check_bench(folder: Path) -> None:
@@ -85,6 +90,18 @@ def check_bench(folder: Path) -> None:
         assert rows["hf:grouped_mm"]["passed"]
     for picture in ("bench.png", "roofline.png"):
         assert (folder / picture).read_bytes().startswith(PNG)
+
+
+def check_four_bit(folder: Path) -> None:
+    """Each path is a contender that is right, and so is the layer that was decoded before."""
+    found = json.loads((folder / "bench.json").read_text())
+    assert found["complete"]
+    (case,) = found["cases"]
+    assert case["direction"] == "lora"
+    rows = {row["name"]: row for row in case["contenders"]}
+    for name in ("grouped_nf4[fused]", "grouped_nf4[decoded]", "grouped_nf4[torch]", "triton[bf16]", "torch:loop"):
+        assert rows[name]["passed"], name
+    assert rows["bnb:loop"]["reason"] == "bitsandbytes has no MXFP4"
 
 
 def test_bad_arguments_exit_with_2_and_one_line(tmp_path: Path) -> None:
@@ -210,6 +227,7 @@ def test_a_stage_s_own_work_ends_before_the_stage(tmp_path: Path) -> None:
 
 def test_on_a_gpu_everything_is_asked_for(tmp_path: Path) -> None:
     """The commands of a run that has no GPU here: options that the programs they call know."""
+    import gpu_four_bit
     from gpu_stages import NAMES, ONLY_IF_ASKED, Plan, stages
     from typer.testing import CliRunner
 
@@ -226,6 +244,13 @@ def test_on_a_gpu_everything_is_asked_for(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2
         assert "--device quantum: must be a device that torch has here" in result.stderr
+    for arguments in gpu_four_bit.runs(short=False).values():
+        result = CliRunner().invoke(app, ["bench", *arguments, "--device", "quantum"])
+        assert "--device quantum: must be a device that torch has here" in result.stderr
+    assert found["four-bit"].command[1:3] == ("benchmarks/gpu_four_bit.py", "cuda")
+    crossing = [part.replace("{seconds}", "0") for part in found["crossover"].command[3:]]
+    result = CliRunner().invoke(app, [*crossing, "--layer", "odd"])
+    assert "--layer odd: must be one of" in result.stderr
     for name in ("memcheck", "racecheck", "initcheck"):
         assert found[name].command[:3] == ("compute-sanitizer", "--tool", name)
         assert found[name].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
@@ -235,6 +260,27 @@ def test_on_a_gpu_everything_is_asked_for(tmp_path: Path) -> None:
         for part in stage.command:
             if part.endswith(".py"):
                 assert (ROOT / part).exists()
+
+
+def test_runs_in_4_bits_share_the_time_and_one_that_fails_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu_four_bit
+
+    commands: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=int("mxfp4-decoding" in command[-1]))
+
+    monkeypatch.setattr(gpu_four_bit.subprocess, "run", run)
+    assert gpu_four_bit.main("cuda", str(tmp_path), "600") == 1
+    assert [command[command.index("--limit") + 1] for command in commands] == ["100", "120", "150", "200", "300", "600"]
+    assert len({command[-1] for command in commands}) == 6
+    assert "5 of 6 runs done; failed or left out: mxfp4-decoding" in capsys.readouterr().out
+    assert gpu_four_bit.main("cuda", str(tmp_path), "0") == 1
+    assert len(commands) == 6
+    assert "nf4-decoding: left out, the limit of 0 s had passed" in capsys.readouterr().out
 
 
 def test_the_call_that_is_profiled(capsys: pytest.CaptureFixture[str]) -> None:

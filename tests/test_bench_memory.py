@@ -23,7 +23,7 @@ pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PLAIN, NESTED = Quantisation("nf4"), Quantisation("nf4", nested=True)
+PLAIN, NESTED, MX = Quantisation("nf4"), Quantisation("nf4", nested=True), Quantisation("mxfp4")
 
 
 def layer_of(name: str, how: Quantisation, rank: int = 0) -> BenchLayer:
@@ -32,7 +32,7 @@ def layer_of(name: str, how: Quantisation, rank: int = 0) -> BenchLayer:
     return with_adapters(layer, rank, 0) if rank else layer
 
 
-@pytest.mark.parametrize(("how", "rank"), [(PLAIN, 0), (NESTED, 4)], ids=str)
+@pytest.mark.parametrize(("how", "rank"), [(PLAIN, 0), (NESTED, 4), (MX, 4)], ids=str)
 def test_layer_reaches_the_other_process_unchanged(tmp_path: Path, how: Quantisation, rank: int) -> None:
     layer = layer_of("gpt-oss-20b", how, rank)
     spec = json.loads(json.dumps(bench_memory._save(layer, tmp_path / "file")))

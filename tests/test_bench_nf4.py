@@ -10,20 +10,22 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from executors._cli import bench_memory, bench_report
+from executors._cli import bench_loops, bench_memory, bench_report, bench_table, bench_variants
 from executors._cli.app import app
 from executors._cli.bench import contenders
-from executors._cli.bench_bnb import NO_ADAPTERS, STACK, parametrised_module, peers_in_4_bits
+from executors._cli.bench_bnb import NO_ADAPTERS, NO_MXFP4, STACK, parametrised_module, peers_in_4_bits
 from executors._cli.bench_case import Case, Row
+from executors._cli.bench_contenders import our_contenders
 from executors._cli.bench_judge import Judgement, judge_contender
 from executors._cli.bench_layers import LAYERS, BenchLayer, Form, random_layer, sized, with_adapters
-from executors._cli.bench_measure import Spread
+from executors._cli.bench_measure import Ceilings, Spread
 from executors._cli.bench_nf4 import BLOCKSIZE, Quantisation, quant_state, quantised
 from executors._cli.bench_routing import Load, batch
 from executors._cli.bench_settings import Settings
 from executors._cli.bench_truth import sample_truth
-from moe_ref import nf4
-from moe_ref.types import NF4Tensor
+from executors._cli.common import new_console
+from moe_ref import mxfp4, nf4
+from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
 from moe_ref.vjp import layer_vjp
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -32,7 +34,9 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread", "known_ceilings")
 
 PEERS = ["bnb:loop", "bnb:sorted-loop", STACK, "hf:eager+bnb"]
-PLAIN, NESTED = Quantisation("nf4"), Quantisation("nf4", nested=True)
+TORCH_LOOPS = ["torch:loop", "torch:sorted-loop"]
+PLAIN, NESTED, MX = Quantisation("nf4"), Quantisation("nf4", nested=True), Quantisation("mxfp4")
+WAYS = [*bench_variants.PATHS, "bf16"]
 SMALL = ("--scale", 32, "--tokens", 1, "--tokens", 4, "--seconds", 0.0, "--executor", "grouped_nf4")
 
 
@@ -61,15 +65,18 @@ def case_of(rows: list[Row], **changes: Any) -> Case:
 
 
 @pytest.mark.parametrize("rank", [0, 16])
-@pytest.mark.parametrize("how", [PLAIN, NESTED, Quantisation("fp4")], ids=str)
+@pytest.mark.parametrize("how", [PLAIN, NESTED, Quantisation("fp4"), MX], ids=str)
 @pytest.mark.parametrize("name", ["gpt-oss-20b", "qwen3-30b-a3b"])
 def test_every_contender_agrees_with_the_specification(name: str, how: Quantisation, rank: int) -> None:
     layer = layer_of(name, how, rank)
     given = batch("real", 6, 4, layer.shape, "cpu", 0)
     truth = sample_truth(layer, given, True, 0)
     everyone = contenders(layer, given, ["grouped_nf4"])
-    assert [c.name for c in everyone] == ["grouped_nf4", *PEERS]
+    assert [c.name for c in everyone] == ["grouped_nf4", *(TORCH_LOOPS if how is MX else []), *PEERS]
     for contender in everyone:
+        if how is MX and contender.name in PEERS:
+            assert contender.reason == NO_MXFP4
+            continue
         if rank and "hf:" in contender.name:
             assert contender.reason == NO_ADAPTERS
             continue
@@ -81,9 +88,9 @@ def test_every_contender_agrees_with_the_specification(name: str, how: Quantisat
         assert {v.name for v in judgement.verdicts} == {"y", "x", "topk_weights", *layer.parameters}
 
 
-@pytest.mark.parametrize("name", ["gpt-oss-20b", "qwen3-30b-a3b"])
-def test_truth_is_the_specification_s(name: str) -> None:
-    layer = layer_of(name, rank=4)
+@pytest.mark.parametrize(("name", "how"), [("gpt-oss-20b", PLAIN), ("gpt-oss-20b", MX), ("qwen3-30b-a3b", PLAIN)])
+def test_truth_is_the_specification_s(name: str, how: Quantisation) -> None:
+    layer = layer_of(name, how, rank=4)
     given = batch("real", 9, 4, layer.shape, "cpu", 0)
     where = given.judged
     truth = sample_truth(layer, given, True, 0)
@@ -148,6 +155,97 @@ def test_peers_work_on_the_layer_s_own_memory() -> None:
     assert module.parametrizations.gate_up_proj.original.data_ptr() == up.packed.data_ptr()
     assert layer.weights().gate_up_proj.transposed
     assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_mxfp4_keeps_the_numbers_in_checkpoints_order() -> None:
+    """gpt-oss' dense stacks are stored as [E, k, m]; its blocks run along k, which is last in memory."""
+    dense, layer = dense_layer("gpt-oss-20b"), layer_of("gpt-oss-20b", MX)
+    assert dense.shape.transposed
+    assert not layer.shape.transposed
+    for name in ("gate_up_proj", "down_proj"):
+        packed = layer.frozen[name]
+        assert isinstance(packed, MXFP4Tensor)
+        assert not packed.transposed
+        expected = mxfp4.quantize(dense.parameters[name].detach().mT)
+        assert torch.equal(packed.blocks, expected.blocks)
+        assert torch.equal(packed.scales, expected.scales)
+    assert (layer.form.weight_bytes, str(MX)) == (0.5 + 1 / 32, "mxfp4, blocks of 32")
+
+
+def small_layer(how: Quantisation, rank: int = 0) -> BenchLayer:
+    """Of 8 experts: quick to interpret."""
+    layer = quantised(random_layer(sized("mixtral-8x7b", 256, "cpu", BLOCKSIZE), "cpu", 0, lambda *_: None), how, print)
+    return with_adapters(layer, rank, 0) if rank else layer
+
+
+@pytest.mark.parametrize(("how", "rank"), [(NESTED, 0), (MX, 4)], ids=str)
+def test_each_path_and_the_decoded_layer_are_contenders_of_their_own(how: Quantisation, rank: int) -> None:
+    pytest.importorskip("triton")
+    layer = small_layer(how, rank)
+    given = batch("real", 3, 2, layer.shape, "cpu", 0)
+    truth = sample_truth(layer, given, rank > 0, 0)
+    everyone = our_contenders(layer, given, ["grouped_nf4", "triton[bf16]"], admit_interpreted=True)
+    assert [c.name for c in everyone] == [*(f"grouped_nf4[{path}]" for path in bench_variants.PATHS), "triton[bf16]"]
+    assert [c.interpreted for c in everyone] == [True, True, False, True]
+    for contender in everyone:
+        assert contender.call is not None
+        judgement = judge_contender(contender.call, layer, given, truth, rank > 0)
+        assert not judgement.failure, contender.name
+        assert judgement.max_z < 6  # type: ignore[operator]
+    up = layer.frozen["gate_up_proj"]
+    assert isinstance(up, PackedTensor)
+    assert torch.equal(layer.decoded["gate_up_proj"].float(), (mxfp4 if how is MX else nf4).decode(up))  # type: ignore[arg-type]
+
+
+def test_one_path_can_be_asked_for_and_alone_it_has_the_executor_s_name() -> None:
+    layer = small_layer(PLAIN)
+    given = batch("real", 3, 2, layer.shape, "cpu", 0)
+    assert [c.name for c in our_contenders(layer, given, ["grouped_nf4"])] == ["grouped_nf4"]  # others: interpreted
+    (asked,) = our_contenders(layer, given, ["grouped_nf4[torch]"])
+    (plain,) = our_contenders(layer, given, ["grouped_nf4"])
+    assert asked.call is not None
+    assert plain.call is not None
+    assert torch.equal(asked.call(given), plain.call(given))
+    (fused,) = our_contenders(layer, given, ["grouped_nf4[fused]"])
+    assert fused.reason
+
+
+def test_the_told_loop_reads_sizes_once_for_a_batch() -> None:
+    layer = small_layer(PLAIN)
+    sizes = bench_loops.Sizes(layer.shape.experts)
+    first, second = (batch("real", tokens, 2, layer.shape, "cpu", 0) for tokens in (3, 5))
+    told = sizes.told(first)
+    assert sizes.told(first) is told
+    assert sum(sizes.told(second)) == 2 * 5
+    assert told == sizes.read(first)
+    on_gpu, on_cpu = (bench_loops.names_of("bnb:", torch.device(kind)) for kind in ("cuda", "cpu"))
+    assert on_gpu == ["bnb:loop", "bnb:sorted-loop", "bnb:told-loop"]
+    assert on_cpu == on_gpu[:2]
+
+
+def test_tables_of_a_gpu_compare_with_bf16_in_80_columns() -> None:
+    right, times = Judgement(), [1.234, 1.3, 1.35]
+
+    def row(name: str, factor: float) -> Row:
+        ours = name.startswith(("grouped", "triton"))
+        graph = [0.5 * factor * t for t in times]
+        return Row(name, ours, judgement=right, seconds=[factor * t for t in times], graph=graph, peak=123 * 2**20)
+
+    names = [*(f"grouped_nf4[{path}]" for path in bench_variants.PATHS), "triton[bf16]", "bnb:told-loop", STACK]
+    rows = [row(name, factor) for name, factor in zip(names, (0.4, 1.0, 2.0, 1.0, 3.0, 40.0), strict=True)]
+    case = case_of(rows, tokens=8192, gpu=True)
+    case.reference, case.again = "bnb:told-loop", [3 * t for t in times]
+    assert case.dense_ratio(rows[0]) == case.dense_graph_ratio(rows[0]) == Spread(*[pytest.approx(2.5)] * 3)
+    assert case_of(rows[:3]).dense_ratio(rows[0]) is None
+    ((_, table),) = bench_table.tables([case], Ceilings(800.0, 4000.0, 3000.0))
+    console = new_console()
+    with console.capture() as captured:
+        console.print(table)
+    text = captured.get()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for words in ("x bf16", "x stack", "grouped_nf4[decoded]", "2.50"):
+        assert words in text
 
 
 def test_without_bitsandbytes_we_quantise_and_the_peers_say_so(without_bitsandbytes: None) -> None:
@@ -254,10 +352,13 @@ def test_executors_for_dense_weights_stand_with_their_reason(tmp_path: Path) -> 
 
 def test_bad_arguments_exit_with_2_and_one_line(tmp_path: Path) -> None:
     cases = [
-        (("--weights", "int4"), "--weights int4: must be one of dense, nf4, fp4"),
+        (("--weights", "int4"), "--weights int4: must be one of dense, nf4, fp4, mxfp4"),
+        (("--weights", "mxfp4", "--nested"), "--nested: must go with --weights nf4 or fp4"),
+        (("--weights", "nf4", "--executor", "grouped_nf4[odd]"), "--executor grouped_nf4[odd]: must be one of"),
+        (("--executor", "triton[bf16]"), "--executor triton[bf16]: must be one of"),
         (("--nested",), "--nested: must go with --weights nf4 or fp4"),
-        (("--lora-rank", 8), "--lora-rank 8: must go with --weights nf4 or fp4"),
-        (("--direction", "lora"), "--direction lora: must go with --weights nf4 or fp4"),
+        (("--lora-rank", 8), "--lora-rank 8: must go with --weights nf4, fp4 or mxfp4"),
+        (("--direction", "lora"), "--direction lora: must go with --weights nf4, fp4 or mxfp4"),
         (("--weights", "nf4", "--direction", "lora", "--lora-rank", 0), "--lora-rank 0: must be at least 1 with"),
         (("--weights", "nf4", "--direction", "odd"), "must be one of forward, forward_backward, lora"),
     ]

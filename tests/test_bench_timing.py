@@ -98,16 +98,18 @@ class Gpu:
 
         return told
 
-    def captured(self, action: Any, device: str) -> Any:
+    def captured(self, action: Any, device: str, after: Any) -> Any:
         action()
+        after()
         if self.calls[-1] == "hf:loop":
             raise bench_cuda.NotCaptured("waits for the GPU")
         return lambda: self.calls.append("replayed")
 
-    def measure(self, names: list[str], tokens: int, direction: str) -> dict[str, Row]:
+    def measure(self, names: list[str], tokens: int, direction: str, graphs: bool = True) -> dict[str, Row]:
         case = case_of([row(name, []) for name in names], tokens, direction)
         actions = {name: lambda name=name: self.calls.append(name) for name in names}
-        time_case(case, actions, Timing("cuda", 0.0, memory=True), lambda: None, lambda _: None)  # type: ignore[arg-type]
+        timing = Timing("cuda", 0.0, memory=True, graphs=graphs)
+        time_case(case, actions, timing, lambda: None, lambda _: None)  # type: ignore[arg-type]
         return {found.name: found for found in case.rows}
 
 
@@ -122,6 +124,9 @@ def test_decoding_steps_are_timed_in_a_graph_too(monkeypatch: pytest.MonkeyPatch
     for tokens, direction in ((65, "forward"), (64, "forward_backward")):
         larger = gpu.measure(["triton"], tokens, direction)["triton"]
         assert (larger.graph, larger.no_graph, len(larger.seconds)) == ([], "", 7)
+    training = gpu.measure(["triton"], 4096, "lora")["triton"]
+    assert training.graph == [1e-4] * 7
+    assert gpu.measure(["triton"], 64, "forward", graphs=False)["triton"].graph == []
 
 
 def test_a_contender_that_takes_seconds_is_left_out_aloud(monkeypatch: pytest.MonkeyPatch) -> None:

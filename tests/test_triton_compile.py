@@ -42,6 +42,7 @@ TENSOR_CORES = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "
 SMALL = {"sm90": "HMMA", "sm100": "HMMA"}  # for fewer than 64 rows
 
 PER_WEIGHT = {"sm80": 21, "sm90": 11, "sm100": 11, "gfx942": 20}  # instructions of a thread at most
+SCALARS_MOVED = 48  # on gfx942, of kernels of 4 bits, which take more addresses: moved to vector registers, no spill
 WHOLE = {"sm90"}  # with every configuration; of the others the largest tiles, the nearest to their limits
 
 Row = dict[str, Any]
@@ -85,8 +86,9 @@ def wrong_sizes(rows: list[Row], shared: int) -> Iterator[str]:
     for row in rows:
         if row["spilled"] or row["local"]:
             yield f"{name(row)}: spills {row['spilled']} bytes in {row['local']} instructions, but must spill none"
-        if row["scalars_moved"] and row["kernel"] in PRODUCTS - {"inner"} and not row["layer"].startswith("odd"):
-            yield f"{name(row)}: {row['scalars_moved']} scalar registers too many, but must be none"
+        most = SCALARS_MOVED if row["constants"].get("FORM") else 0
+        if row["scalars_moved"] > most and row["kernel"] in PRODUCTS - {"inner"} and not row["layer"].startswith("odd"):
+            yield f"{name(row)}: {row['scalars_moved']} scalar registers too many, but must be at most {most}"
         if row["shared"] > shared:
             yield f"{name(row)}: {row['shared']} bytes of shared memory, but must be at most {shared}"
 

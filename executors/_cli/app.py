@@ -26,6 +26,7 @@ from executors._cli.common import (
     refuse,
     within,
 )
+from executors._cli.crossover import crossover
 from executors._cli.judge import exact_answer, with_clear_choice
 from executors._cli.kernels import kernels
 from executors._cli.layer_file import BadLayerFile, Layer, bundled_layer, first_tokens, load_layer
@@ -121,6 +122,7 @@ def compare(
 
 
 app.command()(bench)
+app.command()(crossover)
 app.command()(kernels)
 app.command()(tune)
 

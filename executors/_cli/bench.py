@@ -13,6 +13,7 @@ from executors._cli.bench_bnb import STACK, peers_in_4_bits
 from executors._cli.bench_case import FORWARD, LORA, Case, Row
 from executors._cli.bench_contenders import Contender, action_of, our_contenders
 from executors._cli.bench_cuda import launches
+from executors._cli.bench_gnf4 import gnf4_peers
 from executors._cli.bench_judge import clear_gradients, judge_contender
 from executors._cli.bench_layers import MULTIPLE, BenchLayer, random_layer, sized, with_adapters
 from executors._cli.bench_liger import liger_peers
@@ -166,7 +167,9 @@ def _make_layer(settings: Settings, name: str, say: Callable[[str], None]) -> Be
 
 def everyone_else(layer: BenchLayer) -> list[Contender]:
     """The peers on this layer."""
-    return peers_in_4_bits(layer) if layer.weights().packed() else peers(layer) + liger_peers(layer)
+    if layer.weights().packed():
+        return peers_in_4_bits(layer) + gnf4_peers(layer)
+    return peers(layer) + liger_peers(layer)
 
 
 def contenders(layer: BenchLayer, given: Batch, names: list[str]) -> list[Contender]:
@@ -183,8 +186,12 @@ def measure_case(
     direction: str,
     everyone: list[Contender],
     tell: Callable[[str], None],
+    refused: Callable[[list[str]], dict[str, str]] = lambda names: {},
 ) -> Case:
-    """Judges all contenders, then times those that are right, in turn."""
+    """Judges all contenders, then times those that are right, in turn.
+
+    ``refused`` is told who is right, and says who is not to be timed, and why.
+    """
     tokens, backward, shape = given.x.shape[0], direction != FORWARD, layer.shape
     rows = [Row(c.name, c.ours, c.why_not(tokens, backward), interpreted=c.interpreted) for c in everyone]
     actions: dict[str, Callable[[], None]] = {}
@@ -198,11 +205,16 @@ def measure_case(
             row.judgement = judgement
             if not row.failed:
                 actions[row.name] = action_of(contender.call, given, direction)
+    for name, why in refused(list(actions)).items():
+        actions.pop(name)
+        next(row for row in rows if row.name == name).untimed = why
     active = int(torch.unique(given.topk_ids).numel())
     case = Case(shape, tokens, routing, direction, load(given.topk_ids, shape), active, rows, form=layer.form)
     case.stack = STACK if settings.quantisation else ""
     case.gpu = settings.gpu
     if actions:
-        timing = Timing(settings.device, settings.seconds, settings.rounds, settings.seed, settings.memory)
+        timing = Timing(
+            settings.device, settings.seconds, settings.rounds, settings.seed, settings.memory, settings.graphs
+        )
         time_case(case, actions, timing, lambda: clear_gradients(layer, given), tell)
     return case

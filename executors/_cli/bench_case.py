@@ -10,6 +10,7 @@ from executors._cli.bench_measure import Spread, ratios, spread
 from executors._cli.bench_routing import Load
 
 FORWARD, WITH_BACKWARD, LORA = "forward", "forward_backward", "lora"
+DENSE_WEIGHTS = "triton[bf16]"  # a contender in 4 bits
 
 
 @dataclass(eq=False)
@@ -132,10 +133,22 @@ class Case:
         """How many times as fast as the one that decodes the whole stack."""
         return _times_as_fast(row, self.stack_row())
 
+    def dense_row(self) -> Row | None:
+        """Our kernels on weights that were decoded once and for all, where they were timed: what 4 bits must beat."""
+        timed = (row for row in self.rows if row.seconds and not row.interpreted)
+        return next((row for row in timed if row.name == DENSE_WEIGHTS), None)
+
+    def dense_ratio(self, row: Row) -> Spread | None:
+        """How many times as fast as that."""
+        return _times_as_fast(row, self.dense_row())
+
+    def dense_graph_ratio(self, row: Row) -> Spread | None:
+        """How many times as fast as that, both in a graph."""
+        dense = self.dense_row()
+        return spread(ratios(dense.graph, row.graph)) if dense is not None and dense.graph and row.graph else None
+
 
 def _times_as_fast(row: Row, reference: Row | None) -> Spread | None:
-    return (
-        None
-        if reference is None or not row.seconds or row.interpreted
-        else spread(ratios(reference.seconds, row.seconds))
-    )
+    if reference is None or not row.seconds or row.interpreted:
+        return None
+    return spread(ratios(reference.seconds, row.seconds))

@@ -49,8 +49,8 @@ def bench(
         list[str] | None,
         typer.Option(help="forward, forward_backward or (in 4 bits) lora; repeatable. Default: all."),
     ] = None,
-    weights: Annotated[str, typer.Option(help="dense (bf16), or in 4 bits: nf4 or fp4.")] = "dense",
-    nested: Annotated[bool, typer.Option("--nested", help="Quantise the scales of 4 bits too.")] = False,
+    weights: Annotated[str, typer.Option(help="dense (bf16), or in 4 bits: nf4, fp4 or mxfp4.")] = "dense",
+    nested: Annotated[bool, typer.Option("--nested", help="Quantise the scales of nf4 and fp4 too.")] = False,
     lora_rank: Annotated[
         int | None, typer.Option(callback=within(0), help="Of the adapters in 4 bits; 0: none. Default: 16.")
     ] = None,
@@ -63,7 +63,8 @@ def bench(
         typer.Option(
             "--executor",
             metavar="NAME",
-            help="Only this one of ours; repeatable. Default: all that take such weights, but auto.",
+            help="Only this one of ours; repeatable. Default: all that take such weights, but auto. In 4 bits also one "
+            "path of grouped_nf4, such as grouped_nf4[fused], and triton[bf16], on weights that were decoded before.",
         ),
     ] = None,
     scale: Annotated[int, typer.Option(callback=within(1), help="Divides H and I, for a quick look.")] = 1,
@@ -87,13 +88,14 @@ def bench(
     """Times every executor, and what else people use, on layers of real models.
 
     All contenders get the same random weights and the same tokens, are judged in error bars first, and are timed in
-    turn, round by round. Prints a table for each layer, routing and direction, and writes bench.json and bench.png. The
-    peers are transformers' experts functions; in 4 bits the same on bitsandbytes' parametrization, and loops that
-    decode one expert at a time. There the base is frozen, and direction "lora" trains adapters. On a GPU calls are
-    timed by events from a cold cache, those of up to 64 tokens in a CUDA graph too, launches are counted, liger-kernel
-    is one more peer, and roofline.png shows how far from the machine's ceilings all of them are. Exit status: 0 if all
-    executors passed, 1 if one failed or an executor asked for by name cannot run, 2 for bad arguments. The peers need
-    transformers and bitsandbytes: pip install "moe-ref[bench]".
+    turn, round by round. Prints a table for each layer, routing and direction, and writes bench.json and bench.png.
+    The peers are transformers' experts functions; in 4 bits the same on bitsandbytes' parametrization, and loops
+    that decode one expert at a time. There the base is frozen, direction "lora" trains adapters, and each path of
+    grouped_nf4 is a contender. On a GPU calls are timed by events from a cold cache, those of up to 64 tokens and
+    those with adapters in a CUDA graph too, launches are counted, liger-kernel is one more peer, and roofline.png
+    shows how far from the machine's ceilings all of them are. Exit status: 0 if all executors passed, 1 if one
+    failed or an executor asked for by name cannot run, 2 for bad arguments. The peers need transformers and
+    bitsandbytes: pip install "moe-ref[bench]".
     """
     from executors._cli import bench as benchmark
     from executors._cli import bench_report
@@ -102,11 +104,11 @@ def bench(
     check_device(device)
     choice("--weights", [weights], known.WEIGHTS)
     dense = weights == known.DENSE
-    _check_4_bits(dense, nested, lora_rank, direction)
+    _check_4_bits(weights, nested, lora_rank, direction)
     rank = DEFAULT_RANK if lora_rank is None else lora_rank
     possible = known.DIRECTIONS_IN_4_BITS if rank and not dense else known.DIRECTIONS
     settings = known.Settings(
-        names=tuple(n for n in chosen_names(executor) if executor or known.takes(n, weights)),
+        names=_names(executor, weights, device, interpreted),
         layers=choice("--layer", layer, known.known_layers()) or known.default_layers(device),
         tokens=tuple(dict.fromkeys(tokens)) if tokens else known.default_tokens(device),
         routings=choice("--routing", routing, known.known_routings()),
@@ -156,12 +158,26 @@ def _print(settings: Settings, found: Findings) -> None:
         console.print(escape(line))
 
 
-def _check_4_bits(dense: bool, nested: bool, lora_rank: int | None, direction: list[str] | None) -> None:
+def _names(executor: list[str] | None, weights: str, device: str, interpreted: bool) -> tuple[str, ...]:
+    """Our contenders: those asked for, or all that take such weights."""
+    from executors._cli import bench_settings as known
+    from executors._cli import bench_variants
+
+    ways = [] if weights == known.DENSE else bench_variants.known()
+    if not executor:
+        return tuple(known.default_names(chosen_names(None), weights, device, interpreted))
+    chosen_names([name for name in executor if name not in ways])
+    return tuple(dict.fromkeys(executor))
+
+
+def _check_4_bits(weights: str, nested: bool, lora_rank: int | None, direction: list[str] | None) -> None:
     """Refuses what belongs to 4 bits where weights are dense, and adapters of no rank."""
-    adapted = "lora" in (direction or [])
-    given = {"--nested": nested, f"--lora-rank {lora_rank}": lora_rank is not None, "--direction lora": adapted}
+    adapted, dense = "lora" in (direction or []), weights == "dense"
+    if nested and weights not in ("nf4", "fp4"):
+        refuse("--nested: must go with --weights nf4 or fp4")
+    given = {f"--lora-rank {lora_rank}": lora_rank is not None, "--direction lora": adapted}
     for option in (option for option, is_given in given.items() if is_given and dense):
-        refuse(f"{option}: must go with --weights nf4 or fp4")
+        refuse(f"{option}: must go with --weights nf4, fp4 or mxfp4")
     if adapted and lora_rank == 0:
         refuse("--lora-rank 0: must be at least 1 with --direction lora")
 

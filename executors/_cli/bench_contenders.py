@@ -12,6 +12,7 @@ import executors
 from executors._cli.bench_case import FORWARD
 from executors._cli.bench_layers import BenchLayer
 from executors._cli.bench_routing import Batch
+from executors._cli.bench_variants import executor_of, expanded, refusal_of, weights_of
 
 
 def no_refusal(tokens: int, backward: bool) -> str:
@@ -55,27 +56,28 @@ class Contender:
 def our_contenders(
     layer: BenchLayer, batch: Batch, names: list[str], admit_interpreted: bool = False
 ) -> list[Contender]:
-    """The executors of those names, usable or with the reason why not.
+    """The executors of those names, usable or with the reason why not; in 4 bits some in several ways.
 
     Args:
         layer: the layer.
         batch: an input.
-        names: of the executors.
+        names: of the executors, and of ways of theirs (`executors._cli.bench_variants`).
         admit_interpreted: whether one whose kernels are interpreted takes part.
     """
     reasons = {row.name: row.reason for row in executors.explain(batch.x, layer.weights())}
-    return [
-        Contender(name, True, reason=reasons[name])
-        if reasons[name]
-        else _ours(layer, executors.get(name), name, admit_interpreted)
-        for name in names
-    ]
+    found = []
+    for name in expanded(names, layer, admit_interpreted):
+        reason = reasons[name] if name in reasons else refusal_of(name, batch.x, layer)
+        found.append(Contender(name, True, reason=reason) if reason else _ours(layer, name, admit_interpreted))
+    return found
 
 
-def _ours(layer: BenchLayer, executor: executors.Executor, name: str, admit_interpreted: bool) -> Contender:
+def _ours(layer: BenchLayer, name: str, admit_interpreted: bool) -> Contender:
+    executor = executor_of(name)
+
     def call(batch: Batch) -> Tensor:
         return executor.experts(
-            batch.x, topk_ids=batch.topk_ids, topk_weights=batch.topk_weights, weights=layer.weights()
+            batch.x, topk_ids=batch.topk_ids, topk_weights=batch.topk_weights, weights=weights_of(name, layer)
         )
 
     able = executor.capabilities

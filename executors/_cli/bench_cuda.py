@@ -55,12 +55,13 @@ def event_seconds(action: Callable[[], None], device: str) -> float:
         return start.elapsed_time(end) * MS
 
 
-def captured(action: Callable[[], None], device: str) -> Callable[[], None]:
+def captured(action: Callable[[], None], device: str, after: Callable[[], None] = lambda: None) -> Callable[[], None]:
     """Captures a call in a CUDA graph, after a call beside it.
 
     Args:
         action: the call; it must already have been made.
         device: where it runs.
+        after: called after each call: drops gradients, so that the graph makes its own and adds to none.
 
     Returns:
         What replays it.
@@ -74,16 +75,21 @@ def captured(action: Callable[[], None], device: str) -> Callable[[], None]:
                 action()
         except RuntimeError as error:
             raise NotCaptured(f"waits for the GPU: {_first_line(error)}") from error
+        finally:
+            after()
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
                 action()
             torch.cuda.current_stream().wait_stream(stream)
+            after()
             with torch.cuda.graph(graph):
                 action()
         except RuntimeError as error:
             raise NotCaptured(_first_line(error)) from error
+        finally:
+            after()
     return graph.replay
 
 

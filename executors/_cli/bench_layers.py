@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ref.types import LORA_FACTORS, ExpertLoRA, MoEConfig, MoEWeights, NF4Tensor
+from moe_ref.types import LORA_FACTORS, ExpertLoRA, MoEConfig, MoEWeights, PackedTensor
 
 MULTIPLE = 16  # sizes stay a multiple of this: grouped products want rows of 16 bytes
 CPU_CUT = {"deepseek-v3": 4}  # what a CPU cannot hold
@@ -161,12 +161,14 @@ class BenchLayer:
         parameters: what is trained, by name: leaves.
         frozen: what is not, by name.
         form: how the weights are kept.
+        decoded: the projections in 4 bits as dense stacks, once somebody has asked for them.
     """
 
     shape: Shape
     parameters: dict[str, torch.nn.Parameter]
-    frozen: dict[str, Tensor | NF4Tensor] = field(default_factory=dict)
+    frozen: dict[str, Tensor | PackedTensor] = field(default_factory=dict)
     form: Form = DENSE
+    decoded: dict[str, Tensor] = field(default_factory=dict)
 
     def weights(self) -> MoEWeights:
         """Views of the parameters in canonical shapes, built per call as a model would."""

@@ -26,11 +26,14 @@ from executors._cli.bench_layers import LAYERS, BenchLayer, Form, with_adapters
 from executors._cli.bench_routing import batch
 from executors._cli.bench_truth import judged_tokens
 from executors._cli.memory import peak_of
-from moe_ref.types import NF4Tensor
+from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
 
 TIMEOUT_S = 600
-SIZES = ("hidden", "intermediate", "cut")
-STATIC = ("shape", "dtype", "quant_type", "blocksize", "nested_blocksize", "transposed")  # of an NF4Tensor
+SIZES = ("hidden", "intermediate", "cut", "transposed")
+FORMATS: dict[str, tuple[type[PackedTensor], tuple[str, ...]]] = {  # and what is no array of them
+    "NF4Tensor": (NF4Tensor, ("shape", "dtype", "quant_type", "blocksize", "nested_blocksize", "transposed")),
+    "MXFP4Tensor": (MXFP4Tensor, ("dtype", "transposed")),
+}
 
 
 def add_peaks(
@@ -49,7 +52,7 @@ def add_peaks(
     rows: dict[str, list[tuple[Case, Row]]] = {}
     for case in cases:
         for row in case.rows:
-            if row.seconds:
+            if row.seconds and not row.interpreted:
                 rows.setdefault(row.name, []).append((case, row))
     with tempfile.TemporaryDirectory() as folder:
         file, spec = Path(folder, "layer.safetensors"), Path(folder, "spec.json")
@@ -111,8 +114,9 @@ def _save(layer: BenchLayer, file: Path) -> dict[str, Any]:
     arrays: dict[str, Tensor] = {}
     packed: dict[str, Any] = {}
     for name, value in (layer.frozen | layer.parameters).items():
-        if isinstance(value, NF4Tensor):
-            packed[name] = {key: getattr(value, key) for key in STATIC}
+        if isinstance(value, PackedTensor):
+            kind = type(value).__name__
+            packed[name] = kind, {key: getattr(value, key) for key in FORMATS[kind][1]}
             arrays |= {f"{name}.{key}": array for key, array in value.arrays().items()}
         else:
             arrays[name] = value.detach()
@@ -129,11 +133,12 @@ def _save(layer: BenchLayer, file: Path) -> dict[str, Any]:
 
 def _load(file: Path, spec: dict[str, Any]) -> BenchLayer:
     arrays = {name: array.clone().to(spec["device"]) for name, array in load_file(file).items()}  # not mapped files
-    frozen: dict[str, Tensor | NF4Tensor] = {}
-    for name, static in spec["packed"].items():
+    frozen: dict[str, Tensor | PackedTensor] = {}
+    for name, (kind, static) in spec["packed"].items():
         own: dict[str, Any] = {key: arrays.pop(key) for key in list(arrays) if key.startswith(f"{name}.")}
         parts = {key.removeprefix(f"{name}."): array for key, array in own.items()}
-        frozen[name] = NF4Tensor(**parts, **(static | {"shape": tuple(static["shape"])}))
+        static = {key: tuple(value) if key == "shape" else value for key, value in static.items()}
+        frozen[name] = FORMATS[kind][0](**parts, **static)
     parameters = {name: torch.nn.Parameter(arrays.pop(name)) for name in spec["trained"]}
     shape = replace(LAYERS[spec["layer"]], **spec["sizes"])
     frozen.update(arrays)

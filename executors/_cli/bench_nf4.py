@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from executors._cli.bench_layers import BenchLayer, Form
+from executors._cli.bench_mxfp4 import in_mxfp4
 from executors.nf4 import quantize_tensor
 from moe_ref.nf4 import NESTED_BLOCKSIZE
-from moe_ref.types import NF4Tensor, QuantType
+from moe_ref.types import NF4Tensor, PackedTensor
 from moe_ref.validation import dtype_name
 
 BLOCKSIZE = 64  # H and I are multiples of it: bitsandbytes 0.50 decodes other rows wrongly on a CPU
 PROJECTIONS = ("gate_up_proj", "down_proj")
-QUANT_TYPES: tuple[QuantType, ...] = ("nf4", "fp4")
+MXFP4: Final = "mxfp4"
+MX_BLOCKSIZE = 32
+
+QuantType = Literal["nf4", "fp4", "mxfp4"]
+QUANT_TYPES: tuple[QuantType, ...] = ("nf4", "fp4", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -26,20 +31,29 @@ class Quantisation:
     """How the projections are quantised.
 
     Attributes:
-        quant_type: "nf4" or "fp4".
-        nested: whether the scales are quantised too.
-        blocksize: numbers that share a scale.
+        quant_type: "nf4", "fp4" or "mxfp4".
+        nested: whether the scales are quantised too; those of MXFP4 are bytes as they are.
     """
 
     quant_type: QuantType
     nested: bool = False
-    blocksize: int = BLOCKSIZE
+
+    @property
+    def blocksize(self) -> int:
+        """Numbers that share a scale."""
+        return MX_BLOCKSIZE if self.quant_type == MXFP4 else BLOCKSIZE
 
     @property
     def weight_bytes(self) -> float:
         """Of one number, its share of the scales included."""
+        if self.quant_type == MXFP4:
+            return 0.5 + 1 / self.blocksize
         scale = 1 + 4 / NESTED_BLOCKSIZE if self.nested else 4
         return 0.5 + scale / self.blocksize
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self) | {"blocksize": self.blocksize}
 
     def __str__(self) -> str:
         nested = ", nested statistics" if self.nested else ""
@@ -57,16 +71,18 @@ def bitsandbytes_version() -> str | None:
 def quantised(layer: BenchLayer, how: Quantisation, progress: Callable[[int, int], None]) -> BenchLayer:
     """The layer with both projections in 4 bits, and nothing in it trained.
 
-    bitsandbytes quantises, or where it is not installed `executors.nf4`.
+    bitsandbytes quantises, or where it is not installed `executors.nf4`; `executors.mxfp4` its own format.
 
     Args:
         layer: with dense projections.
         how: the format.
         progress: called with (experts quantised, experts in all).
     """
+    if how.quant_type == MXFP4:
+        return in_mxfp4(layer, how.weight_bytes, progress)
     stacks = {name: value.detach() for name, value in layer.parameters.items()}
     count = layer.shape.experts
-    packed: dict[str, NF4Tensor] = {}
+    packed: dict[str, Tensor | PackedTensor] = {}
     for number, name in enumerate(PROJECTIONS):
         stack = stacks.pop(name)
 
@@ -75,15 +91,18 @@ def quantised(layer: BenchLayer, how: Quantisation, progress: Callable[[int, int
 
         quantise = _by_us if bitsandbytes_version() is None else _by_bitsandbytes
         packed[name] = quantise(stack, how, tell)
-    return BenchLayer(layer.shape, {}, stacks | packed, Form(how.weight_bytes, frozen=True))
+    packed.update(stacks)
+    return BenchLayer(layer.shape, {}, packed, Form(how.weight_bytes, frozen=True))
 
 
 def _by_us(stack: Tensor, how: Quantisation, progress: Callable[[int, int], None]) -> NF4Tensor:
+    assert how.quant_type != MXFP4
     return quantize_tensor(stack, how.quant_type, how.blocksize, how.nested, progress=progress)
 
 
 def _by_bitsandbytes(stack: Tensor, how: Quantisation, progress: Callable[[int, int], None]) -> NF4Tensor:
     """One expert after the other, which gives the bytes of the whole stack: no block straddles two experts."""
+    assert how.quant_type != MXFP4
     functional = _functional()
     parts = []
     for number, matrix in enumerate(stack):

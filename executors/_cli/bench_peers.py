@@ -16,7 +16,7 @@ from torch import Tensor
 from executors._cli.bench_contenders import Contender
 from executors._cli.bench_layers import BenchLayer, Shape
 from executors._cli.bench_routing import Batch
-from moe_ref.types import NF4Tensor
+from moe_ref.types import PackedTensor
 
 PREFIX = "hf:"
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -105,7 +105,7 @@ def _put(module: Any, layer: BenchLayer) -> None:
     if theirs != ours:
         raise AttributeError(f"{type(module).__name__} has parameters {theirs}, but must have {ours}")
     for name, value in values.items():
-        if not isinstance(value, NF4Tensor):
+        if not isinstance(value, PackedTensor):
             leaf = isinstance(value, torch.nn.Parameter)
             setattr(module, name, value if leaf else torch.nn.Parameter(value, requires_grad=False))
 

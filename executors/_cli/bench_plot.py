@@ -25,8 +25,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 WIDEST = 0.7  # of the space between two T, for all contenders side by side
-MARKERS = "osD^vPX*"
-COLOURS = (*plot_of_one_layer.COLOURS, "#777777", "#8b5a2b")  # as many as markers
+MARKERS = "osD^vPX*<>"
+COLOURS = (*plot_of_one_layer.COLOURS, "#777777", "#8b5a2b", "#000000", "#7b3fa0")  # as many as markers
 GREY = "#cccccc"
 MEMORY = "memory"  # in place of a routing, in the last column
 DECODED = (("all experts decoded", "--"), ("active experts decoded", ":"))

@@ -7,13 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from executors._cli import bench_gnf4 as gnf4
 from executors._cli import report
 from executors._cli.bench import Findings
 from executors._cli.bench_bnb import STACK
-from executors._cli.bench_case import FORWARD, LORA, WITH_BACKWARD, Case, Row
+from executors._cli.bench_case import DENSE_WEIGHTS, FORWARD, LORA, WITH_BACKWARD, Case, Row
 from executors._cli.bench_liger import DISTRIBUTION, NAME, liger_version
 from executors._cli.bench_measure import Ceilings, is_no_result, spread
-from executors._cli.bench_nf4 import bitsandbytes_version
+from executors._cli.bench_nf4 import MXFP4, bitsandbytes_version
 from executors._cli.bench_peers import PREFIX, peers_version
 from executors._cli.bench_settings import Settings
 from executors._cli.bench_table import rates
@@ -29,14 +30,19 @@ def machine(settings: Settings) -> list[str]:
     where = found["gpu"] if settings.device.startswith("cuda") else found["processor"]
     lines = [f"{where}, {found['threads']} threads, torch {found['torch']}; {_named(PREFIX, 'transformers')}"]
     if settings.quantisation:
-        lines.append(f"weights: {settings.quantisation}; {_named('bnb:', 'bitsandbytes')}")
+        mxfp4 = settings.quantisation.quant_type == MXFP4
+        decoder = "torch: decodes with torch" if mxfp4 else _named("bnb:", "bitsandbytes")
+        lines.append(f"weights: {settings.quantisation}; {decoder}")
+        if settings.gpu:
+            lines.append(f"Triton {report.version_of('triton')}; {_named(gnf4.NAME, gnf4.DISTRIBUTION)}")
     elif settings.gpu:
         lines.append(f"Triton {report.version_of('triton')}; {_named(NAME, DISTRIBUTION)}")
     return lines
 
 
 def _named(prefix: str, package: str) -> str:
-    versions = {"transformers": peers_version, "bitsandbytes": bitsandbytes_version, DISTRIBUTION: liger_version}
+    versions = {"transformers": peers_version, "bitsandbytes": bitsandbytes_version}
+    versions |= {DISTRIBUTION: liger_version, gnf4.DISTRIBUTION: gnf4.gnf4_version}
     version = versions[package]()
     return f"{prefix} is {package} {version}" if version else f"{package} is not installed: no peers"
 
@@ -49,7 +55,7 @@ def heading(settings: Settings, ceilings: Ceilings) -> list[str]:
         f"ceilings: bf16 product {ceilings.tflops:.2f} TFLOP/s, copy {ceilings.copy_gbs:.0f} GB/s, "
         f"read {ceilings.read_gbs:.0f} GB/s",
         "+-: half of what lies between the 10th and 90th percentile of the times",
-        *(_RATIOS_IN_4_BITS if settings.quantisation else _RATIOS),
+        *_ratios(settings),
         *(_ON_A_GPU if settings.gpu else _MEMORY if settings.memory else ()),
         *(_ROOF if settings.quantisation or (settings.memory and not settings.gpu) else ()),
         *(_INTERPRETED if settings.interpreted else ()),
@@ -66,9 +72,29 @@ _RATIOS_IN_4_BITS = (
     "x best: how many times as fast as the fastest that is not ours. x stack: as",
     f"{STACK}, which decodes the whole stack in every call. Medians over",
     "the rounds. 10-90%: percentiles of x stack, or where there is none of x best.",
+)
+_BEST = "x best: times as fast as the fastest that is not ours, median over the rounds"
+_BF16 = f"x bf16: as {DENSE_WEIGHTS}, our kernels on weights decoded before (medians)"
+_RATIOS_TO_BF16 = (
+    *_RATIOS_IN_4_BITS[:1],
+    f"{STACK}, which decodes the whole stack in every call.",
+    _BF16,
+)
+_NO_RESULT = (
     "~: no result, a contender differs as much from itself: the fastest is timed",
     "twice in each round, see 'again'",
 )
+
+
+def _ratios(settings: Settings) -> tuple[str, ...]:
+    if not settings.quantisation:
+        return _RATIOS
+    dense = settings.gpu and DENSE_WEIGHTS in settings.names
+    if settings.quantisation.quant_type == MXFP4:  # which nobody decodes as a whole stack
+        return (_BEST, *((_BF16,) if dense else ()), *_NO_RESULT)
+    return (*(_RATIOS_TO_BF16 if dense else _RATIOS_IN_4_BITS), *_NO_RESULT)
+
+
 _MEMORY = ("MiB: what a call takes at most above layer and input, in a process of its own",)
 _ON_A_GPU = (
     "Timed by events from a cold L2 cache; 'in a graph' is captured and replayed.",
@@ -126,7 +152,8 @@ def as_json(settings: Settings, found: Findings, seconds: float) -> dict[str, An
         "transformers": peers_version(),
         "bitsandbytes": bitsandbytes_version(),
         DISTRIBUTION: liger_version(),
-        "quantisation": asdict(settings.quantisation) if settings.quantisation else None,
+        gnf4.DISTRIBUTION: gnf4.gnf4_version(),
+        "quantisation": settings.quantisation.as_json() if settings.quantisation else None,
         "commit": commit(),
         "arguments": asdict(settings),
         "ceilings": asdict(found.ceilings),
@@ -183,7 +210,7 @@ def _case(case: Case, ceilings: Ceilings) -> dict[str, Any]:
 
 def _contender(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
     judgement, ratio, control = row.judgement, case.ratio(row), case.control()
-    against_stack = case.stack_ratio(row)
+    against_stack, against_dense = case.stack_ratio(row), case.dense_ratio(row)
     found: dict[str, Any] = {
         "name": row.name,
         "ours": row.ours,
@@ -204,6 +231,7 @@ def _contender(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
             "time": asdict(time),
             "times_best": asdict(ratio) if ratio else None,
             "times_stack": asdict(against_stack) if against_stack else None,
+            "times_bf16": asdict(against_dense) if against_dense else None,
             "no_result": is_no_result(ratio, control) if ratio and control else None,
             "tflops": tflops,
             "gbs": gbs,
@@ -220,13 +248,14 @@ def _graph(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
     """What came of a call captured in a CUDA graph."""
     if not row.graph:
         return {"reason": row.no_graph, "seconds": []}
-    time, ratio = spread(row.graph), case.graph_ratio(row)
+    time, ratio, against_dense = spread(row.graph), case.graph_ratio(row), case.dense_graph_ratio(row)
     tflops, gbs = rates(case, time)
     return {
         "reason": "",
         "seconds": row.graph,
         "time": asdict(time),
         "times_best": asdict(ratio) if ratio else None,
+        "times_bf16": asdict(against_dense) if against_dense else None,
         "tflops": tflops,
         "gbs": gbs,
         "of_product": tflops / ceilings.tflops,

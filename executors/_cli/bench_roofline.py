@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
-from executors._cli.bench_case import FORWARD, WITH_BACKWARD, Case, Row
+from executors._cli.bench_case import FORWARD, LORA, WITH_BACKWARD, Case, Row
 from executors._cli.bench_measure import Ceilings, spread
 from executors._cli.bench_plot import COLOURS, MARKERS
 from executors._cli.bench_table import DIRECTIONS, rates
@@ -30,7 +30,7 @@ def plot(path: Path, cases: list[Case], ceilings: Ceilings, title: str) -> None:
 
     Args:
         path: the file.
-        cases: of dense weights; cases of adapters have no panel.
+        cases: those of adapters have a panel where there are no others with backward.
         ceilings: the machine's.
         title: above all.
     """
@@ -43,7 +43,8 @@ def plot(path: Path, cases: list[Case], ceilings: Ceilings, title: str) -> None:
     )
     for line, layer in zip(axes, layers, strict=True):
         own = [case for case in cases if case.shape.name == layer]
-        for ax, direction in zip(line, (FORWARD, WITH_BACKWARD), strict=False):
+        backward = WITH_BACKWARD if any(case.direction == WITH_BACKWARD for case in own) else LORA
+        for ax, direction in zip(line, (FORWARD, backward), strict=False):
             found = [case for case in own if case.direction == direction]
             _speed_panel(ax, found, names, ceilings)
             ax.set_title(f"{layer}, {DIRECTIONS[direction]}\nTFLOP/s, {routing} routing", fontsize=9)

@@ -8,11 +8,12 @@ from typing import TypeVar
 import torch
 
 import executors
-from executors._cli.bench_case import FORWARD, LORA, WITH_BACKWARD
+from executors._cli.bench_case import DENSE_WEIGHTS, FORWARD, LORA, WITH_BACKWARD
 from executors._cli.bench_layers import LAYERS
 from executors._cli.bench_measure import MIN_ROUNDS
 from executors._cli.bench_nf4 import QUANT_TYPES, Quantisation
 from executors._cli.bench_routing import KINDS
+from executors._cli.bench_variants import TRITON
 
 DENSE = "dense"
 WEIGHTS = (DENSE, *QUANT_TYPES)
@@ -46,6 +47,7 @@ class Settings:
         memory: whether peak memory is measured.
         rounds: of one case, at least.
         limit: seconds after which no further case is begun; None is no limit.
+        graphs: whether calls are timed in a CUDA graph too, on a GPU.
         interpreted: whether executors whose kernels are interpreted take part; their times are no measurement.
     """
 
@@ -66,6 +68,7 @@ class Settings:
     rounds: int = MIN_ROUNDS
     limit: float | None = None
     interpreted: bool = False
+    graphs: bool = True
 
     @property
     def gpu(self) -> bool:
@@ -87,6 +90,18 @@ class Settings:
     def cases(self) -> int:
         """How many cases there are."""
         return len(self.layers) * len(self.tokens) * len(self.pairs())
+
+
+def default_names(everyone: list[str], weights: str, device: str, interpreted: bool) -> list[str]:
+    """Our contenders where none is asked for.
+
+    In 4 bits ``triton`` has the kernels that ``grouped_nf4`` has; where it runs, it takes part with dense weights.
+    """
+    found = [name for name in everyone if takes(name, weights)]
+    if weights == DENSE:
+        return found
+    on_gpu = torch.device(device).type == "cuda"
+    return [name for name in found if name != TRITON] + ([DENSE_WEIGHTS] if on_gpu or interpreted else [])
 
 
 def takes(name: str, weights: str) -> bool:

@@ -13,7 +13,7 @@ from executors._cli.bench_case import FORWARD, LORA, WITH_BACKWARD, Case, Row
 from executors._cli.bench_measure import Ceilings, Spread, is_no_result, spread
 
 SHORTEST, LONGEST = 9, 15  # of a contender's name on one line, so that a table fits in 80 columns
-LONGEST_IN_4_BITS = 17
+LONGEST_IN_4_BITS = 20
 MILLISECONDS = 1000.0
 MIB = 2**20
 DIRECTIONS = {FORWARD: "forward", WITH_BACKWARD: "forward + backward", LORA: "forward + backward with adapters"}
@@ -87,12 +87,19 @@ def _columns(cases: list[Case], ceilings: Ceilings) -> list[Column]:
     if cases[0].gpu and not cases[0].stack:
         launches: Column = ("n", lambda case, row: "?" if row.launches is None else str(row.launches))
         return [*columns, best, tflops, gbs, launches, *memory]
-    if any(case.stack_row() for case in cases):
-        columns += [
-            best,
-            ("x stack", lambda case, row: _ratio(case, case.stack_ratio(row), row is case.stack_row(), "stack")),
-            ("10-90%", lambda case, row: "" if row is case.stack_row() else _range(case.stack_ratio(row))),
-        ]
+    stack: Column = ("x stack", lambda case, row: _ratio(case, case.stack_ratio(row), row is case.stack_row(), "stack"))
+    if any(case.dense_row() for case in cases):
+        dense: Column = (
+            "x bf16",
+            lambda case, row: _ratio(case, case.dense_ratio(row), row is case.dense_row(), "bf16"),
+        )
+        columns += [best, *([stack] if any(case.stack_row() for case in cases) else []), dense]
+    elif any(case.stack_row() for case in cases):
+        of_stack: Column = (
+            "10-90%",
+            lambda case, row: "" if row is case.stack_row() else _range(case.stack_ratio(row)),
+        )
+        columns += [best, stack, of_stack]
     else:
         columns += [best, ("10-90%", lambda case, row: "" if row is case.best_peer() else _range(case.ratio(row)))]
     if memory or any(case.stack for case in cases):
@@ -130,11 +137,12 @@ def _again(case: Case) -> dict[str, str]:
 
 def _in_a_graph(case: Case, row: Row, ceilings: Ceilings) -> dict[str, str]:
     """The times of a call captured in a CUDA graph."""
-    time, ratio = spread(row.graph), case.graph_ratio(row)
+    time, ratio, of_dense = spread(row.graph), case.graph_ratio(row), case.dense_graph_ratio(row)
     return {
         "ms": _short(MILLISECONDS * time.median),
         "+-": _relative(time),
         "x best": f"{ratio.median:.2f}" if ratio else "",
+        "x bf16": f"{of_dense.median:.2f}" if of_dense else "",
         "TFLOP/s": _tflops(case, time, ceilings),
         "GB/s": _gbs(case, time, ceilings),
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from executors._cli import bench_cuda
-from executors._cli.bench_case import FORWARD, Case, Row
+from executors._cli.bench_case import FORWARD, LORA, Case, Row
 from executors._cli.bench_measure import MIN_ROUNDS, Clock, time_rounds, warm_up
 from executors._cli.memory import peak_of
 
@@ -29,6 +29,7 @@ class Timing:
         rounds: at least so many.
         seed: of the order of calls.
         memory: whether peak memory is measured here, on a GPU.
+        graphs: whether calls are timed in a CUDA graph too.
     """
 
     device: str
@@ -36,6 +37,7 @@ class Timing:
     rounds: int = MIN_ROUNDS
     seed: int = 0
     memory: bool = False
+    graphs: bool = True
 
     @property
     def gpu(self) -> bool:
@@ -93,19 +95,24 @@ def _tell_more(
         tell(f"memory of {name}")
         rows[name].peak = peak_of(action, after, timing.device)
         after()
-    if case.tokens > DECODE or case.direction != FORWARD:
+    if not timing.graphs or not is_captured(case):
         return
     replays: dict[str, Action] = {}
     for name, action in actions.items():
         tell(f"capturing {name}")
         try:
-            replays[name] = bench_cuda.captured(action, timing.device)
+            replays[name] = bench_cuda.captured(action, timing.device, after)
         except bench_cuda.NotCaptured as error:
             rows[name].no_graph = str(error)
     if replays:
         found = _rounds(replays, timing, lambda: None, tell, bench_cuda.Clock(timing.device, queued=True))
         for name, times in found.items():
             rows[name].graph = times
+
+
+def is_captured(case: Case) -> bool:
+    """Whether calls are captured in a graph: a server's decoding, and fine-tuning, to take Python's part away."""
+    return case.direction == LORA or (case.direction == FORWARD and case.tokens <= DECODE)
 
 
 def _rounds(

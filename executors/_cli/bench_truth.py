@@ -22,9 +22,9 @@ from moe_ref.combine import combine
 from moe_ref.error_bars import PROBES, Part, TensorBars
 from moe_ref.experts import Linear, down, expert, groups, lora_inner, up
 from moe_ref.grouping import group, permute, unpermute
-from moe_ref.nf4 import decode_expert
 from moe_ref.numerics import EXACT, FORMATS, Perturbed, Rounding, matmul_transposed, sum_sd
-from moe_ref.types import MoEWeights, NF4Tensor
+from moe_ref.packed import decode_expert
+from moe_ref.types import MoEWeights, PackedTensor
 from moe_ref.vjp import combine_vjp, permute_vjp
 
 SAMPLES = 32
@@ -181,8 +181,8 @@ def _adapter(
 def _only(weights: MoEWeights, active: Tensor) -> MoEWeights:
     """The active experts' parameters, on the CPU; numbers in 4 bits decoded, into the dtype that they decode to."""
 
-    def chosen(stack: Tensor | NF4Tensor) -> Tensor:
-        if isinstance(stack, NF4Tensor):
+    def chosen(stack: Tensor | PackedTensor) -> Tensor:
+        if isinstance(stack, PackedTensor):
             matrices = torch.stack([decode_expert(stack, int(index)) for index in active])
             return matrices.to(getattr(torch, stack.dtype)).cpu()
         return stack.detach()[active.to(stack.device)].cpu()
