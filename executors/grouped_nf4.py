@@ -103,7 +103,7 @@ class GroupedNF4(LayerExecutor):
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         kernels = self._kernels_for(x)
         if kernels is not None:
-            own = kernels.operator_of(self._forced)
+            own = kernels.operator_of(self._forced, topk_ids.numel(), self.name)
             return apply(own, x, topk_ids, topk_weights, weights, keep_z=True)
         return apply(self.operator, x, topk_ids, topk_weights, weights, keep_z=True, keep_own=not self.recompute)
 

@@ -16,9 +16,10 @@ import torch
 from executors._executor import LayerExecutor
 from executors._operator import Operator, apply
 from executors._paths import mean_rows
-from executors._protocol import Capabilities, Unavailable, Unsupported
-from executors._triton import _grouping, _operator, _routing, _tuned
+from executors._protocol import Capabilities, Unavailable
+from executors._triton import _operator, _routing, _tuned
 from executors._triton._device import INTERPRETED
+from executors._triton._grouping import check_slots
 from executors._triton._paths import FUSED
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Triton(LayerExecutor):
     def check(self, x: Tensor, weights: MoEWeights) -> None:
         """Raises Unsupported for what this executor cannot take."""
         super().check(x, weights)
-        self._check_slots(x.numel() // x.shape[-1] * (weights.config.top_k or 1))
+        check_slots(x.numel() // x.shape[-1] * (weights.config.top_k or 1), self.name)
 
     def note(self, x: Tensor, weights: MoEWeights) -> str:
         """What a user should know of a call that works: that it is interpreted, and which way 4 bits take."""
@@ -90,15 +91,11 @@ class Triton(LayerExecutor):
             return _operator.path_note(x, mean_rows(x, weights), FUSED if self.batch_invariant else "")
         return "interpreted on the CPU (TRITON_INTERPRET=1): slow, for numbers only" if INTERPRETED else ""
 
-    def _check_slots(self, slots: int) -> None:
-        if slots > _grouping.MOST_SLOTS:
-            raise Unsupported(f"T*K={slots} slots: must be at most {_grouping.MOST_SLOTS} for {self.name}")
-
     def _route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
         return _routing.route(router_logits, weights)
 
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
-        self._check_slots(topk_ids.numel())
+        check_slots(topk_ids.numel(), self.name)
         return apply(self._own_operator, x, topk_ids, topk_weights, weights, keep_z=not self.recompute)
 
     @property

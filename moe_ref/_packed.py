@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from moe_ref._typing import Array, Float, UInt8
 
 QuantType = Literal["nf4", "fp4"]
+Own = TypeVar("Own", bound="PackedTensor")
 
 
 class PackedTensor:
@@ -63,7 +64,7 @@ class PackedTensor:
         """The shape in the order in which it is stored."""
         return _swapped(self.shape) if self.transposed else tuple(self.shape)
 
-    def transpose(self, first: int, second: int) -> Self:
+    def transpose(self: Own, first: int, second: int) -> Own:
         """The same bytes, read with the last two dimensions swapped.
 
         Raises:
@@ -73,14 +74,14 @@ class PackedTensor:
             raise ValueError(f"dimensions={(first, second)}: must be the last two of {self.ndim}")
         return self._turned()
 
-    def _turned(self) -> Self:
+    def _turned(self: Own) -> Own:
         raise NotImplementedError
 
     def arrays(self) -> dict[str, Array]:
         """Its arrays, by name, without those that it does not have."""
         return {name: getattr(self, name) for name in self.NAMES if getattr(self, name) is not None}
 
-    def map(self, change: Callable[[Array], Array]) -> Self:
+    def map(self: Own, change: Callable[[Array], Array]) -> Own:
         """The same numbers with every array moved: to another device, or to another library."""
         return replace(self, **{name: change(array) for name, array in self.arrays().items()})  # type: ignore[type-var]
 

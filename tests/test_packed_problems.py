@@ -32,7 +32,7 @@ PROBLEM = Problem(9, 4, 32, 16, MoEConfig(2), quant_type="nf4", blocksize=32, en
 @dataclass(frozen=True)
 class OnlyMXFP4(GroupedNF4):
     name: ClassVar[str] = "only_mxfp4"
-    capabilities: ClassVar[Capabilities] = replace(GroupedNF4.capabilities, weights=frozenset({"mxfp4"}))
+    capabilities: ClassVar[Capabilities] = replace(GroupedNF4().capabilities, weights=frozenset({"mxfp4"}))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])

@@ -17,6 +17,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 GPT_OSS = MoEConfig(4, scoring="topk_softmax", alpha=1.702, limit=7.0, up_offset=1.0, gate_up_layout="interleaved")
 LAYER = Problem(64, 9, 128, 96, GPT_OSS, "bfloat16", gate_up_bias=True, down_bias=True, weights_layout="transposed")
 ADAPTED = replace(LAYER, gate_up_rank=16, down_rank=8)  # factors in float32 beside bfloat16
+NF4 = replace(ADAPTED, quant_type="nf4", nested="one", hidden=320, intermediate=224)
+MXFP4 = replace(ADAPTED, quant_type="mxfp4", hidden=320, intermediate=224, weights_layout="contiguous")
+PROBLEMS = {"dense": LAYER, "adapters": ADAPTED, "nf4": NF4, "mxfp4": MXFP4}
 TOKENS = (1, 8, 64, 1000)  # few, some and many rows per expert; slots of one chunk and of several
 
 
@@ -37,6 +40,8 @@ def copy_over(target: Inputs, source: Inputs) -> None:
     with torch.no_grad():
         for name, leaf in target.tensors().items():
             leaf.copy_(source.tensors()[name])
+        for name, codes in target.codes().items():
+            codes.copy_(source.codes()[name])
         target.dy.copy_(source.dy)
 
 
@@ -45,7 +50,7 @@ def demand_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert same_bits(found[name], value), name
 
 
-@pytest.mark.parametrize("problem", [LAYER, ADAPTED], ids=["dense", "adapters"])
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_never_waits_for_the_gpu(tokens: int, problem: Problem) -> None:
     inputs = inputs_of(replace(problem, tokens=tokens))
@@ -58,7 +63,7 @@ def test_never_waits_for_the_gpu(tokens: int, problem: Problem) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("problem", [LAYER, ADAPTED], ids=["dense", "adapters"])
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_is_captured_and_replayed(tokens: int, problem: Problem) -> None:
     """A CUDA graph replayed on other inputs, with other groups, gives the bits of an eager call."""
@@ -100,6 +105,21 @@ def test_every_configuration(tokens: int, dtype: str, layout: str) -> None:
     problem = replace(LAYER, tokens=tokens, dtype=dtype, weights_layout=layout, hidden=336, intermediate=208)
     check_problem(executors.get("triton"), problem, "cuda")
     check_problem(executors.get("triton"), replace(problem, config=MoEConfig(4, activation="geglu")), "cuda")
+
+
+@pytest.mark.parametrize("path", ["fused", "decoded"])
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "problem", [NF4, replace(NF4, nested="per expert", hidden=336), MXFP4], ids=["nf4", "odd", "mxfp4"]
+)
+def test_every_configuration_of_4_bits(problem: Problem, dtype: str, tokens: int, path: str) -> None:
+    """Both orders in memory, with tails, and gates in halves too."""
+    executor = executors.get("grouped_nf4", path=path)
+    for layout, config in (("contiguous", GPT_OSS), ("transposed", MoEConfig(4))):
+        check_problem(
+            executor, replace(problem, tokens=tokens, dtype=dtype, weights_layout=layout, config=config), "cuda"
+        )
 
 
 def test_batch_invariant_over_all_sizes() -> None:

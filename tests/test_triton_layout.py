@@ -15,7 +15,7 @@ from executors._triton._configs import FAMILIES, Regime, regime_of
 from executors._triton._device import Device
 from executors._triton._grouping import Groups
 from executors._triton._operands import Plan
-from executors._triton.kernels import adapters, addresses, gradients, outer, packed, products
+from executors._triton.kernels import adapters, addresses, gradients, outer, packed, products, tiles
 from executors._triton.kernels.addresses import offset
 from moe_ref import MoEConfig
 from moe_ref.conformance.call import call, run
@@ -182,7 +182,7 @@ def test_addresses_are_made_by_offset_only() -> None:
     size = r"(?:stride\w*|strides\[|width\b|num_slots\b|OUTER\b|INNER\b|scales\[|[NKHMR]\b)"
     found = [
         line
-        for module in (addresses, products, packed, adapters, gradients, outer)
+        for module in (addresses, products, packed, tiles, adapters, gradients, outer)
         for line in re.findall(rf".*\*\s*{size}.*", Path(str(module.__file__)).read_text())
         if "offset(rows, 2 * N)" not in line and "< 2 * N)" not in line  # twice a size is no product of sizes
     ]

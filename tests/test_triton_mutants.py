@@ -42,6 +42,7 @@ LAUNCHERS = (_decode, _gradients, _grouping, _products, _routing)
 IMPORTERS = {
     "activation": ("products", "gradients"),
     "packed": ("products",),
+    "tiles": ("products",),
 }  # kernels that call those of another file
 
 ALL_MUTANTS = MUTANTS | GRADIENT_MUTANTS | PACKED_MUTANTS

@@ -11,7 +11,7 @@ import torch
 
 import executors
 from dense_cases import WATCHED, arguments, demand_one_graph, each, needs_all
-from executors._triton import _decode, _operator, _paths, _products
+from executors._triton import _decode, _grouping, _operator, _paths, _products
 from executors._triton._configs import FAMILIES
 from executors._triton._device import INTERPRETED, Device, device_of
 from executors._triton._grouping import Groups
@@ -33,7 +33,7 @@ EVEN = replace(NF4, hidden=96, intermediate=64)
 MXFP4 = replace(ALIGNED, quant_type="mxfp4", hidden=96, intermediate=64)
 SMALL = replace(NF4, tokens=5, experts=2, hidden=32, intermediate=32)
 WAYS = ("fused", "decoded")
-WATCHED.update({f"triton_{path}": _operator.operator_of(path) for path in WAYS})
+WATCHED.update({f"triton_{path}": _operator.BY_PATH[path] for path in WAYS})
 
 
 def by(path: str, **options: Any) -> executors.Executor:
@@ -135,6 +135,12 @@ def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception]
     assert str(refusal.value) == message
 
 
+def test_too_many_slots_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_grouping, "MOST_SLOTS", 79)
+    with pytest.raises(executors.Unsupported, match=r"T\*K=80 slots: must be at most 79 for grouped_nf4"):
+        call(by("fused"), inputs_of(NF4))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_kernels_are_unavailable_without_gpu_and_interpreter() -> None:
     done = python("-c", "import executors; executors.get('grouped_nf4', path='fused')", TRITON_INTERPRET="0")
@@ -169,7 +175,7 @@ def test_grouped_nf4_imports_no_triton_before_it_is_asked_for() -> None:
 def test_operators_keep_torch_s_rules(path: str, problem: Problem) -> None:
     """Schema, autograd, fake kernels, dispatch, both ways."""
     inputs = inputs_of(replace(problem, gate_up_rank=2, entry="experts"))
-    operator = _operator.operator_of(path)
+    operator = _operator.BY_PATH[path]
     tensors, static = arguments(inputs)
     torch.library.opcheck(operator.forward, (*tensors, True, False, *static))
     _, *kept = (t.detach() for t in operator.forward(*tensors, True, False, *static))

@@ -59,7 +59,7 @@ MUTANTS = {
         "concatenated",
     ),
     "column tiles beyond the first group of row tiles": (
-        "products",
+        "tiles",
         "tile % per_group // height",
         "tile % per_group // GROUP_M",
         "interleaved",

@@ -99,8 +99,8 @@ PACKED_MUTANTS = {
         "offset(offset(tl.maximum(place - 1, 0), OUTER)",
         "decoded",
     ),
-    "the row tiles of the first part": ("products", "begin = tl.load(bounds + first_expert)", "begin = 0", "decoded"),
-    "a part without its last row tile": ("products", "last_expert) - begin", "last_expert) - begin - 1", "decoded"),
+    "the row tiles of the first part": ("tiles", "begin = tl.load(bounds + first_expert)", "begin = 0", "decoded"),
+    "a part without its last row tile": ("tiles", "last_expert) - begin", "last_expert) - begin - 1", "decoded"),
     "the matrix before in a part": (
         "products",
         "expert - first_expert",

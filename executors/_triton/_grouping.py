@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from executors._protocol import Unsupported
 from executors._triton.kernels.grouping import count_kernel, group_kernel, place_kernel, scan_kernel
 
 CHUNK = 1024  # slots that one program takes
@@ -31,6 +32,12 @@ class Groups(NamedTuple):
     group_offsets: Tensor
     tiles: Tensor
     most_tiles: int
+
+
+def check_slots(slots: int, name: str) -> None:
+    """Raises Unsupported for more slots than an executor of that name can number."""
+    if slots > MOST_SLOTS:
+        raise Unsupported(f"T*K={slots} slots: must be at most {MOST_SLOTS} for {name}")
 
 
 def bounds_of(groups: Groups, block_m: int) -> Tensor:

@@ -12,7 +12,7 @@ from executors._operator import Arguments, Kept, Operator, define
 from executors._triton import _configs, _interpreter, _layer, _operands, _tuned
 from executors._triton._configs import Regime
 from executors._triton._device import INTERPRETED, device_guard, device_of
-from executors._triton._grouping import Groups, bounds_of, group
+from executors._triton._grouping import Groups, bounds_of, check_slots, group
 from executors._triton._layer import Layer, Projection
 from executors._triton._operands import Act, Matrices, Plan
 from executors._triton._paths import DECODED, FUSED, path_of, told
@@ -158,8 +158,13 @@ TUNED = define(Kernels("triton_tuned", tuned=True))
 BY_PATH = {"": OPERATOR} | {path: define(Kernels(f"triton_{path}", path=path)) for path in (FUSED, DECODED)}
 
 
-def operator_of(path: str) -> Operator:
-    """The operator for a way that projections in 4 bits take: "fused", "decoded", or "" for the rule's."""
+def operator_of(path: str, slots: int, name: str) -> Operator:
+    """The operator for a way that projections in 4 bits take: "fused", "decoded", or "" for the rule's.
+
+    Raises:
+        Unsupported: for more slots than there can be, in the name of an executor.
+    """
+    check_slots(slots, name)
     return BY_PATH[path]
 
 

@@ -24,14 +24,14 @@ class Rule(NamedTuple):
     basis: str
 
 
-COUNTED = "counted, awaiting a measurement"  # docs/four-bit.md: instructions, bytes and products of a row tile
+COUNTED = "counted, awaiting a measurement"  # by benchmarks/four_bit_counts.py; see docs/four-bit.md
 RULES = {
-    "sm75": Rule(256, COUNTED),
+    "sm75": Rule(32, COUNTED),
     "sm80": Rule(256, COUNTED),
-    "sm86": Rule(256, COUNTED),
+    "sm86": Rule(896, COUNTED),
     "sm90": Rule(256, COUNTED),
     "sm100": Rule(128, COUNTED),
-    "gfx942": Rule(256, COUNTED),
+    "gfx942": Rule(128, COUNTED),
     "interpreter": Rule(6, "small, so that small problems take both ways"),
 }
 

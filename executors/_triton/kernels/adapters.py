@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from executors._triton.kernels.addresses import offset
-from executors._triton.kernels.products import dot_exact, load_matrix, tile_at
+from executors._triton.kernels.products import dot_exact, load_matrix
+from executors._triton.kernels.tiles import tile_at
 
 
 @triton.jit
