@@ -212,8 +212,9 @@ def _load(entry: Entry) -> Factory:
     try:
         return _call(entry, "loaded", EntryPoint(entry.name, entry.target, GROUP).load)
     except Unavailable as error:
-        missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
-        if entry.source != "built-in" or missing is None or missing.partition(".")[0] == "executors":
+        name = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
+        missing = (name or "").partition(".")[0]
+        if entry.source != "built-in" or missing in ("", "executors"):
             raise
         raise Unavailable(
             f'executor {entry.name!r} needs {missing}: pip install "moe-ref[{EXTRAS.get(missing, "torch")}]"'
