@@ -73,6 +73,8 @@ class Explanation:
         target: "module:attribute", or the registered factory as text.
         source: "built-in", "registered", or "from distribution D".
         note: what to know of a call that works, such as that it waits for the GPU; or "".
+        weights: the kinds of projections that it declares, of "dense", "nf4", "fp4", "mxfp4", sorted; empty where it
+            cannot be had.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Explanation:
     target: str
     source: str
     note: str = ""
+    weights: tuple[str, ...] = ()
 
 
 _registered: dict[str, Entry] = {}
@@ -111,7 +114,10 @@ def get(name: str, **options: Any) -> Executor:
 
 
 def names() -> list[str]:
-    """All names, sorted, usable here or not."""
+    """All names, sorted, usable here or not.
+
+    `explain` has what each of them takes: ``grouped_nf4``, for one, all kinds of 4 bits, MXFP4 too.
+    """
     return sorted(_entries())
 
 
@@ -259,13 +265,19 @@ def _options(factory: Factory) -> list[str] | None:
 
 def _explain(entry: Entry, x: Tensor | None, weights: MoEWeights | None) -> Explanation:
     reason = note = ""
+    kinds: tuple[str, ...] = ()
     refusals = (Unavailable, Unsupported, ValueError, TypeError)
     try:
         executor = get(entry.name)
+        kinds = _call(entry, "asked", partial(_kinds, executor), passing=refusals)
         if x is not None and weights is not None:
             _call(entry, "asked", partial(executor.check, x, weights), passing=refusals)
             if isinstance(executor, NotingExecutor):
                 note = _call(entry, "asked", partial(executor.note, x, weights), passing=refusals)
     except refusals as error:
         reason = " ".join(str(error).split())
-    return Explanation(entry.name, not reason, reason, entry.target_name, entry.source, note)
+    return Explanation(entry.name, not reason, reason, entry.target_name, entry.source, note, kinds)
+
+
+def _kinds(executor: Executor) -> tuple[str, ...]:
+    return tuple(sorted(getattr(getattr(executor, "capabilities", None), "weights", ())))

@@ -194,7 +194,10 @@ def test_only_what_was_registered_can_be_taken_back(name: str) -> None:
 def test_a_row_for_each_name() -> None:
     assert [row.name for row in executors.explain()] == executors.names()
     assert [row.name for row in executors.explain() if row.usable] == executors.available()
-    assert row("native") == executors.Explanation("native", True, "", "executors.native:Native", "built-in")
+    assert row("native") == executors.Explanation(
+        "native", True, "", "executors.native:Native", "built-in", weights=("dense",)
+    )
+    assert row("grouped_nf4").weights == ("fp4", "mxfp4", "nf4")
 
 
 def test_input_that_an_executor_cannot_take_is_explained() -> None:
@@ -271,7 +274,7 @@ def test_loop_back_plug_in_passes_as_native_does(install: Install) -> None:
     install("loop-back", {"loop_back": "loop_back:loop_back"}, loop_back=LOOP_BACK)
     assert "loop_back" in executors.available()
     assert row("loop_back") == executors.Explanation(
-        "loop_back", True, "", "loop_back:loop_back", "from distribution loop-back"
+        "loop_back", True, "", "loop_back:loop_back", "from distribution loop-back", weights=("dense",)
     )
     executor = executors.get("loop_back")
     assert executor.name == "loop_back"

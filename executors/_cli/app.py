@@ -49,9 +49,9 @@ FileArgument = Annotated[
 def list_executors() -> None:
     """Lists all executors: usable here or why not.
 
-    Says where each of them comes from: built in, registered, or from an installed package.
+    Says where each of them comes from (built in, registered, or from an installed package), and what weights it takes.
     """
-    _print_rows(executors.explain())
+    _print_rows(executors.explain(), kinds=True)
 
 
 @app.command()
@@ -141,13 +141,17 @@ def _load(file: Path | None, device: str) -> Layer:
         refuse(str(error))
 
 
-def _print_rows(rows: list[executors.Explanation]) -> None:
+def _print_rows(rows: list[executors.Explanation], *, kinds: bool = False) -> None:
+    """A table; with ``kinds`` what projections each of them takes."""
     out = Table(width=WIDTH)
     out.add_column("executor", no_wrap=True)
     out.add_column("usable", no_wrap=True)
     out.add_column("from", no_wrap=True)
+    if kinds:
+        out.add_column("weights", max_width=11)
     out.add_column("why not, or a remark", ratio=1)
     for row in rows:
         usable = "[green]yes[/green]" if row.usable else "[red]no[/red]"
-        out.add_row(row.name, usable, escape(row.source), escape(row.reason or row.note))
+        weights = [", ".join(row.weights)] if kinds else []
+        out.add_row(row.name, usable, escape(row.source), *weights, escape(row.reason or row.note))
     new_console().print(out)
