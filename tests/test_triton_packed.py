@@ -56,6 +56,21 @@ def test_decoded_before_is_the_dense_executor(problem: Problem, layout: str) -> 
         assert same_bits(value, expected[leaf]), leaf
 
 
+@interpreted
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_decoded_parts_by_tensor_descriptors(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs with TMA run: the same bits as with pointers."""
+    problem = replace(EVEN, weights_layout=layout)
+    expected, used = run(by("decoded"), inputs_of(problem)).tensors, []
+    monkeypatch.setitem(FAMILIES, "interpreter", FAMILIES["interpreter"]._replace(descriptors=True))
+    plain = _products.operand
+    monkeypatch.setattr(_products, "operand", lambda *given: used.append(plain(*given)) or used[-1])
+    found = run(by("decoded"), inputs_of(problem)).tensors
+    assert {own.tma for own in used} == {"rows", "columns"}
+    for leaf, value in found.items():
+        assert same_bits(value, expected[leaf]), leaf
+
+
 @pytest.mark.parametrize("parts", [1, 2, 8])
 def test_parts_do_not_change_bits(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(by("decoded"), inputs_of(NF4)).tensors
