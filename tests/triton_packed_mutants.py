@@ -57,10 +57,10 @@ PACKED_MUTANTS = {
     "the exponent's bias is 128": ("packed", "bits << 23", "(bits - 1) << 23", "mxfp4"),
     "the smallest power is 0": ("packed", "0x00400000", "0", "decoding"),
     "exponent 255 is infinite": ("packed", "0x7FC00000", "0x7F800000", "decoding"),
-    "the offset of scales is forgotten": ("packed", ".to(tl.float32) + shift", ".to(tl.float32)", "nested"),
+    "the offset of scales is forgotten": ("packed", "fine * coarse + shift", "fine * coarse", "nested"),
     "nested scales in a fused multiply-add": (
         "packed",
-        "(fine.to(tl.float64) * coarse.to(tl.float64)).to(tl.float32) + shift",
+        "fine * coarse + shift",
         "(fine.to(tl.float64) * coarse.to(tl.float64) + shift.to(tl.float64)).to(tl.float32)",
         "decoding",
     ),

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from executors._triton._operands import Matrices, Plan
-from executors._triton._packed import codes_of
+from executors._triton._packed import codes_of, is_fused
 from executors._triton.kernels.packed import decode_kernel
 from moe_ref.types import PackedTensor
 
@@ -68,6 +68,7 @@ def decode(packed: PackedTensor, first: int, out: Tensor, plan: Plan) -> None:
         inner,
         *own.strides[:2],
         FORM=own.form,
+        enable_fp_fusion=is_fused(own.form),
         BLOCK_O=BLOCK_O,
         BLOCK_I=BLOCK_I,
         num_warps=WARPS,

@@ -59,6 +59,11 @@ class Codes(NamedTuple):
     form: Form
 
 
+def is_fused(form: Form | None) -> bool:
+    """Whether a compiler may make one rounding of a product and a sum: not of nested scales (Q3)."""
+    return form is None or not form.nested
+
+
 def is_aligned(packed: PackedTensor) -> bool:
     """Whether codes can be loaded 8 bytes at a time and more, and rows of the other operand 16."""
     _, outer, inner = packed.stored_shape

@@ -22,6 +22,7 @@ from executors._triton._operands import (
     operand,
     ranks_at_a_time,
 )
+from executors._triton._packed import is_fused
 from executors._triton.kernels.adapters import inner_kernel
 from executors._triton.kernels.combine import combine_kernel
 from executors._triton.kernels.products import down_kernel, up_kernel
@@ -92,6 +93,7 @@ def up(
             EVEN_K=hidden % tile.block_k == 0,
             PART=part.last > 0,
             FORM=of_w.form,
+            enable_fp_fusion=is_fused(of_w.form),
             TMA=of_w.tma,
             BLOCK_R=block_r,
             **blocks(tile),
@@ -140,6 +142,7 @@ def down(
             EVEN_K=inner_size % tile.block_k == 0,
             PART=part.last > 0,
             FORM=of_w.form,
+            enable_fp_fusion=is_fused(of_w.form),
             TMA=of_w.tma,
             BLOCK_R=block_r,
             **blocks(tile),

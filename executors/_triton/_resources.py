@@ -14,6 +14,7 @@ from executors._triton._disassembly import Instruction, disassemble_amd, disasse
 REGISTER = 4  # bytes
 TENSOR_CORE = re.compile(r"(HMMA|HGMMA|UTC\w*MMA|v_mfma)")
 MULTIPLY = re.compile(r"HMMA|HGMMA|UTC\w*MMA|FFMA|HFMA2|v_mfma|v_(pk_)?fma")
+MULTIPLY_ADD = re.compile(r"FFMA|v_(pk_)?(fma|fmac|mad|mac)_f32")
 LOAD = re.compile(r"LDG\.|LDGSTS|UTMALDG|(global|buffer|flat)_load")
 WIDE = re.compile(r"LDG\S*\.(128|256)|UTMALDG|\w+_dwordx4")
 LOCAL = re.compile(r"(LDL|STL)\b|scratch_(load|store)")
@@ -34,6 +35,7 @@ class Resources:
         loads, wide_loads: instructions that load from global memory; of those, 16 bytes of a thread or a whole tile.
         inner_loads, inner_wide_loads: the same in the innermost loop that multiplies, the one over k.
         instructions: in all, without padding.
+        multiply_adds: instructions that round a product and a sum once, of fp32.
         inner_instructions: of the innermost loop that multiplies, without padding.
     """
 
@@ -50,6 +52,7 @@ class Resources:
     inner_wide_loads: int
     instructions: int
     inner_instructions: int
+    multiply_adds: int
 
     @property
     def spills(self) -> bool:
@@ -113,6 +116,7 @@ def _counted(code: list[Instruction], registers: int, spilled: int, scalars_move
         inner_wide_loads=_number(WIDE, loop, LOAD),
         instructions=_without_padding(code),
         inner_instructions=_without_padding(loop),
+        multiply_adds=_number(MULTIPLY_ADD, code),
     )
 
 

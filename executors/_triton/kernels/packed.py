@@ -76,7 +76,7 @@ def load_scale(scales, expert, blocks, there, FORM):
         bits = own.to(tl.int32)
         bits = tl.where(bits == 0, 0x00400000, tl.where(bits == 255, 0x7FC00000, bits << 23))
         scale = bits.to(tl.float32, bitcast=True)
-    elif FORM.nested:  # a product, then a sum, each rounded to fp32: never fused into one (Q3)
+    elif FORM.nested:  # a product, then a sum, each rounded to fp32 (Q3): launched without contraction into one
         if FORM.segmented:
             nested = offset(expert, scales[4]) + (blocks - offset(expert, scales[5])) // FORM.nested_blocksize
             shift = tl.load(scales[3] + expert)
@@ -85,7 +85,7 @@ def load_scale(scales, expert, blocks, there, FORM):
             shift = tl.load(scales[3])
         coarse = tl.load(scales[1] + nested, mask=there, other=0.0)
         fine = tl.load(scales[2] + own.to(tl.int32), mask=there, other=0.0)
-        scale = (fine.to(tl.float64) * coarse.to(tl.float64)).to(tl.float32) + shift
+        scale = tl.where(there, fine * coarse + shift, 0.0)  # an offset alone may be infinite in 16 bits
     else:
         scale = own
     return scale
