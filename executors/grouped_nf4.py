@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 
@@ -75,6 +75,10 @@ class GroupedNF4(LayerExecutor):
             raise ValueError(f"path={self.path!r}: must be one of {', '.join(map(repr, get_args(Path)))}")
         object.__setattr__(self, "_kernels", self._find_kernels())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew from its options: modules are neither copied nor pickled."""
+        return type(self), (self.path, self.recompute)
+
     @property
     def capabilities(self) -> Capabilities:
         """What it declares; of kernels a CPU only under the interpreter."""
@@ -90,8 +94,11 @@ class GroupedNF4(LayerExecutor):
     def check(self, x: Tensor, weights: MoEWeights) -> None:
         """Raises Unsupported for dense weights, other devices and dtypes, and where it would break a capture."""
         super().check(x, weights)
-        if self._kernels_for(x) is None:
+        kernels = self._kernels_for(x)
+        if kernels is None:
             check_capture(x, weights)
+        else:
+            kernels.check_slots(x.numel() // x.shape[-1] * (weights.config.top_k or 1), self.name)
 
     def note(self, x: Tensor, weights: MoEWeights) -> str:
         """What a user should know of a call that works: which way it decodes, or that it is slow or waits."""
@@ -103,7 +110,8 @@ class GroupedNF4(LayerExecutor):
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         kernels = self._kernels_for(x)
         if kernels is not None:
-            own = kernels.operator_of(self._forced, topk_ids.numel(), self.name)
+            kernels.check_slots(topk_ids.numel(), self.name)
+            own = kernels.operator_of(self._forced)
             return apply(own, x, topk_ids, topk_weights, weights, keep_z=True)
         return apply(self.operator, x, topk_ids, topk_weights, weights, keep_z=True, keep_own=not self.recompute)
 

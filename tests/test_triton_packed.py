@@ -1,5 +1,7 @@
 """The kernels of 4 bits beyond their numbers: ways, rules, memory, offsets, tracing, refusals."""
 
+import copy
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +13,7 @@ import torch
 
 import executors
 from dense_cases import WATCHED, arguments, demand_one_graph, each, needs_all
-from executors._triton import _decode, _grouping, _operator, _paths, _products
+from executors._triton import _configs, _decode, _grouping, _operator, _paths, _products
 from executors._triton._configs import FAMILIES
 from executors._triton._device import INTERPRETED, Device, device_of
 from executors._triton._grouping import Groups
@@ -125,6 +127,8 @@ def test_explain_tells_the_way_and_what_the_rule_stands_on() -> None:
     assert by("fused").note(inputs.x, inputs.weights).endswith("4 bits: fused, as asked")
     unknown = replace(inputs.weights, config=replace(NF4.config, top_k=None))
     assert "here" not in executors.get("triton").note(inputs.x, unknown)
+    invariant = executors.get("triton", batch_invariant=True)
+    assert invariant.note(inputs.x, inputs.weights).endswith("4 bits: fused, as asked")
     dense = inputs_of(ALIGNED)
     assert "4 bits" not in executors.get("triton").note(dense.x, dense.weights)
 
@@ -150,10 +154,58 @@ def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception]
     assert str(refusal.value) == message
 
 
+@pytest.mark.parametrize("path", ["auto", "fused", "torch"])
+def test_executors_can_be_copied_and_pickled(path: str) -> None:
+    executor = by(path, recompute=False)
+    for other in (copy.deepcopy(executor), pickle.loads(pickle.dumps(executor))):
+        assert other == executor
+        assert call(other, inputs_of(SMALL)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("executor", "expected"),
+    [
+        (executors.get("grouped_nf4", path="fused"), {"packed": True, "aligned": False, "batch_invariant": False}),
+        (executors.get("grouped_nf4", path="decoded"), {"packed": False, "aligned": True, "batch_invariant": False}),
+        (executors.get("triton", batch_invariant=True), {"packed": True, "aligned": False, "batch_invariant": True}),
+    ],
+    ids=["fused", "decoded", "batch_invariant"],
+)
+def test_configuration_that_is_asked_for(
+    executor: executors.Executor, expected: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 48: codes are not aligned, what they decode to is; then the dense executor's configuration (C2)."""
+    asked = []
+    plain = _configs.regime_of
+    monkeypatch.setattr(_configs, "regime_of", lambda *a, **given: asked.append(given) or plain(*a, **given))
+    call(executor, inputs_of(replace(NF4, hidden=48, intermediate=48)))
+    assert [{name: given[name] for name in expected} for given in asked] == [expected]
+
+
+def test_batch_invariant_takes_one_configuration_for_4_bits() -> None:
+    last = FAMILIES["sm90"].packed.narrow[-1]
+    given = {"narrow": True, "aligned": True, "packed": True, "batch_invariant": True}
+    assert {_configs.regime_of("sm90", rows=rows, **given) for rows in (0.1, 20, 1e6)} == {last}
+
+
+def test_experts_without_rows_are_not_decoded() -> None:
+    inputs = inputs_of(replace(SMALL, experts=4))
+    packed = inputs.weights.packed()["gate_up_proj"]
+    offsets = torch.tensor([0, 3, 3, 5, 5], dtype=torch.int32, device=DEVICE)
+    groups = Groups(torch.empty(0), offsets, torch.empty(0), 0)
+    plan = Plan(groups, 1, FAMILIES["interpreter"].narrow[0], Device("interpreter", 3), "ieee", True)
+    out = torch.full(packed.stored_shape, -7.0, device=DEVICE)
+    _decode.decode(packed, 0, out, plan)
+    assert [bool((own == -7.0).all()) for own in out] == [False, True, False, True]
+
+
 def test_too_many_slots_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_grouping, "MOST_SLOTS", 79)
     with pytest.raises(executors.Unsupported, match=r"T\*K=80 slots: must be at most 79 for grouped_nf4"):
         call(by("fused"), inputs_of(NF4))
+    inputs = inputs_of(NF4)
+    with pytest.raises(executors.Unsupported, match=r"T\*K=80 slots"):  # so that explain and auto know it
+        by("fused").check(inputs.x, inputs.weights)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -80,9 +80,15 @@ class Operand(NamedTuple):
     tma: str
 
 
-def are_aligned(*projections: Matrices) -> bool:
-    """Whether projections [E, m, k] can be loaded 16 bytes at a time, along k or along m; or 8, in 4 bits."""
-    return all(is_aligned(own) if isinstance(own, PackedTensor) else _is_matrix_aligned(own) for own in projections)
+def are_aligned(*projections: Matrices, decoded: bool = False) -> bool:
+    """Whether projections [E, m, k] can be loaded 16 bytes at a time, along k or along m; or 8, in 4 bits.
+
+    With ``decoded`` it is the room for what was in 4 bits that counts.
+    """
+    return all(
+        is_aligned(own, decoded=decoded) if isinstance(own, PackedTensor) else _is_matrix_aligned(own)
+        for own in projections
+    )
 
 
 def readable(rows: Tensor, aligned: bool) -> Tensor:

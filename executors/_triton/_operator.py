@@ -12,7 +12,8 @@ from executors._operator import Arguments, Kept, Operator, define
 from executors._triton import _configs, _interpreter, _layer, _operands, _tuned
 from executors._triton._configs import Regime
 from executors._triton._device import INTERPRETED, device_guard, device_of
-from executors._triton._grouping import Groups, bounds_of, check_slots, group
+from executors._triton._grouping import Groups, bounds_of, group
+from executors._triton._grouping import check_slots as check_slots
 from executors._triton._layer import Layer, Projection
 from executors._triton._operands import Act, Matrices, Plan
 from executors._triton._paths import DECODED, FUSED, path_of, told
@@ -47,7 +48,8 @@ class Kernels(NamedTuple):
             _interpreter.mend()
         layer = layer_of(given)
         with device_guard(given.x):
-            y, z = _layer.forward(layer, self._plan(layer), keep_z)
+            plan = self._plan(layer)
+            y, z = _layer.forward(readable(layer, plan), plan, keep_z)
         return y, self._kept(z)
 
     def fake(self, given: Arguments, keep_z: bool, _keep_own: bool) -> tuple[Tensor, Kept]:
@@ -65,7 +67,8 @@ class Kernels(NamedTuple):
         layer = layer_of(given)
         with device_guard(given.x):
             plan = self._plan(layer)
-            return _layer.backward(layer, plan, kept.z.contiguous(), _operands.readable(dy, plan.aligned), needs)
+            upstream = _operands.readable(dy, plan.aligned)
+            return _layer.backward(readable(layer, plan), plan, kept.z.contiguous(), upstream, needs)
 
     def _kept(self, z: Tensor) -> Kept:
         """Slots are sorted anew in backward: hooks may hand back weights with other strides, and so other tiles."""
@@ -81,7 +84,7 @@ class Kernels(NamedTuple):
         return self.path or path_of(device_of(layer.x.device).family, rows_of(layer))
 
     def _regime(self, layer: Layer, decoded: bool) -> Regime:
-        tuned = _tuned.regime_for(layer, precision_of(layer)) if self.tuned else None
+        tuned = _tuned.regime_for(layer, precision_of(layer)) if self.tuned and not is_packed(layer) else None
         return tuned or shipped_regime(layer, batch_invariant=self.batch_invariant, decoded=decoded)
 
 
@@ -107,21 +110,21 @@ def shipped_regime(layer: Layer, *, batch_invariant: bool = False, decoded: bool
         device_of(layer.x.device).family,
         packed=is_packed(layer) and not decoded,
         narrow=layer.x.element_size() == 2,
-        aligned=_operands.are_aligned(layer.up.matrices, layer.down.matrices),
+        aligned=_operands.are_aligned(layer.up.matrices, layer.down.matrices, decoded=decoded),
         rows=rows_of(layer),
         batch_invariant=batch_invariant,
     )
 
 
 def layer_of(given: Arguments) -> Layer:
-    """The layer; x is copied only where its own strides keep it from being loaded 16 bytes at a time."""
+    """The layer, with x as it is."""
     factors = (given.gate_up_lora_a, given.gate_up_lora_b), (given.down_lora_a, given.down_lora_b)
     matrices = matrices_of(given)
     up = Projection(matrices[0], given.gate_up_proj_bias, *factors[0], given.gate_up_scaling)
     down = Projection(matrices[1], given.down_proj_bias, *factors[1], given.down_scaling)
     layout = given.layout if given.activation in GATED else ""
     return Layer(
-        _operands.readable(given.x, _operands.are_aligned(*matrices)),
+        given.x,
         given.topk_ids.contiguous(),
         given.topk_weights.contiguous(),
         up,
@@ -129,6 +132,11 @@ def layer_of(given: Arguments) -> Layer:
         Act(given.activation, given.alpha, given.limit, given.up_offset, layout),
         given.scale_input,
     )
+
+
+def readable(layer: Layer, plan: Plan) -> Layer:
+    """The layer; x is copied only where its own strides keep it from being loaded 16 bytes at a time."""
+    return layer._replace(x=_operands.readable(layer.x, plan.aligned))
 
 
 def matrices_of(given: Arguments) -> tuple[Matrices, Matrices]:
@@ -140,7 +148,7 @@ def matrices_of(given: Arguments) -> tuple[Matrices, Matrices]:
 
 def plan_of(layer: Layer, groups: Groups, regime: Regime, *, decoded: bool = False) -> Plan:
     """How the products run on the layer's device; what is in 4 bits is decoded in them or before them."""
-    aligned = _operands.are_aligned(layer.up.matrices, layer.down.matrices)
+    aligned = _operands.are_aligned(layer.up.matrices, layer.down.matrices, decoded=decoded)
     device = device_of(layer.x.device)
     bounds = bounds_of(groups, regime.up.block_m) if decoded else None
     return Plan(groups, layer.topk_ids.shape[1], regime, device, precision_of(layer), aligned, bounds)
@@ -158,13 +166,8 @@ TUNED = define(Kernels("triton_tuned", tuned=True))
 BY_PATH = {"": OPERATOR} | {path: define(Kernels(f"triton_{path}", path=path)) for path in (FUSED, DECODED)}
 
 
-def operator_of(path: str, slots: int, name: str) -> Operator:
-    """The operator for a way that projections in 4 bits take: "fused", "decoded", or "" for the rule's.
-
-    Raises:
-        Unsupported: for more slots than there can be, in the name of an executor.
-    """
-    check_slots(slots, name)
+def operator_of(path: str) -> Operator:
+    """The operator for a way that projections in 4 bits take: "fused", "decoded", or "" for the rule's."""
     return BY_PATH[path]
 
 

@@ -64,9 +64,14 @@ def is_fused(form: Form | None) -> bool:
     return form is None or not form.nested
 
 
-def is_aligned(packed: PackedTensor) -> bool:
-    """Whether codes can be loaded 8 bytes at a time and more, and rows of the other operand 16."""
+def is_aligned(packed: PackedTensor, *, decoded: bool = False) -> bool:
+    """Whether codes can be loaded 8 bytes at a time and more, and rows of the other operand 16.
+
+    With ``decoded``, whether what they are decoded to can be loaded 16 bytes at a time.
+    """
     _, outer, inner = packed.stored_shape
+    if decoded:
+        return outer % 16 == 0 and inner % 16 == 0
     return outer % 16 == 0 and inner % LEAST_ROW == 0 and packed.codes.data_ptr() % 16 == 0
 
 

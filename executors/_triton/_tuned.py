@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
 
 from executors._triton import _operands, _tuned_file
 from executors._triton._configs import Regime
 from executors._triton._device import INTERPRETED
 from executors._triton._layer import Layer, Projection
-from executors._triton._operands import Matrices
 from executors._triton._tuned_file import Entries, Key
-from moe_ref.types import PackedTensor
 from moe_ref.validation import dtype_name
 
 # What they do with a tile counts as well.
@@ -87,13 +86,8 @@ def storage_of(up: Projection, down: Projection) -> str:
     """Which dimension of both is last in memory, such as "rows, columns"; or "not aligned"."""
     if not _operands.are_aligned(up.matrices, down.matrices):
         return "not aligned"
-    return ", ".join(_storage_of(own.matrices) for own in (up, down))
-
-
-def _storage_of(matrices: Matrices) -> str:
-    if isinstance(matrices, PackedTensor):
-        return f"{matrices.quant_type} {'columns' if matrices.transposed else 'rows'}"
-    return "rows" if matrices.stride(2) == 1 else "columns"
+    strides = [own.matrices.stride(2) for own in (up, down) if isinstance(own.matrices, Tensor)]
+    return ", ".join("rows" if stride == 1 else "columns" for stride in strides)
 
 
 @cache
