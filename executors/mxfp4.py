@@ -15,7 +15,7 @@ from torch import Tensor
 
 from executors._mxfp4_quantize import quantized
 from moe_ref.types import MoEConfig, MoEWeights, MXFP4Tensor, PackedTensor
-from moe_ref.validation import check_mxfp4, check_quantize_mxfp4, check_weights, dtype_name
+from moe_ref.validation import DECODED_DTYPES, check_mxfp4, check_quantize_mxfp4, check_weights, dtype_name
 
 __all__ = ["from_blocks", "from_state_dict", "quantize", "quantize_tensor", "to_state_dict"]
 
@@ -151,11 +151,16 @@ def _from_blocks(names: tuple[str, str], blocks: Any, scales: Any, dtype: torch.
         if not isinstance(value, Tensor) or value.dtype != torch.uint8:
             found = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} is {found}: must be a torch.Tensor of uint8")
+    if blocks.device != scales.device:
+        raise ValueError(f"{names[1]}.device={scales.device}: must be {blocks.device}, that of {names[0]}")
+    named = str(dtype).rpartition(".")[2] if isinstance(dtype, torch.dtype) else dtype
+    if named not in DECODED_DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DECODED_DTYPES)}")
     shape = tuple(scales.shape)
     own, joined = (*shape, BYTES), (*shape[:-1], BYTES * shape[-1] if shape else 0)
     if tuple(blocks.shape) not in (own, joined) or not shape:
         allowed = f"must be {own} or {joined}, {BYTES} bytes for each of {names[1]}"
         raise ValueError(f"{names[0]}.shape={tuple(blocks.shape)}: {allowed}")
-    tensor = MXFP4Tensor(blocks.detach().view(own), scales.detach(), dtype=_named(dtype, scales))
+    tensor = MXFP4Tensor(blocks.detach().view(own), scales.detach(), dtype=named)
     check_mxfp4(names[0], tensor)
     return tensor

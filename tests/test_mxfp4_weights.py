@@ -209,7 +209,7 @@ def test_states_that_are_refused(message: str) -> None:
 
 
 def test_a_dtype_that_is_refused() -> None:
-    line = f"{PREFIX}gate_up_proj_blocks.dtype='float64': must be one of 'float32', 'bfloat16', 'float16'"
+    line = "dtype=torch.float64: must be one of float32, bfloat16, float16"
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the line is compared)
         read(checkpoint(), dtype=torch.float64)
     assert str(caught.value) == line
@@ -273,3 +273,21 @@ def test_what_the_form_has_no_place_for(message: str) -> None:
     with pytest.raises((ValueError, TypeError)) as caught:
         mxfp4.to_state_dict(replace(layer(torch.float32), **UNSAVED[message]))
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": torch.float64}, "dtype=torch.float64: must be one of float32, bfloat16, float16"),
+        ({"dtype": None}, "dtype=None: must be one of float32, bfloat16, float16"),
+        (
+            {"scales": torch.zeros(1, 2, 1, dtype=torch.uint8, device="meta")},
+            "scales.device=meta: must be cpu, that of blocks",
+        ),
+    ],
+)
+def test_wrong_arguments_of_from_blocks_are_named(changes: dict[str, Any], message: str) -> None:
+    given = {"blocks": torch.zeros(1, 2, 1, 16, dtype=torch.uint8), "scales": torch.zeros(1, 2, 1, dtype=torch.uint8)}
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011  # its whole text is compared
+        mxfp4.from_blocks(**(given | changes))
+    assert str(refusal.value) == message
