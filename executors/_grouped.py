@@ -1,15 +1,21 @@
 """Products by one call of ``torch.nn.functional.grouped_mm``, mended where torch's operator falls short.
 
 It wants strides of whole 16 bytes, leaves rows past the last group unwritten, and may write something for empty groups.
+In two cases the loop over experts does better, and takes its place: fp16, whose results may pass its range where torch
+has them in fp16 only (E7), and bf16 on a CPU that multiplies no matrices of bf16. In both torch's operator is a loop
+over experts too, with the group offsets on the host.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
+from executors import _cpu_product
+from executors._loop import LoopProducts
 from executors._protocol import Unsupported
 from moe_ref.validation import dtype_name
 
@@ -31,21 +37,32 @@ class GroupedProducts:
     """
 
     def __init__(self, group_offsets: Tensor) -> None:
+        self._offsets = group_offsets
         self._ends = group_offsets[1:].to(torch.int32)
         self._end = group_offsets[-1]
         self._empty = group_offsets[1:] == group_offsets[:-1]
 
+    @cached_property
+    def _loop(self) -> LoopProducts:
+        return LoopProducts(self._offsets)  # waits for the GPU, as torch's operator would
+
     def rows(self, a: Tensor, matrices: Tensor) -> Tensor:
         """[S, m]: a [S, k] times matrices [E, m, k] transposed."""
+        if _in_a_loop(a.device, matrices.dtype):
+            return self._loop.rows(a, matrices)
         return self._product(a, matrices.transpose(1, 2))
 
     def rows_back(self, a: Tensor, matrices: Tensor) -> Tensor:
         """[S, k]: a [S, m] times matrices [E, m, k]."""
+        if _in_a_loop(a.device, matrices.dtype):
+            return self._loop.rows_back(a, matrices)
         return self._product(a, matrices)
 
-    def outer(self, a: Tensor, b: Tensor) -> Tensor:
-        """[E, m, k]: a [S, m] transposed times b [S, k], group by group."""
+    def outer(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """[E, m, k] in ``dtype``: a [S, m] transposed times b [S, k], group by group."""
         _check_rows(a)
+        if _in_a_loop(a.device, dtype):
+            return self._loop.outer(a, b, dtype)
         out = F.grouped_mm(_aligned_rows(a).t(), _aligned_rows(b), offs=self._ends)[:, : a.shape[1], : b.shape[1]]
         if out.is_cuda:  # some GPU kernels write something for groups without rows
             out.masked_fill_(self._empty[:, None, None], 0.0)
@@ -62,6 +79,11 @@ class GroupedProducts:
         if _padding(a) or not _is_aligned(matrices):
             matrices = _copy(matrices.transpose(1, 2)).transpose(1, 2)  # of the whole stack: odd sizes, odd strides
         return F.grouped_mm(_aligned_rows(a), matrices, offs=self._ends)
+
+
+def _in_a_loop(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of this dtype go by the loop over experts."""
+    return dtype == torch.float16 or (device.type == "cpu" and not _cpu_product.multiplies(dtype))
 
 
 def _check_rows(rows: Tensor) -> None:

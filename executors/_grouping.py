@@ -43,7 +43,7 @@ def slot_weights(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, dtype
 
 
 def combine(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None) -> Tensor:
-    """The sum over each token's slots, in increasing k, in at least fp32, rounded once (C1).
+    """[T, H] The sum over each token's slots, in increasing k, in at least fp32, to be rounded once (C1).
 
     One slot of every token at a time: what is gathered stays in the cache, and nothing of T*K*H is made.
 
@@ -60,4 +60,4 @@ def combine(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None) -> Tensor
             total += slots
         else:
             total.addcmul_(slots.to(wide), weights[:, k, None])
-    return total.to(rows.dtype)
+    return total

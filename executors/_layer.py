@@ -1,7 +1,8 @@
 """The layer on rows sorted by expert, forward and backward, for executors that differ in their products only.
 
 Roundings stand where clause E2 allows them: products in x's dtype; biases, activations and the combine in at least
-fp32. Rows of empty slots stand last; what the products leave there is never used. Nothing here waits for a GPU, and
+fp32. Beside fp16 what stands between products is fp32, since it may pass the range of fp16 where the result does not
+(E7). Rows of empty slots stand last; what the products leave there is never used. Nothing here waits for a GPU, and
 nothing adds by atomics, so results are bitwise repeatable.
 """
 
@@ -23,20 +24,29 @@ Matrices = Tensor | Stack  # [E, m, k]; of a Stack no gradient is ever asked for
 class Products(Protocol):
     """Products of rows, sorted by expert, with that expert's matrix. Stacks are for executors of 4-bit weights.
 
-    Rows past the last group are never read; what stands there in a result is unspecified, NaN at worst.
+    Rows past the last group are never read; what stands there in a result is unspecified, NaN at worst. Beside fp16
+    matrices rows may be fp32. Results have the `stored_dtype` of the rows.
     """
 
     def rows(self, a: Tensor, matrices: Any) -> Tensor:
-        """[S, m]: a [S, k] times matrices [E, m, k] transposed, in a's dtype."""
+        """[S, m]: a [S, k] times matrices [E, m, k] transposed."""
 
     def rows_back(self, a: Tensor, matrices: Any) -> Tensor:
-        """[S, k]: a [S, m] times matrices [E, m, k], in a's dtype."""
+        """[S, k]: a [S, m] times matrices [E, m, k]."""
 
-    def outer(self, a: Tensor, b: Tensor) -> Tensor:
-        """[E, m, k]: a [S, m] transposed times b [S, k], group by group; exactly 0 for an expert without rows (D2)."""
+    def outer(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """[E, m, k] in ``dtype``: a [S, m] transposed times b [S, k], group by group.
+
+        Exactly 0 for an expert without rows (D2). Beside fp16 one of a and b may be fp32.
+        """
 
     def clear(self, rows: Tensor) -> Tensor:
         """The same tensor, with zeros written past the last group."""
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what stands between products, for an x of ``dtype``: fp32 beside fp16 (E7), else x's own."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 class Projection(NamedTuple):
@@ -67,6 +77,11 @@ class Layer(NamedTuple):
         return torch.promote_types(self.x.dtype, torch.float32)
 
     @property
+    def stored(self) -> torch.dtype:
+        """In which z, h, o and their gradients stand."""
+        return stored_dtype(self.x.dtype)
+
+    @property
     def num_experts(self) -> int:
         """E."""
         return self.up.matrices.shape[0]
@@ -93,7 +108,7 @@ class Layer(NamedTuple):
         rows = self.x.index_select(0, self.tokens())
         if not self.scale_input:
             return rows
-        return (self.weights().reshape(-1)[self.order, None] * rows).to(rows.dtype)
+        return (self.weights().reshape(-1)[self.order, None] * rows).to(self.stored)
 
 
 def forward(layer: Layer, products: Products) -> tuple[Tensor, Tensor]:
@@ -132,12 +147,12 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
     # Of the down projection: its parameters take the weighted gradient, h and the weight the unweighted one (D3).
     if down_matrix or needs["down_proj_bias"] or down_factors:
         wide = upstream.to(layer.wide) if weight is None else weight * upstream
-        weighted = wide.to(layer.x.dtype)
+        weighted = wide.to(layer.stored)
         if needs["down_proj_bias"]:
             found["down_proj_bias"] = _sums(wide, layer)
         del wide
         if h is not None:
-            _add_matrix_gradients(found, "down", needs, layer.down, products, h, weighted)
+            _add_matrix_gradients(found, "down", needs, layer, products, h, weighted)
     if need_dz or (need_weights and not layer.scale_input):
         dh = _linear_back(upstream, layer.down, products).to(layer.wide)
         if need_weights and h is not None:  # <dy, o> without keeping o
@@ -149,16 +164,16 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
             dz = _activation.backward(z, dh if weight is None else dh.mul_(weight), layer.act)
             if needs["gate_up_proj_bias"]:
                 found["gate_up_proj_bias"] = _sums(dz, layer)
-            dz = dz.to(layer.x.dtype)
+            dz = dz.to(layer.stored)
             if up_parameters:
-                _add_matrix_gradients(found, "gate_up", needs, layer.up, products, layer.rows(), dz)
+                _add_matrix_gradients(found, "gate_up", needs, layer, products, layer.rows(), dz)
             if need_rows:
                 d_rows = _linear_back(dz, layer.up, products)
                 if layer.scale_input:
                     wide = d_rows.to(layer.wide)
                     if need_weights:
                         found["topk_weights"] = _weight_gradients((wide * layer.x[layer.tokens()]).sum(1), layer)
-                    d_rows = (wide * layer.weights().reshape(-1)[layer.order, None]).to(layer.x.dtype)
+                    d_rows = (wide * layer.weights().reshape(-1)[layer.order, None]).to(layer.stored)
                 if needs["x"]:
                     found["x"] = _combine(products.clear(d_rows), layer, None)
     return found
@@ -171,7 +186,7 @@ def _linear(rows: Tensor, projection: Projection, layer: Layer, products: Produc
         total = total.to(layer.wide) + products.rows(inner, _factor(projection.lora_b, rows))
     if projection.bias is not None:  # torch adds in at least fp32 and rounds once, in place too
         total.add_(projection.bias.index_select(0, layer.experts()))
-    return total.to(rows.dtype)
+    return total.to(layer.stored)
 
 
 def _linear_back(d_out: Tensor, projection: Projection, products: Products) -> Tensor:
@@ -187,21 +202,22 @@ def _add_matrix_gradients(
     found: dict[str, Tensor],
     name: str,
     needs: dict[str, bool],
-    projection: Projection,
+    layer: Layer,
     products: Products,
     rows: Tensor,
     d_out: Tensor,
 ) -> None:
+    projection = layer.down if name == "down" else layer.up
     if needs[f"{name}_proj"]:
-        found[f"{name}_proj"] = products.outer(d_out, rows)
+        found[f"{name}_proj"] = products.outer(d_out, rows, layer.x.dtype)
     if projection.lora_a is None:
         return
     if needs[f"{name}_lora_a"]:
         d_inner = _d_inner(d_out, projection, products)
-        found[f"{name}_lora_a"] = products.outer(d_inner, rows.to(d_inner.dtype))
+        found[f"{name}_lora_a"] = products.outer(d_inner, rows.to(d_inner.dtype), d_inner.dtype)
     if needs[f"{name}_lora_b"]:
         inner = _inner(rows, projection, products)
-        found[f"{name}_lora_b"] = products.outer(d_out.to(inner.dtype), inner)
+        found[f"{name}_lora_b"] = products.outer(d_out.to(inner.dtype), inner, inner.dtype)
 
 
 def _inner(rows: Tensor, projection: Projection, products: Products) -> Tensor:
@@ -232,7 +248,7 @@ def _sums(rows: Tensor, layer: Layer) -> Tensor:
 
 def _combine(rows: Tensor, layer: Layer, weights: Tensor | None) -> Tensor:
     row_of_slot = inverse_of(layer.order).view(layer.topk_ids.shape)
-    return combine(rows, row_of_slot, weights)
+    return combine(rows, row_of_slot, weights).to(layer.x.dtype)
 
 
 def _weight_gradients(of_rows: Tensor, layer: Layer) -> Tensor:

@@ -8,7 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from executors._layer import Matrices
+from executors import _cpu_product, _half
+from executors._layer import Matrices, stored_dtype
 from executors._stack import Stack
 
 
@@ -31,31 +32,41 @@ class LoopProducts:
         A single row is multiplied together with the next one, whose own expert then writes over it: oneDNN takes a
         quarter longer for one row than for two (docs/performance.md).
         """
-        out = a.new_empty(a.shape[0], matrices.shape[1])
+        out = a.new_empty(a.shape[0], matrices.shape[1], dtype=stored_dtype(a.dtype))
+        least = 2 if _cpu_product.multiplies(a.dtype) else 1
         for matrix, start, stop in self._matrices(matrices):
-            rows = slice(start, min(max(stop, start + 2), self._end))
-            torch.mm(a[rows], matrix.t(), out=out[rows])
+            rows = slice(start, min(max(stop, start + least), self._end))
+            self.multiply(a[rows], matrix.t(), out[rows])
             del matrix  # before the next one is decoded: it takes the same memory, warm in the cache
         return out
 
     def rows_back(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, k]: a [S, m] times matrices [E, m, k]."""
-        out = a.new_empty(a.shape[0], matrices.shape[2])
+        out = a.new_empty(a.shape[0], matrices.shape[2], dtype=stored_dtype(a.dtype))
         for matrix, start, stop in self._matrices(matrices):
-            torch.mm(a[start:stop], matrix, out=out[start:stop])
+            self.multiply(a[start:stop], matrix, out[start:stop])
             del matrix
         return out
 
-    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+    def outer(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         """[E, m, k]: a [S, m] transposed times b [S, k], group by group; zeros are written where nothing else is."""
-        out = a.new_empty(self._num_experts, a.shape[1], b.shape[1])
+        out = a.new_empty(self._num_experts, a.shape[1], b.shape[1], dtype=dtype)
         done = 0
         for expert, start, stop in self._groups:
             out[done:expert].zero_()
-            torch.mm(a[start:stop].t(), b[start:stop], out=out[expert])
+            _multiply_outer(a[start:stop], b[start:stop], out[expert])
             done = expert + 1
         out[done:].zero_()
         return out
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """``out`` [n, m] = a [n, k] times one expert's b [k, m]."""
+        if a.device.type == "cpu":
+            _cpu_product.multiply(a, b, out)
+        elif torch.float16 in (a.dtype, b.dtype):
+            _half.multiply(a, b, out)
+        else:
+            torch.mm(a, b, out=out)
 
     def clear(self, rows: Tensor) -> Tensor:
         """The same tensor, with zeros written past the last group."""
@@ -66,3 +77,12 @@ class LoopProducts:
         """Each expert's matrix with its rows' start and stop; one in 4 bits is decoded when its turn comes."""
         for place, (expert, start, stop) in enumerate(self._groups):
             yield matrices.expert(expert, place) if isinstance(matrices, Stack) else matrices[expert], start, stop
+
+
+def _multiply_outer(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.device.type == "cpu":
+        _cpu_product.multiply_outer(a, b, out)
+    elif out.dtype == torch.float16:
+        _half.multiply(a.t(), b, out)
+    else:
+        torch.mm(a.t(), b, out=out)

@@ -53,7 +53,7 @@ class Multiplication(NamedTuple):
         experts, both = (packed[0] or given.gate_up_proj).shape[:2]
         device = torch.device("cpu") if self.on_host else x.device
         return x.new_empty(x.shape), Kept(
-            x.new_empty(slots if keep_z else 0, both),
+            x.new_empty(slots if keep_z else 0, both, dtype=_layer.stored_dtype(x.dtype)),
             given.topk_ids.new_empty(slots, dtype=torch.int64),
             torch.empty(experts + 1, dtype=torch.int64, device=device),
             *(room_for(p, slots if keep_own else 0, x) for p in packed),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from executors._grouped import GroupedProducts
-from executors._layer import Matrices
+from executors._layer import Matrices, stored_dtype
 from executors._stack import Stack
 
 SLICES = 8  # of all experts: what is decoded at a time is an eighth of a projection
@@ -17,7 +17,8 @@ class SlicedProducts(GroupedProducts):
 
     A plan is made on the device: experts that have rows come first, in increasing order. There are at most as many as
     slots, so the host knows how many slices there are; the last ones may hold experts without rows. A slice's rows
-    stand together; they are moved to the front, since the groups of ``grouped_mm`` begin there.
+    stand together; they are moved to the front, since the groups of ``grouped_mm`` begin there. What is fp16 is widened
+    to fp32, a slice at a time, since results may pass the range of fp16 (E7).
 
     Args:
         group_offsets: [E + 1] on the device.
@@ -36,14 +37,18 @@ class SlicedProducts(GroupedProducts):
     def rows(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, m]: a [S, k] times matrices [E, m, k] transposed."""
         if not isinstance(matrices, Stack):
-            return super().rows(a, matrices)
-        return self._by_slices(a, matrices, back=False)
+            return super().rows(_widened(a), _widened(matrices))
+        return self._by_slices(_widened(a), matrices, back=False)
 
     def rows_back(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, k]: a [S, m] times matrices [E, m, k]."""
         if not isinstance(matrices, Stack):
-            return super().rows_back(a, matrices)
-        return self._by_slices(a, matrices, back=True)
+            return super().rows_back(_widened(a), _widened(matrices))
+        return self._by_slices(_widened(a), matrices, back=True)
+
+    def outer(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """[E, m, k] in ``dtype``: a [S, m] transposed times b [S, k], group by group; of adapters only."""
+        return super().outer(_widened(a), _widened(b), stored_dtype(dtype)).to(dtype)
 
     def _by_slices(self, a: Tensor, matrices: Stack, back: bool) -> Tensor:
         slots, num_experts = a.shape[0], len(self._experts)
@@ -57,7 +62,12 @@ class SlicedProducts(GroupedProducts):
             part = GroupedProducts(torch.cat([start[None], stops]) - start)
             moved = (rows + start) % slots
             own = a.index_select(0, moved)
+            decoded = _widened(decoded)
             products = part.rows_back(own, decoded) if back else part.rows(own, decoded)
             out.index_copy_(0, moved.masked_fill(rows >= stops[-1] - start, slots), products)
             del decoded, own, products  # before the next slice is decoded
         return out[:slots]
+
+
+def _widened(value: Tensor) -> Tensor:
+    return value.to(stored_dtype(value.dtype))

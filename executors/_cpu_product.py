@@ -1,0 +1,116 @@
+"""The product of rows with one expert's matrix on a CPU, fast whatever the processor.
+
+A processor with matrix instructions of 16 bits multiplies by torch's own product. Others multiply in fp32: the matrix
+is widened, which is exact, slice by slice into memory that stays in the cache; sums are fp32, and each result is
+rounded once (E2). torch's 16-bit products go by plain loops there, up to a hundred times as slow. The exception is a
+few rows against a matrix whose rows lie in one piece: then torch's product reads half the bytes, and is faster.
+
+The choice depends on dtypes, sizes, strides and the processor, never on timing or on the number of threads.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from platform import machine
+
+import torch
+from torch import Tensor
+
+NARROW = (torch.bfloat16, torch.float16)
+FEW_ROWS = 4  # up to so many rows are multiplied as they are (docs/performance.md)
+SLICE = 2**18  # numbers of a matrix that are widened at a time: 1 MiB
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions that multiply matrices of ``dtype``, and torch uses them.
+
+    torch and oneDNN also say so of bf16 on processors with AVX-512 that lack them, where products are emulated.
+    """
+    if dtype not in NARROW:
+        return True
+    if not _has_onednn():
+        return False
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    emulated = machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_avx512_bf16_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not emulated
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out`` = a b.
+
+    Args:
+        a: [n, k] of b's dtype, or fp32 beside fp16.
+        b: [k, m], any strides.
+        out: [n, m], written; a's dtype, or fp32 beside fp16, whose results may pass its range (E7).
+    """
+    if b.dtype not in NARROW or (b.dtype == torch.bfloat16 and multiplies(b.dtype)):
+        torch.mm(a, b, out=out)
+    elif not (is_narrow(a.shape[0], b) and _multiply_narrow(a, b, out)):
+        _multiply_widened(a.float(), b, out)
+
+
+def multiply_outer(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out`` = aᵀ b, the sum over rows of outer products.
+
+    Args:
+        a: [n, m].
+        b: [n, k]; of a's dtype, but one may be fp32 where the other is fp16.
+        out: [m, k], written; of any dtype.
+    """
+    if a.dtype == b.dtype == out.dtype and multiplies(out.dtype):
+        torch.mm(a.t(), b, out=out)
+    elif a.shape[0] == 1:  # a single product for each number
+        torch.mul(a.float().t(), b.float(), out=out)
+    else:
+        columns, rows = a.t().float().contiguous(), b.t().float().contiguous()
+        step = max(1, SLICE // rows.shape[0])
+        for start in range(0, columns.shape[0], step):
+            out[start : start + step] = _multiply_fp32(columns[start : start + step], rows)
+
+
+def is_narrow(count: int, b: Tensor) -> bool:
+    """Whether ``count`` rows are multiplied with b [k, m] in b's own 16 bits."""
+    return multiplies(b.dtype) or (count <= FEW_ROWS and b.stride(0) == 1)
+
+
+def _multiply_narrow(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """The product in 16 bits, and whether it could be had: of fp16 only where all of it is finite (E7)."""
+    if b.dtype == torch.bfloat16:
+        torch.mm(a, b, out=out)
+        return True
+    product = torch.mm(a.to(b.dtype), b)
+    if not product.isfinite().all():
+        return False
+    out.copy_(product)
+    return True
+
+
+def _multiply_widened(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """The product in fp32 of a [n, k], in fp32, and b [k, m], widened in slices of its columns."""
+    count, columns = b.shape
+    step = max(1, min(columns, SLICE // max(1, count)))
+    by_rows = b.stride(0) == 1  # each column of b in one piece
+    room = a.new_empty((step, count) if by_rows else (count, step))
+    for start in range(0, columns, step):
+        part = b[:, start : start + step]
+        width = part.shape[1]
+        wide = room[:width].t() if by_rows else room[:, :width]
+        out[:, start : start + width] = _multiply_fp32(a, wide.copy_(part).t())
+
+
+def _multiply_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """[n, m]: a [n, k] times b [m, k] transposed, in fp32.
+
+    By oneDNN, whose sums do not depend on the number of threads for two rows or more; those of torch.mm do.
+    """
+    if not _has_onednn():
+        return torch.mm(a, b.t())
+    rows = a if a.shape[0] > 1 else a.expand(2, -1).contiguous()
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, b, None, "none", [], "")
+    return product[: a.shape[0]]
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
