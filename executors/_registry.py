@@ -29,9 +29,10 @@ BUILT_IN = {
     "grouped_mm": "executors.grouped_mm:GroupedMM",
     "grouped_nf4": "executors.grouped_nf4:GroupedNF4",
     "native": "executors.native:Native",
+    "numba": "executors.numba:Numba",
     "triton": "executors.triton:Triton",
 }
-EXTRAS = {"triton": "triton"}  # of this distribution, by what they bring; all else comes with "torch"
+EXTRAS = {"numba": "numba", "triton": "triton"}  # of this distribution, by what they bring; all else comes with "torch"
 
 Factory = Callable[..., Executor]
 Returned = TypeVar("Returned")

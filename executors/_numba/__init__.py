@@ -1,0 +1,1 @@
+"""Products of a few rows on a CPU, compiled by Numba."""

@@ -1,0 +1,110 @@
+"""Products in the loop over experts, a few rows of them by compiled kernels: all such experts in one call."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from executors import _cpu_product
+from executors._layer import Matrices, stored_dtype
+from executors._loop import LoopProducts
+from executors._numba.kernels import KINDS, multiply
+from executors._numba.threads import share
+from executors._stack import Stack
+from moe_ref.validation import dtype_name
+
+# Up to so many rows of an expert the kernels are faster than torch, measured (docs/performance.md): of matrices whose
+# rows, or columns, are summed over in one piece; on processors with and without products of 16 bits.
+BY_ROWS = {True: 4, False: 48}
+BY_COLUMNS = {True: 2, False: 32}
+BLOCK_BY_ROWS = 32  # columns of a job: few enough for many jobs
+BLOCK_BY_COLUMNS = 4096  # as many as there are, mostly: rows of the matrix are read through
+
+
+class NumbaProducts(LoopProducts):
+    """The loop of `LoopProducts`, where experts with a few rows are multiplied by `executors._numba.kernels`.
+
+    Args:
+        group_offsets: [E + 1] on the host.
+    """
+
+    def rows(self, a: Tensor, matrices: Matrices) -> Tensor:
+        """[S, m]: a [S, k] times matrices [E, m, k] transposed."""
+        if isinstance(matrices, Stack):
+            return super().rows(a, matrices)
+        return self._product(a, matrices.transpose(1, 2))
+
+    def rows_back(self, a: Tensor, matrices: Matrices) -> Tensor:
+        """[S, k]: a [S, m] times matrices [E, m, k]."""
+        if isinstance(matrices, Stack):
+            return super().rows_back(a, matrices)
+        return self._product(a, matrices)
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """``out`` [n, m] = a [n, k] times one expert's b [k, m]."""
+        if a.shape[0] <= few_rows(b):
+            out.copy_(_compiled(a, b[None], [(0, 0, a.shape[0])]))
+        else:
+            super().multiply(a, b, out)
+
+    def _product(self, a: Tensor, matrices: Tensor) -> Tensor:
+        """[S, m]: a [S, k] times matrices [E, k, m]."""
+        limit = few_rows(matrices[0]) if matrices.shape[0] else 0
+        few = [group for group in self._groups if group[2] - group[1] <= limit]
+        dtype = stored_dtype(a.dtype)
+        if len(few) == len(self._groups) and self._end == a.shape[0]:
+            return _compiled(a, matrices, few).to(dtype)
+        out = a.new_empty(a.shape[0], matrices.shape[2], dtype=dtype)
+        wide = _compiled(a, matrices, few) if few else out
+        for expert, start, stop in self._groups:
+            if stop - start <= limit:
+                out[start:stop] = wide[start:stop]
+            else:
+                super().multiply(a[start:stop], matrices[expert], out[start:stop])
+        return out
+
+
+def few_rows(b: Tensor) -> int:
+    """Up to how many rows the kernels multiply with b [k, m]."""
+    if b.dtype == torch.float64 or 1 not in b.stride():
+        return 0
+    table = BY_ROWS if b.stride(0) == 1 else BY_COLUMNS
+    return table[_cpu_product.multiplies(b.dtype)]
+
+
+def _compiled(a: Tensor, matrices: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
+    """[S, m] fp32: rows ``start`` to ``stop - 1`` of a [S, k] times matrices [E, k, m][expert], for each group.
+
+    Other rows are not written.
+    """
+    a = a.to(torch.float32).contiguous()
+    _, width, columns = matrices.shape
+    out = a.new_empty(a.shape[0], columns)
+    if not width or not columns or not groups:
+        return out.zero_()
+    expert, row, column = matrices.stride()
+    size, first = matrices.element_size(), matrices.data_ptr()
+    block = BLOCK_BY_ROWS if row == 1 else BLOCK_BY_COLUMNS
+    table = np.array([(start, stop - start, first + size * expert * e) for e, start, stop in groups], dtype=np.int64)
+    blocks = -(-columns // block)
+    kind = KINDS[dtype_name(matrices)]
+    bounds = _bounds(np.repeat(np.maximum(table[:, 1], 2), blocks), torch.get_num_threads())
+    share(
+        multiply,
+        [
+            (begin, end, table, block, a.data_ptr(), width, columns, (row, column), size, out.data_ptr(), kind)
+            for begin, end in pairwise(bounds)
+            if begin < end
+        ],
+    )
+    return out
+
+
+def _bounds(costs: np.ndarray, threads: int) -> list[int]:
+    """Where each thread's jobs begin, and their number: shares of about the same cost."""
+    done = np.cumsum(costs)
+    shares = np.searchsorted(done, done[-1] * np.arange(1, threads) / threads, side="left") + 1
+    return [0, *(int(share) for share in np.minimum(shares, len(costs))), len(costs)]
