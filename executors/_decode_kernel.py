@@ -1,8 +1,8 @@
 """bitsandbytes' CPU kernel, where it is installed and has been seen to be right.
 
-Before a format's first use a probe is decoded and compared with the table's bits. The kernel is always given one row
-for each block, never rows that blocks straddle, and blocks of at most 1024; scales so small that a bf16 result would be
-subnormal are kept from it. Why: docs/known-differences.md.
+Before a format's first use a probe is decoded and compared with the table's bits (`executors._decode_probe`). The
+kernel is always given one row for each block, never rows that blocks straddle, and blocks of at most 1024; scales so
+small that a bf16 result would be subnormal are kept from it. Why: docs/known-differences.md.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from executors._decode_table import decode_codes, table_of
+from executors._decode_probe import is_exact
 from moe_ref.types import MoEWeights, MXFP4Tensor, NF4Tensor
 
 LONGEST_BLOCK = 1024  # longer ones take another way in the library
 SMALLEST_SCALE = 2.0**-118  # from here on no product with a code is subnormal: the smallest code but 0 is 2**-7.6
-PROBE_BLOCKS = 8
+BLOCKSIZES = [32, 64, 128, 256, 512, LONGEST_BLOCK]  # that the kernel is given
 
 
 def decode_blocks(codes: Tensor, scales: Tensor, tensor: NF4Tensor) -> Tensor | None:
@@ -41,17 +41,7 @@ def decode_blocks(codes: Tensor, scales: Tensor, tensor: NF4Tensor) -> Tensor | 
 @cache
 def is_right(quant_type: str, dtype: str) -> bool:
     """Whether the kernel is installed, and a probe comes out of it as out of the table, bit for bit."""
-    if operator() is None:
-        return False
-    codes = torch.arange(256, dtype=torch.uint8).repeat(PROBE_BLOCKS)
-    for blocksize in (32, LONGEST_BLOCK):
-        blocks = codes.shape[0] * 2 // blocksize
-        scales = torch.linspace(-3.0, 5.0, blocks, dtype=torch.float32).exp()
-        right = torch.empty(2 * codes.shape[0], dtype=getattr(torch, dtype))
-        decode_codes(codes, scales, blocksize, table_of(quant_type, "cpu"), right)
-        if not torch.equal(_kernel(codes, scales, blocksize, quant_type, right.dtype), right):
-            return False
-    return True
+    return operator() is not None and is_exact(_kernel, quant_type, dtype, BLOCKSIZES)
 
 
 @cache

@@ -1,7 +1,9 @@
 """bitsandbytes agrees with the specification of NF4 and FP4, bit for bit, where it is right (clauses Q2 to Q4, Q6).
 
 Where it is wrong, or its answer depends on the processor, elements are excused by name. Each excuse has a pinned
-example of that name in tests/test_nf4_differences.py and a section in docs/known-differences.md.
+example of that name in tests/test_nf4_differences.py and a section in docs/known-differences.md. On processors that
+were not measured it may be wrong in other ways: tests of its compiled functions then skip, and tell what was seen. What
+is asserted of us, and of its path in PyTorch, holds on all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from library_machine import differs
 from moe_ref.nf4 import CODES, SMALLEST_ABSMAX, absmax_of, quantize, unpack
 from moe_ref.types import NF4Tensor
 from random_nf4 import BLOCKSIZES, DTYPES, SEEDS, TYPES, as_stored, equal_bits, library_decodes, on_cpu, tensors
@@ -64,7 +67,17 @@ def test_decoding_equals_the_library(library: Any, device: str, tensor: NF4Tenso
     for elements in excused(tensor, device).values():
         wrong &= ~elements
     places = np.nonzero(wrong)[0][:5]
-    assert not wrong.any(), f"at {places}: {ours[places]}, but the library has {theirs[places]} [{tensor.stored_shape}]"
+    if wrong.any():
+        differs(f"at {places}: {ours[places]}, but the library has {theirs[places]} [{tensor.stored_shape}]")
+
+
+@given(tensor=tensors().filter(lambda tensor: tensor.stored_shape[-1] % 2 == 1))
+def test_decoding_equals_the_librarys_path_in_pytorch(library: Any, tensor: NF4Tensor) -> None:
+    """Q1, Q2, Q3: rows of odd length are decoded there, on every processor; bit for bit, and nothing is excused."""
+    assume(tensor.packed.shape[0] > 1)
+    ours, theirs = as_stored(tensor), library_decodes(library, tensor)
+    places = np.nonzero(~equal_bits(ours, theirs))[0][:5]
+    assert not len(places), f"at {places}: {ours[places]}, but the library has {theirs[places]} [{tensor.stored_shape}]"
 
 
 @st.composite
@@ -91,7 +104,8 @@ def test_quantizing_equals_the_library(
 ) -> None:
     """Q4: NF4 bit for bit in full blocks; tails and FP4 by the values they stand for, away from ties.
 
-    Away is: after scaling, farther from each midpoint m of two values than AWAY_FROM_TIES * m.
+    Away is: after scaling, farther from each midpoint m of two values than AWAY_FROM_TIES * m. There no value is nearer
+    than ours.
     """
     x = torch.tensor(data.draw(inputs(blocksize, LARGEST[device]), label="values"), device=device)
     x = x.to(getattr(torch, dtype))
@@ -101,19 +115,21 @@ def test_quantizing_equals_the_library(
     place = np.arange(ours.size)
     full, scale = place < ours.size // blocksize * blocksize, ours.absmax[place // blocksize]
     codes, theirs = unpack(ours.packed, ours.size), unpack(on_cpu(packed).reshape(-1), ours.size)
-    distance = np.abs((on_cpu(x.double()) / np.maximum(scale, SMALLEST_ABSMAX))[:, None] - MIDPOINTS[quant_type])
+    scaled = on_cpu(x.double()) / np.maximum(scale, SMALLEST_ABSMAX)
+    distance = np.abs(scaled[:, None] - MIDPOINTS[quant_type])
     tie = (distance <= AWAY_FROM_TIES[device] * np.abs(MIDPOINTS[quant_type])).any(axis=1)
     value = np.array(CODES[quant_type])
+    assert (tie | (np.abs(scaled - value[codes]) == np.abs(scaled[:, None] - value).min(axis=1))).all()
     wrong = (value[codes] != value[theirs]) & ~tie
     if quant_type == "nf4":
         wrong |= (codes != theirs) & full
-    assert not wrong.any(), (
-        f"at {np.nonzero(wrong)[0][:5]}: {codes[wrong][:5]}, but the library has {theirs[wrong][:5]}"
-    )
+    if wrong.any():
+        differs(f"at {np.nonzero(wrong)[0][:5]}: {codes[wrong][:5]}, but the library has {theirs[wrong][:5]}")
     expected = ours.absmax.copy()
     if not full[-1] and device == "cpu":
         expected[-1] = max(expected[-1], np.float32(SMALLEST_ABSMAX))  # scale_of_a_tiny_tail
-    assert (expected == on_cpu(state.absmax)).all()
+    if (expected != on_cpu(state.absmax)).any():
+        differs(f"scales {on_cpu(state.absmax)}, not {expected}")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -133,13 +149,17 @@ def test_nested_statistics_are_no_worse_than_the_librarys(
     form |= {"dtype": "float32"}
     theirs = NF4Tensor(packed.reshape(-1), state.absmax, **nested, shape=(32 * blocks,), **form).map(on_cpu)
     ours, plain = (quantize(x, nested=nested, **form).map(on_cpu) for nested in (True, False))
-    assert (ours.packed == theirs.packed).all()
     mean = plain.absmax.astype(np.float64).mean()
     assert abs(ours.nested_offset - mean) <= 2.0**-24 * mean
-    assert abs(theirs.nested_offset - mean) <= 2.0**-20 * mean
     apart = np.abs(ours.nested_code.view(np.int32) - theirs.nested_code.view(np.int32))
-    assert apart.max() <= 1
     rounding = 2.0**-20 * mean + 2.0**-22 * (mean + ours.nested_absmax.max())
     our_error, their_error = (np.abs(absmax_of(tensor) - plain.absmax) for tensor in (ours, theirs))
     assert (our_error <= their_error + rounding).all()
-    assert (their_error <= our_error + NESTED_STEP * ours.nested_absmax.max() + rounding).all()
+    near = {
+        "codes": (ours.packed == theirs.packed).all(),
+        "the mean": abs(theirs.nested_offset - mean) <= 2.0**-20 * mean,
+        "the 8-bit code": apart.max() <= 1,
+        "scales": (their_error <= our_error + NESTED_STEP * ours.nested_absmax.max() + rounding).all(),
+    }
+    if not all(near.values()):
+        differs(f"{', '.join(what for what, close in near.items() if not close)} of nested statistics")

@@ -22,7 +22,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring what the machine reaches takes seconds; one test does."""
-    from executors._cli.bench_measure import Ceilings
+    from executors._cli.bench_ceilings import Ceilings
 
     monkeypatch.setattr("executors._cli.bench.measure_ceilings", lambda _: Ceilings(0.5, 30.0, 40.0))
 

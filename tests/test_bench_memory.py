@@ -12,9 +12,9 @@ from executors._cli.app import app
 from executors._cli.bench import contenders
 from executors._cli.bench_bnb import STACK
 from executors._cli.bench_case import Case, Row
+from executors._cli.bench_ceilings import Ceilings
 from executors._cli.bench_judge import Judgement
 from executors._cli.bench_layers import BenchLayer, random_layer, sized, with_adapters
-from executors._cli.bench_measure import Ceilings
 from executors._cli.bench_nf4 import BLOCKSIZE, Quantisation, quantised
 from executors._cli.bench_routing import Load, batch
 

@@ -15,10 +15,11 @@ from executors._cli.app import app
 from executors._cli.bench import contenders
 from executors._cli.bench_bnb import NO_ADAPTERS, NO_MXFP4, STACK, parametrised_module, peers_in_4_bits
 from executors._cli.bench_case import Case, Row
+from executors._cli.bench_ceilings import Ceilings
 from executors._cli.bench_contenders import our_contenders
 from executors._cli.bench_judge import Judgement, judge_contender
 from executors._cli.bench_layers import LAYERS, BenchLayer, Form, random_layer, sized, with_adapters
-from executors._cli.bench_measure import Ceilings, Spread
+from executors._cli.bench_measure import Spread
 from executors._cli.bench_nf4 import BLOCKSIZE, Quantisation, quant_state, quantised
 from executors._cli.bench_routing import Load, batch
 from executors._cli.bench_settings import Settings

@@ -22,9 +22,10 @@ from executors._cli import (
 )
 from executors._cli.app import app
 from executors._cli.bench_case import Case, Row
+from executors._cli.bench_ceilings import Ceilings
 from executors._cli.bench_judge import Judgement, judge_contender
 from executors._cli.bench_layers import LAYERS, BenchLayer, random_layer, sized
-from executors._cli.bench_measure import Ceilings, seconds_of
+from executors._cli.bench_measure import seconds_of
 from executors._cli.bench_routing import Batch, Load, batch
 from executors._cli.bench_settings import Settings
 from executors._cli.bench_timing import Timing, time_case

@@ -11,13 +11,13 @@ import torch
 
 from executors._cli.bench_bnb import STACK, peers_in_4_bits
 from executors._cli.bench_case import FORWARD, LORA, Case, Row
+from executors._cli.bench_ceilings import Ceilings, measure_ceilings
 from executors._cli.bench_contenders import Contender, action_of, our_contenders
 from executors._cli.bench_cuda import launches
 from executors._cli.bench_gnf4 import gnf4_peers
 from executors._cli.bench_judge import clear_gradients, judge_contender
 from executors._cli.bench_layers import MULTIPLE, BenchLayer, random_layer, sized, with_adapters
 from executors._cli.bench_liger import liger_peers
-from executors._cli.bench_measure import Ceilings, measure_ceilings
 from executors._cli.bench_memory import add_peaks
 from executors._cli.bench_nf4 import quantised
 from executors._cli.bench_peers import peers

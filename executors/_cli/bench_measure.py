@@ -1,4 +1,4 @@
-"""Times of several actions, taken in turn, and the machine's own ceilings."""
+"""Times of several actions, taken in turn."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from executors._cli.bench_cuda import event_seconds
 
 MIN_ROUNDS = 7
 MAX_ROUNDS = 100
-CEILING_CALLS = 5
 LOW, HIGH = 0.1, 0.9  # the quantiles that the spread is told by
-PRODUCT = {"cpu": 2048, "cuda": 8192}  # size of the square product
-COPY_BYTES = {"cpu": 2**29, "cuda": 2**32}
 
 Clock = Callable[[Callable[[], None]], float]  # seconds of a call
 
@@ -31,36 +28,6 @@ class Spread:
     median: float
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the machine reaches.
-
-    Attributes:
-        tflops: bf16 product of two large square matrices.
-        copy_gbs: large copy, bytes read and written.
-        read_gbs: large sum, bytes read.
-    """
-
-    tflops: float
-    copy_gbs: float
-    read_gbs: float
-
-    @property
-    def gbs(self) -> float:
-        """The larger of the two bandwidths."""
-        return max(self.copy_gbs, self.read_gbs)
-
-    def attainable(self, flops: float, size: float) -> float:
-        """TFLOP/s that a call of so many operations which moves so many bytes can reach: the lower of two roofs."""
-        return min(self.tflops, flops / size * self.copy_gbs / 1000)
-
-    def best_of(self, other: Ceilings) -> Ceilings:
-        """The larger of each: measured before and after a run, in case other work came in between."""
-        return Ceilings(
-            max(self.tflops, other.tflops), max(self.copy_gbs, other.copy_gbs), max(self.read_gbs, other.read_gbs)
-        )
 
 
 def spread(samples: Sequence[float]) -> Spread:
@@ -140,27 +107,6 @@ def seconds_of(action: Callable[[], None], device: str) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
-
-
-def measure_ceilings(device: str) -> Ceilings:
-    """A large bf16 product, a large copy and a large sum; the best of a few calls each."""
-    kind = torch.device(device).type
-    n, size = PRODUCT.get(kind, PRODUCT["cpu"]), COPY_BYTES.get(kind, COPY_BYTES["cpu"])
-    left, right = (torch.empty(n, n, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
-    source = torch.empty(size // 4, device=device).uniform_()
-    target = torch.empty_like(source)
-    product = _best(lambda: torch.mm(left, right), device)
-    copy = _best(lambda: target.copy_(source), device)
-    read = _best(lambda: source.sum(), device)
-    return Ceilings(2 * n**3 / product / 1e12, 2 * size / copy / 1e9, size / read / 1e9)
-
-
-def _best(action: Callable[[], torch.Tensor], device: str) -> float:
-    def run() -> None:
-        action()
-
-    run()
-    return min(seconds_of(run, device) for _ in range(CEILING_CALLS))
 
 
 def _quantile(ordered: list[float], share: float) -> float:

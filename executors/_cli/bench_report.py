@@ -12,8 +12,9 @@ from executors._cli import report
 from executors._cli.bench import Findings
 from executors._cli.bench_bnb import STACK
 from executors._cli.bench_case import DENSE_WEIGHTS, FORWARD, LORA, WITH_BACKWARD, Case, Row
+from executors._cli.bench_ceilings import Ceilings
 from executors._cli.bench_liger import DISTRIBUTION, NAME, liger_version
-from executors._cli.bench_measure import Ceilings, is_no_result, spread
+from executors._cli.bench_measure import is_no_result, spread
 from executors._cli.bench_nf4 import MXFP4, bitsandbytes_version
 from executors._cli.bench_peers import PREFIX, peers_version
 from executors._cli.bench_settings import Settings
@@ -52,7 +53,7 @@ def heading(settings: Settings, ceilings: Ceilings) -> list[str]:
     busy = f"other work ran here before (load {settings.load:.1f}): do not trust the times"
     return [
         *machine(settings),
-        f"ceilings: bf16 product {ceilings.tflops:.2f} TFLOP/s, copy {ceilings.copy_gbs:.0f} GB/s, "
+        f"ceilings: {ceilings.product} product {ceilings.tflops:.2f} TFLOP/s, copy {ceilings.copy_gbs:.0f} GB/s, "
         f"read {ceilings.read_gbs:.0f} GB/s",
         "+-: half of what lies between the 10th and 90th percentile of the times",
         *_ratios(settings),

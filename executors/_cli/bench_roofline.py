@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 
 from executors._cli.bench_case import FORWARD, LORA, WITH_BACKWARD, Case, Row
-from executors._cli.bench_measure import Ceilings, spread
+from executors._cli.bench_ceilings import Ceilings
+from executors._cli.bench_measure import spread
 from executors._cli.bench_plot import COLOURS, MARKERS
 from executors._cli.bench_table import DIRECTIONS, rates
 from executors._cli.bench_timing import DECODE
@@ -70,7 +71,7 @@ def _speed_panel(ax: Axes, cases: list[Case], names: list[str], ceilings: Ceilin
         return
     places = range(len(cases))
     roof = [ceilings.attainable(case.flops, case.bytes_moved) for case in cases]
-    ax.axhline(ceilings.tflops, color="black", linewidth=1.0, label="product of large matrices")
+    ax.axhline(ceilings.tflops, color="black", linewidth=1.0, label=f"{ceilings.product} product of large matrices")
     ax.plot(places, roof, color="black", linewidth=1.0, linestyle="--", label="roof: that product, or the copy's bytes")
     _lines(ax, cases, names, lambda case, row: rates(case, spread(row.seconds))[0])
     ax.set_ylim(0.0, 1.1 * ceilings.tflops)

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from executors._cli.bench_case import FORWARD, LORA, WITH_BACKWARD, Case, Row
-from executors._cli.bench_measure import Ceilings, Spread, is_no_result, spread
+from executors._cli.bench_ceilings import Ceilings
+from executors._cli.bench_measure import Spread, is_no_result, spread
 
 SHORTEST, LONGEST = 9, 15  # of a contender's name on one line, so that a table fits in 80 columns
 LONGEST_IN_4_BITS = 20
