@@ -70,12 +70,13 @@ def accumulator(dtype: str) -> Format:
     return FORMATS["float64" if dtype == "float64" else "float32"]
 
 
-def round_to_nearest(value: Array, dtype: str) -> Array:
-    """Rounds float64 to the nearest number of another format, ties to even; overflow gives inf. Stays float64.
+def round_to_nearest(value: Array, dtype: str, overflows: bool = True) -> Array:
+    """Rounds float64 to the nearest number of another format, ties to even. Stays float64.
 
     Args:
         value: float64 array of any shape.
         dtype: "float64", "float32", "bfloat16" or "float16".
+        overflows: whether what is past the format's range becomes infinite; else it keeps the format's precision.
     """
     fmt = FORMATS[dtype]
     if dtype == "float64":
@@ -87,8 +88,9 @@ def round_to_nearest(value: Array, dtype: str) -> Array:
     exponent = xp.clip(exponent, min=fmt.min_exponent + 1)
     spacing = exponent - fmt.precision
     rounded = xp.ldexp(xp.round(xp.ldexp(safe, -spacing)), spacing)
-    infinite = xp.where(safe < 0, xp.full_like(safe, -math.inf), xp.full_like(safe, math.inf))
-    rounded = xp.where(xp.abs(rounded) > fmt.max, infinite, rounded)
+    if overflows:
+        infinite = xp.where(safe < 0, xp.full_like(safe, -math.inf), xp.full_like(safe, math.inf))
+        rounded = xp.where(xp.abs(rounded) > fmt.max, infinite, rounded)
     return xp.where(finite, rounded, value)
 
 
@@ -120,13 +122,19 @@ EXACT = Exact()
 
 @dataclass(frozen=True)
 class Nearest:
-    """Rounds to nearest even: at storage sites to ``dtype``, at sums to its accumulator (`accumulator`)."""
+    """Rounds to nearest even: at storage sites to ``dtype``, at sums to its accumulator (`accumulator`).
+
+    Attributes:
+        dtype: of x.
+        overflows: the storage sites at which what is past the range of ``dtype`` becomes infinite; None for all.
+    """
 
     dtype: str
+    overflows: frozenset[str] | None = None
 
     def store(self, site: str, value: Array) -> Array:
         """Rounds to ``dtype``."""
-        return round_to_nearest(value, self.dtype)
+        return round_to_nearest(value, self.dtype, self.overflows is None or site in self.overflows)
 
     def accumulate(self, site: str, value: Array, sd: Callable[[], Array]) -> Array:
         """Rounds to the accumulator's format."""

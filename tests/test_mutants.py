@@ -12,8 +12,9 @@ from moe_ref.conformance.checks import ConformanceError, check_problem, check_re
 from moe_ref.conformance.every_code import check_every_code
 from moe_ref.conformance.honest import honest_variants
 from moe_ref.conformance.mutants import mutants
-from moe_ref.conformance.mutants._registry import PACKED_KINDS
+from moe_ref.conformance.mutants._registry import PACKED_KINDS, RANGE_MUTANTS
 from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.ranges import RANGES, check_range
 
 EXECUTORS = ("native", "grouped_mm", "grouped_nf4")
 FEW, MANY = 64, 2048  # tokens
@@ -111,10 +112,23 @@ def decodes_wrongly(executor: executors.Executor, quant_type: str, nested: str, 
     return False
 
 
+def overflows(executor: executors.Executor, case: str, kind: str) -> bool:
+    """Whether a result is not the specification's."""
+    try:
+        check_range(executor, case, kind)
+    except ConformanceError:
+        return True
+    return False
+
+
 def mutants_to_kill(name: str) -> list[str]:
     """All of those for dense weights; for 4 bits those that concern what is new there, since the rest is shared."""
     every = sorted(mutants(executors.get(name)))
-    return [m for m in every if m in PACKED_KINDS or "adapter" in m] if name == "grouped_nf4" else every
+    return (
+        [m for m in every if m in PACKED_KINDS or "adapter" in m or m in RANGE_MUTANTS]
+        if name == "grouped_nf4"
+        else every
+    )
 
 
 @pytest.mark.parametrize(("name", "mutant"), [(name, mutant) for name in EXECUTORS for mutant in mutants_to_kill(name)])
@@ -122,6 +136,10 @@ def test_mutant_is_rejected(name: str, mutant: str) -> None:
     wrong = mutants(executors.get(name))[mutant]
     if mutant in EXACT:
         assert any(decodes_wrongly(wrong, *form) for form in EXACT[mutant])
+        return
+    if mutant in RANGE_MUTANTS:
+        kinds = sorted(wrong.capabilities.weights)
+        assert any(overflows(wrong, case, kind) for kind, case in product(kinds, RANGES))
         return
     misread = PACKED_KINDS.get(mutant)
     places = [place for place, p in enumerate(panel(name, FEW)) if misread is None or p.quant_type in misread]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_ref.activations import split_gate_up
 from moe_ref.conformance.choices import have_margins
 from moe_ref.conformance.kinks import clear_of_kinks
 from moe_ref.conformance.packed import quantized
@@ -38,6 +39,8 @@ class Arrays:
 def build(problem: Problem, chosen: tuple[int, ...] | None = None) -> Arrays:
     """Draws a problem's numbers: x and dy of N(0, 1), weights of N(0, 1/fan_in), so that pre-activations are O(1).
 
+    The problem's powers of two come on top of that.
+
     Args:
         problem: the description.
         chosen: other ids than the specification's own, T*K of them, where more than one choice is right (R2).
@@ -48,10 +51,12 @@ def build(problem: Problem, chosen: tuple[int, ...] | None = None) -> Arrays:
         return round_to_nearest(rng.standard_normal(shape) * scale, dtype)
 
     tokens, hidden = problem.tokens, problem.hidden
-    x = normal((tokens, hidden), problem.dtype)
+    x = normal((tokens, hidden), problem.dtype, problem.factor("x"))
+    x[:1] *= problem.factor("x[0]")
     if problem.x_layout == "expanded":
         x = np.repeat(x[:1], tokens, axis=0)
     dy = np.ones_like(x) if problem.dy_layout == "scalar" else normal((tokens, hidden), problem.dtype)
+    dy *= problem.factor("dy")
     weights = _weights(problem, rng)
     config, bias = problem.config, weights.selection_bias
     logits = topk_weights = None
@@ -67,7 +72,8 @@ def build(problem: Problem, chosen: tuple[int, ...] | None = None) -> Arrays:
         topk_ids = _ids(problem, rng)
         slot_weights = topk_weights = _topk_weights(topk_ids, problem, rng)
     equal_rows = problem.x_layout == "expanded", problem.dy_layout == "scalar"
-    x, dy = clear_of_kinks(x, dy, topk_ids, slot_weights, weights, problem.dtype, equal_rows)
+    size = max(1.0, problem.factor("x", "x[0]", "gate_up_proj", "gate", "up"))
+    x, dy = clear_of_kinks(x, dy, topk_ids, slot_weights, weights, problem.dtype, equal_rows, size)
     for row in rng.permutation(tokens)[: problem.broken_x]:
         x[row, rng.integers(hidden)] = rng.choice([math.nan, math.inf, -math.inf])
     return Arrays(x, dy, topk_ids, logits, topk_weights, weights)
@@ -79,23 +85,36 @@ def _weights(problem: Problem, rng: np.random.Generator) -> MoEWeights:
     def normal(shape: tuple[int, ...], dtype: str, scale: float) -> np.ndarray:
         return round_to_nearest(rng.standard_normal((experts, *shape)) * scale, dtype)
 
-    def factors(rank: int, out: int, width: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def factors(name: str, rank: int, out: int, width: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         if not rank:
             return None, None
         dtype = problem.lora_dtype
-        return normal((rank, width), dtype, width**-0.5), normal((out, rank), dtype, rank**-0.5)
+        a, b = (problem.factor(f"{name}_lora_{letter}") for letter in "ab")
+        return normal((rank, width), dtype, a * width**-0.5), normal((out, rank), dtype, b * rank**-0.5)
 
     gate_up, down = (
-        normal((rows, hidden), problem.dtype, hidden**-0.5),
-        normal((hidden, inner), problem.dtype, inner**-0.5),
+        normal((rows, hidden), problem.dtype, problem.factor("gate_up_proj") * hidden**-0.5),
+        normal((hidden, inner), problem.dtype, problem.factor("down_proj") * inner**-0.5),
     )
-    gate_up_bias = normal((rows,), problem.bias_dtype, 0.5) if problem.gate_up_bias else None
-    down_bias = normal((hidden,), problem.bias_dtype, 0.5) if problem.down_bias else None
+    if problem.config.gated:
+        gate, up = split_gate_up(gate_up.swapaxes(1, 2), problem.config)  # views
+        gate *= problem.factor("gate")
+        up *= problem.factor("up")
+    gate_up_bias, down_bias = (
+        normal((length,), problem.bias_dtype, 0.5 * problem.factor(name)) if there else None
+        for name, length, there in (
+            ("gate_up_proj_bias", rows, problem.gate_up_bias),
+            ("down_proj_bias", hidden, problem.down_bias),
+        )
+    )
     scale = SELECTION_BIAS.get(problem.selection_bias)
     selection = None if scale is None else normal((), problem.bias_dtype, scale)
     lora = None
     if problem.gate_up_rank or problem.down_rank:
-        pairs = factors(problem.gate_up_rank, rows, hidden), factors(problem.down_rank, hidden, inner)
+        pairs = (
+            factors("gate_up", problem.gate_up_rank, rows, hidden),
+            factors("down", problem.down_rank, hidden, inner),
+        )
         lora = ExpertLoRA(*pairs[0], *pairs[1], *SCALINGS)
     weights = MoEWeights(gate_up, down, gate_up_bias, down_bias, selection, lora, config=problem.config)
     return quantized(weights, problem) if problem.quant_type else weights
@@ -162,6 +181,7 @@ def _ids(problem: Problem, rng: np.random.Generator) -> np.ndarray:
 def _topk_weights(topk_ids: np.ndarray, problem: Problem, rng: np.random.Generator) -> np.ndarray:
     logits = rng.standard_normal(topk_ids.shape) * 2
     slots = np.broadcast_to(np.arange(problem.top_k), topk_ids.shape)
-    weights = round_to_nearest(weigh(logits, slots, MoEConfig(problem.top_k)), problem.routing_dtype)
+    weights = weigh(logits, slots, MoEConfig(problem.top_k)) * problem.factor("topk_weights")
+    weights = round_to_nearest(weights, problem.routing_dtype)
     spoiled = rng.choice([math.nan, math.inf, 1.0], topk_ids.shape)
     return np.where(is_slot(topk_ids, problem.experts), weights, spoiled)

@@ -48,14 +48,14 @@ def check_exact(executor: Executor, case: str, dtype: str, device: str = "cpu") 
     if lacking:
         return f"{executor.name} does not declare {lacking}"
     for form in forms:
-        weights = _held(arrays.weights, form)
+        weights = held(arrays.weights, form)
         if weights is not None:
             check_equal(executor, form, replace(arrays, weights=weights), f"{clause} ({case})", device)
             return ""
     return f"{', '.join(kinds)}: none holds these weights exactly"
 
 
-def _held(weights: MoEWeights, problem: Problem) -> MoEWeights | None:
+def held(weights: MoEWeights, problem: Problem) -> MoEWeights | None:
     """The weights in the problem's form, or None if it does not hold them exactly."""
     if not problem.quant_type:
         return weights

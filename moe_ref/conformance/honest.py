@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, relu, silu
 
 from moe_ref.conformance.wrapped import Wrapped, experts
-from moe_ref.numerics import Nearest
+from moe_ref.numerics import Nearest, Rounding
 from moe_ref.packed import decode_expert
 from moe_ref.types import MoEConfig, MoEGradients, MoEWeights
 from moe_ref.validation import dtype_name
@@ -98,34 +98,42 @@ def _gelu(gate: Tensor, config: MoEConfig) -> Tensor:
 
 
 def rounded_at_every_site(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The specification itself, rounding to nearest wherever it may."""
+    """The specification itself, rounding to nearest wherever it may, and overflowing nowhere (E7)."""
+    return specified(x, ids, w, weights, Nearest(dtype_name(x), overflows=frozenset()))
+
+
+def specified(x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, rounding: Rounding) -> Tensor:
+    """The specification as an executor: forward and backward pass with a rounding policy."""
     parameters = weights.parameters()
-    return _Twin.apply(x, ids, w, weights, *parameters.values())  # type: ignore[no-untyped-call]
+    return _Twin.apply(x, ids, w, weights, rounding, *parameters.values())  # type: ignore[no-untyped-call]
 
 
 class _Twin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, rounding: Rounding, *_: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x, ids, w)
-        ctx.weights = weights
-        y = _y_and_gradients(x, ids, w, weights, torch.zeros_like(x))[0]
+        ctx.weights, ctx.rounding = weights, rounding
+        y = _y_and_gradients(x, ids, w, weights, torch.zeros_like(x), rounding)[0]
         return torch.from_numpy(y).to(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, ids, w = ctx.saved_tensors
-        _, gradients = _y_and_gradients(x, ids, w, ctx.weights, dy)
+        _, gradients = _y_and_gradients(x, ids, w, ctx.weights, dy, ctx.rounding)
         owners = {"x": x, "topk_weights": w, **ctx.weights.parameters()}
         dx, dw, *others = (torch.from_numpy(np.asarray(getattr(gradients, n))).to(owners[n]) for n in owners)
-        return dx, None, dw, None, *others
+        return dx, None, dw, None, None, *others
 
 
 def _y_and_gradients(
-    x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, dy: Tensor
+    x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, dy: Tensor, rounding: Rounding
 ) -> tuple[np.ndarray, MoEGradients]:
     def numpy(value: Tensor) -> np.ndarray:
         return value.detach().double().cpu().numpy()
 
     packed = {name: value.map(lambda array: array.cpu().numpy()) for name, value in weights.packed().items()}
     arrays = weights.map(numpy).with_parameters(packed)
-    return layer_vjp(numpy(x), None, ids.cpu().numpy(), numpy(w), arrays, numpy(dy), Nearest(dtype_name(x)))
+    with np.errstate(invalid="ignore"):  # inf - inf, where a rounding overflows
+        return layer_vjp(numpy(x), None, ids.cpu().numpy(), numpy(w), arrays, numpy(dy), rounding)

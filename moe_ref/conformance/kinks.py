@@ -25,6 +25,7 @@ def clear_of_kinks(
     weights: MoEWeights,
     dtype: str,
     equal_rows: tuple[bool, bool] = (False, False),
+    size: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Moves tokens whose pre-activations lie so near a kink that rounding might carry them across.
 
@@ -39,11 +40,12 @@ def clear_of_kinks(
         weights: the layer's parameters, float64.
         dtype: of x.
         equal_rows: whether all rows of x, and all of dy, are and must stay equal.
+        size: what the largest pre-activations are of the order of.
 
     Returns:
         x and dy.
     """
-    arguments = topk_ids, np.nan_to_num(topk_weights, nan=1.0), weights, dtype
+    arguments = topk_ids, np.nan_to_num(topk_weights, nan=1.0), weights, dtype, size
     for _ in range(6):
         push = pushes_off_kinks(x, *arguments)
         if equal_rows[0] and len(push):
@@ -58,7 +60,12 @@ def clear_of_kinks(
 
 
 def pushes_off_kinks(
-    x: np.ndarray, topk_ids: np.ndarray, topk_weights: np.ndarray, weights: MoEWeights, dtype: str
+    x: np.ndarray,
+    topk_ids: np.ndarray,
+    topk_weights: np.ndarray,
+    weights: MoEWeights,
+    dtype: str,
+    size: float = 1.0,
 ) -> np.ndarray:
     """For each token, the smallest steps that take its pre-activations out of the kinks' margin.
 
@@ -68,6 +75,7 @@ def pushes_off_kinks(
         topk_weights: [T, K]; they count where they scale the input.
         weights: the layer's parameters, float64.
         dtype: in which an implementation stores; its rounding is the margin.
+        size: as for `clear_of_kinks`.
 
     Returns:
         [T, H], zero where a token is clear of kinks, or where there are none.
@@ -84,7 +92,7 @@ def pushes_off_kinks(
         parameters, rows = expert(weights, index).up, slots.rows[where]
         z = linear("gate_up", "z", rows, parameters)
         product = rows @ parameters.matrix.T
-        margin = 2 * u * (np.abs(product) + np.abs(z) + (config.limit or 0.0)) + ACCUMULATED
+        margin = 2 * u * (np.abs(product) + np.abs(z) + (config.limit or 0.0)) + size * ACCUMULATED
         if config.scale_input:
             margin += ROUNDED * u * np.sqrt(rows**2 @ parameters.matrix.T**2)
         if parameters.lora_a is not None and parameters.lora_b is not None:

@@ -80,6 +80,131 @@ PACKED = (
     Problem(0, 2, 32, 32, MoEConfig(2), "float16", quant_type="mxfp4"),
 )
 
+PAST_RANGE = (  # clause E7
+    # gpt-oss clamps what is past the range; its other tokens are ordinary
+    Problem(
+        9,
+        5,
+        64,
+        64,
+        GPT_OSS,
+        "float16",
+        gate_up_bias=True,
+        down_bias=True,
+        gate_up_rank=4,
+        down_rank=4,
+        powers=(("x[0]", 12), ("gate_up_proj", 4)),
+        seed=1,
+    ),
+    # the same in its checkpoints' format
+    Problem(
+        9,
+        5,
+        64,
+        64,
+        GPT_OSS,
+        "float16",
+        gate_up_bias=True,
+        quant_type="mxfp4",
+        powers=(("x[0]", 12), ("gate_up_proj", 4)),
+        seed=2,
+    ),
+    # one token's z, h and o among ordinary ones
+    Problem(
+        9,
+        5,
+        32,
+        32,
+        MoEConfig(2),
+        "float16",
+        entry="experts",
+        powers=(("x[0]", 9), ("gate_up_proj", 6), ("topk_weights", -20)),
+        seed=3,
+    ),
+    # h alone, and o alone, in NF4 with statistics of their own and in FP4 whose blocks straddle experts
+    Problem(
+        33,
+        5,
+        64,
+        32,
+        MoEConfig(2, activation="geglu", routed_scaling_factor=2.0**-14),
+        "float16",
+        quant_type="nf4",
+        nested="per expert",
+        powers=(("up", 13), ("x", 3)),
+        seed=4,
+    ),
+    Problem(
+        33,
+        5,
+        17,
+        50,
+        MoEConfig(2, routed_scaling_factor=2.0**-16),
+        "float16",
+        down_bias=True,
+        quant_type="fp4",
+        powers=(("gate_up_proj", 2), ("down_proj", 13)),
+        seed=5,
+    ),
+    # dh and dz, with adapters whose inner gradients pass the range too
+    Problem(
+        16,
+        3,
+        32,
+        64,
+        MoEConfig(2, activation="gelu"),
+        "float16",
+        gate_up_rank=4,
+        down_rank=4,
+        lora_dtype="float16",
+        powers=(
+            ("x", -7),
+            ("gate_up_proj", -7),
+            ("gate_up_lora_a", -7),
+            ("gate_up_lora_b", -1),
+            ("dy", 10),
+            ("down_proj", 9),
+        ),
+        seed=6,
+    ),
+    # adapters
+    Problem(
+        4,
+        3,
+        32,
+        32,
+        MoEConfig(2),
+        "float16",
+        gate_up_rank=4,
+        down_rank=4,
+        powers=(("gate_up_lora_a", 14), ("gate_up_lora_b", -14), ("down_lora_a", 14), ("down_lora_b", -14), ("dy", -3)),
+        seed=7,
+    ),
+    # w x, and with it z
+    Problem(
+        16,
+        3,
+        32,
+        64,
+        MoEConfig(2, scoring="sigmoid", scale_input=True, routed_scaling_factor=2.0**12),
+        "float16",
+        powers=(("x", 5), ("gate_up_proj", -14), ("dy", -9)),
+        seed=8,
+    ),
+    # many rows of an expert, of which some pass the range
+    Problem(
+        2048,
+        9,
+        32,
+        33,
+        MoEConfig(4, routed_scaling_factor=2.0**-10),
+        "float16",
+        logits="skewed",
+        powers=(("gate_up_proj", 6), ("down_proj", 5), ("dy", -3)),
+        seed=9,
+    ),
+)
+
 EXAMPLES = (
     # nothing at all, and the smallest of everything
     Problem(0, 1, 1, 1, MoEConfig(1)),

@@ -48,6 +48,8 @@ class Problem:
             dy "scalar" (all ones, strides 0, as ``y.sum().backward()`` has it).
         top_k_given: for entry "experts": whether the configuration names K, or has None and ``topk_ids`` tell it.
         frozen: names of inputs that need no gradient.
+        powers: pairs of a name and an exponent: that input is drawn 2**exponent times as large. Names are those of
+            inputs, "dy", "x[0]" (the first token), and "gate" and "up" (the halves of gate_up_proj).
         seed: of all numbers.
     """
 
@@ -83,6 +85,7 @@ class Problem:
     routing_layout: str = "contiguous"
     top_k_given: bool = True
     frozen: frozenset[str] = frozenset()
+    powers: tuple[tuple[str, int], ...] = ()
     seed: int = 0
 
     def __repr__(self) -> str:
@@ -101,6 +104,10 @@ class Problem:
         if name in LORA_FACTORS:
             return self.lora_dtype
         return self.bias_dtype if name.endswith("_bias") else self.dtype
+
+    def factor(self, *names: str) -> float:
+        """The product of the powers of two by which inputs of these names are larger than drawn."""
+        return 2.0 ** sum(power for name, power in self.powers if name in names)
 
     @property
     def gate_up_rows(self) -> int:

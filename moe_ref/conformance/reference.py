@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_limits
 from moe_ref.conformance.build import Arrays, build
 from moe_ref.conformance.problem import Problem
 from moe_ref.error_bars import TensorBars, error_bars
+from moe_ref.numerics import FORMATS
 from moe_ref.routing import weigh
 
 
@@ -31,6 +32,11 @@ class Reference:
     broken_routing: np.ndarray
     broken: np.ndarray
     infinite: np.ndarray
+
+    def within(self, problem: Problem) -> bool:
+        """Whether y and all gradients are within their dtypes' ranges, error bars included."""
+        sizes = {name: float(np.abs(bars.exact).max(initial=0.0)) for name, bars in self.bars.items()}
+        return all(1.05 * size <= FORMATS[problem.dtype_of(name)].max for name, size in sizes.items())
 
 
 @lru_cache(maxsize=64)

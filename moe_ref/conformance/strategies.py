@@ -22,6 +22,23 @@ WIDTHS = st.sampled_from([1, 7, 8, 16, 17, 32, 50, 64])
 ACTIVATIONS = get_args(Activation)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WEIGHTS = ("dense", "nf4", "fp4", "mxfp4")
+# By which powers of two a layer in fp16 passes its range inside, and hardly in y or a gradient (E7).
+ANY_INPUT = (
+    (("x", 1), ("gate_up_proj", 8), ("down_proj", -14), ("dy", -8)),  # h
+    (("gate_up_lora_a", 15), ("gate_up_lora_b", -15), ("down_lora_a", 15), ("down_lora_b", -15), ("dy", -6)),
+)
+SCALED_INPUT = (
+    *ANY_INPUT,
+    (("x", 4), ("topk_weights", 12), ("gate_up_proj", -14), ("dy", -4)),  # w x
+)
+SCALED_OUTPUT = (
+    *ANY_INPUT,
+    (("x", 3), ("gate_up_proj", 13), ("topk_weights", -32)),  # z, h, o
+    (("x[0]", 8), ("gate_up_proj", 7), ("topk_weights", -20)),  # of one token
+    (("gate_up_proj", 2), ("down_proj", 13), ("topk_weights", -17)),  # o
+    (("dy", 10), ("down_proj", 10), ("topk_weights", -12)),  # dh without its weight
+    (("x", -7), ("gate_up_proj", -7), ("dy", 9), ("down_proj", 9)),  # dh, dz
+)
 
 
 @st.composite
@@ -133,6 +150,26 @@ def problems(
         seed=draw(st.integers(0, 2**32 - 1), label="seed"),
     )
     return in_whole_blocks(problem)
+
+
+@st.composite
+def problems_past_range(draw: st.DrawFn, executor: Executor) -> Problem:
+    """Problems in fp16 in which something on the way passes fp16's range, and hardly a result does (E7).
+
+    Args:
+        draw: given by Hypothesis.
+        executor: who must be able to have them.
+    """
+    able = executor.capabilities
+    ordinary = problems(("float16",), able.activations, able.routing, able.weights)
+    problem = without_undeclared(draw(ordinary, label="ordinary problem"), able)
+    config = problem.config
+    powers = draw(st.sampled_from(SCALED_INPUT if config.scale_input else SCALED_OUTPUT), label="powers")
+    problem = replace(problem, powers=powers, broken_logits=0, broken_x=0, routing_dtype="float32")
+    if problem.entry == "layer":  # weights that come out of logits have their factor in common
+        factor = config.routed_scaling_factor * problem.factor("topk_weights")
+        problem = replace(problem, config=replace(config, routed_scaling_factor=factor))
+    return problem
 
 
 def _frozen(name: str, by_logits: bool) -> str:

@@ -18,14 +18,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_ref.conformance import pinned, profiles
-from moe_ref.conformance.checks import check_problem, check_repeatable
+from moe_ref.conformance.checks import applicable, check_problem, check_repeatable
 from moe_ref.conformance.errors import check_errors, check_no_double_backward, check_undeclared_weights
 from moe_ref.conformance.every_code import check_every_code
 from moe_ref.conformance.exact import CASES, check_exact
 from moe_ref.conformance.invariance import check_batch_invariance
 from moe_ref.conformance.laws import LAWS, check_law
 from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.strategies import problems_for, undeclared
+from moe_ref.conformance.ranges import RANGES, check_range
+from moe_ref.conformance.reference import reference
+from moe_ref.conformance.strategies import WEIGHTS, problems_for, problems_past_range, undeclared
 from moe_ref.types import QuantType
 from moe_ref.validation import DECODED_DTYPES, FLOAT_DTYPES
 
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
     from executors import Executor
 
 PROFILE = profiles.current()
-LAW_PROFILE = settings(PROFILE, max_examples=PROFILE.max_examples // 5)  # for each of six laws
-PINNED = pinned.EXAMPLES + pinned.LARGE + pinned.PACKED
+LAW_PROFILE = settings(PROFILE, max_examples=PROFILE.max_examples // 5)  # for each of six laws, and for one clause
+PINNED = pinned.EXAMPLES + pinned.LARGE + pinned.PACKED + pinned.PAST_RANGE
 
 __all__ = [
     "test_bad_input_is_refused_in_one_line",
@@ -44,7 +46,9 @@ __all__ = [
     "test_exact_cases",
     "test_laws",
     "test_matches_specification",
+    "test_past_the_range",
     "test_pinned_problems",
+    "test_ranges",
     "test_repeatable",
     "test_undeclared_weights_are_refused",
 ]
@@ -62,8 +66,28 @@ def test_matches_specification(executor: Executor, conformance_device: str, data
 
 @pytest.mark.parametrize("problem", PINNED, ids=lambda p: f"T{p.tokens}-E{p.experts}-{p.dtype}{p.quant_type}")
 def test_pinned_problems(executor: Executor, conformance_device: str, problem: Problem) -> None:
-    """Many tokens, the sizes of real layers, and every bug that was found (E3, R4)."""
+    """Many tokens, the sizes of real layers, what passes fp16's range, and every bug that was found (E3, E7, R4)."""
     _skip_undeclared(executor, problem)
+    check_problem(executor, problem, conformance_device)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("case", RANGES)
+def test_ranges(executor: Executor, conformance_device: str, case: str, kind: str) -> None:
+    """What passes fp16's range on the way, site by site, gives results that are exact where they are within it (E7)."""
+    lacking = check_range(executor, case, kind, conformance_device)
+    if lacking:
+        pytest.skip(lacking)
+
+
+@LAW_PROFILE
+@given(data=st.data())
+def test_past_the_range(executor: Executor, conformance_device: str, data: st.DataObject) -> None:
+    """E7: no overflow in fp16 on the way to results that are within its range."""
+    if "float16" not in executor.capabilities.dtypes:
+        pytest.skip(f"{executor.name} does not declare float16")
+    problem = applicable(executor, data.draw(problems_past_range(executor), label="problem"))
+    assume(reference(problem).within(problem))
     check_problem(executor, problem, conformance_device)
 
 

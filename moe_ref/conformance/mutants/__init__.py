@@ -15,6 +15,7 @@ from moe_ref.conformance.mutants import (  # noqa: F401  (they register)
     mxfp4,
     outputs,
     packed,
+    ranges,
     routing,
     slots,
 )
@@ -23,6 +24,7 @@ from moe_ref.conformance.mutants._registry import (
     LAYER_MUTANTS,
     PACKED_KINDS,
     PACKED_MUTANTS,
+    RANGE_MUTANTS,
     SLOT_MUTANTS,
 )
 from moe_ref.conformance.wrapped import Wrapped
@@ -35,6 +37,7 @@ def mutants(inner: Executor) -> dict[str, Wrapped]:
     """Every mutant of an executor, by name: those that concern the kinds of weights that it takes."""
     kinds = inner.capabilities.weights
     misread = {name: change for name, change in PACKED_MUTANTS.items() if kinds & PACKED_KINDS[name]}
-    changes = SLOT_MUTANTS | (DENSE_MUTANTS if "dense" in kinds else {}) | misread
+    overflowing = RANGE_MUTANTS if "float16" in inner.capabilities.dtypes else {}
+    changes = SLOT_MUTANTS | overflowing | (DENSE_MUTANTS if "dense" in kinds else {}) | misread
     slot_changes = {name: Wrapped(name, inner, slots=change) for name, change in changes.items()}
     return slot_changes | {name: Wrapped(name, inner, layer=change) for name, change in LAYER_MUTANTS.items()}

@@ -12,6 +12,7 @@ PACKED_MUTANTS: dict[str, SlotChange] = {}
 PACKED_KINDS: dict[str, frozenset[str]] = {}  # of each of those: the kinds of weights that it misreads
 NF4, MXFP4 = ("nf4", "fp4"), ("mxfp4",)
 LAYER_MUTANTS: dict[str, LayerChange] = {}
+RANGE_MUTANTS: dict[str, SlotChange] = {}
 
 
 def slot_mutant(change: SlotChange) -> SlotChange:
@@ -35,6 +36,12 @@ def packed_mutant(*kinds: str) -> Callable[[SlotChange], SlotChange]:
         return change
 
     return add
+
+
+def range_mutant(change: SlotChange) -> SlotChange:
+    """Adds a mutant that overflows in fp16: only layers that pass its range show it, and not all of those."""
+    RANGE_MUTANTS[change.__name__] = change
+    return change
 
 
 def layer_mutant(change: LayerChange) -> LayerChange:

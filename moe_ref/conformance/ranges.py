@@ -1,0 +1,194 @@
+"""Clause E7: layers in fp16 in which something on the way passes fp16's range, and every result is within it.
+
+Whole numbers through squared ReLU, times powers of two: each step is representable but for its size, so an
+implementation that rounds at every site and overflows at none gives the specification's numbers to the last bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moe_ref.conformance.build import Arrays
+from moe_ref.conformance.call import run, to_torch
+from moe_ref.conformance.checks import ConformanceError, result_arrays
+from moe_ref.conformance.exact import held
+from moe_ref.conformance.poison import poisoned
+from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.strategies import undeclared
+from moe_ref.error_bars import named
+from moe_ref.numerics import EXACT, Rounding, round_to_nearest
+from moe_ref.types import ExpertLoRA, MoEConfig, MoEWeights
+from moe_ref.vjp import layer_vjp
+
+if TYPE_CHECKING:
+    from executors import Executor
+
+DTYPE = "float16"
+TOKENS, SIZE, RANK = 6, 32, 4  # H = I = SIZE
+OPPOSITE = -0.75  # what the second expert's down projection is of the first one's, where the two cancel
+
+
+@dataclass(frozen=True)
+class Range:
+    """A case: exponents of the powers of two by which inputs are larger than small whole numbers.
+
+    Attributes:
+        sites: of clause E2, whose values pass fp16's range; none where only dh without the weight does (D3).
+        x, gate_up, down, weights, dy: of the inputs.
+        first: of the first token alone, on top of x's.
+        cancel: every token goes to two experts that are equal, but for the down projection, which is `OPPOSITE`.
+        scale_input: C3.
+        lora_a: of A, for adapters beside both projections; B is such that they count as much as what they stand beside.
+        limit: of swiglu, whose sigmoid is so steep that it is 0, 1/2 or 1; None for squared ReLU.
+    """
+
+    sites: tuple[str, ...]
+    x: int = 0
+    gate_up: int = 0
+    down: int = 0
+    weights: int = 0
+    dy: int = 0
+    first: int = 0
+    cancel: bool = False
+    scale_input: bool = False
+    lora_a: tuple[int, int] | None = None
+    limit: float | None = None
+
+
+RANGES = {
+    "preactivations": Range(("z", "h", "o"), x=2, gate_up=13, weights=-21),
+    "clamped preactivations": Range(("z",), x=9, gate_up=8, dy=-4, limit=4.0),
+    "gates": Range(("z", "act", "h"), x=2, gate_up=13, weights=-20, limit=2.0**30),
+    "activations": Range(("h",), gate_up=7, down=-3, weights=-2, dy=-3),
+    "outputs": Range(("o",), gate_up=6, weights=-4),
+    "outputs of one token": Range(("h", "o"), x=-6, gate_up=6, weights=-4, first=8),
+    "weighted outputs": Range(("weighted_o",), gate_up=3, down=2, weights=4, dy=-1, cancel=True),
+    "weighted upstream gradients": Range(("weighted_dy",), x=-3, gate_up=-2, weights=12, dy=4),
+    "gradients of activations": Range(("dh",), x=-3, gate_up=-1, down=1, dy=13),
+    "gradients of activations without weights": Range((), down=8, weights=-10, dy=8),
+    "gradients of preactivations": Range(("dz",), x=-3, gate_up=-3, down=4, weights=12, dy=2),
+    "gradients of slots": Range(("dx_slot",), gate_up=4, down=3, dy=1, cancel=True),
+    "scaled inputs": Range(("weighted_x",), x=4, gate_up=-14, down=-10, weights=12, scale_input=True),
+    "gradients of scaled inputs": Range(("dx_slot",), gate_up=7, weights=-4, dy=1, scale_input=True),
+    "scaled gradients of slots": Range(
+        ("dx_slot_weighted",), x=-1, gate_up=1, down=2, weights=4, dy=1, cancel=True, scale_input=True
+    ),
+    "adapters": Range(
+        ("gate_up_lora_inner", "gate_up_lora_inner_scaled", "down_lora_inner", "down_lora_inner_scaled"),
+        x=9,
+        gate_up=-8,
+        dy=-10,
+        lora_a=(7, 12),
+    ),
+    "gradients of adapters": Range(
+        ("dh_lora", "dh_lora_scaled", "dx_slot_lora", "dx_slot_lora_scaled"),
+        x=-10,
+        gate_up=6,
+        weights=-5,
+        dy=8,
+        lora_a=(-7, -13),
+    ),
+}
+
+
+def check_range(executor: Executor, case: str, kind: str, device: str = "cpu") -> str:
+    """Checks one of `RANGES`: y and all gradients are the specification's, rounded once.
+
+    Args:
+        executor: whom to check.
+        case: name of the case.
+        kind: of the projections: "dense", "nf4", "fp4" or "mxfp4".
+        device: where.
+
+    Returns:
+        What keeps the executor from having the case, or "".
+
+    Raises:
+        ConformanceError: if a number differs.
+    """
+    problem, arrays = case_of(RANGES[case])
+    if kind != "dense":
+        problem = replace(problem, quant_type=kind, blocksize=32)
+    lacking = undeclared(problem, executor.capabilities)
+    if lacking:
+        return f"{executor.name} does not declare {lacking}"
+    weights = held(arrays.weights, problem)
+    if weights is None:
+        return f"{kind} does not hold these weights exactly"
+    arrays = replace(arrays, weights=weights)
+    exact = exact_results(arrays)
+    inputs = to_torch(problem, arrays, device)
+    with poisoned():
+        results = result_arrays(run(executor, inputs, executor.capabilities.backward))
+        with torch.no_grad():  # inference may take another path
+            inference = result_arrays(run(executor, inputs, backward=False))
+    for name, actual in (*results.items(), *inference.items()):
+        expected = round_to_nearest(exact[name], problem.dtype_of(name))
+        wrong = actual != expected
+        if wrong.any():
+            where = tuple(int(i) for i in np.argwhere(wrong)[0])
+            message = f"{name}{where}={actual[where]}, but must be exactly {expected[where]} ({case})"
+            raise ConformanceError(executor, problem, "E7", message)
+    return ""
+
+
+def exact_results(arrays: Arrays, rounding: Rounding = EXACT) -> dict[str, np.ndarray]:
+    """The result "y" and every gradient, float64."""
+    y, gradients = layer_vjp(arrays.x, None, arrays.topk_ids, arrays.topk_weights, arrays.weights, arrays.dy, rounding)
+    return named(y, gradients)
+
+
+def case_of(scale: Range) -> tuple[Problem, Arrays]:
+    """The problem of a case, in dense weights, and its numbers."""
+    rng = np.random.default_rng(0)
+    experts = 2 if scale.cancel else 3
+    if scale.limit is None:
+        config = MoEConfig(2, activation="relu2", scale_input=scale.scale_input)
+    else:
+        config = MoEConfig(2, alpha=1000.0, limit=scale.limit, scale_input=scale.scale_input)
+    both = 2 * SIZE if config.gated else SIZE
+    rank = 0 if scale.lora_a is None else RANK
+
+    def sparse(rows: int, columns: int, exponent: int, each: int = 4) -> np.ndarray:
+        """[E, rows, columns], so many elements of each row and column, all of them +-2**exponent."""
+        wide, tall = max(rows, columns), min(rows, columns)
+        places = np.sum([np.roll(np.eye(wide), 5 * shift, axis=1) for shift in range(each)], axis=0)[:, :tall]
+        places = places if rows == wide else places.T
+        return 2.0**exponent * places * rng.choice([-1.0, 1.0], (experts, rows, columns))
+
+    gate_up, down = sparse(both, SIZE, scale.gate_up), sparse(SIZE, SIZE, scale.down)
+    lora = None
+    if scale.lora_a is not None:
+        a, b = scale.lora_a
+        factors = (
+            sparse(RANK, SIZE, a, 1),
+            sparse(both, RANK, scale.gate_up - a, 1),
+            sparse(RANK, SIZE, b, 1),
+            sparse(SIZE, RANK, scale.down - b, 1),
+        )
+        lora = ExpertLoRA(*factors, 2.0, 0.5)
+    if scale.cancel:
+        gate_up[1], down[1] = gate_up[0], OPPOSITE * down[0]
+    ids = np.tile([0, 1], (TOKENS, 1)) if scale.cancel else np.argsort(rng.random((TOKENS, experts)), axis=1)[:, :2]
+    x = 2.0**scale.x * rng.choice([0.0, 1.0], (TOKENS, SIZE))
+    x[0] *= 2.0**scale.first
+    dy = 2.0**scale.dy * rng.choice([-1.0, 0.0, 1.0], (TOKENS, SIZE))
+    topk_weights = 2.0**scale.weights * np.tile([1.0, 1.0 if scale.cancel else 2.0], (TOKENS, 1))
+    problem = Problem(
+        TOKENS,
+        experts,
+        SIZE,
+        SIZE,
+        config,
+        DTYPE,
+        entry="experts",
+        gate_up_rank=rank,
+        down_rank=rank,
+        lora_dtype=DTYPE,
+    )
+    weights = MoEWeights(gate_up, down, lora=lora, config=config)
+    return problem, Arrays(x, dy, ids, None, topk_weights, weights)

@@ -1,0 +1,113 @@
+"""Clause E7: the suite's cases are what they say, and whatever overflows is seen."""
+
+import numpy as np
+import pytest
+
+import executors
+from moe_ref._typing import Array
+from moe_ref.conformance.build import build
+from moe_ref.conformance.checks import ConformanceError, applicable, check_problem
+from moe_ref.conformance.honest import honest_variants
+from moe_ref.conformance.mutants import mutants
+from moe_ref.conformance.mutants._registry import RANGE_MUTANTS
+from moe_ref.conformance.pinned import PAST_RANGE
+from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.ranges import DTYPE, RANGES, case_of, check_range, exact_results
+from moe_ref.conformance.reference import reference
+from moe_ref.numerics import FORMATS, Exact, Nearest, round_to_nearest
+from moe_ref.vjp import layer_vjp
+
+LARGEST = FORMATS[DTYPE].max
+
+
+class Largest(Exact):
+    """No rounding; the largest number at each site."""
+
+    def __init__(self) -> None:
+        self.of_site: dict[str, float] = {}
+        self.representable = True
+
+    def store(self, site: str, value: Array) -> Array:
+        self.of_site[site] = max(self.of_site.get(site, 0.0), float(np.abs(value).max()))
+        self.representable &= bool((value == round_to_nearest(value, DTYPE, overflows=False)).all())
+        return value
+
+
+@pytest.mark.parametrize("case", RANGES)
+def test_every_site_passes_the_range_and_no_result_does(case: str) -> None:
+    """E7: and each step is representable but for its size."""
+    _, arrays = case_of(RANGES[case])
+    largest = Largest()
+    results = exact_results(arrays, largest)
+    inputs = [arrays.x, arrays.dy, *arrays.weights.parameters().values()]
+    past = {site for site, size in largest.of_site.items() if size > LARGEST}
+    assert set(RANGES[case].sites) <= past
+    assert largest.representable
+    assert all(np.array_equal(value, round_to_nearest(value, DTYPE)) for value in inputs)
+    assert all(np.abs(results[name]).max() < LARGEST for name in results if name != "topk_weights")
+    assert all(np.isfinite(value).all() for value in results.values())
+
+
+@pytest.mark.parametrize("case", RANGES)
+def test_rounding_that_overflows_is_seen_in_every_case(case: str) -> None:
+    """E7: at each of its sites alone."""
+    _, arrays = case_of(RANGES[case])
+    for site in RANGES[case].sites:
+        with np.errstate(invalid="ignore"):
+            results = exact_results(arrays, Nearest(DTYPE, overflows=frozenset({site})))
+        assert not all(np.isfinite(value).all() for value in results.values()), site
+
+
+HONEST = [("native", "fp32_throughout", "dense"), ("native", "rounded_at_every_site", "dense")]
+HONEST += [("grouped_nf4", "rounded_at_every_site", kind) for kind in ("nf4", "fp4", "mxfp4")]
+
+
+@pytest.mark.parametrize(("name", "variant", "kind"), HONEST)
+def test_honest_variants_are_accepted(name: str, variant: str, kind: str) -> None:
+    """E7: and every format holds the weights exactly."""
+    honest = honest_variants(executors.get(name))[variant]
+    for case in RANGES:
+        assert check_range(honest, case, kind) == ""
+
+
+@pytest.mark.parametrize("mutant", RANGE_MUTANTS)
+def test_what_overflows_is_rejected(mutant: str) -> None:
+    """E7: every site has a case that shows it."""
+    wrong = mutants(honest_variants(executors.get("native"))["fp32_throughout"])[mutant]
+    assert any(is_rejected(wrong, case) for case in RANGES)
+
+
+def is_rejected(executor: executors.Executor, case: str) -> bool:
+    try:
+        check_range(executor, case, "dense")
+    except ConformanceError as error:
+        return error.clause == "E7"
+    return False
+
+
+@pytest.mark.parametrize("problem", PAST_RANGE, ids=lambda p: str(p.seed))
+def test_pinned_problems_pass_the_range_inside_alone(problem: Problem) -> None:
+    """E7: under the whole of the specification's error bars."""
+    problem = applicable(executors.get("grouped_nf4" if problem.quant_type else "native"), problem)
+    arrays = build(problem)
+    largest = Largest()
+    layer_vjp(
+        arrays.x,
+        arrays.router_logits,
+        arrays.topk_ids,
+        arrays.topk_weights,
+        arrays.weights,
+        arrays.dy,
+        largest,
+    )
+    assert any(size > LARGEST for size in largest.of_site.values())
+    assert reference(problem).within(problem)
+
+
+@pytest.mark.parametrize("problem", PAST_RANGE, ids=lambda p: str(p.seed))
+def test_pinned_problems_are_held_by_honest_variants(problem: Problem) -> None:
+    """E7: with error bars that know of no overflow."""
+    inner = executors.get("grouped_nf4" if problem.quant_type else "native")
+    for name, honest in honest_variants(inner).items():
+        if name in ("fp32_throughout", "rounded_at_every_site"):
+            check_problem(honest, problem)
