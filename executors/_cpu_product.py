@@ -16,6 +16,8 @@ from platform import machine
 import torch
 from torch import Tensor
 
+from moe_ref.validation import dtype_name
+
 NARROW = (torch.bfloat16, torch.float16)
 FEW_ROWS = 4  # up to so many rows are multiplied as they are (docs/performance.md)
 SLICE = 2**18  # numbers of a matrix that are widened at a time: 1 MiB
@@ -35,6 +37,16 @@ def multiplies(dtype: torch.dtype) -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     emulated = machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_avx512_bf16_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not emulated
+
+
+def note(x: Tensor) -> str:
+    """Which products a call with x on a CPU takes, in one line; "" for other devices, and for fp32 and fp64."""
+    if x.device.type != "cpu" or x.dtype not in NARROW:
+        return ""
+    name = dtype_name(x)
+    if multiplies(x.dtype):
+        return f"products in {name}: this CPU has instructions for them"
+    return f"products in fp32, of more than {FEW_ROWS} rows of an expert: this CPU has no instructions for {name}"
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from executors._cpu_product import note
 from executors._operator import Operator, apply
 from executors._protocol import Capabilities, Unsupported
 from executors._routing import route, route_checked
@@ -135,6 +136,10 @@ class OperatorExecutor(LayerExecutor):
     def __post_init__(self) -> None:
         if not isinstance(self.recompute, bool):
             raise TypeError(f"recompute={self.recompute!r}: must be True or False")
+
+    def note(self, x: Tensor, weights: MoEWeights) -> str:
+        """What a user should know of a call that works: on a CPU, which products it takes."""
+        return note(x)
 
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         return apply(self.operator, x, topk_ids, topk_weights, weights, keep_z=not self.recompute)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+GATHERED = 2**18  # numbers of all slots' outputs that are gathered at once: 1 MiB
 
 
 def group(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -31,9 +35,8 @@ def expert_of_rows(topk_ids: Tensor, order: Tensor, num_experts: int) -> Tensor:
 
 def inverse_of(order: Tensor) -> Tensor:
     """[S] The row of each slot."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return inverse
+    places = torch.arange(order.numel(), device=order.device)
+    return torch.empty_like(order).scatter_(0, order, places)
 
 
 def slot_weights(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
@@ -45,7 +48,8 @@ def slot_weights(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, dtype
 def combine(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None) -> Tensor:
     """[T, H] The sum over each token's slots, in increasing k, in at least fp32, to be rounded once (C1).
 
-    One slot of every token at a time: what is gathered stays in the cache, and nothing of T*K*H is made.
+    With many tokens one slot of each is gathered at a time: it stays in the cache, and nothing of T*K*H is made. With
+    few tokens one gather of all slots takes less time than K small ones.
 
     Args:
         rows: [S, H] in expert order; zeros for empty slots.
@@ -53,11 +57,17 @@ def combine(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None) -> Tensor
         weights: [T, K], or None for ones.
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
-    total = torch.zeros(row_of_slot.shape[0], rows.shape[1], dtype=wide, device=rows.device)
-    for k in range(row_of_slot.shape[1]):
-        slots = rows.index_select(0, row_of_slot[:, k])
-        if weights is None:
-            total += slots
-        else:
-            total.addcmul_(slots.to(wide), weights[:, k, None])
+    tokens, top_k = row_of_slot.shape
+    total = torch.zeros(tokens, rows.shape[1], dtype=wide, device=rows.device)
+    if row_of_slot.numel() * rows.shape[1] <= GATHERED:
+        gathered = rows.index_select(0, row_of_slot.t().reshape(-1)).to(wide)
+        slots: Iterable[Tensor] = gathered.view(top_k, tokens, -1).unbind()
+    else:
+        slots = (rows.index_select(0, row_of_slot[:, k]).to(wide) for k in range(top_k))
+    if weights is None:
+        for own in slots:
+            total += own
+    else:
+        for own, weight in zip(slots, weights.t().unsqueeze(-1).unbind(), strict=True):
+            total.addcmul_(own, weight)
     return total

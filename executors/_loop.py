@@ -12,6 +12,8 @@ from executors import _cpu_product, _half
 from executors._layer import Matrices, stored_dtype
 from executors._stack import Stack
 
+PAIRED = 2**18  # numbers of a matrix from which on single rows are multiplied in pairs
+
 
 class LoopProducts:
     """One product for each expert that has rows.
@@ -19,6 +21,8 @@ class LoopProducts:
     Args:
         group_offsets: [E + 1] on the host.
     """
+
+    paired = PAIRED
 
     def __init__(self, group_offsets: Tensor) -> None:
         places = enumerate(pairwise(group_offsets.tolist()))
@@ -29,11 +33,12 @@ class LoopProducts:
     def rows(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, m]: a [S, k] times matrices [E, m, k] transposed.
 
-        A single row is multiplied together with the next one, whose own expert then writes over it: oneDNN takes a
-        quarter longer for one row than for two (docs/performance.md).
+        With large matrices a single row is multiplied together with the next one, whose own expert then writes over it:
+        oneDNN takes a quarter longer for one row than for two (docs/performance.md).
         """
+        size = matrices.shape[1] * matrices.shape[2]
+        least = 2 if size >= self.paired and _cpu_product.multiplies(a.dtype) else 1
         out = a.new_empty(a.shape[0], matrices.shape[1], dtype=stored_dtype(a.dtype))
-        least = 2 if _cpu_product.multiplies(a.dtype) else 1
         for matrix, start, stop in self._matrices(matrices):
             rows = slice(start, min(max(stop, start + least), self._end))
             self.multiply(a[rows], matrix.t(), out[rows])

@@ -39,8 +39,9 @@ class Multiplication(NamedTuple):
     def forward(self, given: Arguments, keep_z: bool, keep_own: bool) -> tuple[Tensor, Kept]:
         """y [T, H]; of both projections what was decoded is kept too, or nothing."""
         slots = given.topk_ids.numel() if keep_own else 0
-        rooms = [room_for(packed, slots, given.x) for packed in _packed(given)]
-        matrices = _matrices(given, rooms, filled=False)
+        packed = _packed(given)
+        rooms = [room_for(each, slots, given.x) for each in packed]
+        matrices = _matrices(given, packed, rooms, filled=False)
         order, group_offsets = group(given.topk_ids, matrices[0].shape[0])
         offsets = group_offsets.cpu() if self.on_host else group_offsets
         y, z = _layer.forward(_make_layer(given, order, matrices), self.products(offsets))
@@ -61,7 +62,7 @@ class Multiplication(NamedTuple):
 
     def backward(self, given: Arguments, kept: Kept, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
         """The gradients that are needed."""
-        matrices = _matrices(given, [kept.own_1, kept.own_2], filled=True)
+        matrices = _matrices(given, _packed(given), [kept.own_1, kept.own_2], filled=True)
         layer = _make_layer(given, kept.order, matrices)
         multiply = self.products(kept.group_offsets)
         z = kept.z
@@ -80,12 +81,12 @@ def _packed(given: Arguments) -> list[PackedTensor | None]:
     ]
 
 
-def _matrices(given: Arguments, rooms: list[Tensor], filled: bool) -> list[Matrices]:
+def _matrices(given: Arguments, packed: list[PackedTensor | None], rooms: list[Tensor], filled: bool) -> list[Matrices]:
     """What products take: a dense stack as it is, or one in 4 bits with the room for what is decoded of it."""
     dense = given.gate_up_proj, given.down_proj
     return [
-        stack if packed is None else Stack(packed, room, filled and room.shape[0] > 0)
-        for stack, packed, room in zip(dense, _packed(given), rooms, strict=True)
+        stack if each is None else Stack(each, room, filled and room.shape[0] > 0)
+        for stack, each, room in zip(dense, packed, rooms, strict=True)
     ]
 
 

@@ -248,6 +248,8 @@ def _without_autocast(kernel: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(kernel)
     def plain(*args: P.args, **kwargs: P.kwargs) -> R:
         first = next(a for a in args if isinstance(a, Tensor))
+        if not torch.is_autocast_enabled(first.device.type):
+            return kernel(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return kernel(*args, **kwargs)
 

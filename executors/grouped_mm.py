@@ -44,5 +44,5 @@ class GroupedMM(OperatorExecutor):
         check_capture(x, weights)
 
     def note(self, x: Tensor, weights: MoEWeights) -> str:
-        """What a user should know of a call that works: whether torch reads the group offsets on the host."""
-        return host_note(x, weights)
+        """What a user should know of a call that works: which products it takes, and what waits for the GPU."""
+        return host_note(x, weights) or super().note(x, weights)

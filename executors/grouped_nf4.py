@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 
+from executors import _cpu_product
 from executors._decode_kernel import slow_note
 from executors._executor import LayerExecutor
 from executors._grouped import check_capture, host_note
@@ -105,7 +106,7 @@ class GroupedNF4(LayerExecutor):
         kernels = self._kernels_for(x)
         if kernels is not None:
             return kernels.path_note(x, mean_rows(x, weights), self._forced)
-        return host_note(x, weights) or slow_note(x, weights)
+        return host_note(x, weights) or "; ".join(filter(None, [slow_note(x, weights), _cpu_product.note(x)]))
 
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         kernels = self._kernels_for(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -30,6 +31,8 @@ class NumbaProducts(LoopProducts):
     Args:
         group_offsets: [E + 1] on the host.
     """
+
+    paired = sys.maxsize  # never: one row takes no longer than two
 
     def rows(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, m]: a [S, k] times matrices [E, m, k] transposed."""

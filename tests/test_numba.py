@@ -1,0 +1,172 @@
+"""The executor numba: compiled products of a few rows, beside those of torch."""
+
+import multiprocessing
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+import executors
+from executors import _cpu_product
+from executors._loop import LoopProducts
+from moe_ref import MoEConfig, MoEWeights
+
+pytest.importorskip("numba")
+
+from executors._numba import products, threads
+from executors._numba.products import NumbaProducts, few_rows
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+COUNTS = (1, 0, 2, 3, 4, 5, 0, 7, 9)  # rows of each expert: all remainders of a tile, and none
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[0, 4, 100], ids=["none few", "some few", "all few"])
+def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Up to how many rows are compiled."""
+    for table in ("BY_ROWS", "BY_COLUMNS"):
+        monkeypatch.setattr(products, table, dict.fromkeys((True, False), request.param))
+    return request.param
+
+
+def stack(shape: tuple[int, int, int], dtype: torch.dtype, order: str) -> torch.Tensor:
+    """[E, m, k] by rows, by columns, or a slice of something larger."""
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    if order == "columns":
+        return value.transpose(1, 2).contiguous().transpose(1, 2)
+    if order == "slice":
+        room = torch.full((shape[0] + 1, shape[1] + 3, shape[2] + 2), torch.nan, dtype=dtype)
+        room[1:, 1:-2, 1:-1] = value
+        return room[1:, 1:-2, 1:-1]
+    return value
+
+
+@pytest.mark.parametrize("order", ["rows", "columns", "slice"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (7, 17), (64, 100), (33, 513), (130, 6)])
+def test_products_of_all_groups(limit: int, dtype: torch.dtype, order: str, m: int, k: int) -> None:
+    """E2: every remainder of rows, columns and of what is summed over; a slot of no expert is left alone."""
+    offsets = torch.tensor([0, *np.cumsum(COUNTS)])
+    total = int(offsets[-1])
+    matrices = stack((len(COUNTS), m, k), dtype, order)
+    compiled = NumbaProducts(offsets)
+    for method, inner in ((compiled.rows, k), (compiled.rows_back, m)):
+        a = torch.randn(total + 2, inner).to(dtype)
+        out = method(a, matrices)
+        assert out.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+        for expert, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+            b = matrices[expert].double()
+            b = b.t() if method == compiled.rows else b
+            exact, terms = a[start:stop].double() @ b, a[start:stop].double().abs() @ b.abs()
+            unit = torch.finfo(dtype).eps
+            bound = unit * (exact.abs() + (6.2e-5 if dtype == torch.float16 else 0)) + 2.0**-21 * terms
+            assert ((out[start:stop].double() - exact).abs() <= bound).all(), (expert, method)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("limit")
+def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+    """How jobs are shared out changes nothing; nor do more threads than jobs."""
+    matrices = stack((len(COUNTS), 130, 70), dtype, "rows")
+    a = torch.randn(sum(COUNTS), 70).to(dtype)
+    found = []
+    for count in (1, 2, 3, 64):
+        torch.set_num_threads(count)
+        compiled = NumbaProducts(torch.tensor([0, *np.cumsum(COUNTS)]))
+        found.append((compiled.rows(a, matrices), compiled.rows_back(found[0][0].to(dtype) if found else
+                      compiled.rows(a, matrices).to(dtype), matrices)))  # fmt: skip
+    if dtype == torch.float32 and products.BY_ROWS[True] == 0:
+        return  # torch's own fp32 products: MKL's depend on the number of threads
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_nan_and_infinity_stay_in_their_rows() -> None:
+    """R4: sums may be reordered, but NaN and infinity are what they are."""
+    matrices = stack((1, 40, 50), torch.bfloat16, "rows")
+    a = torch.randn(4, 50).bfloat16()
+    a[1, 3], a[2, 7] = torch.nan, torch.inf
+    out = NumbaProducts(torch.tensor([0, 4])).rows(a, matrices)
+    assert out[1].isnan().all()
+    assert out[2].isinf().all()
+    assert out[[0, 3]].isfinite().all()
+
+
+def test_few_rows_depend_on_the_processor_and_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows are left to torch where it has instructions of 16 bits; other strides always."""
+    b = torch.zeros(8, 6, dtype=torch.bfloat16)
+    for able in (True, False):
+        monkeypatch.setattr(_cpu_product, "multiplies", lambda _dtype, able=able: able)
+        assert few_rows(b) == products.BY_COLUMNS[able]
+        assert few_rows(b.t()) == products.BY_ROWS[able]
+    assert few_rows(torch.zeros(8, 6, 2)[..., 0]) == 0
+    assert few_rows(b.double()) == 0
+
+
+def test_shares_are_of_the_same_cost() -> None:
+    """Bounds of jobs: contiguous, all of them, none twice."""
+    rng = np.random.default_rng(0)
+    for jobs, count in ((1, 4), (7, 2), (100, 3), (64, 8)):
+        costs = rng.integers(1, 50, jobs)
+        bounds = products._bounds(costs, count)
+        assert bounds[0] == 0
+        assert bounds[-1] == jobs
+        assert bounds == sorted(bounds)
+        heaviest = max(costs[a:b].sum() for a, b in pairwise(bounds))
+        assert heaviest <= costs.sum() / count + costs.max()
+
+
+def _share_in_a_child(queue: "multiprocessing.Queue[list[int]]") -> None:
+    found: list[int] = []
+    threads.share(found.append, [(1,), (2,), (3,)])
+    queue.put(sorted(found))
+
+
+def _layer_is_right() -> bool:
+    generator = torch.Generator().manual_seed(0)
+    gate_up, down, x, logits = (
+        torch.randn(*shape, generator=generator) for shape in ((4, 64, 32), (4, 32, 32), (3, 32), (3, 4))
+    )
+    weights = MoEWeights(gate_up, down, config=MoEConfig(2))
+    compiled, plain = (executors.get(name)(x, logits, weights) for name in ("numba", "native"))
+    return bool(torch.allclose(compiled, plain, rtol=1e-4, atol=1e-4))
+
+
+def test_it_works_after_a_fork() -> None:
+    """A child process has none of its parent's threads."""
+    threads.share(list, [((),), ((),), ((),)])
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_share_in_a_child, args=(queue,))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == [1, 2, 3]
+    finally:
+        child.join(timeout=60)
+        child.kill()
+
+
+def test_an_error_in_a_thread_is_raised() -> None:
+    """Nothing that fails on another thread is lost."""
+
+    def fail(number: int) -> None:
+        if number == 0:
+            raise ValueError("number=0")
+
+    with pytest.raises(ValueError, match="number=0"):
+        threads.share(fail, [(0,), (1,)])
+
+
+def test_the_loop_is_the_same_layer() -> None:
+    """Few and many rows, forward and backward, agree with the loop of native."""
+    assert issubclass(NumbaProducts, LoopProducts)
+    assert _layer_is_right()
