@@ -17,9 +17,10 @@ from torch import Tensor
 
 from executors._cli.bench_layers import BenchLayer, Shape
 from executors._cli.bench_routing import Batch
+from moe_ref._samples import PROBES
 from moe_ref.activations import activation, activation_vjp
 from moe_ref.combine import combine
-from moe_ref.error_bars import PROBES, Part, TensorBars
+from moe_ref.error_bars import Part, TensorBars
 from moe_ref.experts import Linear, down, expert, groups, lora_inner, up
 from moe_ref.grouping import group, permute, unpermute
 from moe_ref.numerics import EXACT, FORMATS, Perturbed, Rounding, matmul_transposed, sum_sd
