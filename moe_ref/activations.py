@@ -99,7 +99,7 @@ def act(gate: Float[Array, "*#samples n I"], config: MoEConfig) -> Curve:
         d_step_sd = d_step * (1 + inner**2)
     else:
         c, cubic = math.sqrt(2 / math.pi), 0.044715
-        step = xp.tanh(c * (gate + cubic * gate**3))
+        step = xp.tanh(c * gate * (1 + cubic * gate**2))
         d_step = (1 - step**2) * c * (1 + 3 * cubic * gate**2)
         d_step_sd = (1 + step**2) * c * (1 + 3 * cubic * gate**2)
     half, half_sd = 0.5 * (1 + step), 0.5 * (1 + xp.abs(step))

@@ -13,16 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 
+from moe_ref._samples import Measured, Recorded, Replayed, Sums, Total, in_order, processors
 from moe_ref._typing import Array
-from moe_ref.numerics import EXACT, FORMATS, Perturbed, Rounding, accumulator, uniform_of
+from moe_ref.noise import keys_of, uniform_of
+from moe_ref.numerics import FORMATS, Perturbed, Rounding, accumulator
 from moe_ref.types import MoEGradients, MoEWeights
 from moe_ref.vjp import layer_vjp
 
-PROBES = 65_536  # elements whose samples are kept, to see how far they err together
+KINDS = ("storage", "accumulation")
 CHUNK_ELEMENTS = 1_000_000  # values of one intermediate array that all samples of a chunk may hold
+THREADS_ELEMENTS = 2**28  # values that all threads together may hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +96,11 @@ class TensorBars:
         """Standard deviation, over the samples, of the root mean square of z: how far errors move together."""
         exact, sd = self._finite().ravel()[self.probed], self.sd(dtype, out_dtype).ravel()[self.probed]
         errors = self._scaled(dtype, self.storage.probes, self.accumulation.probes)
-        keys = np.random.default_rng(0).integers(0, 2**63, (len(errors), 1), dtype=np.uint64)
         out = FORMATS[out_dtype]
-        errors = errors + out.unit_roundoff * uniform_of(exact, keys) * np.maximum(np.abs(exact), out.smallest_normal)
+        noise = uniform_of(
+            exact[None], keys_of(0, "out", 0, len(errors)), np.zeros(len(errors), dtype=bool), out.unit_roundoff
+        )
+        errors = errors + noise * np.maximum(np.abs(exact), out.smallest_normal)
         z = np.divide(errors, sd, out=np.zeros_like(errors), where=sd > 0)
         return float(np.std(np.sqrt(np.mean(z**2, axis=1)))) if z.size else 0.0
 
@@ -145,61 +151,43 @@ def error_bars(
         y, gradients = layer_vjp(x[None], routing[0], topk_ids, routing[1], weights, dy[None], rounding)
         return named(y, gradients)
 
-    exact = {name: value[0] for name, value in run(EXACT).items()}
-    probed = {name: _probe(value, seed) for name, value in exact.items()}
+    recorded = Recorded()
+    exact = {name: value[0] for name, value in run(recorded).items()}
+    measured = {name: Measured(value, seed) for name, value in exact.items()}
+    floor = FORMATS[dtype].smallest_normal
+
+    def sample(kind: str, first: int, count: int) -> dict[str, Sums]:
+        errors = Perturbed(kind, count, seed, first, floor)
+        values = run(errors if kind == "storage" else Replayed(errors, recorded))
+        return {name: measured[name].sums(value, errors.scale, count) for name, value in values.items()}
+
     both = weights.gate_up_proj.shape[1]
     largest = max(1, topk_ids.shape[0] * topk_ids.shape[1] * max(both, weights.hidden_size))
     chunk = max(1, min(samples, CHUNK_ELEMENTS // largest))
-    floor = FORMATS[dtype].smallest_normal
-    parts = []
-    for index, kind in enumerate(("storage", "accumulation")):
-        sums = {name: _Sums(value, probed[name]) for name, value in exact.items()}
-        for start in range(0, samples, chunk):
-            count = min(chunk, samples - start)
-            rounding = Perturbed(kind, count, seed, start, floor)
-            for name, values in run(rounding).items():
-                sums[name].add(values, rounding.scale, count)
-            if progress is not None:
-                progress(index * samples + start + count, 2 * samples)
-        parts.append({name: s.part() for name, s in sums.items()})
-    storage, accumulation = parts
-    return {name: TensorBars(exact[name], storage[name], accumulation[name], probed[name]) for name in exact}
+    chunks = [(kind, first, min(chunk, samples - first)) for kind in KINDS for first in range(0, samples, chunk)]
+    live = chunk * (8 * largest + 3 * sum(value.size for value in exact.values()))
+    threads = max(1, min(len(chunks) // 2, processors(), THREADS_ELEMENTS // live))
+    totals = {(kind, name): Total(value.shape) for kind in KINDS for name, value in exact.items()}
+    done = 0
+    found = in_order([partial(sample, *which) for which in chunks], threads)
+    for (kind, _, count), sums in zip(chunks, found, strict=True):
+        for name, own in sums.items():
+            totals[kind, name].add(own)
+        done += count
+        if progress is not None:
+            progress(done, len(KINDS) * samples)
+
+    def part(kind: str, name: str) -> Part:
+        total = totals[kind, name]
+        return Part(total.squares / samples, np.concatenate(total.gains), np.concatenate(total.probes))
+
+    return {
+        name: TensorBars(value, part("storage", name), part("accumulation", name), measured[name].probed)
+        for name, value in exact.items()
+    }
 
 
 def named(y: Array, gradients: MoEGradients) -> dict[str, np.ndarray]:
     """{"y": y, "x": dx, "router_logits": ...}, without what the layer does not have."""
     pairs = [("y", y), *((f.name, getattr(gradients, f.name)) for f in fields(gradients))]
     return {name: np.asarray(value) for name, value in pairs if value is not None}
-
-
-def _probe(value: np.ndarray, seed: int) -> np.ndarray:
-    if value.size <= PROBES:
-        return np.arange(value.size)
-    return np.sort(np.random.default_rng(seed).choice(value.size, PROBES, replace=False))
-
-
-class _Sums:
-    """Running sums over the samples of one tensor."""
-
-    def __init__(self, exact: np.ndarray, probed: np.ndarray) -> None:
-        self.exact, self.probed = exact, probed
-        self.squares = np.zeros_like(exact)
-        self.gains: list[np.ndarray] = []
-        self.probes: list[np.ndarray] = []
-        self.finite = np.where(np.isfinite(exact), exact, 0.0)
-        self.largest = float(np.abs(self.finite).max(initial=0.0)) or 1.0
-        self.finite = self.finite / self.largest
-        self.norm = float(np.sum(self.finite**2)) or 1.0
-
-    def add(self, values: np.ndarray, scale: float, count: int) -> None:
-        errors = (values - np.where(np.isfinite(self.exact), self.exact, np.nan)) / scale
-        errors = np.where(np.isfinite(errors), errors, 0.0)
-        errors = np.broadcast_to(errors, (count, *self.exact.shape))
-        self.squares += np.sum(errors**2, axis=0)
-        flat = errors.reshape(count, -1)
-        self.gains.append(flat @ self.finite.ravel() / self.norm / self.largest)
-        self.probes.append(flat[:, self.probed].astype(np.float32))
-
-    def part(self) -> Part:
-        gains = np.concatenate(self.gains)
-        return Part(self.squares / len(gains), gains, np.concatenate(self.probes))

@@ -1,4 +1,4 @@
-"""The backward pass of the experts: projections, adapters, biases (clauses D1, D2)."""
+"""The experts forward and backward: projections, adapters, biases (clauses D1, D2)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from array_api_compat import array_namespace, device
 
 from moe_ref._typing import Array, Float, Int
 from moe_ref.activations import activation, activation_vjp
-from moe_ref.experts import Linear, expert, groups, lora_inner, up
+from moe_ref.experts import Linear, down, expert, groups, lora_inner, up
 from moe_ref.numerics import EXACT, Rounding, matmul_transposed, sum_sd
 from moe_ref.types import MoEWeights
 
@@ -19,21 +19,24 @@ def experts_vjp(
     weights: MoEWeights,
     d_outputs: Float[Array, "*#samples S H"],
     rounding: Rounding = EXACT,
-) -> tuple[Float[Array, "*#samples S H"], dict[str, Array]]:
-    """Gradients of rows, and of every parameter by name.
+) -> tuple[Float[Array, "*#samples S H"], Float[Array, "*#samples S H"], dict[str, Array]]:
+    """Outputs as of `experts`, gradients of rows, and of every parameter by name.
 
     An expert without rows has gradients of exactly zero (D2).
     """
     xp = array_namespace(rows, d_outputs)
-    d_rows, d_parameters = [], {}
+    outputs, d_rows, d_parameters = [], [], {}
     for index, where in groups(group_offsets):
-        d_block, d_parameters[index] = expert_vjp(
+        output, d_block, d_parameters[index] = expert_vjp(
             rows[..., where, :], weights, index, d_outputs[..., where, :], rounding
         )
+        outputs.append(output)
         d_rows.append(d_block)
-    samples = d_rows[0].shape[:-2] if d_rows else rows.shape[:-2]
     outside = rows.shape[-2] - int(group_offsets[-1])
-    d_rows.append(xp.zeros((*samples, outside, rows.shape[-1]), dtype=xp.float64, device=device(rows)))
+    samples = d_rows[0].shape[:-2] if d_rows else rows.shape[:-2]
+    for blocks in (outputs, d_rows):
+        shape = (*(blocks[0] if blocks else rows).shape[:-2], outside, rows.shape[-1])
+        blocks.append(xp.zeros(shape, dtype=xp.float64, device=device(rows)))
 
     def stack(name: str, parameter: Array) -> Array:
         shape = (*samples, *parameter.shape[1:])
@@ -45,7 +48,7 @@ def experts_vjp(
         return xp.stack(parts, axis=len(samples))
 
     stacks = {name: stack(name, parameter) for name, parameter in weights.parameters().items()}
-    return xp.concat(d_rows, axis=-2), stacks
+    return xp.concat(outputs, axis=-2), xp.concat(d_rows, axis=-2), stacks
 
 
 def expert_vjp(
@@ -54,11 +57,12 @@ def expert_vjp(
     index: int,
     d_outputs: Float[Array, "*#samples n H"],
     rounding: Rounding = EXACT,
-) -> tuple[Float[Array, "*#samples n H"], dict[str, Array]]:
-    """Gradients of one expert: rows, and its parameters by name."""
+) -> tuple[Float[Array, "*#samples n H"], Float[Array, "*#samples n H"], dict[str, Array]]:
+    """One expert: its output, and the gradients of rows, and of its parameters by name."""
     parameters = expert(weights, index)
     z = up(rows, parameters, rounding)
     h = activation(z, weights.config, rounding)
+    output = down(h, parameters, rounding)
     d_down = linear_vjp("down", "dh", h, parameters.down, d_outputs, rounding)
     dz = activation_vjp(z, weights.config, d_down.rows, rounding)
     d_up = linear_vjp("gate_up", "dx_slot", rows, parameters.up, dz, rounding)
@@ -66,7 +70,7 @@ def expert_vjp(
     for name, gradients in (("gate_up", d_up), ("down", d_down)):
         found[f"{name}_proj"], found[f"{name}_proj_bias"] = gradients.matrix, gradients.bias
         found[f"{name}_lora_a"], found[f"{name}_lora_b"] = gradients.lora_a, gradients.lora_b
-    return d_up.rows, found
+    return output, d_up.rows, found
 
 
 class LinearGradients(NamedTuple):

@@ -41,8 +41,8 @@ def moe(
     logits = xp.reshape(router_logits, (-1, weights.num_experts))
     rows = xp.astype(xp.reshape(x, (-1, weights.hidden_size)), xp.float64)
     routing = route(logits, weights.config, weights.selection_bias, rounding)
-    y = outputs_of(run_slots(rows, routing.topk_ids, routing.topk_weights, weights, rounding), weights, rounding)
-    return xp.reshape(y, tuple(x.shape))
+    slots = gather(rows, routing.topk_ids, routing.topk_weights, weights, rounding)
+    return xp.reshape(outputs_of(slots, weights, rounding), tuple(x.shape))
 
 
 def routed_experts(
@@ -73,37 +73,35 @@ def routed_experts(
     rows = xp.astype(xp.reshape(x, (-1, weights.hidden_size)), xp.float64)
     ids = xp.reshape(topk_ids, (-1, top_k))
     slot_weights = xp.astype(xp.reshape(topk_weights, (-1, top_k)), xp.float64)
-    y = outputs_of(run_slots(rows, ids, slot_weights, weights, rounding), weights, rounding)
-    return xp.reshape(y, tuple(x.shape))
+    slots = gather(rows, ids, slot_weights, weights, rounding)
+    return xp.reshape(outputs_of(slots, weights, rounding), tuple(x.shape))
 
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """What stands between the choice of experts and the tokens' outputs.
+    """What stands between the choice of experts and the experts.
 
     Attributes:
         grouping: the slots sorted by expert.
         weights: zero for empty slots, whatever weight they had (R7).
         tokens: in expert order, x of each row.
         rows: in expert order, what the experts are given: x, or with ``scale_input`` its product with the weight (C3).
-        outputs: in slot order, what the experts give; zero for empty slots.
     """
 
     grouping: Grouping
     weights: Float[Array, "*#samples T K"]
     tokens: Float[Array, "*#samples S H"]
     rows: Float[Array, "*#samples S H"]
-    outputs: Float[Array, "*#samples S H"]
 
 
-def run_slots(
+def gather(
     x: Float[Array, "*#samples T H"],
     topk_ids: Int[Array, "T K"],
     topk_weights: Float[Array, "*#samples T K"],
     weights: MoEWeights,
     rounding: Rounding = EXACT,
 ) -> Slots:
-    """Permute, experts, unpermute."""
+    """Groups the slots and permutes the tokens."""
     xp = array_namespace(x)
     grouping = group(topk_ids, weights.num_experts)
     mask = is_slot(topk_ids, weights.num_experts)
@@ -111,8 +109,7 @@ def run_slots(
     rows = tokens = permute(x, grouping.order, topk_ids.shape[-1])
     if weights.config.scale_input:
         rows = rounding.store("weighted_x", row_weights(slot_weights, grouping) * tokens)
-    outputs = unpermute(experts(rows, grouping.group_offsets, weights, rounding), grouping.inverse)
-    return Slots(grouping, slot_weights, tokens, rows, outputs)
+    return Slots(grouping, slot_weights, tokens, rows)
 
 
 def row_weights(topk_weights: Float[Array, "*#samples T K"], grouping: Grouping) -> Float[Array, "*#samples S 1"]:
@@ -122,7 +119,15 @@ def row_weights(topk_weights: Float[Array, "*#samples T K"], grouping: Grouping)
 
 
 def outputs_of(slots: Slots, weights: MoEWeights, rounding: Rounding = EXACT) -> Float[Array, "*#samples T H"]:
-    """Combine: slots weighed and summed (C1), or only summed where the weight is in the input already (C3)."""
+    """Experts, unpermute, combine."""
+    outputs = experts(slots.rows, slots.grouping.group_offsets, weights, rounding)
+    return combined(unpermute(outputs, slots.grouping.inverse), slots, weights, rounding)
+
+
+def combined(
+    outputs: Float[Array, "*#samples S H"], slots: Slots, weights: MoEWeights, rounding: Rounding = EXACT
+) -> Float[Array, "*#samples T H"]:
+    """Slots weighed and summed (C1), or only summed where the weight is in the input already (C3)."""
     if weights.config.scale_input:
-        return sum_slots("y", slots.outputs, slots.weights.shape[-1], rounding)
-    return combine(slots.outputs, slots.weights, rounding)
+        return sum_slots("y", outputs, slots.weights.shape[-1], rounding)
+    return combine(outputs, slots.weights, rounding)

@@ -14,12 +14,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
-from zlib import crc32
 
 import numpy as np
 from array_api_compat import array_namespace, device
 
 from moe_ref._typing import Array
+from moe_ref.noise import keys_of, uniform_of
 
 
 @dataclass(frozen=True)
@@ -173,43 +173,37 @@ class Perturbed:
         """Adds uniform errors of up to ``scale`` * max(|value|, floor)."""
         if self.kind != "storage":
             return value
-        xp = array_namespace(value)
-        size = xp.clip(xp.abs(value), min=self.floor)
-        return value + self.scale * self._noise(site, value) * xp.where(value < 0, -size, size)
+        given = np.asarray(value)
+        errors = self._noise(site, given, self.scale)
+        errors *= _at_least(self.floor, given)
+        errors += given
+        return _like(value, errors)
 
     def accumulate(self, site: str, value: Array, sd: Callable[[], Array]) -> Array:
         """Adds uniform errors of deviation ``scale`` * ``sd()``."""
         if self.kind != "accumulation":
             return value
-        return value + math.sqrt(3.0) * self.scale * self._noise(site, value) * sd()
+        given = np.asarray(value)
+        errors = self._noise(site, given, math.sqrt(3.0) * self.scale)
+        errors *= np.asarray(sd())
+        errors += given
+        return _like(value, errors)
 
-    def _noise(self, site: str, value: Array) -> Array:
-        rng = np.random.default_rng([self.seed, crc32(site.encode())])
-        keys = rng.integers(0, 2**63, self.first + self.samples, dtype=np.uint64)[self.first :]
-        numbers = np.arange(self.first, self.first + self.samples, dtype=np.uint64)
-        keys, odd = (a.reshape(-1, *(1,) * (value.ndim - 1)) for a in (keys, numbers % np.uint64(2)))
-        position = np.arange(math.prod(value.shape[1:]), dtype=np.uint64).reshape(value.shape[1:])
-        noise = uniform_of(np.asarray(value), keys ^ (odd * position * np.uint64(0xD1342543DE82EF95)))
-        return array_namespace(value).asarray(noise, device=device(value))
+    def _noise(self, site: str, value: np.ndarray, size: float) -> np.ndarray:
+        odd = np.arange(self.first, self.first + self.samples) % 2 == 1
+        return uniform_of(value, keys_of(self.seed, site, self.first, self.samples), odd, size)
 
 
-def uniform_of(value: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Numbers in [-1, 1) that depend on ``key`` and on the leading 32 bits of the value's mantissa alone.
+def _at_least(floor: float, value: np.ndarray) -> np.ndarray:
+    """The value itself, or +-``floor`` where it is smaller."""
+    if np.min(np.abs(value), initial=math.inf) >= floor:  # mostly, and much faster
+        return value
+    return np.copysign(np.maximum(np.abs(value), floor), value)
 
-    The last 20 bits do not count, so that values equal but for float64's own rounding stay equal. The mixing is
-    splitmix64's (Steele, Lea and Flood 2014).
-    """
-    bits = (np.ascontiguousarray(value).view(np.uint64) + np.uint64(1 << 19)) >> np.uint64(20)
-    mixed = ((bits & np.uint64(0xFFFFFFFF)) * np.uint64(0x9E3779B97F4A7C15)) ^ key
-    mixed ^= mixed >> np.uint64(30)
-    mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(27)
-    mixed *= np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    noise = (mixed >> np.uint64(11)).astype(np.float64)
-    noise *= 2.0**-52
-    noise -= 1.0
-    return noise
+
+def _like(given: Array, value: np.ndarray) -> Array:
+    """NumPy's array in the namespace and on the device of another one."""
+    return value if isinstance(given, np.ndarray) else array_namespace(given).asarray(value, device=device(given))
 
 
 def matmul_transposed(rounding: Rounding, site: str, a: Array, b: Array) -> Array:

@@ -1,7 +1,8 @@
 """The backward pass, written out: one function per forward function (clauses D1, D2, D3).
 
 Each ``f_vjp``, here, in `experts_vjp` and in `routing_vjp`, takes the inputs of ``f`` and the gradient of its output,
-and returns the gradients of its inputs.
+and returns the gradients of its inputs. Those of the layer and of the experts return the output too: the gradients need
+what it is computed from.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from moe_ref._typing import Array, Float, Int
 from moe_ref.combine import sum_slots
 from moe_ref.experts_vjp import experts_vjp
 from moe_ref.grouping import is_slot, unpermute
-from moe_ref.layer import outputs_of, row_weights, run_slots
+from moe_ref.layer import combined, gather, row_weights
 from moe_ref.numerics import EXACT, Rounding, sum_sd
 from moe_ref.routing import route, weigh
 from moe_ref.routing_vjp import route_vjp
@@ -123,20 +124,19 @@ def layer_vjp(
     xp = array_namespace(x)
     if topk_weights is None:
         topk_weights = weigh(router_logits, topk_ids, weights.config, rounding)
-    slots = run_slots(x, topk_ids, topk_weights, weights, rounding)
-    y = outputs_of(slots, weights, rounding)
-    top_k, grouping = topk_ids.shape[-1], slots.grouping
-    d_parameters: dict[str, Array]
-    if weights.config.scale_input:
-        upstream = unpermute(xp.repeat(dy, top_k, axis=-2), grouping.order)
-        d_scaled, d_parameters = experts_vjp(slots.rows, grouping.group_offsets, weights, upstream, rounding)
-        d_rows = rounding.store("dx_slot_weighted", row_weights(slots.weights, grouping) * d_scaled)
-        d_weights = unpermute(_dot(slots.tokens, d_scaled, rounding), grouping.inverse)
-        d_weights = xp.reshape(d_weights, (*d_weights.shape[:-2], -1, top_k))
+    slots = gather(x, topk_ids, topk_weights, weights, rounding)
+    top_k, grouping, scaled = topk_ids.shape[-1], slots.grouping, weights.config.scale_input
+    d_outputs = xp.repeat(dy, top_k, axis=-2) if scaled else combine_vjp(slots.weights, dy, rounding)
+    upstream = unpermute(d_outputs, grouping.order)
+    outputs, d_rows, d_parameters = experts_vjp(slots.rows, grouping.group_offsets, weights, upstream, rounding)
+    outputs = unpermute(outputs, grouping.inverse)
+    y = combined(outputs, slots, weights, rounding)
+    if scaled:
+        d_weights = unpermute(dot(slots.tokens, d_rows, rounding), grouping.inverse)
+        d_rows = rounding.store("dx_slot_weighted", row_weights(slots.weights, grouping) * d_rows)
     else:
-        d_outputs, d_weights = combine_vjp(slots.outputs, slots.weights, dy, rounding)
-        upstream = unpermute(d_outputs, grouping.order)
-        d_rows, d_parameters = experts_vjp(slots.rows, grouping.group_offsets, weights, upstream, rounding)
+        d_weights = dot(outputs, xp.repeat(dy, top_k, axis=-2), rounding)
+    d_weights = xp.reshape(d_weights, (*d_weights.shape[:-2], -1, top_k))
     mask = is_slot(topk_ids, weights.num_experts)
     d_weights = xp.where(mask, d_weights, xp.zeros_like(d_weights))
     d_logits = None
@@ -147,24 +147,19 @@ def layer_vjp(
 
 
 def combine_vjp(
-    outputs: Float[Array, "*#samples S H"],
-    topk_weights: Float[Array, "*#samples T K"],
-    dy: Float[Array, "*#samples T H"],
-    rounding: Rounding = EXACT,
-) -> tuple[Float[Array, "*#samples S H"], Float[Array, "*#samples T K"]]:
-    """Gradients: d outputs = w dy, and d topk_weights[t, k] = <dy[t], o[t, k]> with dy unweighted (D3)."""
-    xp = array_namespace(outputs, topk_weights, dy)
-    top_k = topk_weights.shape[-1]
-    upstream = xp.repeat(dy, top_k, axis=-2)
-    weighted = xp.reshape(topk_weights, (*topk_weights.shape[:-2], -1, 1)) * upstream
-    d_weights = _dot(outputs, upstream, rounding)
-    return rounding.store("weighted_dy", weighted), xp.reshape(d_weights, (*d_weights.shape[:-2], -1, top_k))
+    topk_weights: Float[Array, "*#samples T K"], dy: Float[Array, "*#samples T H"], rounding: Rounding = EXACT
+) -> Float[Array, "*#samples S H"]:
+    """The gradient of the experts' outputs, w dy. That of the weights is `dot` of outputs and dy, unweighted (D3)."""
+    xp = array_namespace(topk_weights, dy)
+    upstream = xp.repeat(dy, topk_weights.shape[-1], axis=-2)
+    slot_weights = xp.reshape(topk_weights, (*topk_weights.shape[:-2], -1, 1))
+    return rounding.store("weighted_dy", slot_weights * upstream)
 
 
-def _dot(
-    left: Float[Array, "*#samples S H"], right: Float[Array, "*#samples S H"], rounding: Rounding
+def dot(
+    left: Float[Array, "*#samples S H"], right: Float[Array, "*#samples S H"], rounding: Rounding = EXACT
 ) -> Float[Array, "*#samples S 1"]:
-    """The products of rows with rows: the gradient of a slot's weight."""
+    """The products of rows with rows: the gradient of each slot's weight (D3)."""
     xp = array_namespace(left, right)
     terms = left * right
     total = xp.sum(terms, axis=-1, keepdims=True)

@@ -1,16 +1,20 @@
 """Error bars: reproducible, complete, zero where nothing can err, and of the size that roundings really have."""
 
+import threading
+import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from moe_ref import MoEConfig, moe_vjp, routed_experts_vjp
+from moe_ref._samples import Recorded, Replayed
 from moe_ref.conformance.build import Arrays, build
 from moe_ref.conformance.problem import Problem
 from moe_ref.conformance.reference import reference
 from moe_ref.error_bars import TensorBars, error_bars, named
-from moe_ref.numerics import Nearest, round_to_nearest
+from moe_ref.numerics import Nearest, Perturbed, round_to_nearest
 
 PROBLEM = Problem(
     16, 6, 12, 7, MoEConfig(3, scoring="sigmoid", renormalize=True), "bfloat16", gate_up_bias=True, down_bias=True
@@ -51,6 +55,50 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sampled(arrays)
     monkeypatch.setattr("moe_ref.error_bars.CHUNK_ELEMENTS", 1)
     np.testing.assert_allclose(sampled(arrays)["x"].storage.variance, whole["x"].storage.variance, rtol=1e-6)
+
+
+def test_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit; and they inherit what NumPy may say of the NaN in x."""
+    arrays = build(replace(PROBLEM, broken_x=1))
+    monkeypatch.setattr("moe_ref.error_bars.CHUNK_ELEMENTS", 1)
+    found = []
+    for count in (1, 3):
+        monkeypatch.setattr("moe_ref.error_bars.processors", lambda count=count: count)
+        used: set[int] = set()
+
+        def noting(*arguments: Any, used: set[int] = used) -> Perturbed:
+            used.add(threading.get_ident())
+            time.sleep(0.01)  # another thread's turn
+            return Perturbed(*arguments)
+
+        monkeypatch.setattr("moe_ref.error_bars.Perturbed", noting)
+        with np.errstate(invalid="ignore"):
+            found.append(sampled(arrays, samples=7))
+        assert len(used) == count
+    for name, one in found[0].items():
+        for kind in ("storage", "accumulation"):
+            for figure in ("variance", "gains", "probes"):
+                several = getattr(getattr(found[1][name], kind), figure)
+                np.testing.assert_array_equal(getattr(getattr(one, kind), figure), several)
+
+
+def test_deviations_of_the_exact_run_serve_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that compute their own, as they do past a limit of memory, find the same bars."""
+    arrays = build(PROBLEM)
+    kept = sampled(arrays, samples=64)
+    monkeypatch.setattr("moe_ref._samples.KEPT_BYTES", 1000)
+    own = sampled(arrays, samples=64)
+    for name, bars in kept.items():
+        ratio = own[name].accumulation.variance.mean() / bars.accumulation.variance.mean()
+        assert 0.8 < ratio < 1.25, name
+        assert ratio != 1.0, name
+
+
+def test_deviations_belong_to_their_sites() -> None:
+    recorded, one = Recorded(), np.ones((1, 2))
+    recorded.accumulate("z", one, lambda: one)
+    with pytest.raises(AssertionError, match=r"^h: must come as in the exact run, which has z here"):
+        Replayed(Perturbed("accumulation", 3), recorded).accumulate("h", one, lambda: one)
 
 
 def test_experts_without_tokens_have_no_error() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ref.layer import outputs_of, run_slots
+from moe_ref.layer import gather, outputs_of
 from moe_ref.numerics import EXACT, FORMATS, Perturbed, Rounding, accumulator
 from moe_ref.routing import route, weigh
 from moe_ref.types import MoEWeights
@@ -84,7 +84,7 @@ class _Layer(torch.autograd.Function):
         rows, low_logits = _narrowed(x, dtype)[None], _narrowed(logits, "float32")[None]  # one sample
         ids = route(low_logits[0], weights.config).topk_ids
         ctx.given, ctx.dtype, ctx.rounding = (rows, low_logits, ids, low), dtype, rounding
-        slots = run_slots(rows, ids, weigh(low_logits, ids, weights.config, rounding), low, rounding)
+        slots = gather(rows, ids, weigh(low_logits, ids, weights.config, rounding), low, rounding)
         return _finished(outputs_of(slots, low, rounding), dtype, rounding).to(x)
 
     @staticmethod

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from executors._cli.bench_layers import BenchLayer, Shape
 from executors._cli.bench_routing import Batch
+from moe_ref._samples import PROBES
 from moe_ref.activations import activation, activation_vjp
 from moe_ref.combine import combine
-from moe_ref.error_bars import PROBES, Part, TensorBars
+from moe_ref.error_bars import Part, TensorBars
 from moe_ref.experts import Linear, down, expert, groups, lora_inner, up
 from moe_ref.grouping import group, permute, unpermute
 from moe_ref.numerics import EXACT, FORMATS, Perturbed, Rounding, matmul_transposed, sum_sd
 from moe_ref.packed import decode_expert
 from moe_ref.types import MoEWeights, PackedTensor
-from moe_ref.vjp import combine_vjp, permute_vjp
+from moe_ref.vjp import combine_vjp, dot, permute_vjp
 
 SAMPLES = 32
 ROWS = 8  # judged of the gradient of each projection and each factor, for each expert
@@ -113,8 +114,9 @@ def _layer(
     found = {"y": combine(slots, slot_weights, rounding)}
     if dy is None:
         return found
-    d_slots, found["topk_weights"] = combine_vjp(slots, slot_weights, dy, rounding)
-    d_outputs = unpermute(d_slots, grouping.order)
+    upstream = dy.repeat_interleave(ids.shape[-1], dim=-2)
+    found["topk_weights"] = dot(slots, upstream, rounding).reshape(-1, *ids.shape)
+    d_outputs = unpermute(combine_vjp(slot_weights, dy, rounding), grouping.order)
     d_tokens, d_parameters = [], []
     for index, where, z, h in kept:
         parameters = expert(weights, index)

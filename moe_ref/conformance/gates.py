@@ -82,8 +82,8 @@ def judge(
             f"{name}{where}={actual[where]:.9g}, but must be {bars.exact[where]:.9g} +- {sd[where]:.2g}: "
             f"max z {max_z:.1f}, limit {MAX_Z:g}"
         )
-    elif counted >= RMS_FROM and rms_z > max(RMS_Z, RMS_SDS * bars.rms_sd(dtype, out_dtype)):
-        failure = f"{name}: rms z {rms_z:.2f}, limit {max(RMS_Z, RMS_SDS * bars.rms_sd(dtype, out_dtype)):.2f}"
+    elif counted >= RMS_FROM and rms_z > RMS_Z and rms_z > (limit := RMS_SDS * bars.rms_sd(dtype, out_dtype)):
+        failure = f"{name}: rms z {rms_z:.2f}, limit {max(RMS_Z, limit):.2f}"
     elif abs(gain_z) > GAIN_SDS:
         failure = (
             f"{name}: gain {gain_z * gain_sd:+.2e} is {gain_z:+.1f} of its standard deviations, limit {GAIN_SDS:g}"

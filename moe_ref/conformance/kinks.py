@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_ref.activations import split_gate_up
 from moe_ref.experts import expert, groups, linear, lora_inner
-from moe_ref.layer import row_weights, run_slots
+from moe_ref.layer import gather, row_weights
 from moe_ref.numerics import EXACT, FORMATS, round_to_nearest
 from moe_ref.types import MoEConfig, MoEWeights
 
@@ -85,7 +85,7 @@ def pushes_off_kinks(
     if config.limit is None and config.activation != "relu2":
         return push
     u = FORMATS[dtype].unit_roundoff
-    slots = run_slots(x, topk_ids, topk_weights, weights)
+    slots = gather(x, topk_ids, topk_weights, weights)
     scale = row_weights(slots.weights, slots.grouping) if config.scale_input else np.ones((len(slots.rows), 1))
     for index, where in groups(slots.grouping.group_offsets):
         tokens = slots.grouping.order[where] // topk_ids.shape[1]
@@ -100,8 +100,10 @@ def pushes_off_kinks(
             b = parameters.lora_b.T
             margin += 2 * u * np.abs(inner @ b) + ROUNDED * u * np.sqrt(inner**2 @ b**2)
         for step, features in _steps(z, margin, parameters.matrix.T, config):
-            moved = step @ (features / np.maximum((features**2).sum(axis=0), 1e-6)).T
-            np.add.at(push, tokens, moved / np.maximum(scale[where], 0.1))
+            near = step.any(axis=1)
+            if near.any():
+                moved = step[near] @ (features / np.maximum((features**2).sum(axis=0), 1e-6)).T
+                np.add.at(push, tokens[near], moved / np.maximum(scale[where][near], 0.1))
     return push
 
 
