@@ -1,6 +1,7 @@
 """`make bench-gpu`: all of it, shortened, without a GPU; and what becomes of stages that fail or take too long."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -45,25 +46,44 @@ def python(program: str, **options: Any) -> Any:
     return Stage("stage", (sys.executable, "-c", program), 60, **options)
 
 
-def test_all_of_it_shortened(tmp_path: Path) -> None:
-    """Every stage that a CPU allows runs and passes; the others are skipped aloud."""
+CHECKS = {"machine", "small", "capture", "suite-triton", "suite"}
+BENCHMARKS = {"bench", "four-bit", "crossover"}
+WITHOUT_A_GPU = {"memcheck", "racecheck", "initcheck", "peers", "bench-large", "bench-routing"}
+
+
+def shortened(out: Path, run: set[str], skipped: set[str]) -> None:
+    """Stages that a CPU allows run and pass; the others are skipped aloud."""
     pytest.importorskip("triton")
     pytest.importorskip("transformers")
-    done = drive("--short", "--out", tmp_path, "--limit", 500)
+    done = drive("--short", "--out", out, "--limit", 10_000, "--stages", ",".join(run | skipped))
     assert done.returncode == 0, done.stdout + done.stderr
-    found = summary(tmp_path)
+    found = summary(out)
     assert found["complete"]
     assert found["short"]
-    status = {stage["name"]: stage["status"] for stage in found["stages"]}
-    without_a_gpu = {"memcheck", "racecheck", "initcheck", "peers", "bench-large", "bench-routing"}
-    assert {name for name, what in status.items() if what == "skipped"} == without_a_gpu
-    assert {name for name, what in status.items() if what == "passed"} == status.keys() - without_a_gpu
-    assert {"machine", "small", "capture", "suite-triton", "suite", "bench", "four-bit", "crossover"} <= status.keys()
+    assert {stage["name"]: stage["status"] for stage in found["stages"]} == {
+        **dict.fromkeys(run, "passed"),
+        **dict.fromkeys(skipped, "skipped"),
+    }
     assert all(stage["said"] == "needs a GPU" for stage in found["stages"] if stage["status"] == "skipped")
-    assert max(map(len, done.stdout.splitlines()[-len(status) - 2 : -1])) <= 80
+    assert max(map(len, done.stdout.splitlines()[-len(run | skipped) - 2 : -1])) <= 80
+
+
+def test_all_stages_are_shortened_below() -> None:
+    from gpu_stages import Plan, stages
+
+    plan = Plan("py", ROOT, ROOT, ROOT, short=True)
+    assert {stage.name for stage in stages(plan)} == CHECKS | BENCHMARKS | WITHOUT_A_GPU
+
+
+def test_checks_shortened(tmp_path: Path) -> None:
+    shortened(tmp_path, CHECKS, WITHOUT_A_GPU)
     assert json.loads((tmp_path / "machine.json").read_text())["packages"]["torch"]
     assert "skipped" in (tmp_path / "capture.log").read_text()
     assert "triton: its kernels were interpreted" in (tmp_path / "suite-triton.log").read_text()
+
+
+def test_benchmarks_shortened(tmp_path: Path) -> None:
+    shortened(tmp_path, BENCHMARKS, set())
     check_bench(tmp_path / "bench")
     check_four_bit(tmp_path / "four-bit" / "mxfp4-training")
     (curve,) = json.loads((tmp_path / "crossover" / "crossover.json").read_text())["curves"]
@@ -204,6 +224,16 @@ def test_late_stage_is_ended_with_its_children(tmp_path: Path) -> None:
     while status.exists() and "State:\tZ" not in status.read_text():
         assert time.monotonic() < deadline, "the child lives on"
         time.sleep(0.1)
+
+
+def test_no_stage_is_ended_on_a_slow_cpu() -> None:
+    """Shortened stages check that all still works; how fast is no question there."""
+    from gpu_stages import Plan, stages
+
+    plans = (Plan("py", ROOT, ROOT, ROOT, short=short) for short in (True, False))
+    short, full = ([stage.cap for stage in stages(plan)] for plan in plans)
+    assert set(short) == {math.inf}
+    assert all(map(math.isfinite, full))
 
 
 def test_stages_after_the_limit_are_skipped_aloud(tmp_path: Path) -> None:
