@@ -29,7 +29,7 @@ PIECES = {
     "4 bits": ("tests/test_grouped_nf4.py", "-k", "not slices_hold"),
     **{
         f"{name}: {what}": (SUITE, "--executor", name, "-k", chosen)
-        for name in ("native", "grouped_mm", "grouped_nf4")
+        for name in ("native", "grouped_mm", "grouped_nf4", "numba")
         for what, chosen in CHOSEN.items()
     },
 }
@@ -62,7 +62,7 @@ def test_compare_passes(tmp_path: Path) -> None:
     options = ("--tokens", "16", "--repeats", "1", "--out", str(tmp_path))
     printed = python("-m", "without_16_bit", "executors", "compare", *options)
     rows = {row["executor"]: row for row in json.loads((tmp_path / "compare.json").read_text())["executors"]}
-    for name in ("native", "grouped_mm"):
+    for name in ("native", "grouped_mm", "numba"):
         assert rows[name]["passed"], printed
 
 
