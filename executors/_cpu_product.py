@@ -19,7 +19,7 @@ from torch import Tensor
 from moe_ref.validation import dtype_name
 
 NARROW = (torch.bfloat16, torch.float16)
-FEW_ROWS = 4  # up to so many rows are multiplied as they are (docs/performance.md)
+FEW_ROWS = 6  # up to so many rows are multiplied as they are (docs/performance.md)
 SLICE = 2**18  # numbers of a matrix that are widened at a time: 1 MiB
 
 
@@ -103,13 +103,16 @@ def _multiply_widened(a: Tensor, b: Tensor, out: Tensor) -> None:
     """The product in fp32 of a [n, k], in fp32, and b [k, m], widened in slices of its columns."""
     count, columns = b.shape
     step = max(1, min(columns, SLICE // max(1, count)))
-    by_rows = b.stride(0) == 1  # each column of b in one piece
-    room = a.new_empty((step, count) if by_rows else (count, step))
+    turned = b.stride(0) == 1  # each column of b is in one piece: slices are the left operand
+    room = a.new_empty((step, count) if turned else (count, step))
+    found = []
     for start in range(0, columns, step):
         part = b[:, start : start + step]
-        width = part.shape[1]
-        wide = room[:width].t() if by_rows else room[:, :width]
-        out[:, start : start + width] = _multiply_fp32(a, wide.copy_(part).t())
+        if turned:
+            found.append(_multiply_fp32(room[: part.shape[1]].copy_(part.t()), a))
+        else:
+            found.append(_multiply_fp32(a, room[:, : part.shape[1]].copy_(part).t()))
+    out.copy_(torch.cat(found).t() if turned else torch.cat(found, dim=1))
 
 
 def _multiply_fp32(a: Tensor, b: Tensor) -> Tensor:

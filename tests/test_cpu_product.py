@@ -222,6 +222,6 @@ def test_a_single_large_row_is_paired_only_where_it_pays() -> None:
     expected = torch.stack([matrices[0] @ a[0], matrices[1] @ a[1]])
     calls = calls_of(lambda: products.rows(a, matrices))
     assert [n for _, n in calls.products] == [2, 1]
-    torch.testing.assert_close(products.rows(a, matrices), expected)
+    torch.testing.assert_close(products.rows(a, matrices), expected, rtol=1e-4, atol=1e-4)
     small = calls_of(lambda: products.rows(a[:, :8], matrices[:, :8, :8]))
     assert [n for _, n in small.products] == [1, 1]
