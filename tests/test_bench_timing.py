@@ -281,3 +281,20 @@ def test_call_that_does_not_fit_is_a_reason_and_no_fault() -> None:
 
 def test_seconds_of_a_call_on_a_cpu() -> None:
     assert 0 < seconds_of(lambda: None, "cpu") < 1
+
+
+@pytest.mark.parametrize(("fastest", "slower", "limit"), [(0.5, 2.5, "2"), (3.0, 6.5, "6")])
+def test_a_cpu_leaves_out_what_is_slow_beside_the_best_peer(
+    fastest: float, slower: float, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without 16-bit products calls take minutes there: the best peer is timed however long, those far from it not."""
+    times = {"native": 0.25, "hf:grouped_mm": fastest, "hf:eager": slower}
+    monkeypatch.setattr(bench_timing, "warm_up", lambda actions, after, device: {n: times[n] for n in actions})
+    case = case_of([row(name, []) for name in times])
+    actions = dict.fromkeys(times, lambda: None)
+    time_case(case, actions, Timing("cpu", 0.0), lambda: None, lambda _: None)
+    found = {row.name: row for row in case.rows}
+    assert found["hf:eager"].untimed == f"a call took {slower:.1f} s, more than {limit} s"
+    assert found["native"].seconds
+    assert found["hf:grouped_mm"].seconds
+    assert case.reference == "hf:grouped_mm"

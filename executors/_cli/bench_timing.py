@@ -14,7 +14,7 @@ from executors._cli.memory import peak_of
 
 AGAIN = " again"  # the second entry of the contender that is timed against itself
 DECODE = 64  # tokens up to which a forward call is captured in a graph, as a server's decoding step is
-SLOWEST_S = {"cuda": 1.0}  # of a call that is timed in turn; a CPU has no limit
+SLOWEST_S = {"cuda": 1.0, "cpu": 2.0}  # of a call that is timed in turn
 
 Action = Callable[[], None]
 
@@ -60,10 +60,12 @@ def time_case(
     rows = {row.name: row for row in case.rows if row.name in actions}
     tell("warming up")
     warm = warm_up(actions, after, timing.device)
-    limit = SLOWEST_S.get(torch.device(timing.device).type)
+    limit = SLOWEST_S[torch.device(timing.device).type]
+    if not timing.gpu and warm:  # calls take longer there: only those that are far from the best are left out
+        limit = max(limit, 2 * min([warm[name] for name in warm if not rows[name].ours] or warm.values()))
     for name, seconds in list(warm.items()):
-        if limit is not None and seconds > limit:
-            rows.pop(name).untimed = f"a call took {seconds:.1f} s, more than {limit:g} s"
+        if seconds > limit:
+            rows.pop(name).untimed = f"a call took {seconds:.1f} s, more than {limit:.3g} s"
             del warm[name]
     for row in rows.values():
         if row.interpreted:  # no measurement: once is enough
