@@ -15,7 +15,7 @@ from moe_ref import MoEConfig, MoEWeights
 
 pytest.importorskip("numba")
 
-from executors._numba import products, threads
+from executors._numba import kernels, products, threads
 from executors._numba.products import NumbaProducts, few_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -170,3 +170,23 @@ def test_the_loop_is_the_same_layer() -> None:
     """Few and many rows, forward and backward, agree with the loop of native."""
     assert issubclass(NumbaProducts, LoopProducts)
     assert _layer_is_right()
+
+
+def test_without_a_place_for_the_cache_it_compiles_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba raises where no folder can be written."""
+    njit = kernels.njit
+    kept: list[bool] = []
+
+    def refusing(cache: bool = False, **options: object) -> object:
+        kept.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(kernels, "njit", refusing)
+
+    def twice(number: float) -> float:
+        return 2 * number
+
+    assert kernels.compiled(twice)(3.0) == 6.0
+    assert kept == [True, False]

@@ -7,6 +7,7 @@ no bit. Sums are fp32, over as many partial sums as the processor's registers ho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,18 @@ ZERO = np.float32(0.0)
 KINDS = {"bfloat16": np.uint16(0), "float16": np.int16(0), "float32": np.float32(0)}
 
 I16, I32, FP16, FP32 = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
-OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract"}, "nogil": True, "error_model": "numpy", "cache": True}
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """The function, to be compiled at its first call, and kept on disk if it can be; it lets go of Python's lock.
+
+    Sums may be reordered, and products fused into them; NaN and infinity stay what they are.
+    """
+    options: dict[str, Any] = {"fastmath": {"reassoc", "contract"}, "nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder can be written
+        return njit(**options)(function)
 
 
 @intrinsic
@@ -50,7 +62,7 @@ def _write(_context: Any, address: Any, index: Any, value: Any) -> Any:
     return types.void(types.int64, types.int64, types.float32), generate
 
 
-@njit(**OPTIONS)
+@compiled
 def _one_row(count: int, a: int, b0: int, b1: int, b2: int, b3: int, kind: Any) -> tuple[float, ...]:
     s0 = s1 = s2 = s3 = ZERO
     for k in range(count):
@@ -62,7 +74,7 @@ def _one_row(count: int, a: int, b0: int, b1: int, b2: int, b3: int, kind: Any) 
     return s0, s1, s2, s3
 
 
-@njit(**OPTIONS)
+@compiled
 def _two_rows(count: int, a0: int, a1: int, b0: int, b1: int, b2: int, b3: int, kind: Any) -> tuple[float, ...]:
     s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = ZERO
     for k in range(count):
@@ -79,7 +91,7 @@ def _two_rows(count: int, a0: int, a1: int, b0: int, b1: int, b2: int, b3: int, 
     return s00, s01, s02, s03, s10, s11, s12, s13
 
 
-@njit(**OPTIONS)
+@compiled
 def _four_rows(
     count: int, a0: int, a1: int, a2: int, a3: int, b0: int, b1: int, b2: int, kind: Any
 ) -> tuple[float, ...]:
@@ -102,7 +114,7 @@ def _four_rows(
     return s00, s01, s02, s10, s11, s12, s20, s21, s22, s30, s31, s32
 
 
-@njit(**OPTIONS)
+@compiled
 def _by_rows(
     a: int, rows: int, b: int, pitch: int, size: int, columns: int, width: int, out: int, stride: int, kind: Any
 ) -> None:
@@ -159,7 +171,7 @@ def _by_rows(
             row += 2
 
 
-@njit(**OPTIONS)
+@compiled
 def _add_rows(
     count: int, out: int, x0: float, x1: float, x2: float, x3: float, b0: int, b1: int, b2: int, b3: int, kind: Any
 ) -> None:
@@ -168,7 +180,7 @@ def _add_rows(
         _write(out, j, s + x2 * _number(b2, j, kind) + x3 * _number(b3, j, kind))
 
 
-@njit(**OPTIONS)
+@compiled
 def _by_columns(
     a: int, rows: int, b: int, pitch: int, size: int, columns: int, width: int, out: int, stride: int, kind: Any
 ) -> None:
@@ -188,7 +200,7 @@ def _by_columns(
             _add_rows(columns, out + 4 * row * stride, x0, x1, x2, x3, b0, b1, b2, b3, kind)
 
 
-@njit(**OPTIONS)
+@compiled
 def multiply(
     first: int,
     last: int,
