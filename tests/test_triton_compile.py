@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +55,21 @@ def run(*arguments: str, interpreted: bool = False) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-@pytest.mark.parametrize("target", DTYPES)
-def test_kernels_fit(target: str, tmp_path: Path) -> None:
-    dtypes = [argument for dtype in DTYPES[target] for argument in ("--dtype", dtype)]
+@pytest.mark.parametrize(("target", "dtype"), [(target, dtype) for target in DTYPES for dtype in DTYPES[target]])
+def test_kernels_fit(target: str, dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
     some = [] if target in WHOLE else ["--largest"]
-    done = run("-m", "executors", "kernels", "--target", target, *dtypes, *some, "--json", str(path))
+    done = run("-m", "executors", "kernels", "--target", target, "--dtype", dtype, *some, "--json", str(path))
     assert path.exists(), done.stderr
     found = json.loads(path.read_text())["targets"][target]
     rows = found["kernels"]
     faults = [*wrong_sizes(rows, found["shared"]), *wrong_instructions(target, rows), *narrow_loads(target, rows)]
     faults += [*slow_decoding(target, rows), *fused_scales(rows)]
+    if dtype == "bfloat16" and not any(row["kernel"] == "decode" and is_nested(row) for row in rows):
+        faults.append("decode must be compiled with nested scales")
     if target in WHOLE:
-        faults += not_compiled(target, found["family"], rows)
-    assert not faults, f"for {target}:\n" + "\n".join(faults)
+        faults += not_compiled(dtype, found["family"], rows)
+    assert not faults, f"for {target} and {dtype}:\n" + "\n".join(faults)
     assert done.returncode == 0, done.stderr
     assert f"{target}: {len(rows)} kernels" in done.stdout
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
@@ -124,12 +124,13 @@ def narrow_loads(target: str, rows: list[Row]) -> Iterator[str]:
             yield f"{name(row)}: {loads} loads in the loop over k, {wide} of them wide; must be {expected} wide"
 
 
+def is_nested(row: Row) -> bool:
+    return bool((row["constants"].get("FORM") or {}).get("nested"))
+
+
 def fused_scales(rows: list[Row]) -> Iterator[str]:
     """Nested scales whose product and sum are rounded once (Q3): what the interpreter cannot show."""
-    nested = [row for row in rows if (row["constants"].get("FORM") or {}).get("nested")]
-    if not any(row["kernel"] == "decode" for row in nested):
-        yield "decode must be compiled with nested scales"
-    for row in nested:
+    for row in filter(is_nested, rows):
         if row["constants"]["enable_fp_fusion"]:
             yield f"{name(row)}: must be compiled without contraction"
         if row["kernel"] == "decode" and row["multiply_adds"]:
@@ -185,12 +186,12 @@ def operand_loads(target: str, row: Row) -> int:
     return rows + (2 if constants["LAYOUT"] == "concatenated" else 1)
 
 
-def not_compiled(target: str, family: str, rows: list[Row]) -> Iterator[str]:
-    """Kernels and shipped configurations that the cases leave out."""
-    for kernel in KERNELS - {row["kernel"] for row in rows}:
+def not_compiled(dtype: str, family: str, rows: list[Row]) -> Iterator[str]:
+    """Kernels and shipped configurations that the cases leave out; those in fp32 are of some kernels only."""
+    for kernel in KERNELS - {row["kernel"] for row in rows} if dtype == "bfloat16" else ():
         yield f"{kernel}: must be compiled"
     whole = _configs.FAMILIES[family]
-    for dtype, own in product(DTYPES[target], (whole, whole.packed)):
+    for own in (whole, whole.packed):
         aligned, packed = own.wide if dtype == "float32" else own.narrow, own is whole.packed
         for regimes, odd in ((aligned, False), (own.odd, True)):
             compiled = {
