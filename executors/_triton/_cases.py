@@ -96,6 +96,8 @@ BLOCKS = {
     "up": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "down": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "combine": ("BLOCK_T", "BLOCK_H"),
+    "narrow_rows": ("BLOCK_M", "BLOCK_N"),
+    "narrow_columns": ("BLOCK_M", "BLOCK_N"),
     "decode": ("BLOCK_O", "BLOCK_I"),
     "inner": ("BLOCK_M", "BLOCK_R", "BLOCK_K"),
     "outer": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),

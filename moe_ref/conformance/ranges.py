@@ -88,9 +88,8 @@ RANGES = {
         ("dh_lora", "dh_lora_scaled", "dx_slot_lora", "dx_slot_lora_scaled"),
         x=-10,
         gate_up=6,
-        weights=-5,
-        dy=8,
-        lora_a=(-7, -13),
+        dy=3,
+        lora_a=(-7, -14),
     ),
 }
 
