@@ -31,7 +31,7 @@ OTHERS = {
     "sums",
     "decode",
 }
-KERNELS = PRODUCTS | OTHERS
+KERNELS = PRODUCTS | OTHERS  # but for those that fp16 alone has
 DTYPES = {
     "sm80": ("bfloat16", "float32"),
     "sm90": ("bfloat16", "float32"),
@@ -56,18 +56,22 @@ def run(*arguments: str, interpreted: bool = False) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-@pytest.mark.parametrize("target", DTYPES)
-def test_kernels_fit(target: str, tmp_path: Path) -> None:
-    dtypes = [argument for dtype in DTYPES[target] for argument in ("--dtype", dtype)]
+@pytest.mark.parametrize(
+    ("target", "dtypes"), [*DTYPES.items(), *((target, ("float16",)) for target in ("sm75", "sm90", "sm100"))]
+)
+def test_kernels_fit(target: str, dtypes: tuple[str, ...], tmp_path: Path) -> None:
+    """Fp16 is another case: what stands between its kernels is fp32 (E7)."""
+    whole = target in WHOLE and dtypes == DTYPES[target]
+    given = [argument for dtype in dtypes for argument in ("--dtype", dtype)]
     path = tmp_path / "kernels.json"
-    some = [] if target in WHOLE else ["--largest"]
-    done = run("-m", "executors", "kernels", "--target", target, *dtypes, *some, "--json", str(path))
+    some = [] if whole else ["--largest"]
+    done = run("-m", "executors", "kernels", "--target", target, *given, *some, "--json", str(path))
     assert path.exists(), done.stderr
     found = json.loads(path.read_text())["targets"][target]
     rows = found["kernels"]
     faults = [*wrong_sizes(rows, found["shared"]), *wrong_instructions(target, rows), *narrow_loads(target, rows)]
     faults += [*slow_decoding(target, rows), *fused_scales(rows)]
-    if target in WHOLE:
+    if whole:
         faults += not_compiled(target, found["family"], rows)
     assert not faults, f"for {target}:\n" + "\n".join(faults)
     assert done.returncode == 0, done.stderr
@@ -103,7 +107,7 @@ def wrong_instructions(target: str, rows: list[Row]) -> Iterator[str]:
             own = SMALL.get(target, own) if kind in ("", SMALL.get(target)) else own
         if row["dtype"] == "float32" and target != "gfx942":
             own = ""  # those of AMD have fp32
-        if (row["kernel"], row["layer"], row["dtype"]) == ("inner", "lora-fp32", "float16"):
+        if row["kernel"] == "inner" and row["layer"] in ("lora-fp32", "nf4-peft") and row["dtype"] == "float16":
             own = ""  # read exactly in float32; beside bf16 in three terms
         if kind != own:
             yield f"{name(row)}: multiplies with {kind or 'no tensor cores'}, but must with {own or 'none'}"

@@ -113,7 +113,7 @@ def family_of(target: str) -> str:
 
 
 def default_dtypes(target: str) -> tuple[str, ...]:
-    """What stands for all: float16 compiles as bfloat16 does, where there is a bfloat16."""
+    """What is compiled unless others are asked for: float16 where there is no bfloat16."""
     return ("float16" if target == "sm75" else "bfloat16", "float32")
 
 

@@ -30,6 +30,7 @@ from executors._triton.kernels.products import down_kernel, up_kernel
 
 COMBINED = 1024  # elements of y in one program
 HALF_AS_WIDE = ("relu2", "gelu", "gelu_tanh", "silu", "geglu")  # a wider tile's activation spills
+ROWS_OF_WARP = 16  # at most, of the first factor of an adapter whose products are in fp32; more spill
 
 
 def up(
@@ -49,8 +50,12 @@ def up(
     """
     both, hidden = matrices.shape[1:]
     intermediate = both // 2 if act.layout else both
-    tile = beside(adapter, tile, plan)
+    tile = _storing(x.dtype, beside(adapter, tile, plan), plan)
+    widens = between(x.dtype) != x.dtype
     if act.activation in HALF_AS_WIDE:
+        widest = _configs.FAMILIES[plan.device.family].widened // 2 if widens else 128
+        tile = tile._replace(block_n=min(tile.block_n, widest))
+    if act.layout == "interleaved" and widens:  # pairs of fp32 spill too
         tile = tile._replace(block_n=min(tile.block_n, 128))
     columns_of_tile = tile.block_n // 2 if act.layout else tile.block_n
     slots = plan.groups.order.numel()
@@ -118,7 +123,7 @@ def down(
     """
     h = rows.values
     hidden, inner_size = matrices.shape[1:]
-    tile = beside(adapter, tile, plan)
+    tile = _storing(h.dtype, beside(adapter, tile, plan), plan)
     out = torch.empty(h.shape[0], hidden, dtype=between(h.dtype), device=h.device)
     inner, inner_powers, factor, rank, block_r = adapter_of(adapter, h, plan)
     for own, part in parts_of(matrices, plan):
@@ -158,6 +163,13 @@ def down(
     return out
 
 
+def _storing(dtype: torch.dtype, tile: Tile, plan: Plan) -> Tile:
+    """The tile, no wider than results allow that are wider than operands of that dtype."""
+    if between(dtype) == dtype:
+        return tile
+    return tile._replace(block_n=min(tile.block_n, _configs.FAMILIES[plan.device.family].widened))
+
+
 def inner(narrow: Narrow, factor: Tensor, scaling: float, plan: Plan, *, of_tokens: bool) -> Tensor:
     """[S, r] Rows times their expert's factor [E, r, k] transposed, times scaling, sorted by expert.
 
@@ -171,6 +183,8 @@ def inner(narrow: Narrow, factor: Tensor, scaling: float, plan: Plan, *, of_toke
     rows = narrow.values
     rank, size = factor.shape[1:]
     tile = plan.regime.inner
+    if rows.dtype == torch.float16 and factor.dtype != rows.dtype:
+        tile = tile._replace(warps=max(tile.warps, tile.block_m // ROWS_OF_WARP))
     out = torch.empty(plan.groups.order.numel(), rank, dtype=between(rows.dtype), device=rows.device)
     block_r = ranks_at_a_time(rank)
     inner_kernel[grid(plan, triton.cdiv(rank, block_r), tile)](

@@ -9,18 +9,14 @@ import triton.language as tl
 from executors._triton.kernels.addresses import offset
 
 LARGEST = tl.constexpr(65504.0)  # of fp16
-INFINITE = tl.constexpr(float("inf"))
 
 
 @triton.jit
 def power_of(largest):
-    """The power of two that brings numbers of up to ``largest`` below 2**15, or 1 where they are within fp16's range.
-
-    It is 1 too where the largest is infinite or NaN.
-    """
+    """The power of two that brings numbers of up to ``largest`` below 2**15; 1 where they are in fp16's range."""
     bits = largest.to(tl.int32, bitcast=True) & 0x7F800000  # 2**exponent
     power = (bits - (14 << 23)).to(tl.float32, bitcast=True)
-    return tl.where((largest > LARGEST) & (largest < INFINITE), power, 1.0)
+    return tl.where(largest > LARGEST, power, 1.0)
 
 
 @triton.jit
