@@ -14,18 +14,21 @@ from hypothesis import strategies as st
 import executors
 from moe_ref import MoEConfig
 from moe_ref.conformance import pinned, profiles
-from moe_ref.conformance.checks import check_problem, check_repeatable
+from moe_ref.conformance.checks import applicable, check_problem, check_repeatable
 from moe_ref.conformance.errors import check_errors, check_no_double_backward, check_undeclared_weights
 from moe_ref.conformance.exact import CASES, check_exact
 from moe_ref.conformance.invariance import check_batch_invariance
 from moe_ref.conformance.laws import LAWS, check_law
 from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.strategies import problems, undeclared
+from moe_ref.conformance.ranges import RANGES, check_range
+from moe_ref.conformance.reference import reference
+from moe_ref.conformance.strategies import problems, problems_past_range, undeclared
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = executors.get("triton")
 PROFILE = profiles.current()
 DTYPES = ("float32", "bfloat16", "float16")
+MOST_TOKENS = 10**6 if torch.cuda.is_available() else 256
 WIDE = MoEConfig(2, limit=1.0, up_offset=1.0, gate_up_layout="interleaved")
 
 # What must never be left to chance: each of them in one dtype, whatever the seed.
@@ -98,6 +101,28 @@ def test_batch_invariance(data: st.DataObject) -> None:
     """C2, with the option."""
     invariant = executors.get("triton", batch_invariant=True)
     assert check_batch_invariance(invariant, data.draw(dense(invariant), label="problem"), DEVICE)
+
+
+@pytest.mark.parametrize("case", RANGES)
+def test_ranges(case: str) -> None:
+    """E7, in dense weights."""
+    assert check_range(TRITON, case, "dense", DEVICE) == ""
+
+
+@drawn(16)
+@given(st.data())
+def test_past_the_range(data: st.DataObject) -> None:
+    """E7, in any weights."""
+    problem = applicable(TRITON, data.draw(problems_past_range(TRITON), label="problem"))
+    assume(reference(problem).within(problem))
+    check_problem(TRITON, problem, DEVICE)
+
+
+@pytest.mark.parametrize("problem", pinned.PAST_RANGE, ids=lambda p: f"T{p.tokens}-{p.quant_type}-{p.seed}")
+def test_pinned_problems_past_the_range(problem: Problem) -> None:
+    if problem.tokens > MOST_TOKENS:
+        pytest.skip("too many tokens for the interpreter")
+    check_problem(TRITON, problem, DEVICE)
 
 
 @pytest.mark.parametrize("problem", pinned.EXAMPLES, ids=lambda p: f"T{p.tokens}-E{p.experts}")

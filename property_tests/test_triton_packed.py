@@ -4,6 +4,7 @@ NF4, FP4, plain and nested, and MXFP4. Where the kernels are interpreted fewer p
 """
 
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from moe_ref.conformance.every_code import check_every_code
 from moe_ref.conformance.exact import CASES, check_exact
 from moe_ref.conformance.laws import LAWS, check_law
 from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.ranges import RANGES, check_range
 from moe_ref.conformance.strategies import problems_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,6 +88,13 @@ def test_repeatable(executor: Executor, data: st.DataObject) -> None:
 def test_laws(law: str, data: st.DataObject) -> None:
     executor = PATHS["fused"]
     assume(check_law(executor, data.draw(problems_for(executor), label="problem"), law, DEVICE))
+
+
+@both_paths
+@pytest.mark.parametrize(("case", "kind"), list(zip(RANGES, cycle(("nf4", "mxfp4", "fp4")), strict=False)))
+def test_ranges(executor: Executor, case: str, kind: str) -> None:
+    """E7: each case in one format."""
+    assert check_range(executor, case, kind, DEVICE) == ""
 
 
 @both_paths

@@ -6,6 +6,7 @@ import pytest
 import executors
 from moe_ref._typing import Array
 from moe_ref.conformance.build import build
+from moe_ref.conformance.call import to_torch
 from moe_ref.conformance.checks import ConformanceError, applicable, check_problem
 from moe_ref.conformance.honest import honest_variants
 from moe_ref.conformance.mutants import mutants
@@ -14,7 +15,9 @@ from moe_ref.conformance.pinned import PAST_RANGE
 from moe_ref.conformance.problem import Problem
 from moe_ref.conformance.ranges import DTYPE, RANGES, case_of, check_range, exact_results
 from moe_ref.conformance.reference import reference
+from moe_ref.conformance.strategies import SCALED_INPUT, SCALED_OUTPUT
 from moe_ref.numerics import FORMATS, Exact, Nearest, round_to_nearest
+from moe_ref.types import MoEConfig
 from moe_ref.vjp import layer_vjp
 
 LARGEST = FORMATS[DTYPE].max
@@ -102,6 +105,19 @@ def test_pinned_problems_pass_the_range_inside_alone(problem: Problem) -> None:
     )
     assert any(size > LARGEST for size in largest.of_site.values())
     assert reference(problem).within(problem)
+
+
+@pytest.mark.parametrize("powers", [(), *SCALED_INPUT, *SCALED_OUTPUT, (("gate", -9), ("up", -9), ("x[0]", -9))])
+def test_numbers_with_powers_are_representable(powers: tuple[tuple[str, int], ...]) -> None:
+    """E7: what is small is rounded to fp16's subnormal numbers."""
+    config = MoEConfig(2)
+    problem = Problem(9, 3, 32, 16, config, DTYPE, entry="experts", gate_up_rank=3, lora_dtype=DTYPE, powers=powers)
+    arrays = build(problem)
+    inputs = to_torch(problem, arrays)
+    given = {"x": arrays.x, "topk_weights": arrays.topk_weights, **arrays.weights.parameters()}
+    assert np.array_equal(inputs.dy.double().numpy(), arrays.dy)
+    for name, tensor in inputs.tensors().items():
+        assert np.array_equal(tensor.detach().double().numpy(), given[name]), name
 
 
 @pytest.mark.parametrize("problem", PAST_RANGE, ids=lambda p: str(p.seed))

@@ -30,7 +30,7 @@ OTHERS = {
     "sums",
     "decode",
 }
-KERNELS = PRODUCTS | OTHERS
+KERNELS = PRODUCTS | OTHERS  # but for those that fp16 alone has
 DTYPES = {
     "sm80": ("bfloat16", "float32"),
     "sm90": ("bfloat16", "float32"),
@@ -55,10 +55,18 @@ def run(*arguments: str, interpreted: bool = False) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-@pytest.mark.parametrize(("target", "dtype"), [(target, dtype) for target in DTYPES for dtype in DTYPES[target]])
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        *((target, dtype) for target in DTYPES for dtype in DTYPES[target]),
+        *((target, "float16") for target in ("sm75", "sm90", "sm100")),
+    ],
+)
 def test_kernels_fit(target: str, dtype: str, tmp_path: Path) -> None:
+    """Fp16 is another case: what stands between its kernels is fp32 (E7)."""
+    whole = target in WHOLE and dtype in DTYPES[target]
     path = tmp_path / "kernels.json"
-    some = [] if target in WHOLE else ["--largest"]
+    some = [] if whole else ["--largest"]
     done = run("-m", "executors", "kernels", "--target", target, "--dtype", dtype, *some, "--json", str(path))
     assert path.exists(), done.stderr
     found = json.loads(path.read_text())["targets"][target]
@@ -67,7 +75,7 @@ def test_kernels_fit(target: str, dtype: str, tmp_path: Path) -> None:
     faults += [*slow_decoding(target, rows), *fused_scales(rows)]
     if dtype == "bfloat16" and not any(row["kernel"] == "decode" and is_nested(row) for row in rows):
         faults.append("decode must be compiled with nested scales")
-    if target in WHOLE:
+    if whole:
         faults += not_compiled(dtype, found["family"], rows)
     assert not faults, f"for {target} and {dtype}:\n" + "\n".join(faults)
     assert done.returncode == 0, done.stderr
@@ -103,8 +111,9 @@ def wrong_instructions(target: str, rows: list[Row]) -> Iterator[str]:
             own = SMALL.get(target, own) if kind in ("", SMALL.get(target)) else own
         if row["dtype"] == "float32" and target != "gfx942":
             own = ""  # those of AMD have fp32
-        if (row["kernel"], row["layer"], row["dtype"]) == ("inner", "lora-fp32", "float16"):
-            own = ""  # read exactly in float32; beside bf16 in three terms
+        if row["kernel"] == "inner" and row["layer"] in ("lora-fp32", "nf4-peft") and row["dtype"] == "float16":
+            # In fp32, beside bf16 in three terms. Triton takes TF32 on sm100 although told not to (docs/triton.md).
+            own = "UTCHMMA" if target == "sm100" else ""
         if kind != own:
             yield f"{name(row)}: multiplies with {kind or 'no tensor cores'}, but must with {own or 'none'}"
 

@@ -15,7 +15,7 @@ import torch
 
 import executors
 from executors._decode import decode_experts
-from executors._triton import _decode, _gradients, _grouping, _interpreter, _products, _routing
+from executors._triton import _decode, _gradients, _grouping, _interpreter, _narrow, _products, _routing
 from executors._triton._configs import FAMILIES
 from executors._triton._device import Device
 from executors._triton._grouping import CHUNK
@@ -27,25 +27,29 @@ from moe_ref.conformance.call import run, to_torch
 from moe_ref.conformance.checks import check_problem, same_bits
 from moe_ref.conformance.choices import admissible
 from moe_ref.conformance.exact import check_exact
+from moe_ref.conformance.pinned import PAST_RANGE
 from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.ranges import RANGES, check_range
 from moe_ref.grouping import group
 from moe_ref.routing import route
 from moe_ref.routing_vjp import route_vjp
 from triton_gradient_mutants import GRADIENT_MUTANTS
 from triton_mutants import MUTANTS
 from triton_packed_mutants import PACKED_MUTANTS
+from triton_range_mutants import RANGE_MUTANTS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are planted in the interpreter")
 
 KERNELS = Path(executors.__file__).parent / "_triton" / "kernels"
-LAUNCHERS = (_decode, _gradients, _grouping, _products, _routing)
+LAUNCHERS = (_decode, _gradients, _grouping, _narrow, _products, _routing)
 IMPORTERS = {
     "activation": ("products", "gradients"),
+    "narrow": ("products",),
     "packed": ("products",),
     "tiles": ("products",),
 }  # kernels that call those of another file
 
-ALL_MUTANTS = MUTANTS | GRADIENT_MUTANTS | PACKED_MUTANTS
+ALL_MUTANTS = MUTANTS | GRADIENT_MUTANTS | PACKED_MUTANTS | RANGE_MUTANTS
 SUMMED = 2  # chunks
 
 GPT_OSS = MoEConfig(2, scoring="topk_softmax", alpha=1.702, limit=1.0, up_offset=1.0, gate_up_layout="interleaved")
@@ -92,6 +96,8 @@ PANEL = {
     "mxfp4": replace(BASE, tokens=12, hidden=64, intermediate=96, quant_type="mxfp4", gate_up_rank=2),
     # many, decoded before them
     "decoded": replace(BASE, hidden=50, intermediate=70, quant_type="nf4", nested="one", weights_layout="transposed"),
+    # dz past fp16's range, and what lies between the factors of adapters
+    "past the range": PAST_RANGE[5],
     "many slots": Problem(300, 5, 8, 8, MoEConfig(4, activation="silu"), entry="experts", cut_points=True),
 }
 
@@ -116,8 +122,18 @@ def check(name: str) -> None:
     if name in ALONE:
         ALONE[name]()
         return
+    if name in RANGES:
+        check_range_in_small_steps(name)
+        return
     with guarded(), patch.object(_decode, "PARTS", 2):
         check_problem(executors.get("triton"), PANEL[name])
+
+
+def check_range_in_small_steps(case: str) -> None:
+    """Rows and columns are narrowed in several steps, with tails."""
+    small = {"ROWS": 2, "ROW_COLUMNS": 8, "COLUMN_ROWS": 2, "COLUMNS": 16}
+    with guarded(), patch.multiple(_narrow, **small):
+        check_range(executors.get("triton"), case, "dense")
 
 
 def check_grouping() -> None:
@@ -285,7 +301,7 @@ def test_alone(name: str) -> None:
     ALONE[name]()
 
 
-@pytest.mark.parametrize("name", PANEL)
+@pytest.mark.parametrize("name", [*PANEL, *RANGES])
 def test_as_they_are(name: str) -> None:
     check(name)
 

@@ -17,6 +17,7 @@ from executors._triton import _configs, _decode, _grouping, _operator, _paths, _
 from executors._triton._configs import FAMILIES
 from executors._triton._device import INTERPRETED, Device, device_of
 from executors._triton._grouping import Groups
+from executors._triton._narrow import Narrow
 from executors._triton._operands import Plan
 from executors._triton._packed import codes_of, is_aligned
 from executors._triton._paths import RULES
@@ -316,7 +317,7 @@ def test_codes_past_32_bits(path: str, transposed: bool, tmp_path: Any) -> None:
     expected = decode(small)[0]
     expected = expected.mT if transposed else expected
     if path == "fused":
-        found = _products.down(h, large, None, None, None, regime.down, plan)
+        found = _products.down(Narrow(h), large, None, None, None, regime.down, plan)
         assert torch.equal(found, expected.mT)  # row j of the identity takes column j of W^T
     else:
         out = torch.empty(1, m, k)

@@ -17,6 +17,7 @@ from executors._triton import _gradients, _layer, _operator, _products, _tuned
 from executors._triton._configs import FAMILIES, Regime
 from executors._triton._device import device_guard, device_of
 from executors._triton._grouping import Groups, group
+from executors._triton._narrow import Narrow, by_columns, by_rows
 from executors._triton._operands import Adapter, Plan
 from executors._triton._tuned_file import Key
 
@@ -27,13 +28,14 @@ class Backward(NamedTuple):
     """What the products of a backward pass take, as the shipped configuration computes it.
 
     Attributes:
-        dz: [S, J].
-        h: [S, I], weighted.
+        dz, dz_columns: [S, J], as rows and as an expert's columns.
+        h: [S, I], weighted, as an expert's columns.
         of_down, of_up: gradients of what adapters have between their factors, or None.
     """
 
-    dz: Tensor
-    h: Tensor
+    dz: Narrow
+    dz_columns: Narrow
+    h: Narrow
     of_down: Tensor | None
     of_up: Tensor | None
 
@@ -101,25 +103,33 @@ class Problem:
 
     def _run_dx(self, plan: Plan) -> list[Tensor]:
         up, known = self.layer.up, self._known
-        matrices, adapter = up.matrices.transpose(1, 2), _layer._back(known.of_up, up)
+        matrices, adapter = up.matrices.transpose(1, 2), _layer._back(known.of_up, up, self.layer, plan)
         return [_products.down(known.dz, matrices, None, adapter, None, plan.regime.dx, plan)]
 
     def _run_outer(self, plan: Plan) -> list[Tensor]:
         own, up, down, known = self.layer, self.layer.up, self.layer.down, self._known
+        x, dy = Narrow(own.x), Narrow(self.dy)
         if not self.form.rank:
             assert isinstance(down.matrices, Tensor)
             assert isinstance(up.matrices, Tensor)
             return [
-                _gradients.outer(self.dy, known.h, down.matrices, plan, tokens_a=True),
-                _gradients.outer(known.dz, own.x, up.matrices, plan, tokens_b=True, scaled_b=own.before),
+                _gradients.outer(dy, known.h, down.matrices, plan, tokens_a=True),
+                _gradients.outer(known.dz_columns, x, up.matrices, plan, tokens_b=True, scaled_b=own.before_outer),
             ]
         assert known.of_down is not None
         assert known.of_up is not None
         assert down.lora_a is not None
         assert up.lora_a is not None
         return [
-            _gradients.outer(known.of_down, known.h, down.lora_a, plan),
-            _gradients.outer(known.of_up, own.x, up.lora_a, plan, tokens_b=True, scaled_b=own.before),
+            _gradients.outer(by_columns(known.of_down, own.dtype, plan), known.h, down.lora_a, plan),
+            _gradients.outer(
+                by_columns(known.of_up, own.dtype, plan, own.before_narrowing),
+                x,
+                up.lora_a,
+                plan,
+                tokens_b=True,
+                scaled_b=own.before_outer,
+            ),
         ]
 
     def _run_inner(self, plan: Plan) -> list[Tensor]:
@@ -127,11 +137,11 @@ class Problem:
         assert up.lora_a is not None
         assert down.lora_a is not None
         found = [
-            _products.inner(own.x, up.lora_a, up.scaling, plan, of_tokens=True),
+            _products.inner(Narrow(own.x), up.lora_a, up.scaling, plan, of_tokens=True),
             _products.inner(self._activations, down.lora_a, down.scaling, plan, of_tokens=False),
         ]
         if self.backward:
-            found.append(_layer._d_inner(self.dy, down, plan, of_tokens=True))
+            found.append(_layer._d_inner(Narrow(self.dy), down, plan, of_tokens=True))
             found.append(_layer._d_inner(self._known.dz, up, plan, of_tokens=False))
         return found
 
@@ -145,19 +155,19 @@ class Problem:
     @cached_property
     def _adapters(self) -> tuple[Adapter | None, Adapter | None]:
         plan = self.plan(self.shipped)
-        up = _layer._adapter(self.layer.x, self.layer.up, plan, of_tokens=True)
-        h = _layer.activations(self.layer, plan, keep_z=False)[0]
-        return up, _layer._adapter(h, self.layer.down, plan, of_tokens=False)
+        up = _layer._adapter(Narrow(self.layer.x), self.layer.up, plan, of_tokens=True)
+        return up, _layer._adapter(self._activations, self.layer.down, plan, of_tokens=False)
 
     @cached_property
-    def _activations(self) -> Tensor:
-        return _layer.activations(self.layer, self.plan(self.shipped), keep_z=False)[0]
+    def _activations(self) -> Narrow:
+        plan = self.plan(self.shipped)
+        return by_rows(_layer.activations(self.layer, plan, keep_z=False)[0], self.layer.dtype, plan)
 
     @cached_property
     def _known(self) -> Backward:
         own, up, down, plan = self.layer, self.layer.up, self.layer.down, self.plan(self.shipped)
         _, z = _layer.activations(own, plan, keep_z=True)
-        of_down = None if down.lora_b is None else _layer._d_inner(self.dy, down, plan, of_tokens=True)
+        of_down = None if down.lora_b is None else _layer._d_inner(Narrow(self.dy), down, plan, of_tokens=True)
         dz, h, _ = _gradients.dz(
             self._dh(of_down, plan),
             z,
@@ -171,12 +181,14 @@ class Problem:
             want_h=True,
             want_weights=False,
         )
-        of_up = None if up.lora_b is None else _layer._d_inner(dz, up, plan, of_tokens=False)
-        return Backward(dz, h, of_down, of_up)
+        rows, of_h = by_rows(dz, own.dtype, plan), by_columns(h, own.dtype, plan)
+        of_dz = by_columns(dz, own.dtype, plan, own.before_narrowing)
+        of_up = None if up.lora_b is None else _layer._d_inner(rows, up, plan, of_tokens=False)
+        return Backward(rows, of_dz, of_h, of_down, of_up)
 
     def _dh(self, of_down: Tensor | None, plan: Plan) -> Tensor:
         down = self.layer.down
-        matrices, adapter = down.matrices.transpose(1, 2), _layer._back(of_down, down)
+        matrices, adapter = down.matrices.transpose(1, 2), _layer._back(of_down, down, self.layer, plan)
         return _products.up(self.dy, matrices, None, adapter, None, _layer.NONE, plan.regime.dh, plan, keep_z=False)[0]
 
 

@@ -96,6 +96,8 @@ BLOCKS = {
     "up": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "down": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "combine": ("BLOCK_T", "BLOCK_H"),
+    "narrow_rows": ("BLOCK_M", "BLOCK_N"),
+    "narrow_columns": ("BLOCK_M", "BLOCK_N"),
     "decode": ("BLOCK_O", "BLOCK_I"),
     "inner": ("BLOCK_M", "BLOCK_R", "BLOCK_K"),
     "outer": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
@@ -111,7 +113,7 @@ def family_of(target: str) -> str:
 
 
 def default_dtypes(target: str) -> tuple[str, ...]:
-    """What stands for all: float16 compiles as bfloat16 does, where there is a bfloat16."""
+    """What is compiled unless others are asked for: float16 where there is no bfloat16."""
     return ("float16" if target == "sm75" else "bfloat16", "float32")
 
 

@@ -77,6 +77,7 @@ class Family(NamedTuple):
         packed: for matrices in 4 bits. Decoding takes registers: tiles are smaller.
         apart: ranks at a time, and columns of a tile at most, beside an adapter that is taken apart: of bf16 x, and of
             another dtype. It needs registers, or room next to the tensor cores.
+        widened: columns of a tile at most whose results are in fp32 beside operands in fp16 (E7).
     """
 
     shared: int
@@ -86,6 +87,7 @@ class Family(NamedTuple):
     odd: tuple[Regime, ...]
     packed: Packed
     apart: tuple[int, int] = LEAST_APART
+    widened: int = 256
 
 
 ANY = float("inf")
@@ -191,6 +193,7 @@ FAMILIES = {
             _same(64, 64, 128, 64, 4, 3, **_SOME),
             _same(ANY, 128, 128, 64, 8, 3),
         ),
+        widened=128,
     ),
     # Two stages here are one buffer in shared memory, and the next tile in registers on its way there.
     "gfx942": Family(

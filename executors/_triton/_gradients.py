@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from executors._triton._configs import Tile
+from executors._triton._narrow import Narrow
 from executors._triton._operands import Act, Plan, blocks
 from executors._triton.kernels.gradients import dz_kernel, input_weights_kernel, sums_kernel
 from executors._triton.kernels.outer import outer_kernel
@@ -140,8 +141,8 @@ def sums(values: Tensor, topk_weights: Tensor | None, like: Tensor, plan: Plan, 
 
 
 def outer(
-    a: Tensor,
-    b: Tensor,
+    a: Narrow,
+    b: Narrow,
     like: Tensor,
     plan: Plan,
     *,
@@ -167,16 +168,18 @@ def outer(
     experts, m, n = target.shape
     tile = _fitting(plan.regime.outer, m, n)
     outer_kernel[(experts * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
-        a,
-        b,
-        a if scaled_b is None else scaled_b,
+        a.values,
+        b.values,
+        a.powers,
+        b.powers,
+        a.values if scaled_b is None else scaled_b,
         plan.groups.order,
         plan.groups.group_offsets,
         target,
         m,
         n,
-        *a.stride(),
-        *b.stride(),
+        *a.values.stride(),
+        *b.values.stride(),
         *target.stride(),
         TOP_K_A=plan.top_k if gather[0] else 0,
         TOP_K_B=plan.top_k if gather[1] else 0,

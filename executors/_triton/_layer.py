@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from executors._triton import _gradients, _products
+from executors._triton._narrow import Narrow, between, by_columns, by_rows
 from executors._triton._operands import Act, Adapter, Matrices, Plan
 from moe_ref.types import PARAMETERS
 
@@ -49,9 +50,24 @@ class Layer(NamedTuple):
         return self.up.matrices.shape[0]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of x."""
+        return self.x.dtype
+
+    @property
     def before(self) -> Tensor | None:
         """Weights of the slots that multiply the experts' input (C3)."""
         return self.topk_weights if self.scale_input else None
+
+    @property
+    def before_narrowing(self) -> Tensor | None:
+        """Those weights where dz takes them, in fp32, for the gradients of matrices."""
+        return self.before if between(self.dtype) != self.dtype else None
+
+    @property
+    def before_outer(self) -> Tensor | None:
+        """Those weights where rows of x take them there."""
+        return None if between(self.dtype) != self.dtype else self.before
 
     @property
     def after(self) -> Tensor | None:
@@ -63,15 +79,17 @@ def forward(layer: Layer, plan: Plan, keep_z: bool) -> tuple[Tensor, Tensor]:
     """y [T, H], and z [S, J] or no rows of it."""
     h, z = activations(layer, plan, keep_z)
     down = layer.down
-    adapter = _adapter(h, down, plan, of_tokens=False)
-    slots = _products.down(h, down.matrices, down.bias, adapter, layer.after, plan.regime.down, plan)
-    return _products.combine(slots, layer.topk_ids, layer.num_experts), z
+    rows = by_rows(h, layer.dtype, plan)
+    del h
+    adapter = _adapter(rows, down, plan, of_tokens=False)
+    slots = _products.down(rows, down.matrices, down.bias, adapter, layer.after, plan.regime.down, plan)
+    return _products.combine(slots, layer.dtype, layer.topk_ids, layer.num_experts), z
 
 
 def activations(layer: Layer, plan: Plan, keep_z: bool) -> tuple[Tensor, Tensor]:
-    """h [S, I], and z [S, J] or no rows of it."""
+    """h [S, I], and z [S, J] or no rows of it; in fp32 where x is in fp16 (E7)."""
     up = layer.up
-    adapter = _adapter(layer.x, up, plan, of_tokens=True)
+    adapter = _adapter(Narrow(layer.x), up, plan, of_tokens=True)
     return _products.up(layer.x, up.matrices, up.bias, adapter, layer.before, layer.act, plan.regime.up, plan, keep_z)
 
 
@@ -104,9 +122,9 @@ def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, b
     want_dh = want_dz or want_weights
     d_inner = dh = None
     if down.lora_b is not None and (want_dh or needs["down_lora_a"]):
-        d_inner = _d_inner(dy, down, plan, of_tokens=True)
+        d_inner = _d_inner(Narrow(dy), down, plan, of_tokens=True)
     if want_dh:
-        transposed, adapter = down.matrices.transpose(1, 2), _back(d_inner, down)
+        transposed, adapter = down.matrices.transpose(1, 2), _back(d_inner, down, layer, plan)
         dh, _ = _products.up(dy, transposed, None, adapter, None, NONE, plan.regime.dh, plan, keep_z=False)
     dz, h, d_weights = _gradients.dz(
         dh,
@@ -124,38 +142,70 @@ def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, b
     del z, dh
     if want_weights:
         found["topk_weights"] = d_weights
-    if needs["down_proj"] and isinstance(down.matrices, Tensor):
-        found["down_proj"] = _gradients.outer(dy, h, down.matrices, plan, tokens_a=True)
-    if needs["down_lora_a"] and d_inner is not None and down.lora_a is not None:
-        found["down_lora_a"] = _gradients.outer(d_inner, h, down.lora_a, plan)
-    if needs["down_lora_b"] and down.lora_a is not None and down.lora_b is not None:
-        inner = _products.inner(h, down.lora_a, down.scaling, plan, of_tokens=False)
-        found["down_lora_b"] = _gradients.outer(dy, inner, down.lora_b, plan, tokens_a=True)
+    found |= _of_down_matrices(layer, plan, h, dy, d_inner, needs)
     del h, d_inner
 
     # Of the up projection.
     if needs["gate_up_proj_bias"] and up.bias is not None:
         found["gate_up_proj_bias"] = _gradients.sums(dz, None, up.bias, plan, of_tokens=False)
+    if not (want_rows or any(of_up)):
+        return found
+    rows = by_rows(dz, layer.dtype, plan)
     d_inner = None
     if up.lora_b is not None and (want_rows or needs["gate_up_lora_a"]):
-        d_inner = _d_inner(dz, up, plan, of_tokens=False)
-    if needs["gate_up_proj"] and isinstance(up.matrices, Tensor):
-        found["gate_up_proj"] = _gradients.outer(dz, layer.x, up.matrices, plan, tokens_b=True, scaled_b=layer.before)
-    if needs["gate_up_lora_a"] and d_inner is not None and up.lora_a is not None:
-        found["gate_up_lora_a"] = _gradients.outer(
-            d_inner, layer.x, up.lora_a, plan, tokens_b=True, scaled_b=layer.before
-        )
-    if needs["gate_up_lora_b"] and up.lora_a is not None and up.lora_b is not None:
-        inner = _products.inner(layer.x, up.lora_a, up.scaling, plan, of_tokens=True)
-        found["gate_up_lora_b"] = _gradients.outer(dz, inner, up.lora_b, plan, scaled_b=layer.before)
+        d_inner = _d_inner(rows, up, plan, of_tokens=False)
+    found |= _of_up_matrices(layer, plan, dz, d_inner, needs)
+    del dz
     if want_rows:
-        slots = _products.down(dz, up.matrices.transpose(1, 2), None, _back(d_inner, up), None, plan.regime.dx, plan)
+        adapter = _back(d_inner, up, layer, plan)
+        slots = _products.down(rows, up.matrices.transpose(1, 2), None, adapter, None, plan.regime.dx, plan)
         if needs["topk_weights"] and scale_input:
             found["topk_weights"] = _gradients.input_weights(
                 slots, layer.x, layer.topk_ids, layer.topk_weights, layer.num_experts
             )
         if needs["x"]:
-            found["x"] = _products.combine(slots, layer.topk_ids, layer.num_experts, layer.before)
+            found["x"] = _products.combine(slots, layer.dtype, layer.topk_ids, layer.num_experts, layer.before)
+    return found
+
+
+def _of_down_matrices(
+    layer: Layer, plan: Plan, h: Tensor, dy: Tensor, d_inner: Tensor | None, needs: dict[str, bool]
+) -> dict[str, Tensor]:
+    """Gradients of the down projection and its adapter, from h with its weight, and dy without."""
+    found: dict[str, Tensor] = {}
+    down, upstream = layer.down, Narrow(dy)
+    of_h = by_columns(h, layer.dtype, plan) if needs["down_proj"] or needs["down_lora_a"] else None
+    if needs["down_proj"] and of_h is not None and isinstance(down.matrices, Tensor):
+        found["down_proj"] = _gradients.outer(upstream, of_h, down.matrices, plan, tokens_a=True)
+    if needs["down_lora_a"] and of_h is not None and d_inner is not None and down.lora_a is not None:
+        found["down_lora_a"] = _gradients.outer(by_columns(d_inner, layer.dtype, plan), of_h, down.lora_a, plan)
+    if needs["down_lora_b"] and down.lora_a is not None and down.lora_b is not None:
+        rows = by_rows(h, layer.dtype, plan)
+        inner = _products.inner(rows, down.lora_a, down.scaling, plan, of_tokens=False)
+        of_inner = by_columns(inner, layer.dtype, plan)
+        found["down_lora_b"] = _gradients.outer(upstream, of_inner, down.lora_b, plan, tokens_a=True)
+    return found
+
+
+def _of_up_matrices(
+    layer: Layer, plan: Plan, dz: Tensor, d_inner: Tensor | None, needs: dict[str, bool]
+) -> dict[str, Tensor]:
+    """Gradients of the up projection and its adapter."""
+    found: dict[str, Tensor] = {}
+    up, x, dtype = layer.up, Narrow(layer.x), layer.dtype
+    early, late = layer.before_narrowing, layer.before_outer
+    wanted = needs["gate_up_proj"] or needs["gate_up_lora_b"]
+    of_dz = by_columns(dz, dtype, plan, early) if wanted else None
+    if needs["gate_up_proj"] and of_dz is not None and isinstance(up.matrices, Tensor):
+        found["gate_up_proj"] = _gradients.outer(of_dz, x, up.matrices, plan, tokens_b=True, scaled_b=late)
+    if needs["gate_up_lora_a"] and d_inner is not None and up.lora_a is not None:
+        of_inner = by_columns(d_inner, dtype, plan, early)
+        found["gate_up_lora_a"] = _gradients.outer(of_inner, x, up.lora_a, plan, tokens_b=True, scaled_b=late)
+    if needs["gate_up_lora_b"] and of_dz is not None and up.lora_a is not None and up.lora_b is not None:
+        inner = _products.inner(x, up.lora_a, up.scaling, plan, of_tokens=True)
+        found["gate_up_lora_b"] = _gradients.outer(
+            of_dz, by_columns(inner, dtype, plan), up.lora_b, plan, scaled_b=late
+        )
     return found
 
 
@@ -170,22 +220,22 @@ def zeros(owners: dict[str, Tensor | None], needs: dict[str, bool]) -> dict[str,
     }
 
 
-def _adapter(rows: Tensor, projection: Projection, plan: Plan, *, of_tokens: bool) -> Adapter | None:
+def _adapter(rows: Narrow, projection: Projection, plan: Plan, *, of_tokens: bool) -> Adapter | None:
     """An adapter's part of rows W^T."""
     if projection.lora_a is None or projection.lora_b is None:
         return None
     inner = _products.inner(rows, projection.lora_a, projection.scaling, plan, of_tokens=of_tokens)
-    return Adapter(inner, projection.lora_b)
+    return Adapter(*by_rows(inner, rows.values.dtype, plan), projection.lora_b)
 
 
-def _d_inner(d_out: Tensor, projection: Projection, plan: Plan, *, of_tokens: bool) -> Tensor:
+def _d_inner(d_out: Narrow, projection: Projection, plan: Plan, *, of_tokens: bool) -> Tensor:
     """[S, r] The gradient of rows A^T."""
     assert projection.lora_b is not None
     return _products.inner(d_out, projection.lora_b.transpose(1, 2), projection.scaling, plan, of_tokens=of_tokens)
 
 
-def _back(d_inner: Tensor | None, projection: Projection) -> Adapter | None:
+def _back(d_inner: Tensor | None, projection: Projection, layer: Layer, plan: Plan) -> Adapter | None:
     """An adapter's part of d_out W."""
     if d_inner is None or projection.lora_a is None:
         return None
-    return Adapter(d_inner, projection.lora_a.transpose(1, 2))
+    return Adapter(*by_rows(d_inner, layer.dtype, plan), projection.lora_a.transpose(1, 2))

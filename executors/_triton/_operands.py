@@ -56,9 +56,13 @@ class Plan(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """An adapter's part of a product: ``inner`` [S, r] times ``factor`` [E, n, r] transposed, of any float dtype."""
+    """An adapter's part of a product: ``inner`` [S, r] times ``factor`` [E, n, r] transposed, of any float dtype.
+
+    Rows of inner were divided by ``powers`` [S], or by nothing.
+    """
 
     inner: Tensor
+    powers: Tensor | None
     factor: Tensor
 
 
@@ -116,12 +120,12 @@ def beside(adapter: Adapter | None, tile: Tile, plan: Plan) -> Tile:
     return tile._replace(block_n=min(tile.block_n, _apart(adapter, plan)[1]))
 
 
-def adapter_of(adapter: Adapter | None, like: Tensor, plan: Plan) -> tuple[Tensor, Tensor, int, int]:
-    """What a kernel takes of an adapter: inner, factor, rank and how much of it at a time, 0 without one."""
+def adapter_of(adapter: Adapter | None, like: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None, Tensor, int, int]:
+    """What a kernel takes of an adapter: inner, powers, factor, rank and how much of it at a time, 0 without one."""
     if adapter is None:
-        return like, like.new_empty(0, 0, 0), 0, 0
+        return like, None, like.new_empty(0, 0, 0), 0, 0
     rank, same = adapter.factor.shape[2], adapter.factor.dtype == adapter.inner.dtype
-    return adapter.inner, adapter.factor, rank, ranks_at_a_time(rank) if same else _apart(adapter, plan)[0]
+    return *adapter, rank, ranks_at_a_time(rank) if same else _apart(adapter, plan)[0]
 
 
 def _apart(adapter: Adapter, plan: Plan) -> tuple[int, int]:

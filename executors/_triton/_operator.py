@@ -15,6 +15,7 @@ from executors._triton._device import INTERPRETED, device_guard, device_of
 from executors._triton._grouping import Groups, bounds_of, group
 from executors._triton._grouping import check_slots as check_slots
 from executors._triton._layer import Layer, Projection
+from executors._triton._narrow import between
 from executors._triton._operands import Act, Matrices, Plan
 from executors._triton._paths import DECODED, FUSED, path_of, told
 from moe_ref.types import GATED, PackedTensor
@@ -55,7 +56,7 @@ class Kernels(NamedTuple):
     def fake(self, given: Arguments, keep_z: bool, _keep_own: bool) -> tuple[Tensor, Kept]:
         """Tensors of the same shapes."""
         x, slots = given.x, given.topk_ids.numel()
-        z = x.new_empty(slots if keep_z else 0, matrices_of(given)[0].shape[1])
+        z = x.new_empty(slots if keep_z else 0, matrices_of(given)[0].shape[1], dtype=between(x.dtype))
         return torch.empty_like(x, memory_format=torch.contiguous_format), self._kept(z)
 
     def backward(self, given: Arguments, kept: Kept, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:

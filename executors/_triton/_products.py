@@ -10,6 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from executors._triton import _configs
 from executors._triton._configs import Tile
 from executors._triton._decode import parts_of
+from executors._triton._narrow import Narrow, between
 from executors._triton._operands import (
     Act,
     Adapter,
@@ -29,6 +30,7 @@ from executors._triton.kernels.products import down_kernel, up_kernel
 
 COMBINED = 1024  # elements of y in one program
 HALF_AS_WIDE = ("relu2", "gelu", "gelu_tanh", "silu", "geglu")  # a wider tile's activation spills
+ROWS_OF_WARP = 16  # at most, of the first factor of an adapter whose products are in fp32; more spill
 
 
 def up(
@@ -48,15 +50,19 @@ def up(
     """
     both, hidden = matrices.shape[1:]
     intermediate = both // 2 if act.layout else both
-    tile = beside(adapter, tile, plan)
+    tile = _storing(x.dtype, beside(adapter, tile, plan), plan)
+    widens = between(x.dtype) != x.dtype
     if act.activation in HALF_AS_WIDE:
+        widest = _configs.FAMILIES[plan.device.family].widened // 2 if widens else 128
+        tile = tile._replace(block_n=min(tile.block_n, widest))
+    if act.layout == "interleaved" and widens:  # pairs of fp32 spill too
         tile = tile._replace(block_n=min(tile.block_n, 128))
     columns_of_tile = tile.block_n // 2 if act.layout else tile.block_n
     slots = plan.groups.order.numel()
-    h = torch.empty(slots, intermediate, dtype=x.dtype, device=x.device)
-    z = torch.empty(slots if keep_z else 0, both, dtype=x.dtype, device=x.device)
+    h = torch.empty(slots, intermediate, dtype=between(x.dtype), device=x.device)
+    z = torch.empty(slots if keep_z else 0, both, dtype=between(x.dtype), device=x.device)
     box = columns_of_tile if act.layout == "concatenated" else tile.block_n
-    inner, factor, rank, block_r = adapter_of(adapter, x, plan)
+    inner, inner_powers, factor, rank, block_r = adapter_of(adapter, x, plan)
     halves = 2 if act.layout == "concatenated" else 1
     for own, part in parts_of(matrices, plan):
         of_w = operand(own, box, tile, plan, halves)
@@ -67,6 +73,7 @@ def up(
             x if bias is None else bias,
             x if topk_weights is None else topk_weights,
             inner,
+            inner_powers,
             factor,
             plan.groups.order,
             plan.groups.tiles,
@@ -102,7 +109,7 @@ def up(
 
 
 def down(
-    h: Tensor,
+    rows: Narrow,
     matrices: Matrices,
     bias: Tensor | None,
     adapter: Adapter | None,
@@ -110,21 +117,27 @@ def down(
     tile: Tile,
     plan: Plan,
 ) -> Tensor:
-    """The slots' (h W^T + b) [S, H], with topk_weights times them; empty slots are not written."""
+    """The slots' (h W^T + b) [S, H], with topk_weights times them; empty slots are not written.
+
+    ``rows`` are h [S, I].
+    """
+    h = rows.values
     hidden, inner_size = matrices.shape[1:]
-    tile = beside(adapter, tile, plan)
-    out = torch.empty(h.shape[0], hidden, dtype=h.dtype, device=h.device)
-    inner, factor, rank, block_r = adapter_of(adapter, h, plan)
+    tile = _storing(h.dtype, beside(adapter, tile, plan), plan)
+    out = torch.empty(h.shape[0], hidden, dtype=between(h.dtype), device=h.device)
+    inner, inner_powers, factor, rank, block_r = adapter_of(adapter, h, plan)
     for own, part in parts_of(matrices, plan):
         of_w = operand(own, tile.block_n, tile, plan)
-        rows = TensorDescriptor(h, list(h.shape), list(h.stride()), [tile.block_m, tile.block_k]) if of_w.tma else h
+        own_h = TensorDescriptor(h, list(h.shape), list(h.stride()), [tile.block_m, tile.block_k]) if of_w.tma else h
         down_kernel[grid(plan, triton.cdiv(hidden, tile.block_n), tile)](
-            rows,
+            own_h,
+            rows.powers,
             of_w.w,
             of_w.scales,
             h if bias is None else bias,
             h if topk_weights is None else topk_weights,
             inner,
+            inner_powers,
             factor,
             plan.groups.order,
             plan.groups.tiles,
@@ -150,22 +163,33 @@ def down(
     return out
 
 
-def inner(rows: Tensor, factor: Tensor, scaling: float, plan: Plan, *, of_tokens: bool) -> Tensor:
+def _storing(dtype: torch.dtype, tile: Tile, plan: Plan) -> Tile:
+    """The tile, no wider than results allow that are wider than operands of that dtype."""
+    if between(dtype) == dtype:
+        return tile
+    return tile._replace(block_n=min(tile.block_n, _configs.FAMILIES[plan.device.family].widened))
+
+
+def inner(narrow: Narrow, factor: Tensor, scaling: float, plan: Plan, *, of_tokens: bool) -> Tensor:
     """[S, r] Rows times their expert's factor [E, r, k] transposed, times scaling, sorted by expert.
 
     Args:
-        rows: [T, k] where ``of_tokens``, else [S, k] sorted by expert.
+        narrow: rows [T, k] where ``of_tokens``, else [S, k] sorted by expert.
         factor: of any float dtype and strides.
         scaling: of the adapter.
         plan: of the call.
         of_tokens: whether rows are to be gathered.
     """
+    rows = narrow.values
     rank, size = factor.shape[1:]
     tile = plan.regime.inner
-    out = torch.empty(plan.groups.order.numel(), rank, dtype=rows.dtype, device=rows.device)
+    if rows.dtype == torch.float16 and factor.dtype != rows.dtype:
+        tile = tile._replace(warps=max(tile.warps, tile.block_m // ROWS_OF_WARP))
+    out = torch.empty(plan.groups.order.numel(), rank, dtype=between(rows.dtype), device=rows.device)
     block_r = ranks_at_a_time(rank)
     inner_kernel[grid(plan, triton.cdiv(rank, block_r), tile)](
         rows,
+        narrow.powers,
         factor,
         plan.groups.order,
         plan.groups.tiles,
@@ -188,10 +212,15 @@ def inner(rows: Tensor, factor: Tensor, scaling: float, plan: Plan, *, of_tokens
     return out
 
 
-def combine(slots: Tensor, topk_ids: Tensor, num_experts: int, topk_weights: Tensor | None = None) -> Tensor:
-    """Y [T, H]: the sum of each token's slots [S, H], times their weights if given, in increasing k (C1)."""
+def combine(
+    slots: Tensor, dtype: torch.dtype, topk_ids: Tensor, num_experts: int, topk_weights: Tensor | None = None
+) -> Tensor:
+    """Y [T, H]: the sum of each token's slots [S, H], times their weights if given, in increasing k (C1).
+
+    ``dtype`` is y's.
+    """
     (tokens, top_k), hidden = topk_ids.shape, slots.shape[1]
-    y = torch.empty(tokens, hidden, dtype=slots.dtype, device=slots.device)
+    y = torch.empty(tokens, hidden, dtype=dtype, device=slots.device)
     block_h = min(COMBINED, triton.next_power_of_2(hidden))
     block_t = COMBINED // block_h
     combine_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(hidden, block_h))](

@@ -25,7 +25,7 @@ from executors._triton._tuned_file import Entries, Key
 from moe_ref.validation import dtype_name
 
 # What they do with a tile counts as well.
-LAUNCHERS = ("_grouping.py", "_operands.py", "_packed.py", "_decode.py", "_products.py", "_gradients.py")
+LAUNCHERS = ("_grouping.py", "_operands.py", "_packed.py", "_decode.py", "_products.py", "_gradients.py", "_narrow.py")
 DIGITS = 12
 
 

@@ -52,11 +52,12 @@ def build(problem: Problem, chosen: tuple[int, ...] | None = None) -> Arrays:
 
     tokens, hidden = problem.tokens, problem.hidden
     x = normal((tokens, hidden), problem.dtype, problem.factor("x"))
-    x[:1] *= problem.factor("x[0]")
+    x[:1] = round_to_nearest(x[:1] * problem.factor("x[0]"), problem.dtype)
     if problem.x_layout == "expanded":
         x = np.repeat(x[:1], tokens, axis=0)
-    dy = np.ones_like(x) if problem.dy_layout == "scalar" else normal((tokens, hidden), problem.dtype)
-    dy *= problem.factor("dy")
+    dy_factor = problem.factor("dy")
+    scalar = problem.dy_layout == "scalar"
+    dy = np.full_like(x, dy_factor) if scalar else normal((tokens, hidden), problem.dtype, dy_factor)
     weights = _weights(problem, rng)
     config, bias = problem.config, weights.selection_bias
     logits = topk_weights = None
@@ -100,6 +101,7 @@ def _weights(problem: Problem, rng: np.random.Generator) -> MoEWeights:
         gate, up = split_gate_up(gate_up.swapaxes(1, 2), problem.config)  # views
         gate *= problem.factor("gate")
         up *= problem.factor("up")
+        gate_up = round_to_nearest(gate_up, problem.dtype)
     gate_up_bias, down_bias = (
         normal((length,), problem.bias_dtype, 0.5 * problem.factor(name)) if there else None
         for name, length, there in (

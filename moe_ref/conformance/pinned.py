@@ -148,7 +148,7 @@ PAST_RANGE = (  # clause E7
     ),
     # dh and dz, with adapters whose inner gradients pass the range too
     Problem(
-        16,
+        7,
         3,
         32,
         64,
@@ -158,11 +158,11 @@ PAST_RANGE = (  # clause E7
         down_rank=4,
         lora_dtype="float16",
         powers=(
-            ("x", -7),
-            ("gate_up_proj", -7),
+            ("x", -4),
+            ("gate_up_proj", -5),
             ("gate_up_lora_a", -7),
-            ("gate_up_lora_b", -1),
-            ("dy", 10),
+            ("gate_up_lora_b", -2),
+            ("dy", 8),
             ("down_proj", 9),
         ),
         seed=6,

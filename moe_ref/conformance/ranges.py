@@ -65,6 +65,7 @@ RANGES = {
     "gates": Range(("z", "act", "h"), x=2, gate_up=13, weights=-20, limit=2.0**30),
     "activations": Range(("h",), gate_up=7, down=-3, weights=-2, dy=-3),
     "outputs": Range(("o",), gate_up=6, weights=-4),
+    "activations of one token": Range(("h",), x=-6, gate_up=6, down=-6, dy=-6, first=8),
     "outputs of one token": Range(("h", "o"), x=-6, gate_up=6, weights=-4, first=8),
     "weighted outputs": Range(("weighted_o",), gate_up=3, down=2, weights=4, dy=-1, cancel=True),
     "weighted upstream gradients": Range(("weighted_dy",), x=-3, gate_up=-2, weights=12, dy=4),
@@ -88,9 +89,8 @@ RANGES = {
         ("dh_lora", "dh_lora_scaled", "dx_slot_lora", "dx_slot_lora_scaled"),
         x=-10,
         gate_up=6,
-        weights=-5,
-        dy=8,
-        lora_a=(-7, -13),
+        dy=3,
+        lora_a=(-7, -14),
     ),
 }
 

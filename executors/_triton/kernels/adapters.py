@@ -11,6 +11,7 @@ from executors._triton.kernels.tiles import tile_at
 @triton.jit
 def inner_kernel(
     rows_of,  # [T, K] where TOP_K, else [S, K] sorted by expert
+    powers,  # [S] by which those were divided, or None
     factor,  # [E, R, K], any float dtype
     order,  # [S] the slot of each row, read where TOP_K
     tiles,  # [1 + tiles, 3] from kernels.grouping
@@ -50,6 +51,8 @@ def inner_kernel(
             a = tl.load(rows_of + places) if EVEN_K else tl.load(rows_of + places, mask=(ks < K)[None, :], other=0.0)
             b = load_matrix(factor, (), expert, rs, 0, k, R, K, strides, None, a.dtype, EVEN_K, BLOCK_R, BLOCK_K, "")
             total = dot_exact(a, b, total, PRECISION)
+        if powers is not None:
+            total *= tl.load(powers + tl.minimum(rows, end - 1))[:, None]
         places = offset(rows, R)[:, None] + rs[None, :]
         mask = (rows < end)[:, None] & (rs < R)[None, :]
         tl.store(out + places, (total * scaling).to(out.dtype.element_ty), mask=mask)

@@ -22,6 +22,8 @@ def load_rows(values, slots, rows, columns, there, N, stride, stride_n, topk_wei
 def outer_kernel(
     a,  # [T, M] where TOP_K_A, else [S, M] sorted by expert
     b,  # [T, N] where TOP_K_B, else [S, N] sorted by expert
+    a_powers,  # [E, M] by which columns of a were divided, or None
+    b_powers,  # [E, N] by which those of b were, or None
     topk_weights,  # [S], read where one of the two is SCALED
     order,  # [S] the slot of each row
     group_offsets,  # [E + 1]
@@ -63,5 +65,9 @@ def outer_kernel(
         own = load_rows(a, slots, rows, ms, there, M, stride_a, stride_am, topk_weights, TOP_K_A, SCALED_A)
         other = load_rows(b, slots, rows, ns, there, N, stride_b, stride_bn, topk_weights, TOP_K_B, SCALED_B)
         total = tl.dot(tl.trans(own), other, total, input_precision=PRECISION)
+    if a_powers is not None:
+        total *= tl.load(a_powers + offset(expert, M) + ms, mask=ms < M, other=1.0)[:, None]
+    if b_powers is not None:
+        total *= tl.load(b_powers + offset(expert, N) + ns, mask=ns < N, other=1.0)[None, :]
     places = offset(expert, stride_oe) + offset(ms, stride_om)[:, None] + offset(ns, stride_on)[None, :]
     tl.store(out + places, total.to(out.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])

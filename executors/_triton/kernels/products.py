@@ -9,6 +9,7 @@ import triton.language as tl
 
 from executors._triton.kernels.activation import act, gated
 from executors._triton.kernels.addresses import offset
+from executors._triton.kernels.narrow import inverse_of
 from executors._triton.kernels.packed import load_packed
 from executors._triton.kernels.tiles import part_of, tile_at
 
@@ -62,14 +63,25 @@ def dot_exact(a, b, total, PRECISION):
 
 
 @triton.jit
-def add_adapter(total, inner, factor, expert, row, end, columns, N, R, strides, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R):
-    """total + inner F^T: what an adapter adds to rows of an expert; inner [S, R], F [E, N, R] (clause E6)."""
-    rows = offset(tl.minimum(row + tl.arange(0, BLOCK_M), end - 1), R)[:, None]
+def add_adapter(
+    total, inner, powers, factor, expert, row, end, columns, N, R, strides, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R
+):
+    """total + inner F^T: what an adapter adds to rows of an expert; inner [S, R], F [E, N, R] (clause E6).
+
+    Rows of inner that were divided by powers of two, if there are any, meet a total that is divided too (E7).
+    """
+    own = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
+    rows = offset(own, R)[:, None]
+    if powers is not None:
+        power = tl.load(powers + own)[:, None]
+        total *= inverse_of(power)
     for r in tl.range(0, R, BLOCK_R):
         rs = r + tl.arange(0, BLOCK_R)
         a = tl.load(inner + rows + rs[None, :], mask=(rs < R)[None, :], other=0.0)
         b = load_matrix(factor, (), expert, columns, 0, r, N, R, strides, None, a.dtype, False, BLOCK_N, BLOCK_R, "")
         total = dot_exact(a, b, total, PRECISION)
+    if powers is not None:
+        total *= power
     return total
 
 
@@ -81,6 +93,7 @@ def up_kernel(
     bias,  # [E, N], or anything where HAS_BIAS is False
     topk_weights,  # [S], read where SCALE_INPUT
     inner,  # [S, R] rows times the adapter's first factor, read where BLOCK_R
+    inner_powers,  # [S] by which its rows were divided, or None
     factor,  # [E, N, R] the adapter's second factor, read where BLOCK_R
     order,  # [S] the slot of each row
     tiles,  # [1 + tiles, 3] from kernels.grouping
@@ -161,6 +174,7 @@ def up_kernel(
             total = add_adapter(
                 total,
                 inner,
+                inner_powers,
                 factor,
                 expert,
                 row,
@@ -176,7 +190,21 @@ def up_kernel(
             )
             if LAYOUT == "concatenated":
                 up = add_adapter(
-                    up, inner, factor, expert, row, end, others, N, R, of_factor, PRECISION, BLOCK_M, BLOCK_W, BLOCK_R
+                    up,
+                    inner,
+                    inner_powers,
+                    factor,
+                    expert,
+                    row,
+                    end,
+                    others,
+                    N,
+                    R,
+                    of_factor,
+                    PRECISION,
+                    BLOCK_M,
+                    BLOCK_W,
+                    BLOCK_R,
                 )
         if SCALE_INPUT:
             scale = tl.load(topk_weights + slots).to(tl.float32)[:, None]
@@ -207,11 +235,13 @@ def up_kernel(
 @triton.jit(do_not_specialize=["first_expert", "last_expert"])
 def down_kernel(
     h,  # [S, K] rows sorted by expert, or a descriptor of it
+    h_powers,  # [S] by which they were divided, or None
     w,  # [E, N, K], or a descriptor of it, or codes of it in 4 bits
     scales,  # of codes, else empty
     bias,  # [E, N], or anything where HAS_BIAS is False
     topk_weights,  # [S], read where WEIGHTED
     inner,  # [S, R] rows times the adapter's first factor, read where BLOCK_R
+    inner_powers,  # [S] by which its rows were divided, or None
     factor,  # [E, N, R] the adapter's second factor, read where BLOCK_R
     order,  # [S] the slot of each row
     tiles,  # [1 + tiles, 3] from kernels.grouping
@@ -271,9 +301,25 @@ def down_kernel(
                 w, scales, matrix, columns, first, k, N, K, strides, FORM, a.dtype, EVEN_K, BLOCK_N, BLOCK_K, TMA
             )
             o = tl.dot(a, b, o, input_precision=PRECISION)
+        if h_powers is not None:
+            o *= tl.load(h_powers + tl.minimum(rows, end - 1))[:, None]
         if BLOCK_R:
             o = add_adapter(
-                o, inner, factor, expert, row, end, columns, N, R, of_factor, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R
+                o,
+                inner,
+                inner_powers,
+                factor,
+                expert,
+                row,
+                end,
+                columns,
+                N,
+                R,
+                of_factor,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_R,
             )
         slots = tl.load(order + tl.minimum(rows, end - 1))
         if HAS_BIAS:
