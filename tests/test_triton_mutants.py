@@ -98,6 +98,17 @@ PANEL = {
     "decoded": replace(BASE, hidden=50, intermediate=70, quant_type="nf4", nested="one", weights_layout="transposed"),
     # dz past fp16's range, and what lies between the factors of adapters
     "past the range": PAST_RANGE[5],
+    # weights so small that dz times them is subnormal in fp16 (C3)
+    "small weights": Problem(
+        16,
+        3,
+        16,
+        8,
+        MoEConfig(2, scale_input=True),
+        "float16",
+        entry="experts",
+        powers=(("topk_weights", -13), ("x", 13)),
+    ),
     "many slots": Problem(300, 5, 8, 8, MoEConfig(4, activation="silu"), entry="experts", cut_points=True),
 }
 

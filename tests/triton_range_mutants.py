@@ -9,6 +9,12 @@ RANGE_MUTANTS = {
         "activations",
     ),
     "scaled too little": ("narrow", "(14 << 23)", "(18 << 23)", "activations"),
+    "small columns are not scaled": (
+        "narrow",
+        "tl.where(largest > 0, (bits",
+        "tl.where(largest > LARGEST, (bits",
+        "small weights",
+    ),
     "scaled twice": ("narrow", "(0x7F000000 - power", "(0x7E800000 - power", "activations"),
     "rows by their first columns": (
         "narrow",

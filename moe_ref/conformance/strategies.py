@@ -22,22 +22,19 @@ WIDTHS = st.sampled_from([1, 7, 8, 16, 17, 32, 50, 64])
 ACTIVATIONS = get_args(Activation)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WEIGHTS = ("dense", "nf4", "fp4", "mxfp4")
-# By which powers of two a layer in fp16 passes its range inside, and hardly in y or a gradient (E7).
-ANY_INPUT = (
-    (("x", 1), ("gate_up_proj", 8), ("down_proj", -14), ("dy", -8)),  # h
-    (("gate_up_lora_a", 15), ("gate_up_lora_b", -15), ("down_lora_a", 15), ("down_lora_b", -15), ("dy", -6)),
-)
+# By which powers of two a layer in fp16 passes its range inside, and hardly in y or a gradient (E7). Weights times h,
+# and dh without them, stay of ordinary size: subnormal numbers err by where an implementation puts the weight.
 SCALED_INPUT = (
-    *ANY_INPUT,
+    (("gate_up_proj", 8), ("down_proj", -5), ("dy", -6)),  # h
+    (("down_lora_a", 16), ("down_lora_b", -6), ("dy", -6)),  # between an adapter's factors
     (("x", 4), ("topk_weights", 12), ("gate_up_proj", -14), ("dy", -4)),  # w x
 )
 SCALED_OUTPUT = (
-    *ANY_INPUT,
     (("x", 3), ("gate_up_proj", 13), ("topk_weights", -32)),  # z, h, o
     (("x[0]", 8), ("gate_up_proj", 7), ("topk_weights", -20)),  # of one token
-    (("gate_up_proj", 2), ("down_proj", 13), ("topk_weights", -17)),  # o
-    (("dy", 10), ("down_proj", 10), ("topk_weights", -12)),  # dh without its weight
-    (("x", -7), ("gate_up_proj", -7), ("dy", 9), ("down_proj", 9)),  # dh, dz
+    (("gate_up_proj", 6), ("down_proj", 6), ("topk_weights", -12)),  # o
+    (("x", 3), ("gate_up_proj", 3), ("topk_weights", -12), ("dy", 8), ("down_proj", 8)),  # dh without its weight, o
+    (("gate_up_proj", 4), ("down_lora_a", 9), ("down_lora_b", -4), ("topk_weights", -8)),  # between factors
 )
 
 

@@ -1,6 +1,7 @@
 """From fp32 to fp16 without overflow: rows or columns divided by powers of two (clause E7).
 
-A power is 1 where the numbers are within the range, so that ordinary ones lose nothing but their last bits.
+A row's power is 1 where its numbers are within the range: what is added to its product stands beside ordinary numbers.
+Columns always get one, so that small ones are not subnormal either.
 """
 
 import triton
@@ -17,6 +18,13 @@ def power_of(largest):
     bits = largest.to(tl.int32, bitcast=True) & 0x7F800000  # 2**exponent
     power = (bits - (14 << 23)).to(tl.float32, bitcast=True)
     return tl.where(largest > LARGEST, power, 1.0)
+
+
+@triton.jit
+def power_of_columns(largest):
+    """The power of two that brings numbers of up to ``largest`` between 2**14 and 2**15, or 1 for zeros."""
+    bits = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 15 << 23)  # the power itself is no subnormal
+    return tl.where(largest > 0, (bits - (14 << 23)).to(tl.float32, bitcast=True), 1.0)
 
 
 @triton.jit
@@ -88,7 +96,7 @@ def narrow_columns_kernel(
         rows = row + tl.arange(0, BLOCK_M)
         own, _ = load_weighted(values, topk_weights, order, rows, end, columns, N, WEIGHTED)
         largest = tl.maximum(largest, tl.abs(own))
-    power = power_of(tl.max(largest, axis=0))
+    power = power_of_columns(tl.max(largest, axis=0))
     inverse = inverse_of(power)[None, :]
     for row in range(start, end, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
