@@ -107,6 +107,7 @@ class KTLayer:
 
     def __init__(self, layer: BenchLayer, compiled: Any, workers: int) -> None:
         self.layer, self.compiled, self.workers = layer, compiled, workers
+        self.nodes = nodes_for(layer.shape.intermediate, workers)
         self.experts: Any = None
         self.is_busy = False
 
@@ -129,7 +130,7 @@ class KTLayer:
         self.is_busy = False
 
     def _run(self, task: Any) -> None:
-        pool = worker_pool(self.compiled, self.workers, self.layer.shape.intermediate)
+        pool = worker_pool(self.compiled, self.workers, self.nodes)
         pool.submit(task)
         pool.sync()
 
@@ -138,7 +139,7 @@ class KTLayer:
         up, down = parameters["gate_up_proj"].detach(), parameters["down_proj"].detach()
         moe = self.compiled.moe
         config = moe.MOEConfig(shape.experts, shape.top_k, shape.hidden, shape.intermediate)
-        config.pool = worker_pool(self.compiled, self.workers, shape.intermediate).backend_
+        config.pool = worker_pool(self.compiled, self.workers, self.nodes).backend_
         config.max_len = LONGEST
         config.gate_projs = [[expert.data_ptr() for expert in up]]
         config.up_projs = [[expert[shape.intermediate :].data_ptr() for expert in up]]
@@ -152,15 +153,19 @@ class KTLayer:
 
 
 @cache
-def worker_pool(compiled: Any, workers: int, intermediate: int) -> Any:
-    """Its threads, divided among the NUMA nodes as its own wrapper does; each node computes a part of I."""
-    nodes = max(n for n in range(1, min(numa_nodes(), workers) + 1) if intermediate % (n * MULTIPLE) == 0)
+def worker_pool(compiled: Any, workers: int, nodes: int) -> Any:
+    """Its threads, divided among NUMA nodes as its own wrapper does."""
     config = compiled.WorkerPoolConfig()
     config.subpool_count, config.subpool_numa_map = nodes, list(range(nodes))
     config.subpool_thread_count = [workers // nodes + (node < workers % nodes) for node in range(nodes)]
     atexit.register(_end_pools)
     with silent():
         return compiled.CPUInfer(config)
+
+
+def nodes_for(intermediate: int, workers: int) -> int:
+    """As many NUMA nodes as there are, if I can be divided so: each of them computes a part of I."""
+    return max(n for n in range(1, min(numa_nodes(), workers) + 1) if intermediate % (n * MULTIPLE) == 0)
 
 
 def numa_nodes() -> int:
