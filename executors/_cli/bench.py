@@ -16,6 +16,7 @@ from executors._cli.bench_contenders import Contender, action_of, our_contenders
 from executors._cli.bench_cuda import launches
 from executors._cli.bench_gnf4 import gnf4_peers
 from executors._cli.bench_judge import clear_gradients, judge_contender
+from executors._cli.bench_kt import kt_peers
 from executors._cli.bench_layers import MULTIPLE, BenchLayer, random_layer, sized, with_adapters
 from executors._cli.bench_liger import liger_peers
 from executors._cli.bench_memory import add_peaks
@@ -99,7 +100,7 @@ def _add_launches(settings: Settings, found: Findings, show: Show) -> None:
             given = batch(
                 case.routing, case.tokens, judged_tokens(plain.shape), plain.shape, settings.device, settings.seed
             )
-            calls = {c.name: c.call for c in contenders(layer, given, list(settings.names))}
+            calls = {c.name: c.call for c in contenders(layer, given, list(settings.names), settings.without)}
             for row in case.rows:
                 call = calls[row.name]
                 if row.seconds and call is not None:
@@ -119,7 +120,7 @@ def run_layer(
     layers = dict.fromkeys(settings.directions, plain)
     if LORA in layers:
         layers[LORA] = with_adapters(plain, settings.lora_rank, settings.seed)
-    theirs = {layer.form: everyone_else(layer) for layer in layers.values()}
+    theirs = {layer.form: everyone_else(layer, settings.without) for layer in layers.values()}
     for contender in (c for found in theirs.values() for c in found):
         if contender.prepare is not None:
             say(f"preparing {contender.name}")
@@ -165,16 +166,18 @@ def _make_layer(settings: Settings, name: str, say: Callable[[str], None]) -> Be
     return layer if how is None else quantised(layer, how, lambda i, e: say(f"quantising expert {i} of {e}"))
 
 
-def everyone_else(layer: BenchLayer) -> list[Contender]:
-    """The peers on this layer."""
+def everyone_else(layer: BenchLayer, without: tuple[str, ...] = ()) -> list[Contender]:
+    """The peers on this layer, but for those named ``without``."""
     if layer.weights().packed():
-        return peers_in_4_bits(layer) + gnf4_peers(layer)
-    return peers(layer) + liger_peers(layer)
+        found = peers_in_4_bits(layer) + gnf4_peers(layer)
+    else:
+        found = peers(layer) + liger_peers(layer) + kt_peers(layer)
+    return [contender for contender in found if contender.name.partition("[")[0] not in without]
 
 
-def contenders(layer: BenchLayer, given: Batch, names: list[str]) -> list[Contender]:
+def contenders(layer: BenchLayer, given: Batch, names: list[str], without: tuple[str, ...] = ()) -> list[Contender]:
     """Everyone who takes part, usable or with the reason why not."""
-    return our_contenders(layer, given, names) + everyone_else(layer)
+    return our_contenders(layer, given, names) + everyone_else(layer, without)
 
 
 def measure_case(
@@ -212,9 +215,16 @@ def measure_case(
     case = Case(shape, tokens, routing, direction, load(given.topk_ids, shape), active, rows, form=layer.form)
     case.stack = STACK if settings.quantisation else ""
     case.gpu = settings.gpu
+
+    def after() -> None:
+        clear_gradients(layer, given)
+        for contender in everyone:
+            if contender.settle is not None:
+                contender.settle()
+
     if actions:
         timing = Timing(
             settings.device, settings.seconds, settings.rounds, settings.seed, settings.memory, settings.graphs
         )
-        time_case(case, actions, timing, lambda: clear_gradients(layer, given), tell)
+        time_case(case, actions, timing, after, tell)
     return case

@@ -67,6 +67,9 @@ def bench(
             "path of grouped_nf4, such as grouped_nf4[fused], and triton[bf16], on weights that were decoded before.",
         ),
     ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", metavar="NAME", help="Leaves out this peer; repeatable.")
+    ] = None,
     scale: Annotated[int, typer.Option(callback=within(1), help="Divides H and I, for a quick look.")] = 1,
     seconds: Annotated[
         float | None, typer.Option(callback=within(0), help="How long each case is timed. Default: 10; on a GPU 0.5.")
@@ -125,6 +128,7 @@ def bench(
         rounds=rounds,
         limit=limit,
         interpreted=interpreted,
+        without=choice("--without", without, known.known_peers()) or (),
     )
     make_folder(out)
     started = time.monotonic()

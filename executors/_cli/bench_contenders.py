@@ -33,6 +33,7 @@ class Contender:
         refusal: why it is left out for so many tokens, with or without backward, or "".
         interpreted: whether its kernels are interpreted, so that its times are no measurement.
         prepare: called once before its first case, for a peer that tunes itself by what it meets first.
+        settle: called after each timed call of whoever it was, outside its time, for a peer whose threads stay busy.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Contender:
     refusal: Callable[[int, bool], str] = no_refusal
     interpreted: bool = False
     prepare: Callable[[], None] | None = None
+    settle: Callable[[], None] | None = None
 
     def why_not(self, tokens: int, backward: bool) -> str:
         """Why it is left out of a case, or ""."""

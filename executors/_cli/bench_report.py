@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from executors._cli import bench_gnf4 as gnf4
+from executors._cli import bench_kt as kt
 from executors._cli import report
 from executors._cli.bench import Findings
 from executors._cli.bench_bnb import STACK
@@ -38,12 +39,15 @@ def machine(settings: Settings) -> list[str]:
             lines.append(f"Triton {report.version_of('triton')}; {_named(gnf4.NAME, gnf4.DISTRIBUTION)}")
     elif settings.gpu:
         lines.append(f"Triton {report.version_of('triton')}; {_named(NAME, DISTRIBUTION)}")
+    elif kt.kt_version():
+        lines.append(f"{_named(kt.NAME, kt.DISTRIBUTION)}, {kt.kt_variant()} variant")
     return lines
 
 
 def _named(prefix: str, package: str) -> str:
     versions = {"transformers": peers_version, "bitsandbytes": bitsandbytes_version}
     versions |= {DISTRIBUTION: liger_version, gnf4.DISTRIBUTION: gnf4.gnf4_version}
+    versions[kt.DISTRIBUTION] = kt.kt_version
     version = versions[package]()
     return f"{prefix} is {package} {version}" if version else f"{package} is not installed: no peers"
 
@@ -65,7 +69,7 @@ def heading(settings: Settings, ceilings: Ceilings) -> list[str]:
 
 
 _RATIOS = (
-    "x best: how many times as fast as the fastest of transformers; median, 10th and",
+    "x best: how many times as fast as the fastest that is not ours; median, 10th and",
     "90th percentile over the rounds. ~: no result, a contender differs as much from",
     "itself: it is timed twice in each round, see 'again'",
 )
@@ -154,6 +158,7 @@ def as_json(settings: Settings, found: Findings, seconds: float) -> dict[str, An
         "bitsandbytes": bitsandbytes_version(),
         DISTRIBUTION: liger_version(),
         gnf4.DISTRIBUTION: gnf4.gnf4_version(),
+        kt.DISTRIBUTION: {"version": kt.kt_version(), "variant": kt.kt_variant()} if kt.kt_version() else None,
         "quantisation": settings.quantisation.as_json() if settings.quantisation else None,
         "commit": commit(),
         "arguments": asdict(settings),

@@ -8,10 +8,13 @@ from typing import TypeVar
 import torch
 
 import executors
+from executors._cli import bench_gnf4, bench_kt, bench_liger, bench_loops, bench_mxfp4
+from executors._cli.bench_bnb import LOOPS, ON_STACKS, SUFFIX
 from executors._cli.bench_case import DENSE_WEIGHTS, FORWARD, LORA, WITH_BACKWARD
 from executors._cli.bench_layers import LAYERS
 from executors._cli.bench_measure import MIN_ROUNDS
 from executors._cli.bench_nf4 import QUANT_TYPES, Quantisation
+from executors._cli.bench_peers import IMPLEMENTATIONS, PREFIX
 from executors._cli.bench_routing import KINDS
 from executors._cli.bench_variants import TRITON
 
@@ -47,6 +50,7 @@ class Settings:
         memory: whether peak memory is measured.
         rounds: of one case, at least.
         limit: seconds after which no further case is begun; None is no limit.
+        without: names of `known_peers` that are left out.
         graphs: whether calls are timed in a CUDA graph too, on a GPU.
         interpreted: whether executors whose kernels are interpreted take part; their times are no measurement.
     """
@@ -69,6 +73,7 @@ class Settings:
     limit: float | None = None
     interpreted: bool = False
     graphs: bool = True
+    without: tuple[str, ...] = ()
 
     @property
     def gpu(self) -> bool:
@@ -110,6 +115,14 @@ def takes(name: str, weights: str) -> bool:
         return weights in executors.get(name).capabilities.weights
     except executors.Unavailable:
         return True
+
+
+def known_peers() -> list[str]:
+    """The names of all peers, whatever layer and device they are for."""
+    loops = [prefix + kind for prefix in (LOOPS, bench_mxfp4.PREFIX) for kind in bench_loops.KINDS]
+    stacks = [PREFIX + name + SUFFIX for name in ON_STACKS]
+    products = [bench_gnf4.NAME, bench_kt.NAME, bench_liger.NAME]
+    return [*(PREFIX + name for name in IMPLEMENTATIONS), *products, *stacks, *loops]
 
 
 def known_routings() -> list[str]:
