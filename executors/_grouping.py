@@ -61,7 +61,7 @@ def combine(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None) -> Tensor
     total = torch.zeros(tokens, rows.shape[1], dtype=wide, device=rows.device)
     if row_of_slot.numel() * rows.shape[1] <= GATHERED:
         gathered = rows.index_select(0, row_of_slot.t().reshape(-1)).to(wide)
-        slots: Iterable[Tensor] = gathered.view(top_k, tokens, -1).unbind()
+        slots: Iterable[Tensor] = gathered.view(top_k, tokens, rows.shape[1]).unbind()
     else:
         slots = (rows.index_select(0, row_of_slot[:, k]).to(wide) for k in range(top_k))
     if weights is None:
