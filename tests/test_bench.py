@@ -242,7 +242,7 @@ def test_command_prints_tables_and_writes_everything(tmp_path: Path) -> None:
 def test_without_transformers_only_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("executors._cli.bench_peers.peers_version", lambda: None)
     monkeypatch.setattr(bench_report, "peers_version", lambda: None)
-    result = bench(tmp_path, *SMALL, "--routing", "real", "--direction", "forward")
+    result = bench(tmp_path, *SMALL, "--routing", "real", "--direction", "forward", "--without", "kt-kernel")
     assert result.exit_code == 0, result.output
     assert "transformers is not installed: no peers" in " ".join(result.output.split())
     (first, _) = json.loads((tmp_path / "bench.json").read_text())["cases"]
@@ -285,6 +285,10 @@ def test_bad_arguments_exit_with_2_and_one_line(tmp_path: Path) -> None:
         (("--routing", "odd"), "--routing odd: must be one of real, uniform, skewed"),
         (("--direction", "back"), "--direction back: must be one of forward, forward_backward"),
         (("--executor", "nativ"), "--executor nativ: must be one of"),
+        (
+            ("--without", "native"),
+            "--without native: must be one of hf:eager, hf:grouped_mm, hf:batched_mm, gnf4, kt-kernel",
+        ),
         (("--device", "quantum"), "--device quantum: must be a device that torch has here"),
         (("--out", file), f"--out {file}: must be a folder that can be written"),
     ]

@@ -98,7 +98,7 @@ def bench(
     those with adapters in a CUDA graph too, launches are counted, liger-kernel is one more peer, and roofline.png
     shows how far from the machine's ceilings all of them are. Exit status: 0 if all executors passed, 1 if one
     failed or an executor asked for by name cannot run, 2 for bad arguments. The peers need transformers and
-    bitsandbytes: pip install "moe-ref[bench]".
+    bitsandbytes: pip install "moe-ref[bench]". On a CPU kt-kernel is one more, forward in bf16, where it is installed.
     """
     from executors._cli import bench as benchmark
     from executors._cli import bench_report

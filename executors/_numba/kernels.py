@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import njit, prange, types
 from numba.extending import intrinsic
 
 COLUMNS = 64  # of a job
@@ -24,12 +24,13 @@ KINDS = {"bfloat16": np.uint16(0), "float16": np.int16(0), "float32": np.float32
 I16, I32, FP16, FP32 = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any], parallel: bool = False) -> Any:
     """The function, to be compiled at its first call, and kept on disk if it can be; it lets go of Python's lock.
 
     Sums may be reordered, and products fused into them; NaN and infinity stay what they are.
     """
     options: dict[str, Any] = {"fastmath": {"reassoc", "contract"}, "nogil": True, "error_model": "numpy"}
+    options["parallel"] = parallel
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # no folder can be written
@@ -241,3 +242,24 @@ def multiply(
             _by_rows(a + 4 * row * width, rows, b, strides[1], size, count, width, to, columns, kind)
         else:
             _by_columns(a + 4 * row * width, rows, b, strides[0], size, count, width, to, columns, kind)
+
+
+def _multiply_shared(
+    bounds: Any,
+    groups: Any,
+    block: int,
+    a: int,
+    width: int,
+    columns: int,
+    strides: Any,
+    size: int,
+    out: int,
+    kind: Any,
+) -> None:
+    for share in prange(len(bounds) - 1):
+        multiply(bounds[share], bounds[share + 1], groups, block, a, width, columns, strides, size, out, kind)
+
+
+multiply_shared = compiled(
+    _multiply_shared, parallel=True
+)  # jobs from bounds[i] to bounds[i + 1] - 1 by one thread each

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from itertools import pairwise
+from threading import Lock
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,8 +13,7 @@ from torch import Tensor
 from executors import _cpu_product
 from executors._layer import Matrices, stored_dtype
 from executors._loop import LoopProducts
-from executors._numba.kernels import KINDS, multiply
-from executors._numba.threads import share
+from executors._numba.kernels import KINDS, multiply, multiply_shared
 from executors._stack import Stack
 from moe_ref.validation import dtype_name
 
@@ -23,6 +23,7 @@ BY_ROWS = {True: 4, False: 48}
 BY_COLUMNS = {True: 2, False: 32}
 BLOCK_BY_ROWS = 32  # columns of a job: few enough for many jobs
 BLOCK_BY_COLUMNS = 4096  # as many as there are, mostly: rows of the matrix are read through
+_ONE_CALL = Lock()  # at a time: not all of Numba's ways to share work among threads can be entered twice
 
 
 class NumbaProducts(LoopProducts):
@@ -94,20 +95,23 @@ def _compiled(a: Tensor, matrices: Tensor, groups: list[tuple[int, int, int]]) -
     table = np.array([(start, stop - start, first + size * expert * e) for e, start, stop in groups], dtype=np.int64)
     blocks = -(-columns // block)
     kind = KINDS[dtype_name(matrices)]
-    bounds = _bounds(np.repeat(np.maximum(table[:, 1], 2), blocks), torch.get_num_threads())
-    share(
-        multiply,
-        [
-            (begin, end, table, block, a.data_ptr(), width, columns, (row, column), size, out.data_ptr(), kind)
-            for begin, end in pairwise(bounds)
-            if begin < end
-        ],
-    )
+    given = table, block, a.data_ptr(), width, columns, (row, column), size, out.data_ptr(), kind
+    count = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    if count == 1:  # no threads at all: those of OpenMP do not survive a fork
+        multiply(0, blocks * len(groups), *given)
+        return out
+    with _ONE_CALL:
+        before = numba.get_num_threads()
+        numba.set_num_threads(count)
+        try:
+            multiply_shared(_bounds(np.repeat(np.maximum(table[:, 1], 2), blocks), count), *given)
+        finally:
+            numba.set_num_threads(before)
     return out
 
 
-def _bounds(costs: np.ndarray, threads: int) -> list[int]:
-    """Where each thread's jobs begin, and their number: shares of about the same cost."""
+def _bounds(costs: np.ndarray, threads: int) -> np.ndarray:
+    """[threads + 1] Where each thread's jobs begin, and their number: shares of about the same cost."""
     done = np.cumsum(costs)
     shares = np.searchsorted(done, done[-1] * np.arange(1, threads) / threads, side="left") + 1
-    return [0, *(int(share) for share in np.minimum(shares, len(costs))), len(costs)]
+    return np.array([0, *np.minimum(shares, len(costs)), len(costs)], dtype=np.int64)
