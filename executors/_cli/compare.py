@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from executors._cli.layer_file import Layer
 from executors._cli.measure import measure_times, peak_memory
 
 MILLISECONDS = 1000.0
+PROCESSES = 2  # that measure memory at a time, mostly waiting for imports
 LABELS = {
     "y": "y",
     "x": "dx",
@@ -112,10 +114,13 @@ def compare(
     timed = {name: pair for name, pair in contenders.items() if not pair[0].capabilities.interpreted}
     times = measure_times(timed, repeats, lambda: progress("timing"))
     device = str(truth.inputs.x.device)
-    for row in (row for row in measured if row.name in timed):
-        progress(f"memory of {row.name}")
-        row.seconds = times[row.name]
-        row.peak_mib = peak_memory(row.name, layer.path, seed, device, tokens)
+    progress("memory")
+    with ThreadPoolExecutor(PROCESSES if device == "cpu" else 1) as pool:
+        peaks = dict(
+            zip(timed, pool.map(lambda n: peak_memory(n, layer.path, seed, device, tokens), timed), strict=True)
+        )
+    for name in timed:
+        by_name[name].seconds, by_name[name].peak_mib = times[name], peaks[name]
     return rows
 
 
