@@ -19,8 +19,9 @@ from torch import Tensor
 from moe_ref.validation import dtype_name
 
 NARROW = (torch.bfloat16, torch.float16)
-FEW_ROWS = 6  # up to so many rows are multiplied as they are (docs/performance.md)
+FEW_ROWS = 5  # up to so many rows are multiplied as they are (docs/performance.md)
 SLICE = 2**18  # numbers of a matrix that are widened at a time: 1 MiB
+ALIGNED = 64  # columns of which a slice has a multiple, if it can
 
 
 @cache
@@ -60,7 +61,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     if b.dtype not in NARROW or (b.dtype == torch.bfloat16 and multiplies(b.dtype)):
         torch.mm(a, b, out=out)
     elif not (is_narrow(a.shape[0], b) and _multiply_narrow(a, b, out)):
-        _multiply_widened(a.float(), b, out)
+        _multiply_widened(a.float().contiguous(), b, out)
 
 
 def multiply_outer(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -102,16 +103,18 @@ def _multiply_narrow(a: Tensor, b: Tensor, out: Tensor) -> bool:
 def _multiply_widened(a: Tensor, b: Tensor, out: Tensor) -> None:
     """The product in fp32 of a [n, k], in fp32, and b [k, m], widened in slices of its columns."""
     count, columns = b.shape
-    step = max(1, min(columns, SLICE // max(1, count)))
+    step = max(1, SLICE // max(1, count))
+    step = min(columns, step - step % ALIGNED or step)
     turned = b.stride(0) == 1  # each column of b is in one piece: slices are the left operand
-    room = a.new_empty((step, count) if turned else (count, step))
+    room = a.new_empty(step * count)
     found = []
     for start in range(0, columns, step):
         part = b[:, start : start + step]
+        own = room[: part.numel()]  # in one piece too: oneDNN is slow where rows have gaps between them
         if turned:
-            found.append(_multiply_fp32(room[: part.shape[1]].copy_(part.t()), a))
+            found.append(_multiply_fp32(own.view(-1, count).copy_(part.t()), a))
         else:
-            found.append(_multiply_fp32(a, room[:, : part.shape[1]].copy_(part).t()))
+            found.append(_multiply_fp32(a, own.view(count, -1).copy_(part).t()))
     out.copy_(torch.cat(found).t() if turned else torch.cat(found, dim=1))
 
 

@@ -19,8 +19,8 @@ from moe_ref.validation import dtype_name
 
 # Up to so many rows of an expert the kernels are faster than torch, measured (docs/performance.md): of matrices whose
 # rows, or columns, are summed over in one piece; on processors with and without products of 16 bits.
-BY_ROWS = {True: 4, False: 48}
-BY_COLUMNS = {True: 2, False: 32}
+BY_ROWS = {True: 4, False: 96}
+BY_COLUMNS = {True: 3, False: 48}
 BLOCK_BY_ROWS = 32  # columns of a job: few enough for many jobs
 BLOCK_BY_COLUMNS = 4096  # as many as there are, mostly: rows of the matrix are read through
 _ONE_CALL = Lock()  # at a time: not all of Numba's ways to share work among threads can be entered twice
