@@ -22,7 +22,7 @@ from moe_ref.validation import dtype_name
 BY_ROWS = {True: 4, False: 96}
 BY_COLUMNS = {True: 3, False: 48}
 BLOCK_BY_ROWS = 32  # columns of a job: few enough for many jobs
-BLOCK_BY_COLUMNS = 4096  # as many as there are, mostly: rows of the matrix are read through
+BLOCK_BY_COLUMNS = 1024  # as many as leave jobs for all threads: rows of the matrix are read through
 _ONE_CALL = Lock()  # at a time: not all of Numba's ways to share work among threads can be entered twice
 
 
