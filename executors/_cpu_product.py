@@ -19,8 +19,10 @@ from torch import Tensor
 from moe_ref.validation import dtype_name
 
 NARROW = (torch.bfloat16, torch.float16)
+X86 = ("x86_64", "amd64")
 FEW_ROWS = 5  # up to so many rows are multiplied as they are (docs/performance.md)
 SLICE = 2**18  # numbers of a matrix that are widened at a time: 1 MiB
+TILE = 32  # numbers of bf16 in a row of AMX' tiles
 ALIGNED = 64  # columns of which a slice has a multiple, if it can
 
 
@@ -36,8 +38,17 @@ def multiplies(dtype: torch.dtype) -> bool:
         return False
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    emulated = machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_avx512_bf16_supported()
+    emulated = machine().lower() in X86 and not torch.cpu._is_avx512_bf16_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not emulated
+
+
+def keeps_rows_apart(dtype: torch.dtype, count: int) -> bool:
+    """Whether torch's own product sums ``count`` numbers of each row and nothing else.
+
+    With AMX oneDNN reads on into the next row where a row of bf16 is no whole tile, and multiplies that by zeros: a NaN
+    there would come through (R4).
+    """
+    return dtype != torch.bfloat16 or count % TILE == 0 or not _has_amx()
 
 
 def note(x: Tensor) -> str:
@@ -58,7 +69,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         b: [k, m], any strides.
         out: [n, m], written; a's dtype, or fp32 beside fp16, whose results may pass its range (E7).
     """
-    if b.dtype not in NARROW or (b.dtype == torch.bfloat16 and multiplies(b.dtype)):
+    if b.dtype not in NARROW:
         torch.mm(a, b, out=out)
     elif not (is_narrow(a.shape[0], b) and _multiply_narrow(a, b, out)):
         _multiply_widened(a.float().contiguous(), b, out)
@@ -85,7 +96,9 @@ def multiply_outer(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def is_narrow(count: int, b: Tensor) -> bool:
     """Whether ``count`` rows are multiplied with b [k, m] in b's own 16 bits."""
-    return multiplies(b.dtype) or (count <= FEW_ROWS and b.stride(0) == 1)
+    if multiplies(b.dtype):
+        return keeps_rows_apart(b.dtype, b.shape[0])
+    return count <= FEW_ROWS and b.stride(0) == 1
 
 
 def _multiply_narrow(a: Tensor, b: Tensor, out: Tensor) -> bool:
@@ -128,6 +141,10 @@ def _multiply_fp32(a: Tensor, b: Tensor) -> Tensor:
     rows = a if a.shape[0] > 1 else a.expand(2, -1).contiguous()
     product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, b, None, "none", [], "")
     return product[: a.shape[0]]
+
+
+def _has_amx() -> bool:
+    return machine().lower() in X86 and torch.cpu._is_amx_tile_supported()
 
 
 def _has_onednn() -> bool:

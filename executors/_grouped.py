@@ -1,9 +1,9 @@
 """Products by one call of ``torch.nn.functional.grouped_mm``, mended where torch's operator falls short.
 
 It wants strides of whole 16 bytes, leaves rows past the last group unwritten, and may write something for empty groups.
-In two cases the loop over experts does better, and takes its place: fp16, whose results may pass its range where torch
-has them in fp16 only (E7), and bf16 on a CPU that multiplies no matrices of bf16. In both torch's operator is a loop
-over experts too, with the group offsets on the host.
+In some cases the loop over experts takes its place: fp16, whose results may pass its range where torch has them in fp16
+only (E7), and on a CPU bf16 where the processor multiplies no matrices of it, or not soundly. In all of them torch's
+operator is a loop over experts too, with the group offsets on the host.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ class GroupedProducts:
 
     def rows(self, a: Tensor, matrices: Tensor) -> Tensor:
         """[S, m]: a [S, k] times matrices [E, m, k] transposed."""
-        if _in_a_loop(a.device, matrices.dtype):
+        if _in_a_loop(a.device, matrices.dtype, a.shape[1]):
             return self._loop.rows(a, matrices)
         return self._product(a, matrices.transpose(1, 2))
 
     def rows_back(self, a: Tensor, matrices: Tensor) -> Tensor:
         """[S, k]: a [S, m] times matrices [E, m, k]."""
-        if _in_a_loop(a.device, matrices.dtype):
+        if _in_a_loop(a.device, matrices.dtype, a.shape[1]):
             return self._loop.rows_back(a, matrices)
         return self._product(a, matrices)
 
     def outer(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         """[E, m, k] in ``dtype``: a [S, m] transposed times b [S, k], group by group."""
         _check_rows(a)
-        if _in_a_loop(a.device, dtype):
+        if _in_a_loop(a.device, dtype, 0):
             return self._loop.outer(a, b, dtype)
         out = F.grouped_mm(_aligned_rows(a).t(), _aligned_rows(b), offs=self._ends)[:, : a.shape[1], : b.shape[1]]
         if out.is_cuda:  # some GPU kernels write something for groups without rows
@@ -81,9 +81,11 @@ class GroupedProducts:
         return F.grouped_mm(_aligned_rows(a), matrices, offs=self._ends)
 
 
-def _in_a_loop(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of this dtype go by the loop over experts."""
-    return dtype == torch.float16 or (device.type == "cpu" and not _cpu_product.multiplies(dtype))
+def _in_a_loop(device: torch.device, dtype: torch.dtype, summed: int) -> bool:
+    """Whether products of this dtype, of rows of so many numbers, go by the loop over experts."""
+    if dtype == torch.float16 or device.type != "cpu":
+        return dtype == torch.float16
+    return not (_cpu_product.multiplies(dtype) and _cpu_product.keeps_rows_apart(dtype, summed))
 
 
 def _check_rows(rows: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import executors
 from executors import _cpu_product, _half
+from executors._grouped import GroupedProducts
 from executors._loop import LoopProducts
 from moe_ref import MoEConfig, MoEWeights
 
@@ -130,8 +131,11 @@ def calls_of(multiply: Callable[..., None], *tensors: torch.Tensor) -> Calls:
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_the_processor_decides_and_few_rows(instructions: bool, dtype: torch.dtype) -> None:
+def test_the_processor_decides_and_few_rows(
+    instructions: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch's own 16-bit product where there are instructions for it, or few rows and a matrix stored by columns."""
+    monkeypatch.setattr(_cpu_product, "_has_amx", lambda: False)
     few = _cpu_product.FEW_ROWS
     for order, n in product(("rows", "columns"), (1, few, few + 1)):
         tensors = torch.zeros(n, 8, dtype=dtype), matrix(8, 6, dtype, order), torch.empty(n, 6, dtype=dtype)
@@ -172,6 +176,27 @@ def test_bf16_is_not_trusted_where_it_is_emulated(monkeypatch: pytest.MonkeyPatc
     assert not _cpu_product.multiplies.__wrapped__(torch.bfloat16)
     monkeypatch.setattr(_cpu_product, "_has_onednn", lambda: False)
     assert not any(_cpu_product.multiplies.__wrapped__(dtype) for dtype in NARROW)
+
+
+@pytest.mark.parametrize("k", [7, 9, 17, 34, 50, 96, 176, 208])
+def test_rows_stay_apart(k: int) -> None:
+    """R4: with AMX oneDNN multiplies what follows a row by zeros, which a NaN survives, unless rows are whole tiles."""
+    for order in ("rows", "columns"):
+        a, b = torch.randn(33, k).bfloat16(), matrix(k, 48, torch.bfloat16, order)
+        a[16], out = torch.nan, torch.empty(33, 48, dtype=torch.bfloat16)
+        _cpu_product.multiply(a, b, out)
+        matrices = b.t()[None].contiguous() if order == "columns" else b.t()[None]
+        grouped = GroupedProducts(torch.tensor([0, 33]))
+        for found in (out, grouped.rows(a, matrices), grouped.rows_back(a, matrices.transpose(1, 2))):
+            assert found.isnan().any(dim=1).nonzero().flatten().tolist() == [16]
+
+
+def test_rows_of_whole_tiles_are_multiplied_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule costs nothing for sizes that models have."""
+    for amx, k, apart in ((True, 2880, True), (True, 176, False), (False, 176, True)):
+        monkeypatch.setattr(_cpu_product, "_has_amx", lambda amx=amx: amx)
+        assert _cpu_product.keeps_rows_apart(torch.bfloat16, k) == apart
+    assert _cpu_product.keeps_rows_apart(torch.float32, 7)
 
 
 def test_without_onednn_fp32_products_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

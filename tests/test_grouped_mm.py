@@ -29,11 +29,11 @@ def test_grouped_mm_says_where_it_waits(
     """explain has a remark, and capture is refused, wherever torch reads the offsets on the host."""
     inputs = inputs_of(replace(PROBLEM, dtype=dtype))
     executor = executors.get("grouped_mm")
-    assert executor.note(inputs.x, inputs.weights) == ""  # on a CPU nothing waits
+    assert "host" not in executor.note(inputs.x, inputs.weights)  # on a CPU nothing waits
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert (executor.note(inputs.x, inputs.weights) == "") == free
+    assert ("host" not in executor.note(inputs.x, inputs.weights)) == free
     executor.check(inputs.x, inputs.weights)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     if free:

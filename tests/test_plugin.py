@@ -112,7 +112,7 @@ def test_without_a_name_the_usable_executors_are_judged(outside: Path, monkeypat
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     outside.joinpath("test_mine.py").write_text("from moe_ref.conformance.suite import *")
     ran = run_pytest(outside, "--collect-only", "-q", "-k", "bad_input")
-    usable = ["grouped_mm", "grouped_nf4", "native"]
+    usable = ["grouped_mm", "grouped_nf4", "native", "numba"]
     assert re.findall(r"test_bad_input_is_refused_in_one_line\[(\w+)\]", ran.stdout) == usable
 
 
