@@ -312,6 +312,11 @@ def test_alone(name: str) -> None:
     ALONE[name]()
 
 
+def test_no_two_checks_have_one_name() -> None:
+    """Or planted bugs would be looked for by another check than theirs."""
+    assert len({*ALONE, *PANEL, *RANGES}) == len(ALONE) + len(PANEL) + len(RANGES)
+
+
 @pytest.mark.parametrize("name", [*PANEL, *RANGES])
 def test_as_they_are(name: str) -> None:
     check(name)

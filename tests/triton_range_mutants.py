@@ -68,8 +68,18 @@ RANGE_MUTANTS = {
         "o *= tl.load(h_powers + tl.load(order + tl.minimum(rows, end - 1)))[:, None]",
         "outputs of one token",
     ),
-    "an adapter's part stays divided": ("products", "        total *= power\n", "        total *= 1.0\n", "adapters"),
-    "what an adapter is added to is not divided": ("products", "        total *= inverse_of(power)\n", "", "adapters"),
+    "an adapter's part stays divided": (
+        "products",
+        "        total *= power\n",
+        "        total *= 1.0\n",
+        "between factors",
+    ),
+    "what an adapter is added to is not divided": (
+        "products",
+        "        total *= inverse_of(power)\n",
+        "",
+        "between factors",
+    ),
     "an adapter with the power of another row": (
         "products",
         "tl.load(powers + own)",

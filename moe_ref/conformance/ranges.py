@@ -78,7 +78,7 @@ RANGES = {
     "scaled gradients of slots": Range(
         ("dx_slot_weighted",), x=-1, gate_up=1, down=2, weights=4, dy=1, cancel=True, scale_input=True
     ),
-    "adapters": Range(
+    "between factors": Range(
         ("gate_up_lora_inner", "gate_up_lora_inner_scaled", "down_lora_inner", "down_lora_inner_scaled"),
         x=9,
         gate_up=-8,
