@@ -83,6 +83,8 @@ def multiply_outer(a: Tensor, b: Tensor, out: Tensor) -> None:
         b: [n, k]; of a's dtype, but one may be fp32 where the other is fp16.
         out: [m, k], written; of any dtype.
     """
+    if out.stride(0) < out.stride(1):  # stored by columns
+        a, b, out = b, a, out.t()
     if a.dtype == b.dtype == out.dtype and multiplies(out.dtype):
         torch.mm(a.t(), b, out=out)
     elif a.shape[0] == 1:  # a single product for each number

@@ -58,20 +58,26 @@ class GroupedProducts:
             return self._loop.rows_back(a, matrices)
         return self._product(a, matrices)
 
-    def outer(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-        """[E, m, k] in ``dtype``: a [S, m] transposed times b [S, k], group by group."""
+    def outer(self, a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """[E, m, k] in ``dtype``: a [S, m] transposed times b [S, k], group by group; the gradient of ``like``."""
         _check_rows(a)
         if _in_a_loop(a.device, dtype, 0):
-            return self._loop.outer(a, b, dtype)
-        out = F.grouped_mm(_aligned_rows(a).t(), _aligned_rows(b), offs=self._ends)[:, : a.shape[1], : b.shape[1]]
-        if out.is_cuda:  # some GPU kernels write something for groups without rows
-            out.masked_fill_(self._empty[:, None, None], 0.0)
-        return out
+            return self._loop.outer(a, b, like, dtype)
+        if like.stride(1) < like.stride(2):  # stored by columns: so is its gradient
+            return self._outer(b, a).transpose(1, 2)
+        return self._outer(a, b)
 
     def clear(self, rows: Tensor) -> Tensor:
         """The same tensor, with zeros written past the last group."""
         places = torch.arange(rows.shape[0], device=rows.device)
         return rows.masked_fill_((places >= self._end)[:, None], 0.0)
+
+    def _outer(self, a: Tensor, b: Tensor) -> Tensor:
+        """[E, m, k]: a [S, m] transposed times b [S, k], group by group."""
+        out = F.grouped_mm(_aligned_rows(a).t(), _aligned_rows(b), offs=self._ends)[:, : a.shape[1], : b.shape[1]]
+        if out.is_cuda:  # some GPU kernels write something for groups without rows
+            out.masked_fill_(self._empty[:, None, None], 0.0)
+        return out
 
     def _product(self, a: Tensor, matrices: Tensor) -> Tensor:
         """[S, n]: a [S, r] times matrices [E, r, n]."""

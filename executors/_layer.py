@@ -34,10 +34,11 @@ class Products(Protocol):
     def rows_back(self, a: Tensor, matrices: Any) -> Tensor:
         """[S, k]: a [S, m] times matrices [E, m, k]."""
 
-    def outer(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-        """[E, m, k] in ``dtype``: a [S, m] transposed times b [S, k], group by group.
+    def outer(self, a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """[E, m, k] in ``dtype``: a [S, m] transposed times b [S, k], group by group; the gradient of ``like``.
 
-        Exactly 0 for an expert without rows (D2). Beside fp16 one of a and b may be fp32.
+        Exactly 0 for an expert without rows (D2). Beside fp16 one of a and b may be fp32. It is stored in the order of
+        ``like`` where that costs nothing.
         """
 
     def clear(self, rows: Tensor) -> Tensor:
@@ -209,15 +210,17 @@ def _add_matrix_gradients(
 ) -> None:
     projection = layer.down if name == "down" else layer.up
     if needs[f"{name}_proj"]:
-        found[f"{name}_proj"] = products.outer(d_out, rows, layer.x.dtype)
+        assert isinstance(projection.matrices, Tensor)
+        found[f"{name}_proj"] = products.outer(d_out, rows, projection.matrices, layer.x.dtype)
     if projection.lora_a is None:
         return
     if needs[f"{name}_lora_a"]:
         d_inner = _d_inner(d_out, projection, products)
-        found[f"{name}_lora_a"] = products.outer(d_inner, rows.to(d_inner.dtype), d_inner.dtype)
+        found[f"{name}_lora_a"] = products.outer(d_inner, rows.to(d_inner.dtype), projection.lora_a, d_inner.dtype)
     if needs[f"{name}_lora_b"]:
+        assert projection.lora_b is not None
         inner = _inner(rows, projection, products)
-        found[f"{name}_lora_b"] = products.outer(d_out.to(inner.dtype), inner, inner.dtype)
+        found[f"{name}_lora_b"] = products.outer(d_out.to(inner.dtype), inner, projection.lora_b, inner.dtype)
 
 
 def _inner(rows: Tensor, projection: Projection, products: Products) -> Tensor:

@@ -27,7 +27,6 @@ class LoopProducts:
     def __init__(self, group_offsets: Tensor) -> None:
         places = enumerate(pairwise(group_offsets.tolist()))
         self._groups = [(expert, start, stop) for expert, (start, stop) in places if start < stop]
-        self._num_experts = len(group_offsets) - 1
         self._end = self._groups[-1][2] if self._groups else 0
 
     def rows(self, a: Tensor, matrices: Matrices) -> Tensor:
@@ -53,9 +52,9 @@ class LoopProducts:
             del matrix
         return out
 
-    def outer(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    def outer(self, a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
         """[E, m, k]: a [S, m] transposed times b [S, k], group by group; zeros are written where nothing else is."""
-        out = a.new_empty(self._num_experts, a.shape[1], b.shape[1], dtype=dtype)
+        out = torch.empty_like(like, dtype=dtype)
         done = 0
         for expert, start, stop in self._groups:
             out[done:expert].zero_()

@@ -15,7 +15,7 @@ from executors._grouping import group
 from executors._layer import Layer, Matrices, Products, Projection
 from executors._operator import Arguments, Kept
 from executors._stack import Stack, room_for
-from moe_ref.types import PackedTensor
+from moe_ref.types import PARAMETERS, PackedTensor
 
 
 class Multiplication(NamedTuple):
@@ -33,8 +33,8 @@ class Multiplication(NamedTuple):
 
     @property
     def gradient_format(self) -> torch.memory_format:
-        """Gradients are contiguous."""
-        return torch.contiguous_format
+        """Gradients of parameters are stored as those are: autograd would copy others into that order."""
+        return torch.preserve_format
 
     def forward(self, given: Arguments, keep_z: bool, keep_own: bool) -> tuple[Tensor, Kept]:
         """y [T, H]; of both projections what was decoded is kept too, or nothing."""
@@ -68,7 +68,19 @@ class Multiplication(NamedTuple):
         z = kept.z
         if not z.shape[0]:  # nothing was kept: the same products give the same bits (D4)
             z = _layer.preactivations(layer, multiply)
-        return {n: g.contiguous() for n, g in _layer.backward(layer, multiply, z, dy, needs).items()}
+        found = _layer.backward(layer, multiply, z, dy, needs)
+        owners = given.owners()
+        return {name: _stored_as(owners[name], gradient, name in PARAMETERS) for name, gradient in found.items()}
+
+
+def _stored_as(owner: Tensor | None, gradient: Tensor, parameter: bool) -> Tensor:
+    """The gradient in the order of memory that is promised: that of its owner if it is a parameter, else contiguous."""
+    assert owner is not None
+    order = torch.preserve_format if parameter else torch.contiguous_format
+    wanted = torch.empty_like(owner, device="meta", memory_format=order).stride()
+    if gradient.stride() == wanted:
+        return gradient
+    return gradient.new_empty_strided(gradient.shape, wanted).copy_(gradient)
 
 
 def _packed(given: Arguments) -> list[PackedTensor | None]:

@@ -46,9 +46,9 @@ class SlicedProducts(GroupedProducts):
             return super().rows_back(_widened(a), _widened(matrices))
         return self._by_slices(_widened(a), matrices, back=True)
 
-    def outer(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    def outer(self, a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
         """[E, m, k] in ``dtype``: a [S, m] transposed times b [S, k], group by group; of adapters only."""
-        return super().outer(_widened(a), _widened(b), stored_dtype(dtype)).to(dtype)
+        return super().outer(_widened(a), _widened(b), like, stored_dtype(dtype)).to(dtype)
 
     def _by_slices(self, a: Tensor, matrices: Stack, back: bool) -> Tensor:
         slots, num_experts = a.shape[0], len(self._experts)

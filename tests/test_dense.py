@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import executors
-from dense_cases import EVERYTHING, PROBLEM, WATCHED, Watched, arguments, both, every, inputs_of
+from dense_cases import EVERYTHING, OPERATORS, PROBLEM, WATCHED, Watched, arguments, both, every, inputs_of, needs_all
 from executors import _grouping, _layer, _operator
 from executors._loop import LoopProducts
 from executors._multiplication import Multiplication
@@ -239,3 +239,21 @@ def test_autocast_does_not_reach_into_an_operator() -> None:
             assert (tensors[0] @ tensors[3][0].t()).dtype == torch.bfloat16
             actual = operator.forward(*tensors, True, False, *static)
     assert all(torch.equal(e, a) and e.dtype == a.dtype for e, a in zip(expected, actual, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@both
+def test_gradients_are_stored_as_their_parameters(name: str, dtype: str) -> None:
+    """A stack that is stored by columns gets such a gradient: autograd would copy another one into that order."""
+    gradients = []
+    for layout in ("contiguous", "transposed"):
+        inputs = inputs_of(replace(PROBLEM, entry="experts", dtype=dtype, weights_layout=layout))
+        tensors, static = arguments(inputs)
+        _, *kept = OPERATORS[name].forward(*tensors, True, True, *static)
+        found = OPERATORS[name].backward(inputs.dy, *kept, *tensors, needs_all(tensors), *static)[2:4]
+        for gradient, parameter in zip(found, tensors[3:5], strict=True):
+            assert gradient.stride() == parameter.stride()
+            assert (gradient.stride(2) == 1) == (layout == "contiguous")
+        gradients.append(found)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)

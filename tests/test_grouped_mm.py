@@ -76,5 +76,5 @@ def test_more_rows_than_32_bits_count_are_refused() -> None:
         with pytest.raises(executors.Unsupported, match=r"^T\*K=2147483648 slots: must be at most 2147483647"):
             product(rows, matrices)
     with pytest.raises(executors.Unsupported, match="slots"):
-        products.outer(rows, rows, torch.bfloat16)
+        products.outer(rows, rows, matrices, torch.bfloat16)
     assert products.rows(rows[1:], matrices).shape == (2**31 - 1, 8)
