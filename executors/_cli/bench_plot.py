@@ -80,7 +80,7 @@ def _reference(cases: list[Case]) -> str:
     """Whom a row of panels compares with."""
     if all(case.stack_row() for case in cases):
         return cases[0].stack
-    return "the fastest peer" if cases[0].stack else "transformers' best"
+    return "the fastest peer"
 
 
 def _ratio_of(cases: list[Case]) -> Places:
