@@ -256,4 +256,5 @@ def test_gradients_are_stored_as_their_parameters(name: str, dtype: str) -> None
             assert (gradient.stride(2) == 1) == (layout == "contiguous")
         gradients.append(found)
     for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one.float(), other.float(), rtol=0.02, atol=0.02)  # the suite judges the numbers
+        near = 1e-4 if dtype == "float32" else 0.02  # few units of the last place of bf16; the suite judges the numbers
+        torch.testing.assert_close(one.float(), other.float(), rtol=near, atol=near)
