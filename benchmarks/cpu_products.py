@@ -30,9 +30,10 @@ from executors._numba import products as compiled
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
-ORDERS = {"rows": "summed over along rows: x Wᵀ", "columns": "summed over along columns: dy W"}
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
+ORDERS = {"rows": "summed over along rows: x Wᵀ", "columns": "summed over along columns: dy W", "outer": "dW = dyᵀ x"}
 WAYS = {"torch": "o", "widened": "s", "numba": "D"}
+TICKS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 LONGEST = 0.3  # seconds of a call; slower ones are not measured for more rows
 MATRICES = 4  # in turn, so that none is in the first caches
 CALLS = 5  # of each; the fastest counts
@@ -69,6 +70,8 @@ def main(
 
 def microseconds(dtype: torch.dtype, order: str, rows: int, width: int, columns: int) -> dict[str, float | None]:
     """The time of one product, each way; None where one is too slow to wait for."""
+    if order == "outer":
+        return _microseconds_of_outer(dtype, rows, width, columns)
     matrices = [torch.randn(columns, width).mul_(width**-0.5).to(dtype) for _ in range(MATRICES)]
     if order == "columns":
         matrices = [matrix.t().contiguous().t() for matrix in matrices]
@@ -84,6 +87,21 @@ def microseconds(dtype: torch.dtype, order: str, rows: int, width: int, columns:
         "numba": by_numba,
     }
     return {name: _fastest(way, [matrix.t() for matrix in matrices]) for name, way in ways.items()}
+
+
+def _microseconds_of_outer(dtype: torch.dtype, rows: int, width: int, columns: int) -> dict[str, float | None]:
+    matrices = [torch.empty(columns, width, dtype=dtype) for _ in range(MATRICES)]
+    dy, x = torch.randn(rows, columns).to(dtype), torch.randn(rows, width).to(dtype)
+
+    def widened(out: torch.Tensor) -> None:
+        _cpu_product._multiply_outer_widened(dy, x, out)
+
+    ways: dict[str, Callable[[torch.Tensor], Any]] = {
+        "torch": lambda out: torch.mm(dy.t(), x, out=out),
+        "widened": widened,
+        "numba": lambda out: compiled._compiled_outer(dy, x, out[None], [(0, 0, rows)]),
+    }
+    return {name: _fastest(way, matrices) for name, way in ways.items()}
 
 
 def _fastest(way: Callable[[torch.Tensor], Any], matrices: list[torch.Tensor]) -> float | None:
@@ -102,7 +120,7 @@ def _fastest(way: Callable[[torch.Tensor], Any], matrices: list[torch.Tensor]) -
 
 def table(result: dict[str, Any]) -> Table:
     """Microseconds by order and rows."""
-    made = Table(title=f"{result['dtype']} [n, {result['width']}] x [{result['width']}, {result['columns']}], µs")
+    made = Table(title=f"{result['dtype']} [n, {result['width']}] x [.., {result['columns']}], and dW, µs")
     for name in ("W", "rows", *WAYS):
         made.add_column(name, justify="right")
     for row in result["microseconds"]:
@@ -112,7 +130,7 @@ def table(result: dict[str, Any]) -> Table:
 
 def plot(path: Path, result: dict[str, Any]) -> None:
     """GFLOP/s over rows, a panel for each order of the matrix."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained", dpi=130)
+    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.8), sharey=True, layout="constrained", dpi=130)
     for axis, order in zip(axes, ORDERS, strict=True):
         for way, marker in WAYS.items():
             points = [r for r in result["microseconds"] if r["order"] == order and r[way] is not None]
@@ -120,7 +138,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
             axis.loglog([r["rows"] for r in points], rates, marker=marker, label=way, markersize=4)
         axis.set(title=ORDERS[order], xlabel="rows of an expert")
         axis.grid(alpha=0.3, which="both")
-        axis.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], [1, 2, 4, 8, 16, 32, 64, 128])
+        axis.set_xticks(TICKS, TICKS)
     axes[0].set_ylabel("GFLOP/s, one thread")
     axes[0].legend()
     machine = result["machine"]

@@ -90,10 +90,7 @@ def multiply_outer(a: Tensor, b: Tensor, out: Tensor) -> None:
     elif a.shape[0] == 1:  # a single product for each number
         torch.mul(a.float().t(), b.float(), out=out)
     else:
-        columns, rows = a.t().float().contiguous(), b.t().float().contiguous()
-        step = max(1, SLICE // rows.shape[0])
-        for start in range(0, columns.shape[0], step):
-            out[start : start + step] = _multiply_fp32(columns[start : start + step], rows)
+        _multiply_outer_widened(a, b, out)
 
 
 def is_narrow(count: int, b: Tensor) -> bool:
@@ -131,6 +128,14 @@ def _multiply_widened(a: Tensor, b: Tensor, out: Tensor) -> None:
         else:
             found.append(_multiply_fp32(a, own.view(count, -1).copy_(part).t()))
     out.copy_(torch.cat(found).t() if turned else torch.cat(found, dim=1))
+
+
+def _multiply_outer_widened(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """aᵀ b in fp32, in slices of rows of the result."""
+    columns, rows = a.t().float().contiguous(), b.t().float().contiguous()
+    step = max(1, SLICE // rows.shape[0])
+    for start in range(0, columns.shape[0], step):
+        out[start : start + step] = _multiply_fp32(columns[start : start + step], rows)
 
 
 def _multiply_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from executors import _cpu_product, _half
 from executors._layer import Matrices, stored_dtype
 from executors._stack import Stack
+from executors._zeros import zeros_like
 
 PAIRED = 2**18  # numbers of a matrix from which on single rows are multiplied in pairs
 
@@ -53,14 +54,10 @@ class LoopProducts:
         return out
 
     def outer(self, a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """[E, m, k]: a [S, m] transposed times b [S, k], group by group; zeros are written where nothing else is."""
-        out = torch.empty_like(like, dtype=dtype)
-        done = 0
+        """[E, m, k]: a [S, m] transposed times b [S, k], group by group; zeros for an expert without rows."""
+        out = zeros_like(like, dtype)
         for expert, start, stop in self._groups:
-            out[done:expert].zero_()
-            _multiply_outer(a[start:stop], b[start:stop], out[expert])
-            done = expert + 1
-        out[done:].zero_()
+            self.multiply_outer(a[start:stop], b[start:stop], out[expert])
         return out
 
     def multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -72,6 +69,15 @@ class LoopProducts:
         else:
             torch.mm(a, b, out=out)
 
+    def multiply_outer(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """``out`` [m, k] = a [n, m] transposed times b [n, k]."""
+        if a.device.type == "cpu":
+            _cpu_product.multiply_outer(a, b, out)
+        elif out.dtype == torch.float16:
+            _half.multiply(a.t(), b, out)
+        else:
+            torch.mm(a.t(), b, out=out)
+
     def clear(self, rows: Tensor) -> Tensor:
         """The same tensor, with zeros written past the last group."""
         rows[self._end :].zero_()
@@ -81,12 +87,3 @@ class LoopProducts:
         """Each expert's matrix with its rows' start and stop; one in 4 bits is decoded when its turn comes."""
         for place, (expert, start, stop) in enumerate(self._groups):
             yield matrices.expert(expert, place) if isinstance(matrices, Stack) else matrices[expert], start, stop
-
-
-def _multiply_outer(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if a.device.type == "cpu":
-        _cpu_product.multiply_outer(a, b, out)
-    elif out.dtype == torch.float16:
-        _half.multiply(a.t(), b, out)
-    else:
-        torch.mm(a.t(), b, out=out)

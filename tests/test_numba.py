@@ -33,7 +33,7 @@ def _threads() -> Iterator[None]:
 @pytest.fixture(params=[0, 4, 100], ids=["none few", "some few", "all few"])
 def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Up to how many rows are compiled."""
-    for table in ("BY_ROWS", "BY_COLUMNS"):
+    for table in ("BY_ROWS", "BY_COLUMNS", "OUTER"):
         monkeypatch.setattr(products, table, dict.fromkeys((True, False), request.param))
     return request.param
 
@@ -72,18 +72,57 @@ def test_products_of_all_groups(limit: int, dtype: torch.dtype, order: str, m: i
             assert ((out[start:stop].double() - exact).abs() <= bound).all(), (expert, method)
 
 
+@pytest.mark.parametrize("order", ["rows", "columns", "slice"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (7, 17), (33, 513), (130, 6)])
+@pytest.mark.usefixtures("limit")
+def test_outer_products_of_all_groups(dtype: torch.dtype, order: str, m: int, k: int) -> None:
+    """E2, D2: one rounding of an fp32 sum, in the order of the stack; zeros for an expert without rows."""
+    offsets = torch.tensor([0, *np.cumsum(COUNTS)])
+    total = int(offsets[-1])
+    like = stack((len(COUNTS), m, k), dtype, order)
+    a, b = (torch.randn(total + 2, size).to(dtype) for size in (m, k))
+    a[total:] = torch.nan
+    out = NumbaProducts(offsets).outer(a, b, like, dtype)
+    assert out.dtype == dtype
+    assert out.stride() == torch.empty_like(like).stride()
+    for expert, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        one, other = a[start:stop].double(), b[start:stop].double()
+        exact, terms = one.t() @ other, one.t().abs() @ other.abs()
+        unit = torch.finfo(dtype).eps / 2
+        bound = unit * (exact.abs() + (6.2e-5 if dtype == torch.float16 else 0)) + 2.0**-21 * terms
+        assert ((out[expert].double() - exact).abs() <= bound).all(), expert
+        assert out[expert].count_nonzero() == exact.count_nonzero()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_are_rounded_to_nearest_ties_to_even(dtype: torch.dtype) -> None:
+    """The middle between each number and the next, and its neighbours in fp32; NaN and infinity stay what they are."""
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    middles = (numbers.double() + torch.nextafter(numbers.to(dtype), torch.tensor(torch.inf, dtype=dtype)).double()) / 2
+    middles = middles.float()
+    steps = [middles, *(torch.nextafter(middles, torch.tensor(sign * torch.inf)) for sign in (-1, 1)), numbers]
+    given = torch.cat(steps)
+    like = torch.empty(1, 1, len(given), dtype=dtype)
+    out = NumbaProducts(torch.tensor([0, 1])).outer(torch.ones(1, 1), given[None], like, dtype)[0, 0]
+    wanted = given.to(dtype)
+    assert torch.equal(out.isnan(), wanted.isnan())
+    assert torch.equal(out[~wanted.isnan()], wanted[~wanted.isnan()])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("limit")
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     """How jobs are shared out changes nothing; nor do more threads than jobs."""
     matrices = stack((len(COUNTS), 130, 70), dtype, "rows")
+    like = stack((len(COUNTS), 70, 70), dtype, "rows")
     a = torch.randn(sum(COUNTS), 70).to(dtype)
     found = []
     for count in (1, 2, 3, 64):
         torch.set_num_threads(count)
         compiled = NumbaProducts(torch.tensor([0, *np.cumsum(COUNTS)]))
         found.append((compiled.rows(a, matrices), compiled.rows_back(found[0][0].to(dtype) if found else
-                      compiled.rows(a, matrices).to(dtype), matrices)))  # fmt: skip
+                      compiled.rows(a, matrices).to(dtype), matrices), compiled.outer(a, a, like, dtype)))  # fmt: skip
     if dtype == torch.float32 and products.BY_ROWS[True] == 0:
         return  # torch's own fp32 products: MKL's depend on the number of threads
     for others in found[1:]:
@@ -100,6 +139,24 @@ def test_nan_and_infinity_stay_in_their_rows() -> None:
     assert out[1].isnan().all()
     assert out[2].isinf().all()
     assert out[[0, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 7, 9])
+def test_infinity_is_multiplied_once(size: int) -> None:
+    """R4: where numbers are taken by fours, what is missing to four is not 0 times the last: 0 inf is NaN."""
+    for rows in (1, 2, 3, 5, 7):
+        products_ = NumbaProducts(torch.tensor([0, rows]))
+        a = torch.ones(rows, size).bfloat16()
+        matrix = torch.ones(1, size, 9).bfloat16()
+        matrix[0, -1, 4] = torch.inf
+        for product in (products_.rows_back(a, matrix), products_.rows(a, matrix.transpose(1, 2).contiguous())):
+            assert product[:, 4].isposinf().all()
+            assert (product[:, :4] == size).all()
+        b = torch.ones(rows, 9).bfloat16()
+        b[-1, 4] = torch.inf
+        gradient = products_.outer(a, b, matrix, torch.bfloat16)[0]
+        assert gradient[:, 4].isposinf().all()
+        assert (gradient[:, 5:] == rows).all()
 
 
 def test_few_rows_depend_on_the_processor_and_the_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
-"""Kernels that Numba compiles: a few rows of each expert times its matrix, whose numbers are widened in registers.
+"""Kernels that Numba compiles: a few rows of each expert times its matrix, and that matrix' gradient.
 
-Tensors are passed by the address of their first number and their strides in numbers. A job is a block of columns of one
-group's result. It is computed in an order that depends on sizes only, so how jobs are shared out among threads changes
-no bit. Sums are fp32, over as many partial sums as the processor's registers hold (E2).
+Tensors are passed by the address of their first number and their strides in numbers. 16-bit numbers are widened in
+registers. A job is a block of one group's result. It is computed in an order that depends on sizes only, so how jobs
+are shared out among threads changes no bit. Sums are fp32 (E2).
+
+All of it is one file: what Numba keeps on disk is compiled anew when a kernel's own file changes, not another.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-COLUMNS = 64  # of a job
-SUMMED = 512  # numbers of each row that are multiplied at a time: those of some rows stay in the first cache
+ROWS, COLUMNS = 8, 512  # of a gradient at a time: its sums stay in the first cache
 ZERO = np.float32(0.0)
 # A number whose type names the dtype of matrices.
 KINDS = {"bfloat16": np.uint16(0), "float16": np.int16(0), "float32": np.float32(0)}
 
 I16, I32, FP16, FP32 = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
+STORED = {types.uint16: I16, types.int16: FP16, types.float32: FP32}
 
 
 def compiled(function: Callable[..., Any], parallel: bool = False) -> Any:
@@ -37,14 +39,23 @@ def compiled(function: Callable[..., Any], parallel: bool = False) -> Any:
         return njit(**options)(function)
 
 
+def _place(builder: Any, args: Any, kind: Any) -> Any:
+    return builder.gep(builder.inttoptr(args[0], STORED[kind].as_pointer()), [args[1]])
+
+
+def _operands(builder: Any) -> Any:
+    """What tells LLVM that operands are not written, so that it need not look whether memory overlaps."""
+    domain = builder.module.add_metadata(["moe_ref"])
+    return builder.module.add_metadata([builder.module.add_metadata(["moe_ref operands", domain])])
+
+
 @intrinsic
-def _number(_context: Any, address: Any, index: Any, kind: Any) -> Any:
-    """The number at an index, widened to fp32: bf16, fp16 or fp32, by the type of ``kind``."""
+def operand(_context: Any, address: Any, index: Any, kind: Any) -> Any:
+    """The number at an index, widened to fp32: bf16, fp16 or fp32, by the type of ``kind``. No kernel writes there."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        stored = {types.uint16: I16, types.int16: FP16, types.float32: FP32}[kind]
-        place = builder.gep(builder.inttoptr(args[0], stored.as_pointer()), [args[1]])
-        number = builder.load(place)
+        number = builder.load(_place(builder, args, kind))
+        number.set_metadata("alias.scope", _operands(builder))
         if kind == types.uint16:  # the upper half of an fp32 number
             return builder.bitcast(builder.shl(builder.zext(number, I32), ir.Constant(I32, 16)), FP32)
         return builder.fpext(number, FP32) if kind == types.int16 else number
@@ -53,25 +64,47 @@ def _number(_context: Any, address: Any, index: Any, kind: Any) -> Any:
 
 
 @intrinsic
-def _write(_context: Any, address: Any, index: Any, value: Any) -> Any:
-    """Writes an fp32 number at an index."""
+def partial(_context: Any, address: Any, index: Any) -> Any:
+    """The fp32 number at an index, a partial sum."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(_place(builder, args, types.float32))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def write(_context: Any, address: Any, index: Any, value: Any, kind: Any) -> Any:
+    """Writes an fp32 number at an index, rounded to nearest, ties to even, to bf16, fp16 or fp32."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        builder.store(args[2], builder.gep(builder.inttoptr(args[0], FP32.as_pointer()), [args[1]]))
+        number = args[2]
+        if kind == types.uint16:
+            bits = builder.bitcast(number, I32)
+            odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+            rounded = builder.add(bits, builder.add(odd, ir.Constant(I32, 0x7FFF)))
+            quiet = builder.or_(bits, ir.Constant(I32, 0x400000))  # a NaN stays one
+            is_nan = builder.fcmp_unordered("uno", number, number)
+            upper = builder.lshr(builder.select(is_nan, quiet, rounded), ir.Constant(I32, 16))
+            number = builder.trunc(upper, I16)
+        elif kind == types.int16:
+            number = builder.fptrunc(number, FP16)
+        stored = builder.store(number, _place(builder, args, kind))
+        stored.set_metadata("noalias", _operands(builder))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.float32), generate
+    return types.void(types.int64, types.int64, types.float32, kind), generate
 
 
 @compiled
 def _one_row(count: int, a: int, b0: int, b1: int, b2: int, b3: int, kind: Any) -> tuple[float, ...]:
     s0 = s1 = s2 = s3 = ZERO
     for k in range(count):
-        x = _number(a, k, ZERO)
-        s0 += x * _number(b0, k, kind)
-        s1 += x * _number(b1, k, kind)
-        s2 += x * _number(b2, k, kind)
-        s3 += x * _number(b3, k, kind)
+        x = operand(a, k, ZERO)
+        s0 += x * operand(b0, k, kind)
+        s1 += x * operand(b1, k, kind)
+        s2 += x * operand(b2, k, kind)
+        s3 += x * operand(b3, k, kind)
     return s0, s1, s2, s3
 
 
@@ -79,8 +112,8 @@ def _one_row(count: int, a: int, b0: int, b1: int, b2: int, b3: int, kind: Any) 
 def _two_rows(count: int, a0: int, a1: int, b0: int, b1: int, b2: int, b3: int, kind: Any) -> tuple[float, ...]:
     s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = ZERO
     for k in range(count):
-        x0, x1 = _number(a0, k, ZERO), _number(a1, k, ZERO)
-        y0, y1, y2, y3 = _number(b0, k, kind), _number(b1, k, kind), _number(b2, k, kind), _number(b3, k, kind)
+        x0, x1 = operand(a0, k, ZERO), operand(a1, k, ZERO)
+        y0, y1, y2, y3 = operand(b0, k, kind), operand(b1, k, kind), operand(b2, k, kind), operand(b3, k, kind)
         s00 += x0 * y0
         s01 += x0 * y1
         s02 += x0 * y2
@@ -98,8 +131,8 @@ def _four_rows(
 ) -> tuple[float, ...]:
     s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = s30 = s31 = s32 = ZERO
     for k in range(count):
-        x0, x1, x2, x3 = _number(a0, k, ZERO), _number(a1, k, ZERO), _number(a2, k, ZERO), _number(a3, k, ZERO)
-        y0, y1, y2 = _number(b0, k, kind), _number(b1, k, kind), _number(b2, k, kind)
+        x0, x1, x2, x3 = operand(a0, k, ZERO), operand(a1, k, ZERO), operand(a2, k, ZERO), operand(a3, k, ZERO)
+        y0, y1, y2 = operand(b0, k, kind), operand(b1, k, kind), operand(b2, k, kind)
         s00 += x0 * y0
         s01 += x0 * y1
         s02 += x0 * y2
@@ -135,18 +168,18 @@ def _by_rows(
                 j1, j2 = min(j + 1, end), min(j + 2, end)
                 b0, b1, b2 = b + size * pitch * j, b + size * pitch * j1, b + size * pitch * j2
                 s = _four_rows(width, a0, a1, a2, a3, b0, b1, b2, kind)
-                _write(o0, j, s[0])
-                _write(o0, j1, s[1])
-                _write(o0, j2, s[2])
-                _write(o1, j, s[3])
-                _write(o1, j1, s[4])
-                _write(o1, j2, s[5])
-                _write(o2, j, s[6])
-                _write(o2, j1, s[7])
-                _write(o2, j2, s[8])
-                _write(o3, j, s[9])
-                _write(o3, j1, s[10])
-                _write(o3, j2, s[11])
+                write(o0, j, s[0], ZERO)
+                write(o0, j1, s[1], ZERO)
+                write(o0, j2, s[2], ZERO)
+                write(o1, j, s[3], ZERO)
+                write(o1, j1, s[4], ZERO)
+                write(o1, j2, s[5], ZERO)
+                write(o2, j, s[6], ZERO)
+                write(o2, j1, s[7], ZERO)
+                write(o2, j2, s[8], ZERO)
+                write(o3, j, s[9], ZERO)
+                write(o3, j1, s[10], ZERO)
+                write(o3, j2, s[11], ZERO)
             row += 4
         else:
             for j in range(0, columns, 4):
@@ -155,50 +188,96 @@ def _by_rows(
                 b2, b3 = b + size * pitch * j2, b + size * pitch * j3
                 if left == 2:
                     s = _two_rows(width, a0, a1, b0, b1, b2, b3, kind)
-                    _write(o1, j, s[4])
-                    _write(o1, j1, s[5])
-                    _write(o1, j2, s[6])
-                    _write(o1, j3, s[7])
-                    _write(o0, j, s[0])
-                    _write(o0, j1, s[1])
-                    _write(o0, j2, s[2])
-                    _write(o0, j3, s[3])
+                    write(o1, j, s[4], ZERO)
+                    write(o1, j1, s[5], ZERO)
+                    write(o1, j2, s[6], ZERO)
+                    write(o1, j3, s[7], ZERO)
+                    write(o0, j, s[0], ZERO)
+                    write(o0, j1, s[1], ZERO)
+                    write(o0, j2, s[2], ZERO)
+                    write(o0, j3, s[3], ZERO)
                 else:
                     t = _one_row(width, a0, b0, b1, b2, b3, kind)
-                    _write(o0, j, t[0])
-                    _write(o0, j1, t[1])
-                    _write(o0, j2, t[2])
-                    _write(o0, j3, t[3])
+                    write(o0, j, t[0], ZERO)
+                    write(o0, j1, t[1], ZERO)
+                    write(o0, j2, t[2], ZERO)
+                    write(o0, j3, t[3], ZERO)
             row += 2
 
 
 @compiled
-def _add_rows(
-    count: int, out: int, x0: float, x1: float, x2: float, x3: float, b0: int, b1: int, b2: int, b3: int, kind: Any
-) -> None:
+def _add_one(count: int, out: int, a: int, b: int, kind: Any) -> None:
+    """out [count] plus a [1] times b [1, count]."""
+    x = operand(a, 0, ZERO)
     for j in range(count):
-        s = _number(out, j, ZERO) + x0 * _number(b0, j, kind) + x1 * _number(b1, j, kind)
-        _write(out, j, s + x2 * _number(b2, j, kind) + x3 * _number(b3, j, kind))
+        write(out, j, partial(out, j) + x * operand(b, j, kind), ZERO)
+
+
+@compiled
+def _add_four(count: int, out: int, a: int, along: int, b: int, pitch: int, kind: Any) -> None:
+    """out [count] plus a [4] times b [4, count]."""
+    b1, b2, b3 = b + pitch, b + 2 * pitch, b + 3 * pitch
+    x0, x1 = operand(a, 0, ZERO), operand(a, along, ZERO)
+    x2, x3 = operand(a, 2 * along, ZERO), operand(a, 3 * along, ZERO)
+    for j in range(count):
+        s = partial(out, j) + x0 * operand(b, j, kind) + x1 * operand(b1, j, kind)
+        write(out, j, s + x2 * operand(b2, j, kind) + x3 * operand(b3, j, kind), ZERO)
+
+
+@compiled
+def _add_sixteen(
+    count: int, out: int, stride: int, a: int, across: int, along: int, b: int, pitch: int, kind: Any
+) -> None:
+    """out [4, count] plus a [4, 4] times b [4, count]."""
+    b1, b2, b3 = b + pitch, b + 2 * pitch, b + 3 * pitch
+    o1, o2, o3 = out + 4 * stride, out + 8 * stride, out + 12 * stride
+    w1, w2, w3 = a + 4 * across, a + 8 * across, a + 12 * across
+    k1, k2, k3 = along, 2 * along, 3 * along
+    x0, x1, x2, x3 = operand(a, 0, ZERO), operand(a, k1, ZERO), operand(a, k2, ZERO), operand(a, k3, ZERO)
+    y0, y1, y2, y3 = operand(w1, 0, ZERO), operand(w1, k1, ZERO), operand(w1, k2, ZERO), operand(w1, k3, ZERO)
+    z0, z1, z2, z3 = operand(w2, 0, ZERO), operand(w2, k1, ZERO), operand(w2, k2, ZERO), operand(w2, k3, ZERO)
+    u0, u1, u2, u3 = operand(w3, 0, ZERO), operand(w3, k1, ZERO), operand(w3, k2, ZERO), operand(w3, k3, ZERO)
+    for j in range(count):
+        c0, c1, c2, c3 = operand(b, j, kind), operand(b1, j, kind), operand(b2, j, kind), operand(b3, j, kind)
+        write(out, j, partial(out, j) + x0 * c0 + x1 * c1 + x2 * c2 + x3 * c3, ZERO)
+        write(o1, j, partial(o1, j) + y0 * c0 + y1 * c1 + y2 * c2 + y3 * c3, ZERO)
+        write(o2, j, partial(o2, j) + z0 * c0 + z1 * c1 + z2 * c2 + z3 * c3, ZERO)
+        write(o3, j, partial(o3, j) + u0 * c0 + u1 * c1 + u2 * c2 + u3 * c3, ZERO)
 
 
 @compiled
 def _by_columns(
-    a: int, rows: int, b: int, pitch: int, size: int, columns: int, width: int, out: int, stride: int, kind: Any
+    a: int,
+    rows: int,
+    across: int,
+    along: int,
+    b: int,
+    pitch: int,
+    size: int,
+    columns: int,
+    width: int,
+    out: int,
+    stride: int,
+    kind: Any,
 ) -> None:
-    """out [rows, columns] = a [rows, width] times b [width, columns], whose rows pass by once."""
+    """out [rows, columns] = a [rows, width] times b [width, columns], whose rows pass by once, four at a time.
+
+    Numbers of a lie ``across`` apart from row to row and ``along`` apart within one.
+    """
     for row in range(rows):
         for j in range(columns):
-            _write(out, row * stride + j, ZERO)
-    for k in range(0, width, 4):
-        k1, k2, k3 = min(k + 1, width - 1), min(k + 2, width - 1), min(k + 3, width - 1)
-        b0, b1, b2, b3 = (b + size * pitch * k, b + size * pitch * k1, b + size * pitch * k2, b + size * pitch * k3)
+            write(out, row * stride + j, ZERO, ZERO)
+    whole, four, step = width - width % 4, rows - rows % 4, size * pitch
+    for k in range(0, whole, 4):
+        for row in range(0, four, 4):
+            at, to = a + 4 * (row * across + k * along), out + 4 * row * stride
+            _add_sixteen(columns, to, stride, at, across, along, b + step * k, step, kind)
+        for row in range(four, rows):
+            at, to = a + 4 * (row * across + k * along), out + 4 * row * stride
+            _add_four(columns, to, at, along, b + step * k, step, kind)
+    for k in range(whole, width):
         for row in range(rows):
-            at = row * width
-            x0 = _number(a, at + k, ZERO)
-            x1 = _number(a, at + k1, ZERO) if k + 1 < width else ZERO
-            x2 = _number(a, at + k2, ZERO) if k + 2 < width else ZERO
-            x3 = _number(a, at + k3, ZERO) if k + 3 < width else ZERO
-            _add_rows(columns, out + 4 * row * stride, x0, x1, x2, x3, b0, b1, b2, b3, kind)
+            _add_one(columns, out + 4 * row * stride, a + 4 * (row * across + k * along), b + step * k, kind)
 
 
 @compiled
@@ -241,7 +320,7 @@ def multiply(
         if by_rows:
             _by_rows(a + 4 * row * width, rows, b, strides[1], size, count, width, to, columns, kind)
         else:
-            _by_columns(a + 4 * row * width, rows, b, strides[0], size, count, width, to, columns, kind)
+            _by_columns(a + 4 * row * width, rows, width, 1, b, strides[0], size, count, width, to, columns, kind)
 
 
 def _multiply_shared(
@@ -263,3 +342,66 @@ def _multiply_shared(
 multiply_shared = compiled(
     _multiply_shared, parallel=True
 )  # jobs from bounds[i] to bounds[i + 1] - 1 by one thread each
+
+
+@compiled
+def add_outer(
+    first: int,
+    last: int,
+    groups: Any,
+    block: int,
+    a: int,
+    height: int,
+    b: int,
+    width: int,
+    size: int,
+    kind: Any,
+) -> None:
+    """Jobs of out [height, width] = aᵀ b for each group of rows of a [S, height] and b [S, width].
+
+    Args:
+        first: of the jobs; a group has one for each block of rows of its result.
+        last: the job past the last one.
+        groups: [G, 3] int64: the first row, the number of rows, the address of the result, contiguous.
+        block: rows of the result in a job.
+        a: address of fp32 numbers, contiguous.
+        height: numbers of a row of a.
+        b: address of fp32 numbers, contiguous.
+        width: numbers of a row of b.
+        size: bytes of a number of the result.
+        kind: of `KINDS`, of the result.
+    """
+    blocks = -(-height // block)
+    room = np.empty(ROWS * COLUMNS, dtype=np.float32)
+    sums = room.ctypes.data
+    for job in range(first, last):
+        group, start = job // blocks, job % blocks * block
+        row, rows, out = groups[group]
+        for i in range(start, min(start + block, height), ROWS):
+            high = min(ROWS, height - i)
+            for left in range(0, width, COLUMNS):
+                wide = min(COLUMNS, width - left)
+                own, other = a + 4 * (row * height + i), b + 4 * (row * width + left)
+                _by_columns(own, high, 1, height, other, width, 4, wide, rows, sums, COLUMNS, ZERO)
+                for h in range(high):
+                    to = out + size * ((i + h) * width + left)
+                    for j in range(wide):
+                        write(to, j, partial(sums, h * COLUMNS + j), kind)
+
+
+def _add_outer_shared(
+    bounds: Any,
+    groups: Any,
+    block: int,
+    a: int,
+    height: int,
+    b: int,
+    width: int,
+    size: int,
+    kind: Any,
+) -> None:
+    for share in prange(len(bounds) - 1):
+        add_outer(bounds[share], bounds[share + 1], groups, block, a, height, b, width, size, kind)
+
+
+add_outer_shared = compiled(_add_outer_shared, parallel=True)
