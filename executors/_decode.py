@@ -62,6 +62,15 @@ def _decode_mxfp4(blocks: Tensor, scales: Tensor, tensor: MXFP4Tensor) -> Tensor
     return _laid_out(numbers, tensor)
 
 
+def scales_of(tensor: PackedTensor, index: int) -> Tensor:
+    """[blocks] fp32: the scales of one expert of [E, m, k] that shares no block with another."""
+    if isinstance(tensor, MXFP4Tensor):
+        return powers_of(tensor.scales[index].reshape(-1))
+    assert isinstance(tensor, NF4Tensor)
+    blocks = tensor.size // tensor.shape[0] // tensor.blocksize
+    return _absmax_between(tensor, index * blocks, (index + 1) * blocks).contiguous()
+
+
 def powers_of(scales: Tensor) -> Tensor:
     """2 ** (scales - 127) in fp32, and NaN for 255 (M1)."""
     bits = scales.int() << 23

@@ -16,7 +16,7 @@ from moe_ref import MoEConfig, MoEWeights
 
 numba = pytest.importorskip("numba")
 
-from executors._numba import kernels, products  # noqa: E402
+from executors._numba import kernels, launch, products  # noqa: E402
 from executors._numba.products import NumbaProducts, few_rows  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -175,7 +175,7 @@ def test_shares_are_of_the_same_cost() -> None:
     rng = np.random.default_rng(0)
     for jobs, count in ((1, 4), (7, 2), (100, 3), (64, 8)):
         costs = rng.integers(1, 50, jobs)
-        bounds = products._bounds(costs, count)
+        bounds = launch.bounds(costs, count)
         assert bounds[0] == 0
         assert bounds[-1] == jobs
         assert (np.diff(bounds) >= 0).all()

@@ -9,20 +9,34 @@ All of it is one file: what Numba keeps on disk is compiled anew when a kernel's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from platform import machine
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
+WIDTH = 16  # rows of a matrix in 4 bits that are decoded at a time, where they are summed over
 ROWS, COLUMNS = 8, 512  # of a gradient at a time: its sums stay in the first cache
 ZERO = np.float32(0.0)
 # A number whose type names the dtype of matrices.
 KINDS = {"bfloat16": np.uint16(0), "float16": np.int16(0), "float32": np.float32(0)}
 
-I16, I32, FP16, FP32 = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
+# Instructions that look up 16 bytes in a table of 16, by processor.
+LOOK_UP = {"x86_64": "llvm.x86.ssse3.pshuf.b.128", "amd64": "llvm.x86.ssse3.pshuf.b.128"}
+LOOK_UP |= dict.fromkeys(("aarch64", "arm64"), "llvm.aarch64.neon.tbl1.v16i8")
+
+I8, I16, I32, I64, FP16, FP32 = (
+    ir.IntType(8),
+    ir.IntType(16),
+    ir.IntType(32),
+    ir.IntType(64),
+    ir.HalfType(),
+    ir.FloatType(),
+)
 STORED = {types.uint16: I16, types.int16: FP16, types.float32: FP32}
 
 
@@ -73,27 +87,117 @@ def partial(_context: Any, address: Any, index: Any) -> Any:
     return types.float32(types.int64, types.int64), generate
 
 
+def _rounded(builder: Any, number: Any, kind: Any) -> Any:
+    """fp32 numbers rounded to nearest, ties to even, to bf16, fp16 or fp32: one, or a vector."""
+    lanes = getattr(number.type, "count", 0)
+
+    def of(element: Any) -> Any:
+        return ir.VectorType(element, lanes) if lanes else element
+
+    def bits_of(value: int) -> Any:
+        return ir.Constant(of(I32), [value] * lanes if lanes else value)
+
+    if kind == types.uint16:
+        bits = builder.bitcast(number, of(I32))
+        odd = builder.and_(builder.lshr(bits, bits_of(16)), bits_of(1))
+        rounded = builder.add(bits, builder.add(odd, bits_of(0x7FFF)))
+        quiet = builder.or_(bits, bits_of(0x400000))  # a NaN stays one
+        is_nan = builder.fcmp_unordered("uno", number, number)
+        return builder.trunc(builder.lshr(builder.select(is_nan, quiet, rounded), bits_of(16)), of(I16))
+    return builder.fptrunc(number, of(FP16)) if kind == types.int16 else number
+
+
 @intrinsic
 def write(_context: Any, address: Any, index: Any, value: Any, kind: Any) -> Any:
-    """Writes an fp32 number at an index, rounded to nearest, ties to even, to bf16, fp16 or fp32."""
+    """Writes an fp32 number at an index, rounded by the type of ``kind``."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        number = args[2]
-        if kind == types.uint16:
-            bits = builder.bitcast(number, I32)
-            odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-            rounded = builder.add(bits, builder.add(odd, ir.Constant(I32, 0x7FFF)))
-            quiet = builder.or_(bits, ir.Constant(I32, 0x400000))  # a NaN stays one
-            is_nan = builder.fcmp_unordered("uno", number, number)
-            upper = builder.lshr(builder.select(is_nan, quiet, rounded), ir.Constant(I32, 16))
-            number = builder.trunc(upper, I16)
-        elif kind == types.int16:
-            number = builder.fptrunc(number, FP16)
-        stored = builder.store(number, _place(builder, args, kind))
+        stored = builder.store(_rounded(builder, args[2], kind), _place(builder, args, kind))
         stored.set_metadata("noalias", _operands(builder))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32, kind), generate
+
+
+@intrinsic
+def table_of(_context: Any, values: Any, scale: Any, kind: Any) -> Any:
+    """16 fp32 numbers times a scale, rounded to 16 bits: their lower bytes, then the upper ones, in four words."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        numbers = builder.load(builder.inttoptr(args[0], ir.VectorType(FP32, 16).as_pointer()), align=4)
+        numbers.set_metadata("alias.scope", _operands(builder))
+        same = ir.Constant(ir.VectorType(I32, 16), [0] * 16)
+        one = builder.insert_element(ir.Constant(numbers.type, ir.Undefined), args[1], ir.Constant(I32, 0))
+        products = builder.fmul(numbers, builder.shuffle_vector(one, one, same))
+        pairs = builder.bitcast(_rounded(builder, products, kind), ir.VectorType(I8, 32))
+        words = [
+            builder.extract_element(
+                builder.bitcast(_pick(builder, pairs, pairs, range(half, 32, 2)), ir.VectorType(I64, 2)),
+                ir.Constant(I32, word),
+            )
+            for half in (0, 1)
+            for word in (0, 1)
+        ]
+        return context.make_tuple(builder, signature.return_type, words)
+
+    return types.UniTuple(types.int64, 4)(types.int64, types.float32, kind), generate
+
+
+@intrinsic
+def decode_32(_context: Any, codes: Any, table: Any, out: Any, low_first: Any) -> Any:
+    """Writes what the 32 codes in 16 bytes stand for, by a table of `table_of`."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bytes_, numbers = ir.VectorType(I8, 16), ir.VectorType(I16, 16)
+        takes = ir.FunctionType(bytes_, [bytes_, bytes_])
+        look_up = builder.module.declare_intrinsic(LOOK_UP[machine().lower()], fnty=takes)
+        words = cgutils.unpack_tuple(builder, args[1], 4)
+        halves = []
+        for half in (0, 2):
+            pair = ir.Constant(ir.VectorType(I64, 2), ir.Undefined)
+            for place in (0, 1):
+                pair = builder.insert_element(pair, words[half + place], ir.Constant(I32, place))
+            halves.append(builder.bitcast(pair, bytes_))
+        both = builder.load(builder.inttoptr(args[0], bytes_.as_pointer()), align=1)
+        both.set_metadata("alias.scope", _operands(builder))
+        high = builder.lshr(both, ir.Constant(bytes_, [4] * 16))
+        low = builder.and_(both, ir.Constant(bytes_, [15] * 16))
+        nibbles = builder.select(args[3], low, high), builder.select(args[3], high, low)
+        found = []
+        for nibble in nibbles:
+            lower, upper = (builder.call(look_up, [half, nibble]) for half in halves)
+            found.append(builder.bitcast(_pick(builder, lower, upper, _in_turn(16)), numbers))
+        decoded = _pick(builder, *found, _in_turn(16))
+        stored = builder.store(decoded, builder.inttoptr(args[2], decoded.type.as_pointer()))
+        stored.align = 2
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.UniTuple(types.int64, 4), types.int64, types.boolean), generate
+
+
+def _pick(builder: Any, one: Any, other: Any, places: Iterable[int]) -> Any:
+    """The elements of two vectors, counted on from the first to the second, in a new order."""
+    order = list(places)
+    return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(I32, len(order)), order))
+
+
+def _in_turn(count: int) -> list[int]:
+    """One element of each of two vectors after the other."""
+    return [place + count * which for place in range(count) for which in (0, 1)]
+
+
+@compiled
+def _decode(
+    count: int, codes: int, scales: int, blocksize: int, values: int, low_first: bool, out: int, kind: Any
+) -> None:
+    """out [count], in 16 bits, from whole blocks of codes (Q1, Q2, M1).
+
+    Each block has a table of its own: the format's 16 ``values`` times its scale, products in fp32, rounded once.
+    """
+    for block in range(count // blocksize):
+        table = table_of(values, operand(scales, block, ZERO), kind)
+        for i in range(block * blocksize, (block + 1) * blocksize, 32):
+            decode_32(codes + i // 2, table, out + 2 * i, low_first)
 
 
 @compiled
@@ -246,6 +350,13 @@ def _add_sixteen(
 
 
 @compiled
+def _clear(rows: int, columns: int, out: int, stride: int) -> None:
+    for row in range(rows):
+        for j in range(columns):
+            write(out, row * stride + j, ZERO, ZERO)
+
+
+@compiled
 def _by_columns(
     a: int,
     rows: int,
@@ -260,13 +371,10 @@ def _by_columns(
     stride: int,
     kind: Any,
 ) -> None:
-    """out [rows, columns] = a [rows, width] times b [width, columns], whose rows pass by once, four at a time.
+    """Adds to out [rows, columns] a [rows, width] times b [width, columns], whose rows pass by once, four at a time.
 
     Numbers of a lie ``across`` apart from row to row and ``along`` apart within one.
     """
-    for row in range(rows):
-        for j in range(columns):
-            write(out, row * stride + j, ZERO, ZERO)
     whole, four, step = width - width % 4, rows - rows % 4, size * pitch
     for k in range(0, whole, 4):
         for row in range(0, four, 4):
@@ -320,6 +428,7 @@ def multiply(
         if by_rows:
             _by_rows(a + 4 * row * width, rows, b, strides[1], size, count, width, to, columns, kind)
         else:
+            _clear(rows, count, to, columns)
             _by_columns(a + 4 * row * width, rows, width, 1, b, strides[0], size, count, width, to, columns, kind)
 
 
@@ -342,6 +451,114 @@ def _multiply_shared(
 multiply_shared = compiled(
     _multiply_shared, parallel=True
 )  # jobs from bounds[i] to bounds[i + 1] - 1 by one thread each
+
+
+@compiled
+def multiply_decoded(
+    first: int,
+    last: int,
+    groups: Any,
+    block: int,
+    a: int,
+    width: int,
+    columns: int,
+    by_rows: bool,
+    blocksize: int,
+    values: int,
+    low_first: bool,
+    out: int,
+    kind: Any,
+) -> None:
+    """`multiply` with matrices in 4 bits, of which a job decodes what it needs, a little at a time, into 16 bits.
+
+    Args:
+        first: of the jobs; a group has one for each block of columns.
+        last: the job past the last one.
+        groups: [G, 4] int64: the first row, the number of rows, the addresses of the matrix' codes and of its scales.
+        block: columns of a job; every job begins with a block of codes.
+        a: address of fp32 numbers, contiguous.
+        width: numbers that are summed over.
+        columns: of the result.
+        by_rows: whether codes are stored along the width; else along the columns.
+        blocksize: codes with one scale.
+        values: address of the 16 fp32 numbers that codes stand for.
+        low_first: whether the low half of a byte is its first code.
+        out: address of fp32 numbers, contiguous; only rows of the groups are written.
+        kind: of `KINDS`, of what codes are decoded to.
+    """
+    blocks = -(-columns // block)
+    room = np.empty(block * (width if by_rows else WIDTH), dtype=np.uint16)
+    matrix = room.ctypes.data
+    for job in range(first, last):
+        group, start = job // blocks, job % blocks * block
+        row, rows, codes, scales = groups[group]
+        count = min(block, columns - start)
+        own, to = a + 4 * row * width, out + 4 * (row * columns + start)
+        if by_rows:
+            at = start * width
+            _decode(
+                count * width,
+                codes + at // 2,
+                scales + 4 * (at // blocksize),
+                blocksize,
+                values,
+                low_first,
+                matrix,
+                kind,
+            )
+            _by_rows(own, rows, matrix, width, 2, count, width, to, columns, kind)
+            continue
+        _clear(rows, count, to, columns)
+        for k in range(0, width, WIDTH):
+            high = min(WIDTH, width - k)
+            for h in range(high):
+                at = (k + h) * columns + start
+                _decode(
+                    count,
+                    codes + at // 2,
+                    scales + 4 * (at // blocksize),
+                    blocksize,
+                    values,
+                    low_first,
+                    matrix + 2 * h * count,
+                    kind,
+                )
+            _by_columns(own + 4 * k, rows, width, 1, matrix, count, 2, count, high, to, columns, kind)
+
+
+def _multiply_decoded_shared(
+    bounds: Any,
+    groups: Any,
+    block: int,
+    a: int,
+    width: int,
+    columns: int,
+    by_rows: bool,
+    blocksize: int,
+    values: int,
+    low_first: bool,
+    out: int,
+    kind: Any,
+) -> None:
+    for share in prange(len(bounds) - 1):
+        multiply_decoded(
+            bounds[share],
+            bounds[share + 1],
+            groups,
+            block,
+            a,
+            width,
+            columns,
+            by_rows,
+            blocksize,
+            values,
+            low_first,
+            out,
+            kind,
+        )
+
+
+multiply_decoded_shared = compiled(_multiply_decoded_shared, parallel=True)
 
 
 @compiled
@@ -382,6 +599,7 @@ def add_outer(
             for left in range(0, width, COLUMNS):
                 wide = min(COLUMNS, width - left)
                 own, other = a + 4 * (row * height + i), b + 4 * (row * width + left)
+                _clear(high, wide, sums, COLUMNS)
                 _by_columns(own, high, 1, height, other, width, 4, wide, rows, sums, COLUMNS, ZERO)
                 for h in range(high):
                     to = out + size * ((i + h) * width + left)

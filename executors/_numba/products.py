@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from threading import Lock
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +14,8 @@ from executors import _cpu_product
 from executors._layer import Matrices, stored_dtype
 from executors._loop import LoopProducts
 from executors._numba.kernels import KINDS, add_outer, add_outer_shared, multiply, multiply_shared
+from executors._numba.launch import Group, run
+from executors._numba.packed import block_of, multiply_packed
 from executors._stack import Stack
 from executors._zeros import zeros_like
 from moe_ref.validation import dtype_name
@@ -27,7 +28,6 @@ OUTER = {True: 4, False: 96}  # of rows that are summed over, in the gradient of
 BLOCK_BY_ROWS = 32  # columns of a job: few enough for many jobs
 BLOCK_BY_COLUMNS = 1024  # as many as leave jobs for all threads: rows of the matrix are read through
 BLOCK_OUTER = 64  # rows of a gradient in a job
-_ONE_CALL = Lock()  # at a time: not all of Numba's ways to share work among threads can be entered twice
 
 
 class NumbaProducts(LoopProducts):
@@ -42,13 +42,13 @@ class NumbaProducts(LoopProducts):
     def rows(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, m]: a [S, k] times matrices [E, m, k] transposed."""
         if isinstance(matrices, Stack):
-            return super().rows(a, matrices)
+            return self._packed_product(a, matrices, back=False)
         return self._product(a, matrices.transpose(1, 2))
 
     def rows_back(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, k]: a [S, m] times matrices [E, m, k]."""
         if isinstance(matrices, Stack):
-            return super().rows_back(a, matrices)
+            return self._packed_product(a, matrices, back=True)
         return self._product(a, matrices)
 
     def outer(self, a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,17 +75,43 @@ class NumbaProducts(LoopProducts):
     def _product(self, a: Tensor, matrices: Tensor) -> Tensor:
         """[S, m]: a [S, k] times matrices [E, k, m]."""
         limit = few_rows(matrices[0]) if matrices.shape[0] else 0
+        return self._shared_out(
+            a, matrices.shape[2], limit, partial(_compiled, a, matrices), lambda expert, _: matrices[expert]
+        )
+
+    def _packed_product(self, a: Tensor, stack: Stack, back: bool) -> Tensor:
+        """[S, k] of a [S, m] times experts in 4 bits [E, m, k] if ``back``, else [S, m] of a [S, k], transposed."""
+        by_rows = back == stack.packed.transposed
+        table = BY_ROWS if by_rows else BY_COLUMNS
+        limit = table[_cpu_product.multiplies(a.dtype)] if block_of(stack, by_rows) else 0
+        return self._shared_out(
+            a,
+            stack.shape[2 if back else 1],
+            limit,
+            partial(multiply_packed, a, stack, by_rows=by_rows),
+            lambda expert, place: stack.expert(expert, place) if back else stack.expert(expert, place).t(),
+        )
+
+    def _shared_out(
+        self,
+        a: Tensor,
+        columns: int,
+        limit: int,
+        all_at_once: Callable[[list[Group]], Tensor],
+        matrix: Callable[[int, int], Tensor],
+    ) -> Tensor:
+        """[S, columns]: groups of at most ``limit`` rows by one call, others one by one with their matrix."""
         few = [group for group in self._groups if group[2] - group[1] <= limit]
         dtype = stored_dtype(a.dtype)
-        if len(few) == len(self._groups) and self._end == a.shape[0]:
-            return _compiled(a, matrices, few).to(dtype)
-        out = a.new_empty(a.shape[0], matrices.shape[2], dtype=dtype)
-        wide = _compiled(a, matrices, few) if few else out
-        for expert, start, stop in self._groups:
+        if few and len(few) == len(self._groups) and self._end == a.shape[0]:
+            return all_at_once(few).to(dtype)
+        out = a.new_empty(a.shape[0], columns, dtype=dtype)
+        wide = all_at_once(few) if few else out
+        for place, (expert, start, stop) in enumerate(self._groups):
             if stop - start <= limit:
                 out[start:stop] = wide[start:stop]
             else:
-                super().multiply(a[start:stop], matrices[expert], out[start:stop])
+                self.multiply(a[start:stop], matrix(expert, place), out[start:stop])
         return out
 
 
@@ -97,7 +123,7 @@ def few_rows(b: Tensor) -> int:
     return table[_cpu_product.multiplies(b.dtype)]
 
 
-def _compiled(a: Tensor, matrices: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
+def _compiled(a: Tensor, matrices: Tensor, groups: list[Group]) -> Tensor:
     """[S, m] fp32: rows ``start`` to ``stop - 1`` of a [S, k] times matrices [E, k, m][expert], for each group.
 
     Other rows are not written.
@@ -114,11 +140,11 @@ def _compiled(a: Tensor, matrices: Tensor, groups: list[tuple[int, int, int]]) -
     blocks = -(-columns // block)
     kind = KINDS[dtype_name(matrices)]
     given = table, block, a.data_ptr(), width, columns, (row, column), size, out.data_ptr(), kind
-    _run(multiply, multiply_shared, np.repeat(np.maximum(table[:, 1], 2), blocks), given)
+    run(multiply, multiply_shared, np.repeat(np.maximum(table[:, 1], 2), blocks), given)
     return out
 
 
-def _compiled_outer(a: Tensor, b: Tensor, out: Tensor, groups: list[tuple[int, int, int]]) -> None:
+def _compiled_outer(a: Tensor, b: Tensor, out: Tensor, groups: list[Group]) -> None:
     """Writes ``out`` [E, m, k][expert] = aᵀ b of rows ``start`` to ``stop - 1`` of a [S, m], b [S, k] for each group.
 
     The matrices of ``out`` are contiguous.
@@ -131,32 +157,10 @@ def _compiled_outer(a: Tensor, b: Tensor, out: Tensor, groups: list[tuple[int, i
     blocks = -(-height // BLOCK_OUTER)
     kind = KINDS[dtype_name(out)]
     given = table, BLOCK_OUTER, a.data_ptr(), height, b.data_ptr(), width, out.element_size(), kind
-    _run(add_outer, add_outer_shared, np.repeat(np.maximum(table[:, 1], 4), blocks), given)
+    run(add_outer, add_outer_shared, np.repeat(np.maximum(table[:, 1], 4), blocks), given)
 
 
-def _table(matrices: Tensor, groups: list[tuple[int, int, int]]) -> np.ndarray:
+def _table(matrices: Tensor, groups: list[Group]) -> np.ndarray:
     """[G, 3] Each group's first row, its number of rows and the address of its expert's matrix."""
     pitch, first = matrices.stride(0) * matrices.element_size(), matrices.data_ptr()
     return np.array([(start, stop - start, first + pitch * expert) for expert, start, stop in groups], dtype=np.int64)
-
-
-def _run(alone: Any, shared: Any, costs: np.ndarray, given: tuple[Any, ...]) -> None:
-    """All jobs, of about these costs: by ``alone``, or by ``shared`` among as many threads as torch has."""
-    count = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    if count == 1:  # no threads at all: those of OpenMP do not survive a fork
-        alone(0, len(costs), *given)
-        return
-    with _ONE_CALL:
-        before = numba.get_num_threads()
-        numba.set_num_threads(count)
-        try:
-            shared(_bounds(costs, count), *given)
-        finally:
-            numba.set_num_threads(before)
-
-
-def _bounds(costs: np.ndarray, threads: int) -> np.ndarray:
-    """[threads + 1] Where each thread's jobs begin, and their number: shares of about the same cost."""
-    done = np.cumsum(costs)
-    shares = np.searchsorted(done, done[-1] * np.arange(1, threads) / threads, side="left") + 1
-    return np.array([0, *np.minimum(shares, len(costs)), len(costs)], dtype=np.int64)
