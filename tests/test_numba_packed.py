@@ -157,6 +157,7 @@ def test_the_layer_is_that_of_the_loop(quant_type: str, limit: int, monkeypatch:
     """Forward and backward, nested statistics too; the numbers of threads change no bit."""
     for table in ("BY_ROWS", "BY_COLUMNS"):
         monkeypatch.setattr(products, table, dict.fromkeys((True, False), limit))
+    monkeypatch.setattr(products, "PACKED", limit)
     calls = []
     monkeypatch.setattr(products, "multiply_packed", lambda *a, **k: calls.append(1) or multiply_packed(*a, **k))
     drawn = torch.Generator().manual_seed(0)

@@ -25,6 +25,7 @@ from moe_ref.validation import dtype_name
 BY_ROWS = {True: 4, False: 512}
 BY_COLUMNS = {True: 4, False: 192}
 OUTER = {True: 4, False: 96}  # of rows that are summed over, in the gradient of a matrix
+PACKED = 16  # of experts in 4 bits at least so many: the kernels decode them faster, too
 BLOCK_BY_ROWS = 32  # columns of a job: few enough for many jobs
 BLOCK_BY_COLUMNS = 1024  # as many as leave jobs for all threads: rows of the matrix are read through
 BLOCK_OUTER = 64  # rows of a gradient in a job
@@ -83,7 +84,7 @@ class NumbaProducts(LoopProducts):
         """[S, k] of a [S, m] times experts in 4 bits [E, m, k] if ``back``, else [S, m] of a [S, k], transposed."""
         by_rows = back == stack.packed.transposed
         table = BY_ROWS if by_rows else BY_COLUMNS
-        limit = table[_cpu_product.multiplies(a.dtype)] if block_of(stack, by_rows) else 0
+        limit = max(PACKED, table[_cpu_product.multiplies(a.dtype)]) if block_of(stack, by_rows) else 0
         return self._shared_out(
             a,
             stack.shape[2 if back else 1],
