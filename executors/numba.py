@@ -1,20 +1,26 @@
-"""``numba``: products of a few rows, compiled by Numba for the processor at hand; others as in ``native``. CPUs only.
+"""``numba``: products that Numba compiles for the processor at hand; those of many rows as in ``native``. CPUs only.
 
-An expert's matrix is read once, in its own 16 bits, and widened in registers; all experts with few rows are one call.
-So it is for generating text, and for processors without matrix instructions of 16 bits. In 4 bits an expert is decoded
-when its turn comes. Kernels are compiled at their first call on a machine, which takes seconds, and kept on disk.
+An expert's matrix is read once, in its own 16 bits, and widened in registers, or decoded there from 4 bits; all experts
+with few rows are one call. So it is for generating text, for processors without matrix instructions of 16 bits, and for
+4 bits. Kernels are compiled at their first call on a machine, which takes seconds, and kept on disk.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from executors._executor import OperatorExecutor
+from executors._cpu_product import note
+from executors._executor import OperatorExecutor, kind_of
 from executors._multiplication import Multiplication
-from executors._numba.products import NumbaProducts
+from executors._numba.products import NumbaProducts, few_rows_of
 from executors._operator import Operator, define
 from executors._protocol import Capabilities
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_ref.types import MoEWeights
 
 OPERATOR = define(Multiplication("numba", NumbaProducts, on_host=True))
 
@@ -34,3 +40,10 @@ class Numba(OperatorExecutor):
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
         weights=frozenset({"dense", "nf4", "fp4", "mxfp4"}),
     )
+
+    def note(self, x: Tensor, weights: MoEWeights) -> str:
+        """Up to how many rows of an expert its products are compiled here, and what others take."""
+        if x.device.type != "cpu":
+            return ""
+        rows = few_rows_of(x.dtype, kind_of(weights.gate_up_proj))
+        return "; ".join(filter(None, [f"products of up to {rows} rows of an expert are compiled", note(x)]))

@@ -1,7 +1,7 @@
 """The benchmark: who takes part, what is judged, what is written. Small layers, and no timed assertion."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ import torch
 from typer.testing import CliRunner, Result
 
 import executors
-from executors._cli import bench_report
+from executors._cli import bench_measure, bench_report
 from executors._cli.app import app
 from executors._cli.bench_case import Case, Row
 from executors._cli.bench_contenders import our_contenders
 from executors._cli.bench_judge import Judgement, judge_contender
 from executors._cli.bench_layers import LAYERS, BenchLayer, random_layer, sized
-from executors._cli.bench_measure import Spread, is_no_result, ratios, spread, time_rounds
+from executors._cli.bench_measure import Spread, is_no_result, ratios, spread, time_rounds, warm_seconds
 from executors._cli.bench_peers import experts_module, peers
 from executors._cli.bench_routing import KINDS, Batch, Load, batch, load
 from executors._cli.bench_settings import Settings
@@ -210,6 +210,23 @@ def test_rounds_take_turns() -> None:
     assert {name: len(t) for name, t in times.items()} == {"a": 7, "b": 7}
     assert calls[1::2] == ["clear"] * 14
     assert all(set(calls[i : i + 4 : 2]) == {"a", "b"} for i in range(0, 28, 4))
+
+
+def test_quick_calls_are_timed_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow ones the first time, since twice would be long."""
+    calls: list[str] = []
+    taken = iter([0.5, 0.25, 3.0])
+
+    def seconds(action: Callable[[], None], _device: str) -> float:
+        action()
+        return next(taken)
+
+    monkeypatch.setattr(bench_measure, "seconds_of", seconds)
+    action, after = (lambda: calls.append("call")), (lambda: calls.append("clear"))
+    assert warm_seconds(action, after) == 0.25
+    assert calls == ["call", "clear", "call"]
+    assert warm_seconds(action, after) == 3.0
+    assert calls == ["call", "clear", "call", "call"]
 
 
 def test_command_prints_tables_and_writes_everything(tmp_path: Path) -> None:

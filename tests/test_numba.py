@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import executors
-from executors import _cpu_product
+from executors import _cpu_product, nf4
 from executors._loop import LoopProducts
 from moe_ref import MoEConfig, MoEWeights
 
@@ -246,3 +246,13 @@ def test_without_a_place_for_the_cache_it_compiles_in_each_process(monkeypatch: 
 
     assert kernels.compiled(twice)(3.0) == 6.0
     assert kept == [True, False]
+
+
+@pytest.mark.parametrize(("able", "rows"), [(True, 4), (False, 512)])
+def test_explain_says_up_to_how_many_rows_are_compiled(able: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the processor can, and the kind of weights."""
+    monkeypatch.setattr(_cpu_product, "multiplies", lambda _dtype: able)
+    weights = MoEWeights(torch.zeros(2, 64, 32).bfloat16(), torch.zeros(2, 32, 32).bfloat16(), config=MoEConfig(1))
+    for given, expected in ((weights, rows), (nf4.quantize(weights), max(rows, 16))):
+        (row,) = (row for row in executors.explain(torch.zeros(1, 32).bfloat16(), given) if row.name == "numba")
+        assert row.note.startswith(f"products of up to {expected} rows of an expert are compiled; products in ")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from executors._cli import bench_cuda
 from executors._cli.bench_case import FORWARD, LORA, Case, Row
-from executors._cli.bench_measure import MIN_ROUNDS, Clock, time_rounds, warm_up
+from executors._cli.bench_measure import MIN_ROUNDS, Clock, time_rounds, warm_seconds, warm_up
 from executors._cli.memory import peak_of
 
 AGAIN = " again"  # the second entry of the contender that is timed against itself
@@ -75,7 +76,7 @@ def time_case(
     entries = {name: actions[name] for name in warm}
     if case.reference:
         entries[case.reference + AGAIN] = actions[case.reference]
-    clock = bench_cuda.Clock(timing.device) if timing.gpu else None
+    clock = bench_cuda.Clock(timing.device) if timing.gpu else partial(warm_seconds, after=after)
     times = _rounds(entries, timing, after, tell, clock) if entries else {}
     case.again = times.pop(case.reference + AGAIN, [])
     for name, samples in times.items():

@@ -116,6 +116,12 @@ class NumbaProducts(LoopProducts):
         return out
 
 
+def few_rows_of(dtype: torch.dtype, kind: str) -> int:
+    """Up to how many rows of x Wᵀ are compiled, of "dense" matrices or others in 4 bits."""
+    rows = BY_ROWS[_cpu_product.multiplies(dtype)]
+    return rows if kind == "dense" else max(PACKED, rows)
+
+
 def few_rows(b: Tensor) -> int:
     """Up to how many rows the kernels multiply with b [k, m]."""
     if b.dtype == torch.float64 or 1 not in b.stride():
