@@ -161,6 +161,16 @@ def test_launches_are_counted_of_what_was_timed(monkeypatch: pytest.MonkeyPatch)
     assert len(counted) >= 6
 
 
+@pytest.mark.parametrize(("direction", "calls_of_a_round"), [("forward", 1), ("forward_backward", 2), ("lora", 2)])
+def test_quick_calls_with_backward_are_made_twice(direction: str, calls_of_a_round: int) -> None:
+    """On a CPU: memory that gradients stood in is warm then, as in training."""
+    calls: list[str] = []
+    case = replace(case_of([row("hf:eager", [])], direction=direction), gpu=False)
+    actions = {"hf:eager": lambda: calls.append("hf:eager")}
+    time_case(case, actions, Timing("cpu", 0.0), lambda: None, lambda _: None)
+    assert len(calls) == 1 + calls_of_a_round * (7 + 7)
+
+
 def test_interpreted_executor_is_run_once_and_compared_with_nobody() -> None:
     calls: list[str] = []
     case = replace(case_of([replace(row("triton", []), interpreted=True), row("hf:eager", [])]), gpu=False)

@@ -24,6 +24,7 @@ CHOSEN = {
 PIECES = {
     "dense": ("tests/test_dense.py", "tests/test_grouped_mm.py"),
     "known bugs": ("tests/test_known_bugs.py", "tests/test_known_bugs_routing.py"),
+    "compiled": ("tests/test_numba.py", "tests/test_numba_packed.py"),
     "4 bits decoded": ("tests/test_decode.py", "property_tests/test_decode.py"),
     "4 bits in slices": ("tests/test_grouped_nf4.py", "-k", "slices_hold"),
     "4 bits": ("tests/test_grouped_nf4.py", "-k", "not slices_hold"),

@@ -16,7 +16,7 @@ from executors._cli.bench_cuda import event_seconds
 
 MIN_ROUNDS = 7
 MAX_ROUNDS = 100
-REPEATED_S = 1.0  # quicker calls are made twice on a CPU
+REPEATED_S = 1.0  # quicker calls with backward are made twice on a CPU
 LOW, HIGH = 0.1, 0.9  # the quantiles that the spread is told by
 
 Clock = Callable[[Callable[[], None]], float]  # seconds of a call
@@ -111,10 +111,10 @@ def seconds_of(action: Callable[[], None], device: str) -> float:
 
 
 def warm_seconds(action: Callable[[], None], after: Callable[[], None]) -> float:
-    """Seconds of a call on a CPU; of a quick one, of a second call straight after the first.
+    """Seconds of a call with backward on a CPU; of a quick one, of a second call straight after the first.
 
-    Others ran before it: what they left in the caches, and whether the system or a virtual machine's host took back
-    the memory that it used last, is not the call's own time. Training and generating call the same layer again, too.
+    Others ran before it, and the system, or a virtual machine's host, may have taken back the memory that gradients
+    stood in. Getting it again is not the call's own time: training calls the same layer again at once.
     """
     seconds = seconds_of(action, "cpu")
     if seconds > REPEATED_S:
