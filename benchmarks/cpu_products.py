@@ -2,7 +2,7 @@
 
 python benchmarks/cpu_products.py [--out benchmarks/results/cpu-products] [--dtype bfloat16] [--width 2048]
 
-The source of the bounds in executors/_cpu_product.py and executors/_numba/products.py. One thread, measured in its own
+The source of the bounds in executors/_pipeline/cpu_product.py and executors/_numba/products.py. One thread, in its own
 processor time, so another process on the machine disturbs it little. For a processor without 16-bit instructions on one
 that has them: ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 NUMBA_CPU_NAME=haswell
 """
@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from executors import _cpu_product
 from executors._numba import products as compiled
+from executors._pipeline import cpu_product
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -57,7 +57,7 @@ def main(
     machine = {
         "processor": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "16-bit products": _cpu_product.multiplies(kind),
+        "16-bit products": cpu_product.multiplies(kind),
         "setting": {name: os.environ[name] for name in SETTING if name in os.environ},
         "torch": str(torch.__version__),
     }
@@ -83,7 +83,7 @@ def microseconds(dtype: torch.dtype, order: str, rows: int, width: int, columns:
 
     ways: dict[str, Callable[[torch.Tensor], Any]] = {
         "torch": lambda b: torch.mm(a, b, out=out),
-        "widened": lambda b: _cpu_product._multiply_widened(a.float(), b, out),
+        "widened": lambda b: cpu_product._multiply_widened(a.float(), b, out),
         "numba": by_numba,
     }
     return {name: _fastest(way, [matrix.t() for matrix in matrices]) for name, way in ways.items()}
@@ -94,7 +94,7 @@ def _microseconds_of_outer(dtype: torch.dtype, rows: int, width: int, columns: i
     dy, x = torch.randn(rows, columns).to(dtype), torch.randn(rows, width).to(dtype)
 
     def widened(out: torch.Tensor) -> None:
-        _cpu_product._multiply_outer_widened(dy, x, out)
+        cpu_product._multiply_outer_widened(dy, x, out)
 
     ways: dict[str, Callable[[torch.Tensor], Any]] = {
         "torch": lambda out: torch.mm(dy.t(), x, out=out),

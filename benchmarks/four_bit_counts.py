@@ -2,7 +2,7 @@
 
 Instructions come from the compiled kernels (``python -m executors kernels --json``), rates from the vendors' data
 sheets, and H200's products and bandwidth from a measurement. It is arithmetic, no timing: where the two ways cross by
-count, which is what `executors._triton._paths` holds until ``python -m executors crossover`` has run on such a GPU.
+count, which `executors._triton.decode_rule` holds until ``python -m executors crossover`` has run on such a GPU.
 
 Reads and writes benchmarks/results/four-bit-counted/; ``--kernels FILE`` takes fresh figures, repeatable.
 """

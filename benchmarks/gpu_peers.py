@@ -20,7 +20,7 @@ SHARE = "--share"
 
 def main(*arguments: str) -> int:
     """Starts the processes; exit status 1 if one failed."""
-    from executors._cli.bench_liger import DISTRIBUTION, liger_version
+    from executors._bench.peers.liger import DISTRIBUTION, liger_version
 
     if liger_version() is None:
         print(f"{DISTRIBUTION} is not installed: nothing to compile")
@@ -38,8 +38,8 @@ def compile_share(number: int, of: int, layers: tuple[str, ...]) -> None:
     import triton
 
     triton.autotune = with_share(triton.autotune, number, of)
-    from executors._cli.bench_layers import random_layer, sized
-    from executors._cli.bench_liger import liger_peers
+    from executors._bench.layers import random_layer, sized
+    from executors._bench.peers.liger import liger_peers
 
     for name in layers:
         shape = replace(sized(name, 1, "cuda"), experts=EXPERTS)

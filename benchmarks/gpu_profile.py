@@ -9,11 +9,11 @@ import sys
 
 import torch
 
-from executors._cli.bench_case import FORWARD
-from executors._cli.bench_contenders import action_of, our_contenders
-from executors._cli.bench_judge import clear_gradients
-from executors._cli.bench_layers import random_layer, sized
-from executors._cli.bench_routing import batch
+from executors._bench.case import FORWARD
+from executors._bench.contenders import action_of, our_contenders
+from executors._bench.judge import clear_gradients
+from executors._bench.layers import random_layer, sized
+from executors._bench.routing import batch
 
 WARM_UP = 2
 

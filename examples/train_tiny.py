@@ -28,8 +28,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import executors
-from executors._cli.common import LARGEST_SEED, DeviceOption, check_device, new_console, refuse, within
-from executors._cli.report import write_json
+from executors._cli.options import LARGEST_SEED, DeviceOption, check_device, new_console, refuse, within
+from executors._compare.report import write_json
 from moe_ref.conformance.mutants import mutants
 from tiny.checkpoint import bundled_model
 from tiny.contest import Contest, hold

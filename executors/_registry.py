@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GROUP = "moe_ref.executors"
 BUILT_IN = {
-    "auto": "executors._auto:Auto",
+    "auto": "executors.auto:Auto",
     "grouped_mm": "executors.grouped_mm:GroupedMM",
     "grouped_nf4": "executors.grouped_nf4:GroupedNF4",
     "native": "executors.native:Native",

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from executors._executor import OperatorExecutor
-from executors._grouped import GroupedProducts, check_capture, host_note
-from executors._multiplication import Multiplication
-from executors._operator import Operator, define
+from executors._base.operator import Operator, define
+from executors._pipeline.executor import PipelineExecutor
+from executors._pipeline.grouped import GroupedProducts, check_capture, host_note
+from executors._pipeline.operator import Multiplication
 from executors._protocol import Capabilities
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ OPERATOR = define(Multiplication("grouped_mm", GroupedProducts, on_host=False))
 
 
 @dataclass(frozen=True)
-class GroupedMM(OperatorExecutor):
+class GroupedMM(PipelineExecutor):
     """The executor ``grouped_mm``. Its option is ``recompute``: keep no z for backward.
 
     Example:

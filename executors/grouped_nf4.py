@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 
-from executors import _cpu_product
-from executors._decode_kernel import slow_note
-from executors._executor import LayerExecutor
-from executors._grouped import check_capture, host_note
-from executors._loop import LoopProducts
-from executors._multiplication import Multiplication
-from executors._operator import Operator, apply, define
-from executors._paths import Path, mean_rows
+from executors._base.executor import LayerExecutor
+from executors._base.operator import Operator, apply, define
+from executors._decode.bitsandbytes import slow_note
+from executors._decode.paths import Path, mean_rows
+from executors._pipeline import cpu_product
+from executors._pipeline.grouped import check_capture, host_note
+from executors._pipeline.loop import LoopProducts
+from executors._pipeline.operator import Multiplication
+from executors._pipeline.sliced import SlicedProducts
 from executors._protocol import Capabilities, Unavailable
-from executors._sliced import SlicedProducts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from executors._layer import Products
+    from executors._pipeline.layer import Products
     from moe_ref.types import MoEWeights
 
 
@@ -106,7 +106,7 @@ class GroupedNF4(LayerExecutor):
         kernels = self._kernels_for(x)
         if kernels is not None:
             return kernels.path_note(x, mean_rows(x, weights), self._forced)
-        return host_note(x, weights) or "; ".join(filter(None, [slow_note(x, weights), _cpu_product.note(x)]))
+        return host_note(x, weights) or "; ".join(filter(None, [slow_note(x, weights), cpu_product.note(x)]))
 
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         kernels = self._kernels_for(x)
@@ -130,7 +130,7 @@ class GroupedNF4(LayerExecutor):
             return None
         what = f"executor {self.name!r} with path={self.path!r}"
         try:
-            kernels = import_module("executors._triton._operator")
+            kernels = import_module("executors._triton.operator")
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] != "triton":
                 raise

@@ -9,16 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from executors._executor import OperatorExecutor
-from executors._loop import LoopProducts
-from executors._multiplication import Multiplication
-from executors._operator import Operator, define
+from executors._base.operator import Operator, define
+from executors._pipeline.executor import PipelineExecutor
+from executors._pipeline.loop import LoopProducts
+from executors._pipeline.operator import Multiplication
 
 OPERATOR = define(Multiplication("native", LoopProducts, on_host=True))
 
 
 @dataclass(frozen=True)
-class Native(OperatorExecutor):
+class Native(PipelineExecutor):
     """The executor ``native``. Its option is ``recompute``: keep no z for backward.
 
     Example:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from executors._cpu_product import note
-from executors._executor import OperatorExecutor, kind_of
-from executors._multiplication import Multiplication
+from executors._base.executor import kind_of
+from executors._base.operator import Operator, define
 from executors._numba.products import NumbaProducts, few_rows_of
-from executors._operator import Operator, define
+from executors._pipeline.cpu_product import note
+from executors._pipeline.executor import PipelineExecutor
+from executors._pipeline.operator import Multiplication
 from executors._protocol import Capabilities
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ OPERATOR = define(Multiplication("numba", NumbaProducts, on_host=True))
 
 
 @dataclass(frozen=True)
-class Numba(OperatorExecutor):
+class Numba(PipelineExecutor):
     """The executor ``numba``. Its option is ``recompute``: keep no z for backward.
 
     Example:

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from executors._executor import LayerExecutor
-from executors._operator import Operator, apply
-from executors._paths import mean_rows
+from executors._base.executor import LayerExecutor
+from executors._base.operator import Operator, apply
+from executors._decode.paths import mean_rows
 from executors._protocol import Capabilities, Unavailable
-from executors._triton import _operator, _routing, _tuned
-from executors._triton._device import INTERPRETED
-from executors._triton._grouping import check_slots
-from executors._triton._paths import FUSED
+from executors._triton import operator
+from executors._triton import tuned as _tuned
+from executors._triton.decode_rule import FUSED
+from executors._triton.device import INTERPRETED
+from executors._triton.launch import routing as _routing
+from executors._triton.launch.grouping import check_slots
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +90,7 @@ class Triton(LayerExecutor):
     def note(self, x: Tensor, weights: MoEWeights) -> str:
         """What a user should know of a call that works: that it is interpreted, and which way 4 bits take."""
         if weights.packed():
-            return _operator.path_note(x, mean_rows(x, weights), FUSED if self.batch_invariant else "")
+            return operator.path_note(x, mean_rows(x, weights), FUSED if self.batch_invariant else "")
         return "interpreted on the CPU (TRITON_INTERPRET=1): slow, for numbers only" if INTERPRETED else ""
 
     def _route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
@@ -101,5 +103,5 @@ class Triton(LayerExecutor):
     @property
     def _own_operator(self) -> Operator:
         if self.tuned:
-            return _operator.TUNED
-        return _operator.BATCH_INVARIANT if self.batch_invariant else _operator.OPERATOR
+            return operator.TUNED
+        return operator.BATCH_INVARIANT if self.batch_invariant else operator.OPERATOR

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import example, given
 
-from executors import _decode, _decode_kernel, _decode_table
+from executors import _decode
+from executors._decode import bitsandbytes as _decode_kernel
+from executors._decode import table as _decode_table
 from moe_ref.nf4 import dynamic_code
 from moe_ref.types import NF4Tensor
 from narrow_kernel import without_vectors

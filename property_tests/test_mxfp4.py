@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from executors import _mxfp4_quantize, mxfp4
+from executors import mxfp4
+from executors.mxfp4 import quantization
 from moe_ref import mxfp4 as specification
 from random_mxfp4 import DTYPES, same_arrays
 
@@ -58,6 +59,6 @@ def test_the_nearest_code_by_brute_force(values: Tensor) -> None:
 @example(torch.full((1, 32), -1e-45), "float32", 64)
 def test_bits_are_the_specifications(values: Tensor, dtype: str, piece: int) -> None:
     """M1, in pieces of any size, whatever the strides."""
-    with mock.patch.dict(_mxfp4_quantize.PIECES, cpu=piece):
+    with mock.patch.dict(quantization.PIECES, cpu=piece):
         found = mxfp4.quantize_tensor(values, dtype=dtype)
     same_arrays(found, specification.quantize(values.contiguous(), dtype=dtype))

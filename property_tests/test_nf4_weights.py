@@ -7,7 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from executors import _nf4_quantize, nf4
+from executors import nf4
+from executors.nf4 import quantization
 from moe_ref import NF4Tensor
 from moe_ref import nf4 as specification
 
@@ -61,11 +62,11 @@ def test_bits_are_the_specifications(
 ) -> None:
     """Q4, in the order in which the numbers are stored, in pieces of any size."""
     form = {"quant_type": quant_type, "blocksize": blocksize, "nested": nested, "dtype": dtype}
-    before, _nf4_quantize.PIECES["cpu"] = _nf4_quantize.PIECES["cpu"], piece
+    before, quantization.PIECES["cpu"] = quantization.PIECES["cpu"], piece
     try:
         found = nf4.quantize_tensor(values, **form)
     finally:
-        _nf4_quantize.PIECES["cpu"] = before
+        quantization.PIECES["cpu"] = before
     transposed = values.ndim > 1 and not values.is_contiguous() and values.mT.is_contiguous()
     stored = values.mT if transposed else values
     expected = specification.quantize(stored.contiguous(), **form)

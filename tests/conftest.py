@@ -22,15 +22,15 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring what the machine reaches takes seconds; one test does."""
-    from executors._cli.bench_ceilings import Ceilings
+    from executors._bench.ceilings import Ceilings
 
-    monkeypatch.setattr("executors._cli.bench.measure_ceilings", lambda _: Ceilings(0.5, 30.0, 40.0))
+    monkeypatch.setattr("executors._bench.run.measure_ceilings", lambda _: Ceilings(0.5, 30.0, 40.0))
 
 
 @pytest.fixture
 def new_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton kernels that a test makes are interpreted too."""
-    from executors._triton._interpreter import mend
+    from executors._triton.interpreter import mend
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     mend()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from executors import Executor, _operator, grouped_mm, grouped_nf4, native
+from executors import Executor, grouped_mm, grouped_nf4, native
+from executors._base import operator as _operator
 from moe_ref import MoEConfig
 from moe_ref.conformance.build import build
 from moe_ref.conformance.call import Inputs, call, to_torch
@@ -30,7 +31,7 @@ SYNCHRONISING = ("_local_scalar_dense", "aten::item", "nonzero", "masked_select"
 both = pytest.mark.parametrize("name", OPERATORS)
 
 if find_spec("triton") and not torch.cuda.is_available():  # on a GPU these tests, on a CPU, are not for it
-    from executors._triton import _operator as _triton
+    from executors._triton import operator as _triton
 
     WATCHED |= {"triton": _triton.OPERATOR}
 

@@ -7,10 +7,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dense_cases import CONFIG, EVERYTHING, PROBLEM, WATCHED, Watched, inputs_of
-from executors import _operator, grouped_nf4, nf4
-from executors._multiplication import Multiplication
-from executors._operator import Operator
-from executors._sliced import SlicedProducts
+from executors import grouped_nf4, nf4
+from executors._base import operator as _operator
+from executors._base.operator import Operator
+from executors._pipeline.operator import Multiplication
+from executors._pipeline.sliced import SlicedProducts
 from moe_ref.conformance.call import Inputs
 from moe_ref.conformance.problem import Problem
 

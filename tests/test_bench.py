@@ -12,17 +12,17 @@ import torch
 from typer.testing import CliRunner, Result
 
 import executors
-from executors._cli import bench_measure, bench_report
+from executors._bench import measure, report
+from executors._bench.case import Case, Row
+from executors._bench.contenders import our_contenders
+from executors._bench.judge import Judgement, judge_contender
+from executors._bench.layers import LAYERS, BenchLayer, random_layer, sized
+from executors._bench.measure import Spread, is_no_result, ratios, spread, time_rounds, warm_seconds
+from executors._bench.peers.transformers import experts_module, peers
+from executors._bench.routing import KINDS, Batch, Load, batch, load
+from executors._bench.settings import Settings
+from executors._bench.truth import sample_truth
 from executors._cli.app import app
-from executors._cli.bench_case import Case, Row
-from executors._cli.bench_contenders import our_contenders
-from executors._cli.bench_judge import Judgement, judge_contender
-from executors._cli.bench_layers import LAYERS, BenchLayer, random_layer, sized
-from executors._cli.bench_measure import Spread, is_no_result, ratios, spread, time_rounds, warm_seconds
-from executors._cli.bench_peers import experts_module, peers
-from executors._cli.bench_routing import KINDS, Batch, Load, batch, load
-from executors._cli.bench_settings import Settings
-from executors._cli.bench_truth import sample_truth
 from moe_ref import routed_experts
 from moe_ref.conformance.gates import Verdict
 from moe_ref.conformance.mutants import mutants
@@ -221,7 +221,7 @@ def test_quick_calls_are_timed_the_second_time(monkeypatch: pytest.MonkeyPatch) 
         action()
         return next(taken)
 
-    monkeypatch.setattr(bench_measure, "seconds_of", seconds)
+    monkeypatch.setattr(measure, "seconds_of", seconds)
     action, after = (lambda: calls.append("call")), (lambda: calls.append("clear"))
     assert warm_seconds(action, after) == 0.25
     assert calls == ["call", "clear", "call"]
@@ -257,8 +257,8 @@ def test_command_prints_tables_and_writes_everything(tmp_path: Path) -> None:
 
 
 def test_without_transformers_only_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executors._cli.bench_peers.peers_version", lambda: None)
-    monkeypatch.setattr(bench_report, "peers_version", lambda: None)
+    monkeypatch.setattr("executors._bench.peers.transformers.peers_version", lambda: None)
+    monkeypatch.setattr(report, "peers_version", lambda: None)
     result = bench(tmp_path, *SMALL, "--routing", "real", "--direction", "forward", "--without", "kt-kernel")
     assert result.exit_code == 0, result.output
     assert "transformers is not installed: no peers" in " ".join(result.output.split())

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from executors._cli import bench_ceilings
-from executors._cli.bench_ceilings import LARGEST, Ceilings, fastest_product, measure_ceilings
+from executors._bench import ceilings
+from executors._bench.ceilings import LARGEST, Ceilings, fastest_product, measure_ceilings
 
 GFLOPS = {
     "instructions for bf16": {"bf16": 1300.0, "fp32": 150.0},
@@ -33,11 +33,11 @@ class Products(TorchDispatchMode):
 
 def test_all_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products are A Bᵀ with rows that are contiguous, in bf16 and in fp32."""
-    monkeypatch.setattr(bench_ceilings, "LARGEST", bench_ceilings.SMALLEST)
-    monkeypatch.setattr(bench_ceilings, "COPY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(ceilings, "LARGEST", ceilings.SMALLEST)
+    monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**20})
     with Products() as products:
         found = measure_ceilings("cpu")
-    size = bench_ceilings.SMALLEST
+    size = ceilings.SMALLEST
     assert set(products.seen) == {(dtype, (size, 1), (1, size)) for dtype in (torch.bfloat16, torch.float32)}
     assert min(found.tflops, found.copy_gbs, found.read_gbs) > 0
     assert math.isfinite(found.gbs)

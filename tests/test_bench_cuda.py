@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from executors._cli import bench_cuda
+from executors._bench import cuda as bench_cuda
 from executors._cli.app import app
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

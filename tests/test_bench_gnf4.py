@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from executors._cli import bench_gnf4
-from executors._cli.bench_judge import judge_contender
-from executors._cli.bench_layers import BenchLayer, random_layer, sized, with_adapters
-from executors._cli.bench_nf4 import Quantisation, quantised
-from executors._cli.bench_routing import batch
-from executors._cli.bench_truth import sample_truth
+from executors._bench.judge import judge_contender
+from executors._bench.layers import BenchLayer, random_layer, sized, with_adapters
+from executors._bench.peers import gnf4
+from executors._bench.quantised import Quantisation, quantised
+from executors._bench.routing import batch
+from executors._bench.truth import sample_truth
 from moe_ref import mxfp4, nf4
 from moe_ref.types import MXFP4Tensor, NF4Tensor
 
@@ -54,7 +54,7 @@ def test_it_is_called_as_its_signatures_say(name: str, how: Any, rank: int) -> N
     layer = layer_of(name, Quantisation(how))
     layer = with_adapters(layer, rank, 0) if rank else layer
     given = batch("real", 5, 4, layer.shape, "cpu", 0)
-    peer = bench_gnf4.peer(layer, fused_grouped_lora if how == "nf4" else gemm_mxfp4_grouped)
+    peer = gnf4.peer(layer, fused_grouped_lora if how == "nf4" else gemm_mxfp4_grouped)
     assert peer.call is not None
     assert peer.backward == (how == "nf4")
     judgement = judge_contender(peer.call, layer, given, sample_truth(layer, given, peer.backward, 0), peer.backward)
@@ -64,13 +64,13 @@ def test_it_is_called_as_its_signatures_say(name: str, how: Any, rank: int) -> N
 
 def test_it_takes_what_it_can_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, mx = (layer_of("mixtral-8x7b", Quantisation(how)) for how in ("nf4", "mxfp4"))  # type: ignore[arg-type]
-    assert bench_gnf4.gnf4_peers(layer) == []  # on a CPU
-    monkeypatch.setattr(bench_gnf4, "gnf4_version", lambda: "0.51.0")
-    assert bench_gnf4.refusal(layer) == bench_gnf4.refusal(mx) == ""
-    assert bench_gnf4.refusal(with_adapters(mx, 4, 0)) == "it has MXFP4 without adapters"
+    assert gnf4.gnf4_peers(layer) == []  # on a CPU
+    monkeypatch.setattr(gnf4, "gnf4_version", lambda: "0.51.0")
+    assert gnf4.refusal(layer) == gnf4.refusal(mx) == ""
+    assert gnf4.refusal(with_adapters(mx, 4, 0)) == "it has MXFP4 without adapters"
     for other in (Quantisation("nf4", nested=True), Quantisation("fp4")):
-        assert "with plain scales only" in bench_gnf4.refusal(layer_of("mixtral-8x7b", other))
+        assert "with plain scales only" in gnf4.refusal(layer_of("mixtral-8x7b", other))
     turned = replace(layer, shape=replace(layer.shape, transposed=True))
-    assert "that is summed over last only" in bench_gnf4.refusal(turned)
-    monkeypatch.setattr(bench_gnf4, "gnf4_version", lambda: None)
-    assert bench_gnf4.refusal(layer) == "grouped-nf4-gemm is not installed"
+    assert "that is summed over last only" in gnf4.refusal(turned)
+    monkeypatch.setattr(gnf4, "gnf4_version", lambda: None)
+    assert gnf4.refusal(layer) == "grouped-nf4-gemm is not installed"

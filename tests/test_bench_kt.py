@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from executors._cli import bench_kt
-from executors._cli.bench import everyone_else, measure_case
-from executors._cli.bench_contenders import Contender
-from executors._cli.bench_judge import judge_contender
-from executors._cli.bench_layers import BenchLayer, random_layer, sized
-from executors._cli.bench_report import machine
-from executors._cli.bench_routing import batch
-from executors._cli.bench_settings import Settings
-from executors._cli.bench_truth import sample_truth
+from executors._bench.contenders import Contender
+from executors._bench.judge import judge_contender
+from executors._bench.layers import BenchLayer, random_layer, sized
+from executors._bench.peers import kt as bench_kt
+from executors._bench.report import machine
+from executors._bench.routing import batch
+from executors._bench.run import everyone_else, measure_case
+from executors._bench.settings import Settings
+from executors._bench.truth import sample_truth
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_it = pytest.mark.skipif(bench_kt.kt_version() is None, reason="kt-kernel is not installed")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from executors._cli import bench_liger
-from executors._cli.bench_layers import LAYERS, BenchLayer, random_layer, sized
-from executors._cli.bench_routing import batch
+from executors._bench.layers import LAYERS, BenchLayer, random_layer, sized
+from executors._bench.peers import liger as bench_liger
+from executors._bench.routing import batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from executors._cli import bench_memory
+from executors._bench import memory as bench_memory
+from executors._bench.case import Case, Row
+from executors._bench.ceilings import Ceilings
+from executors._bench.judge import Judgement
+from executors._bench.layers import BenchLayer, random_layer, sized, with_adapters
+from executors._bench.peers.bitsandbytes import STACK
+from executors._bench.quantised import BLOCKSIZE, Quantisation, quantised
+from executors._bench.routing import Load, batch
+from executors._bench.run import contenders
 from executors._cli.app import app
-from executors._cli.bench import contenders
-from executors._cli.bench_bnb import STACK
-from executors._cli.bench_case import Case, Row
-from executors._cli.bench_ceilings import Ceilings
-from executors._cli.bench_judge import Judgement
-from executors._cli.bench_layers import BenchLayer, random_layer, sized, with_adapters
-from executors._cli.bench_nf4 import BLOCKSIZE, Quantisation, quantised
-from executors._cli.bench_routing import Load, batch
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("transformers")
@@ -62,7 +62,7 @@ def test_memory_is_measured_in_a_process_of_its_own() -> None:
 
 def test_memory_of_dense_weights_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_memory, "_in_a_process", lambda spec, name: "not here")
-    monkeypatch.setattr("executors._cli.bench.measure_ceilings", lambda _: Ceilings(0.5, 30.0, 40.0))
+    monkeypatch.setattr("executors._bench.run.measure_ceilings", lambda _: Ceilings(0.5, 30.0, 40.0))
     small = ("--scale", 32, "--tokens", 4, "--seconds", 0.0, "--direction", "forward", "--routing", "real")
     arguments = ["bench", "--out", tmp_path, *small, "--memory", "--executor", "native"]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -10,21 +10,24 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from executors._cli import bench_loops, bench_memory, bench_report, bench_table, bench_variants
+from executors._bench import memory as bench_memory
+from executors._bench import report, variants
+from executors._bench import table as bench_table
+from executors._bench.case import Case, Row
+from executors._bench.ceilings import Ceilings
+from executors._bench.contenders import our_contenders
+from executors._bench.judge import Judgement, judge_contender
+from executors._bench.layers import LAYERS, BenchLayer, Form, random_layer, sized, with_adapters
+from executors._bench.measure import Spread
+from executors._bench.peers import loops
+from executors._bench.peers.bitsandbytes import NO_ADAPTERS, NO_MXFP4, STACK, parametrised_module, peers_in_4_bits
+from executors._bench.quantised import BLOCKSIZE, Quantisation, quant_state, quantised
+from executors._bench.routing import Load, batch
+from executors._bench.run import contenders
+from executors._bench.settings import Settings
+from executors._bench.truth import sample_truth
 from executors._cli.app import app
-from executors._cli.bench import contenders
-from executors._cli.bench_bnb import NO_ADAPTERS, NO_MXFP4, STACK, parametrised_module, peers_in_4_bits
-from executors._cli.bench_case import Case, Row
-from executors._cli.bench_ceilings import Ceilings
-from executors._cli.bench_contenders import our_contenders
-from executors._cli.bench_judge import Judgement, judge_contender
-from executors._cli.bench_layers import LAYERS, BenchLayer, Form, random_layer, sized, with_adapters
-from executors._cli.bench_measure import Spread
-from executors._cli.bench_nf4 import BLOCKSIZE, Quantisation, quant_state, quantised
-from executors._cli.bench_routing import Load, batch
-from executors._cli.bench_settings import Settings
-from executors._cli.bench_truth import sample_truth
-from executors._cli.common import new_console
+from executors._cli.options import new_console
 from moe_ref import mxfp4, nf4
 from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
 from moe_ref.vjp import layer_vjp
@@ -37,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "known_ceilings")
 PEERS = ["bnb:loop", "bnb:sorted-loop", STACK, "hf:eager+bnb"]
 TORCH_LOOPS = ["torch:loop", "torch:sorted-loop"]
 PLAIN, NESTED, MX = Quantisation("nf4"), Quantisation("nf4", nested=True), Quantisation("mxfp4")
-WAYS = [*bench_variants.PATHS, "bf16"]
+WAYS = [*variants.PATHS, "bf16"]
 SMALL = ("--scale", 32, "--tokens", 1, "--tokens", 4, "--seconds", 0.0, "--executor", "grouped_nf4")
 
 
@@ -186,7 +189,7 @@ def test_each_path_and_the_decoded_layer_are_contenders_of_their_own(how: Quanti
     given = batch("real", 3, 2, layer.shape, "cpu", 0)
     truth = sample_truth(layer, given, rank > 0, 0)
     everyone = our_contenders(layer, given, ["grouped_nf4", "triton[bf16]"], admit_interpreted=True)
-    assert [c.name for c in everyone] == [*(f"grouped_nf4[{path}]" for path in bench_variants.PATHS), "triton[bf16]"]
+    assert [c.name for c in everyone] == [*(f"grouped_nf4[{path}]" for path in variants.PATHS), "triton[bf16]"]
     assert [c.interpreted for c in everyone] == [True, True, False, True]
     for contender in everyone:
         assert contender.call is not None
@@ -213,13 +216,13 @@ def test_one_path_can_be_asked_for_and_alone_it_has_the_executor_s_name() -> Non
 
 def test_the_told_loop_reads_sizes_once_for_a_batch() -> None:
     layer = small_layer(PLAIN)
-    sizes = bench_loops.Sizes(layer.shape.experts)
+    sizes = loops.Sizes(layer.shape.experts)
     first, second = (batch("real", tokens, 2, layer.shape, "cpu", 0) for tokens in (3, 5))
     told = sizes.told(first)
     assert sizes.told(first) is told
     assert sum(sizes.told(second)) == 2 * 5
     assert told == sizes.read(first)
-    on_gpu, on_cpu = (bench_loops.names_of("bnb:", torch.device(kind)) for kind in ("cuda", "cpu"))
+    on_gpu, on_cpu = (loops.names_of("bnb:", torch.device(kind)) for kind in ("cuda", "cpu"))
     assert on_gpu == ["bnb:loop", "bnb:sorted-loop", "bnb:told-loop"]
     assert on_cpu == on_gpu[:2]
 
@@ -232,7 +235,7 @@ def test_tables_of_a_gpu_compare_with_bf16_in_80_columns() -> None:
         graph = [0.5 * factor * t for t in times]
         return Row(name, ours, judgement=right, seconds=[factor * t for t in times], graph=graph, peak=123 * 2**20)
 
-    names = [*(f"grouped_nf4[{path}]" for path in bench_variants.PATHS), "triton[bf16]", "bnb:told-loop", STACK]
+    names = [*(f"grouped_nf4[{path}]" for path in variants.PATHS), "triton[bf16]", "bnb:told-loop", STACK]
     rows = [row(name, factor) for name, factor in zip(names, (0.4, 1.0, 2.0, 1.0, 3.0, 40.0), strict=True)]
     case = case_of(rows, tokens=8192, gpu=True)
     case.reference, case.again = "bnb:told-loop", [3 * t for t in times]
@@ -256,7 +259,7 @@ def test_without_bitsandbytes_we_quantise_and_the_peers_say_so(without_bitsandby
 
 
 def test_without_transformers_the_loops_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executors._cli.bench_bnb.peers_version", lambda: None)
+    monkeypatch.setattr("executors._bench.peers.bitsandbytes.peers_version", lambda: None)
     reasons = {p.name: p.reason for p in peers_in_4_bits(layer_of())}
     assert list(reasons.values()) == ["", "", *["transformers is not installed"] * 2]
 
@@ -298,12 +301,12 @@ def test_notes_say_once_where_a_reason_holds() -> None:
         return case_of([Row("peer", False, reason=reason)], direction=direction, tokens=tokens)
 
     cases = [case("forward", 1, ""), case("forward", 8, "large"), case("lora", 1, "none"), case("lora", 8, "none")]
-    assert bench_report.notes(cases) == [
+    assert report.notes(cases) == [
         "peer not run (qwen3-30b-a3b, T=8 forward): large",
         "peer not run (qwen3-30b-a3b, with adapters): none",
     ]
-    assert bench_report.notes(cases[2:]) == ["peer not run (qwen3-30b-a3b): none"]
-    assert bench_report.notes(cases[1:2]) == ["peer not run (qwen3-30b-a3b): large"]
+    assert report.notes(cases[2:]) == ["peer not run (qwen3-30b-a3b): none"]
+    assert report.notes(cases[1:2]) == ["peer not run (qwen3-30b-a3b): large"]
 
 
 def test_command_prints_tables_and_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

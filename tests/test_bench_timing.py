@@ -11,24 +11,22 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from executors._cli import (
-    bench,
-    bench_cuda,
-    bench_measure,
-    bench_report,
-    bench_roofline,
-    bench_table,
-    bench_timing,
-)
+from executors._bench import cuda as bench_cuda
+from executors._bench import measure as bench_measure
+from executors._bench import report
+from executors._bench import roofline as bench_roofline
+from executors._bench import run as bench
+from executors._bench import table as bench_table
+from executors._bench import timing as bench_timing
+from executors._bench.case import Case, Row
+from executors._bench.ceilings import Ceilings
+from executors._bench.judge import Judgement, judge_contender
+from executors._bench.layers import LAYERS, BenchLayer, random_layer, sized
+from executors._bench.measure import seconds_of
+from executors._bench.routing import Batch, Load, batch
+from executors._bench.settings import Settings
+from executors._bench.timing import Timing, time_case
 from executors._cli.app import app
-from executors._cli.bench_case import Case, Row
-from executors._cli.bench_ceilings import Ceilings
-from executors._cli.bench_judge import Judgement, judge_contender
-from executors._cli.bench_layers import LAYERS, BenchLayer, random_layer, sized
-from executors._cli.bench_measure import seconds_of
-from executors._cli.bench_routing import Batch, Load, batch
-from executors._cli.bench_settings import Settings
-from executors._cli.bench_timing import Timing, time_case
 from moe_ref.conformance.gates import Verdict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -198,10 +196,10 @@ def test_table_and_json_of_a_gpu() -> None:
     assert "slow" in text
     (line,) = [line for line in text.splitlines() if "hf:eager" in line]
     assert line.split()[-2:] == ["1234", "1024"]
-    notes = bench_report.notes(cases)
+    notes = report.notes(cases)
     assert "hf:eager not captured in a graph (qwen3-30b-a3b, forward): waits for the GPU: item" in notes
     assert "hf:batched_mm not timed (qwen3-30b-a3b, forward): a call took 2.0 s, more than 1 s" in notes
-    (triton, *_) = bench_report._case(cases[0], CEILINGS)["contenders"]
+    (triton, *_) = report._case(cases[0], CEILINGS)["contenders"]
     assert triton["graph"]["times_best"]["median"] == 2.0
     assert triton["graph"]["gbs"] == pytest.approx(cases[0].bytes_moved / 5e-4 / 1e9)
     assert triton["graph"]["of_copy"] == pytest.approx(triton["graph"]["gbs"] / 4000)

@@ -12,10 +12,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 import executors
-from executors._cli import report
 from executors._cli.app import app
-from executors._cli.layer_file import bundled_layer, save_layer
-from executors._cli.measure import peak_memory
+from executors._compare import report
+from executors._compare.measure import peak_memory
+from executors.layer_file import bundled_layer, save_layer
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.mutants import mutants
 
@@ -98,7 +98,7 @@ def run(*arguments: object) -> Result:
 
 def compare(layer: Path, *arguments: object) -> Result:
     """Memory, which takes a process for each executor, is not measured."""
-    with mock.patch("executors._cli.compare.peak_memory", return_value=1.5):
+    with mock.patch("executors._compare.run.peak_memory", return_value=1.5):
         return run("compare", layer, "--out", layer.parent / "out", "--repeats", 1, *arguments)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import executors
-from executors import _cpu_product, _half
-from executors._grouped import GroupedProducts
-from executors._loop import LoopProducts
+from executors._pipeline import cpu_product, half
+from executors._pipeline.grouped import GroupedProducts
+from executors._pipeline.loop import LoopProducts
 from moe_ref import MoEConfig, MoEWeights
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -20,13 +20,13 @@ SIZES = [(1, 8, 8), (2, 17, 5), (3, 64, 33), (5, 1, 1), (7, 130, 70), (1, 300, 9
 @pytest.fixture(params=[False, True], ids=["without", "with"])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """A processor without, or with, instructions of 16 bits, as far as the choice goes."""
-    monkeypatch.setattr(_cpu_product, "multiplies", lambda dtype: request.param or dtype not in NARROW)
+    monkeypatch.setattr(cpu_product, "multiplies", lambda dtype: request.param or dtype not in NARROW)
     return request.param
 
 
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(_cpu_product, "SLICE", 200)
+    monkeypatch.setattr(cpu_product, "SLICE", 200)
     return
 
 
@@ -59,7 +59,7 @@ def test_products_are_rounded_once(instructions: bool, dtype: torch.dtype, order
         for out in (torch.empty(n, m, dtype=dtype), torch.empty(n, m)):
             if out.dtype == torch.float32 and dtype == torch.bfloat16:
                 continue  # only beside fp16
-            _cpu_product.multiply(a, b, out.fill_(torch.nan))
+            cpu_product.multiply(a, b, out.fill_(torch.nan))
             demand_rounded_once(out, a, b)
 
 
@@ -73,7 +73,7 @@ def test_outer_products_are_rounded_once(instructions: bool, left: torch.dtype, 
     for n, m, k in [(1, 40, 17), (2, 8, 8), (5, 33, 70), (40, 70, 9)]:
         a, b = torch.randn(n, m).to(left), torch.randn(n, k).to(right)
         out = torch.full((m, k), torch.nan, dtype=right)
-        _cpu_product.multiply_outer(a, b, out)
+        cpu_product.multiply_outer(a, b, out)
         demand_rounded_once(out, a.t(), b)
 
 
@@ -81,7 +81,7 @@ def test_outer_products_are_rounded_once(instructions: bool, left: torch.dtype, 
 @pytest.mark.parametrize("order", ["rows", "columns"])
 def test_threads_change_no_bit(dtype: torch.dtype, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without instructions of 16 bits a result does not depend on the number of threads."""
-    monkeypatch.setattr(_cpu_product, "multiplies", lambda dtype: dtype not in NARROW)
+    monkeypatch.setattr(cpu_product, "multiplies", lambda dtype: dtype not in NARROW)
     threads = torch.get_num_threads()
     try:
         for n, k, m in [
@@ -97,8 +97,8 @@ def test_threads_change_no_bit(dtype: torch.dtype, order: str, monkeypatch: pyte
             for count in (1, 2, 3, 5):
                 torch.set_num_threads(count)
                 out, outer = torch.empty(n, m, dtype=dtype), torch.empty(k, m, dtype=dtype)
-                _cpu_product.multiply(a, b, out)
-                _cpu_product.multiply_outer(a, out, outer)
+                cpu_product.multiply(a, b, out)
+                cpu_product.multiply_outer(a, out, outer)
                 found.append((out, outer))
             for others in found[1:]:
                 for one, other in zip(found[0], others, strict=True):
@@ -135,35 +135,35 @@ def test_the_processor_decides_and_few_rows(
     instructions: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's own 16-bit product where there are instructions for it, or few rows and a matrix stored by columns."""
-    monkeypatch.setattr(_cpu_product, "_has_amx", lambda: False)
-    few = _cpu_product.FEW_ROWS
+    monkeypatch.setattr(cpu_product, "_has_amx", lambda: False)
+    few = cpu_product.FEW_ROWS
     for order, n in product(("rows", "columns"), (1, few, few + 1)):
         tensors = torch.zeros(n, 8, dtype=dtype), matrix(8, 6, dtype, order), torch.empty(n, 6, dtype=dtype)
-        calls = calls_of(_cpu_product.multiply, *tensors)
+        calls = calls_of(cpu_product.multiply, *tensors)
         narrow = instructions or (order == "columns" and n <= few)
         assert {kind for kind, _ in calls.products} == {dtype if narrow else torch.float32}, (order, n)
 
 
 def test_no_more_than_a_slice_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Extra memory: a slice of the matrix, and what the rows take."""
-    monkeypatch.setattr(_cpu_product, "multiplies", lambda dtype: dtype not in NARROW)
-    monkeypatch.setattr(_cpu_product, "SLICE", 2**12)
+    monkeypatch.setattr(cpu_product, "multiplies", lambda dtype: dtype not in NARROW)
+    monkeypatch.setattr(cpu_product, "SLICE", 2**12)
     for order in ("rows", "columns"):
         b = matrix(256, 512, torch.bfloat16, order)
-        calls = calls_of(_cpu_product.multiply, torch.zeros(8, 256, dtype=b.dtype), b, b.new_empty(8, 512))
+        calls = calls_of(cpu_product.multiply, torch.zeros(8, 256, dtype=b.dtype), b, b.new_empty(8, 512))
         assert 0 < calls.largest <= 2**12
     a, b = torch.zeros(8, 256, dtype=torch.bfloat16), torch.zeros(8, 256, dtype=torch.bfloat16)
-    assert calls_of(_cpu_product.multiply_outer, a, b, a.new_empty(256, 256)).largest <= 2**12
+    assert calls_of(cpu_product.multiply_outer, a, b, a.new_empty(256, 256)).largest <= 2**12
 
 
 def test_instructions_of_fp16_are_used_only_where_all_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     """E7: a result, or an operand, past the range of fp16 takes the product in fp32."""
-    monkeypatch.setattr(_cpu_product, "multiplies", lambda _dtype: True)
+    monkeypatch.setattr(cpu_product, "multiplies", lambda _dtype: True)
     b = torch.full((4, 2), 256.0, dtype=torch.float16)
     within = torch.ones(2, 4, dtype=torch.float16)
     for a, narrow, widened in ((within, True, False), (255 * within, True, True), (1e6 * within.float(), True, True)):
         out = torch.empty(2, 2)
-        calls = calls_of(_cpu_product.multiply, a, b, out)
+        calls = calls_of(cpu_product.multiply, a, b, out)
         assert (out == 1024 * a[0, 0].float()).all()
         kinds = {kind for kind, _ in calls.products}
         assert (torch.float16 in kinds, torch.float32 in kinds) == (narrow, widened)
@@ -171,11 +171,11 @@ def test_instructions_of_fp16_are_used_only_where_all_is_finite(monkeypatch: pyt
 
 def test_bf16_is_not_trusted_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN emulates products of bf16, slowly, on processors that have AVX-512 and lack AVX512_BF16."""
-    monkeypatch.setattr(_cpu_product, "machine", lambda: "x86_64")
+    monkeypatch.setattr(cpu_product, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert not _cpu_product.multiplies.__wrapped__(torch.bfloat16)
-    monkeypatch.setattr(_cpu_product, "_has_onednn", lambda: False)
-    assert not any(_cpu_product.multiplies.__wrapped__(dtype) for dtype in NARROW)
+    assert not cpu_product.multiplies.__wrapped__(torch.bfloat16)
+    monkeypatch.setattr(cpu_product, "_has_onednn", lambda: False)
+    assert not any(cpu_product.multiplies.__wrapped__(dtype) for dtype in NARROW)
 
 
 @pytest.mark.parametrize("k", [7, 9, 17, 34, 50, 96, 176, 208])
@@ -184,7 +184,7 @@ def test_rows_stay_apart(k: int) -> None:
     for order in ("rows", "columns"):
         a, b = torch.randn(33, k).bfloat16(), matrix(k, 48, torch.bfloat16, order)
         a[16], out = torch.nan, torch.empty(33, 48, dtype=torch.bfloat16)
-        _cpu_product.multiply(a, b, out)
+        cpu_product.multiply(a, b, out)
         matrices = b.t()[None].contiguous() if order == "columns" else b.t()[None]
         grouped = GroupedProducts(torch.tensor([0, 33]))
         for found in (out, grouped.rows(a, matrices), grouped.rows_back(a, matrices.transpose(1, 2))):
@@ -194,17 +194,17 @@ def test_rows_stay_apart(k: int) -> None:
 def test_rows_of_whole_tiles_are_multiplied_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule costs nothing for sizes that models have."""
     for amx, k, apart in ((True, 2880, True), (True, 176, False), (False, 176, True)):
-        monkeypatch.setattr(_cpu_product, "_has_amx", lambda amx=amx: amx)
-        assert _cpu_product.keeps_rows_apart(torch.bfloat16, k) == apart
-    assert _cpu_product.keeps_rows_apart(torch.float32, 7)
+        monkeypatch.setattr(cpu_product, "_has_amx", lambda amx=amx: amx)
+        assert cpu_product.keeps_rows_apart(torch.bfloat16, k) == apart
+    assert cpu_product.keeps_rows_apart(torch.float32, 7)
 
 
 def test_without_onednn_fp32_products_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build of torch without oneDNN has the same products."""
-    monkeypatch.setattr(_cpu_product, "_has_onednn", lambda: False)
+    monkeypatch.setattr(cpu_product, "_has_onednn", lambda: False)
     a, b = torch.randn(5, 9).bfloat16(), matrix(9, 4, torch.bfloat16, "rows")
     out = torch.empty(5, 4, dtype=torch.bfloat16)
-    _cpu_product._multiply_widened(a.float(), b, out)
+    cpu_product._multiply_widened(a.float(), b, out)
     demand_rounded_once(out, a, b)
 
 
@@ -224,18 +224,18 @@ def test_fp16_on_a_gpu_is_scaled_by_powers_of_two(largest: float) -> None:
     a[1] *= largest / a[1].abs().amax()
     a = a.half().float() if largest < 30000 else a
     out = torch.empty(3, 5)
-    _half.multiply(a, b, out)
+    half.multiply(a, b, out)
     exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
     assert ((out.double() - exact).abs() <= 2.0**-11 * terms).all()
     turned = torch.empty(5, 3)
-    _half.multiply(b.t(), a.t(), turned)
+    half.multiply(b.t(), a.t(), turned)
     assert torch.equal(turned, out.t())
-    fitted, scale = _half._fitted(a, 1)
+    fitted, scale = half._fitted(a, 1)
     assert fitted.isfinite().all()
     assert scale is not None
     assert ((scale == 1) == (a.abs().amax(1, keepdim=True) < 2.0**15)).all()
     a[2, 0] = torch.nan
-    _half.multiply(a, b, out)
+    half.multiply(a, b, out)
     assert out[2].isnan().all()
     assert out[:2].isfinite().all()
 

@@ -12,15 +12,17 @@ from typer.testing import CliRunner, Result
 
 pytest.importorskip("triton")
 
-from executors._cli import bench, crossover_plot, crossover_report, crossover_run
+from executors._bench import run as bench
+from executors._bench.contenders import Contender
+from executors._bench.layers import LAYERS
+from executors._bench.routing import Batch
 from executors._cli import crossover as command
 from executors._cli.app import app
-from executors._cli.bench_contenders import Contender
-from executors._cli.bench_layers import LAYERS
-from executors._cli.bench_routing import Batch
-from executors._cli.common import new_console
-from executors._cli.crossover_points import Curve, Loss, Point, best_bound, loss
-from executors._triton._device import INTERPRETED
+from executors._cli.options import new_console
+from executors._crossover import plot, report
+from executors._crossover import run as crossover_run
+from executors._crossover.points import Curve, Loss, Point, best_bound, loss
+from executors._triton.device import INTERPRETED
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -100,16 +102,14 @@ def test_the_rule_loses_least_over_all_curves() -> None:
 def test_suggestion_is_a_line_of_the_table_of_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Some GPU")
     curves = [curve({1: 4.0, 2: 2.0, 8: 0.5, 16: 0.5}), curve({1: 0.1}, complete=False)]
-    lines = crossover_report.suggestion(plan(), curves)
+    lines = report.suggestion(plan(), curves)
     assert lines[-1] == '    "interpreter": Rule(2, "measured: Some GPU"),'
     assert "over 1 of 2 curves" in lines[0]
     assert "up to 2 rows: 0.0% on average, 0.0% at most" in lines[1]
-    assert "most rows that were measured" in crossover_report.suggestion(plan(), [curve({1: 4.0, 2: 2.0})])[-3]
-    assert crossover_report.suggestion(plan(interpreted=True), curves) == [
-        "no rule is suggested: the kernels were interpreted"
-    ]
-    assert crossover_report.suggestion(plan(), curves[1:]) == ["no rule is suggested: no curve is complete"]
-    found = crossover_report.as_json(plan(), curves, [], True, "abc", 1.0)
+    assert "most rows that were measured" in report.suggestion(plan(), [curve({1: 4.0, 2: 2.0})])[-3]
+    assert report.suggestion(plan(interpreted=True), curves) == ["no rule is suggested: the kernels were interpreted"]
+    assert report.suggestion(plan(), curves[1:]) == ["no rule is suggested: no curve is complete"]
+    found = report.as_json(plan(), curves, [], True, "abc", 1.0)
     assert (found["suggested"]["rows"], found["commit"], found["rule"]["rows"]) == (2, "abc", 6)
     assert (found["curves"][0]["fused_up_to"], found["curves"][0]["decoded_from"]) == (2, 8)
     assert found["curves"][0]["points"][0]["over_fused"]["decoded"]["median"] == pytest.approx(4.0)
@@ -127,19 +127,19 @@ def test_tables_fit_80_columns_and_the_picture_is_drawn(tmp_path: Path) -> None:
     curves[0].points[4] = point(16.0, 1.0, failure="fused and decoded differ in y")
     console = new_console()
     with console.capture() as captured:
-        console.print(crossover_report.table(curves[0], False))
+        console.print(report.table(curves[0], False))
     text = captured.get()
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     for words in ("~12.3", "FAIL", "4096", "1024"):
         assert words in text
-    assert max(map(len, crossover_report.heading(plan()))) <= 80
-    assert crossover_report.found(curves[1], False) == "crossover: fused wins up to 32 rows, decoded wins from 64 on"
-    assert crossover_report.remarks(curves) == [
+    assert max(map(len, report.heading(plan()))) <= 80
+    assert report.found(curves[1], False) == "crossover: fused wins up to 32 rows, decoded wins from 64 on"
+    assert report.remarks(curves) == [
         "torch not timed: waits (gpt-oss-20b in nf4, forward, rows 8)",
         "FAILED fused and decoded differ in y (gpt-oss-20b in nf4, forward, rows 16)",
     ]
-    crossover_plot.plot(tmp_path / "crossover.png", curves, plan())
+    plot.plot(tmp_path / "crossover.png", curves, plan())
     assert (tmp_path / "crossover.png").read_bytes().startswith(PNG)
 
 
@@ -242,7 +242,7 @@ def test_bad_arguments_exit_with_2_and_one_line(tmp_path: Path, monkeypatch: pyt
         assert result.exit_code == 2, arguments
         assert message in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
-    monkeypatch.setattr("executors._triton._device.INTERPRETED", False)
+    monkeypatch.setattr("executors._triton.device.INTERPRETED", False)
     for arguments, message in (
         ((), "crossover needs a GPU; TRITON_INTERPRET=1 and --interpreted go through it without one"),
         (("--interpreted",), "--interpreted: must go with TRITON_INTERPRET=1"),

@@ -8,7 +8,8 @@ import torch
 
 import executors
 from dense_cases import inputs_of
-from executors import _decode, _decode_kernel
+from executors import _decode
+from executors._decode import bitsandbytes as _decode_kernel
 from moe_ref.nf4 import decode
 from moe_ref.types import NF4Tensor
 from packed_cases import PACKED

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from executors import _decode_kernel
-from executors._decode_kernel import BLOCKSIZES, is_right
+from executors._decode import bitsandbytes as _decode_kernel
+from executors._decode.bitsandbytes import BLOCKSIZES, is_right
 from moe_ref.nf4 import CODES
 from narrow_kernel import without_vectors
 

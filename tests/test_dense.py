@@ -7,9 +7,11 @@ import torch
 
 import executors
 from dense_cases import EVERYTHING, OPERATORS, PROBLEM, WATCHED, Watched, arguments, both, every, inputs_of, needs_all
-from executors import _grouping, _layer, _operator
-from executors._loop import LoopProducts
-from executors._multiplication import Multiplication
+from executors._base import operator as _operator
+from executors._pipeline import grouping
+from executors._pipeline import layer as _layer
+from executors._pipeline.loop import LoopProducts
+from executors._pipeline.operator import Multiplication
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.build import build
 from moe_ref.conformance.call import Inputs, call
@@ -219,7 +221,7 @@ def test_a_single_row_is_never_multiplied_with_one_of_no_group() -> None:
 def test_offsets_are_64_bit() -> None:
     """E5."""
     ids = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32)
-    assert [tensor.dtype for tensor in _grouping.group(ids, 3)] == [torch.int64, torch.int64]
+    assert [tensor.dtype for tensor in grouping.group(ids, 3)] == [torch.int64, torch.int64]
 
 
 class PlainProducts(LoopProducts):

@@ -59,15 +59,15 @@ def test_a_replay_that_would_choose_otherwise(name: str) -> None:
 
 def count_choices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Gets an entry for each time that experts are really chosen."""
-    from executors import _routing
+    from executors._base import routing
 
     chosen: list[int] = []
-    largest = _routing._largest
+    largest = routing._largest
 
     def counted(keys: torch.Tensor, count: int) -> torch.Tensor:
         if count == CONFIG.top_k:  # not the choice of groups
             chosen.append(1)
         return largest(keys, count)
 
-    monkeypatch.setattr(_routing, "_largest", counted)
+    monkeypatch.setattr(routing, "_largest", counted)
     return chosen

@@ -21,8 +21,9 @@ from dense_cases import (
     inputs_of,
     needs_all,
 )
-from executors import _layer, grouped_mm, native
-from executors._operator import TENSORS
+from executors import grouped_mm, native
+from executors._base.operator import TENSORS
+from executors._pipeline import layer as _layer
 from moe_ref.conformance.call import Inputs, call
 from moe_ref.conformance.problem import Problem
 
@@ -105,7 +106,7 @@ def test_operators_are_registered_right(name: str, tokens: int, problem: Problem
 
 
 def test_the_choice_is_registered_right() -> None:
-    from executors._routing import choose
+    from executors._base.routing import choose
 
     logits, bias = torch.randn(5, 8), torch.randn(8)
     torch.library.opcheck(choose, (logits, bias, 2, "sigmoid", 4, 2, "top2_sum"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from executors._triton._paths import COUNTED, RULES
+from executors._triton.decode_rule import COUNTED, RULES
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 STORED = json.loads((BENCHMARKS / "results" / "four-bit-counted" / "kernels.json").read_text())["families"]

@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import executors
 from dense_cases import arguments, demand_one_graph, each, inputs_of, needs_all
-from executors import _decode_kernel, _stack
-from executors._operator import TENSORS
+from executors._base.operator import TENSORS
+from executors._decode import bitsandbytes as _decode_kernel
+from executors._pipeline import packed_matrices
 from moe_ref import MoEConfig
 from moe_ref.conformance.call import Inputs, call
 from moe_ref.conformance.checks import check_problem, check_repeatable
@@ -91,7 +92,7 @@ def test_keeping_what_was_decoded_gives_the_same_bits(
 def count_decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often each expert is decoded."""
     decoded: Counter[int] = Counter()
-    one, several = _stack.decode_expert, _stack.decode_experts
+    one, several = packed_matrices.decode_expert, packed_matrices.decode_experts
 
     def count_one(tensor, index):  # type: ignore[no-untyped-def]
         decoded[index] += 1
@@ -101,8 +102,8 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
         decoded.update(numbers.tolist())
         return several(tensor, numbers)
 
-    monkeypatch.setattr(_stack, "decode_expert", count_one)
-    monkeypatch.setattr(_stack, "decode_experts", count_several)
+    monkeypatch.setattr(packed_matrices, "decode_expert", count_one)
+    monkeypatch.setattr(packed_matrices, "decode_experts", count_several)
     return decoded
 
 

@@ -8,14 +8,37 @@ from pathlib import Path
 
 import pytest
 
-from executors._registry import BUILT_IN
-
 ROOT = Path(__file__).parents[1]
 SPECIFICATION = {"numpy", "array_api_compat", "moe_ref"}
 CONFORMANCE = SPECIFICATION | {"hypothesis", "pytest", "safetensors", "threadpoolctl", "torch", "executors"}
 SHARED_WITH_EXECUTORS = ("moe_ref.types", "moe_ref.validation")
-COMMAND_LINE = ("executors._cli", "executors.__main__")
-EXECUTORS = [name for name in BUILT_IN if name != "auto"]
+FACE = {"executors", "_protocol", "_registry", "_checkpoint"}  # what a user of the package sees
+BASE = {"_base", "_decode", "_protocol"}
+PIPELINE = BASE | {"_pipeline"}
+# Which rooms of executors a room may look into, beside itself.
+ROOMS: dict[str, set[str]] = {
+    "executors": {"_protocol", "_registry", "_checkpoint", "nf4", "mxfp4"},
+    "_registry": {"_protocol"},
+    "_base": {"_protocol"},
+    "_pipeline": BASE,
+    "_numba": PIPELINE,
+    "_triton": BASE,
+    "native": PIPELINE,
+    "grouped_mm": PIPELINE,
+    "grouped_nf4": PIPELINE,
+    "numba": PIPELINE | {"_numba"},
+    "triton": BASE | {"_triton"},
+    "auto": {"_base", "_protocol", "_registry"},
+    "nf4": {"_decode", "_progress"},
+    "mxfp4": {"_decode", "_progress"},
+    "_compare": FACE | {"layer_file"},
+    "_bench": FACE | {"layer_file", "nf4", "mxfp4", "_decode", "_compare"},
+    "_tune": FACE | {"_base", "_triton", "_bench"},
+    "_crossover": FACE | {"_triton", "_compare", "_bench", "_tune"},
+    "_cli": FACE | {"layer_file", "_triton", "_compare", "_bench", "_tune", "_crossover"},
+    "__main__": {"_cli"},
+}
+TOOLS = tuple(f"executors.{room}" for room in ("_compare", "_bench", "_tune", "_crossover", "_cli"))  # of ours
 
 
 def violations(root: Path) -> list[str]:
@@ -59,13 +82,55 @@ def broken_rule(importer: str, imported: str) -> str:
         if within(imported, "moe_ref.conformance"):
             return "the specification must not depend on its conformance suite"
         return allowed_only(imported, SPECIFICATION, "the specification")
-    if within(importer, *COMMAND_LINE):
-        return ""
-    if within(imported, "moe_ref") and not within(imported, *SHARED_WITH_EXECUTORS):
+    if within(imported, "moe_ref"):
+        if within(importer, *TOOLS) or within(imported, *SHARED_WITH_EXECUTORS):
+            return ""
         return f"executors share with the specification only {', '.join(SHARED_WITH_EXECUTORS)}"
-    if (owner := executor_of(imported)) and owner != executor_of(importer):
-        return f"only the executor {owner} itself imports its modules"
+    if within(imported, "executors"):
+        own, other = room_of(importer), room_of(imported)
+        if own != other and other not in ROOMS.get(own, set()):
+            return f"{own} may look into {', '.join(sorted(ROOMS.get(own, set()))) or 'no other room'} only"
+    if within(importer, "executors._triton.kernels") and within(imported, "executors"):
+        return "" if within(imported, "executors._triton.kernels") else "kernels import kernels only"
     return ""
+
+
+def room_of(module: str) -> str:
+    """The file or folder of executors in which a module or one of its names is: "native", "_bench"; "executors"."""
+    parts = module.split(".")
+    known = {path.stem for path in ROOT.joinpath("executors").iterdir()} | {"planted"}
+    return parts[1] if len(parts) > 1 and parts[1] in known else "executors"
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, whichever way around."""
+    reached = {module: reachable(graph, module) for module in graph}
+    found = {tuple(sorted({m} | {o for o in reached[m] if m in reached.get(o, ())})) for m in graph if m in reached[m]}
+    return sorted(map(list, found))
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = list(graph[start])
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            waiting.extend(graph.get(module, ()))
+    return seen
+
+
+def graph_of(root: Path) -> dict[str, set[str]]:
+    """Which modules each module imports, at any depth of its text; a name in a package counts as the package."""
+    modules = {module_of(path, root): path for path in files(root)}
+
+    def owner(name: str) -> str:
+        return name if name in modules else name.rpartition(".")[0]
+
+    return {
+        module: {owner(n) for n in imports(path.read_text(), package_of(path, root)) if owner(n) in modules} - {module}
+        for module, path in modules.items()
+    }
 
 
 def allowed_only(imported: str, allowed: set[str], who: str) -> str:
@@ -78,16 +143,23 @@ def within(name: str, *modules: str) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def executor_of(module: str) -> str:
-    """The executor whose module this is: "native" for executors.native, executors.native.x and executors._native_x."""
-    for name in EXECUTORS:
-        if within(module, f"executors.{name}") or module.startswith(f"executors._{name}_"):
-            return name
-    return ""
-
-
 def test_the_house_stands() -> None:
     assert violations(ROOT) == []
+
+
+def test_nobody_imports_in_a_circle() -> None:
+    assert circles(graph_of(ROOT)) == []
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a", "e"}, "e": {"d"}, "f": {"d"}}
+    assert circles(graph) == [["a", "b", "c"], ["d", "e"]]
+
+
+def test_every_room_has_its_rule() -> None:
+    """A new room stands in the table, and the table has no rooms that are gone."""
+    found = {room_of(module) for module in graph_of(ROOT) if within(module, "executors")}
+    assert found - {"_protocol", "_progress", "_decode", "_checkpoint", "layer_file"} == ROOMS.keys()
 
 
 def test_all_files_are_read() -> None:
@@ -97,7 +169,7 @@ def test_all_files_are_read() -> None:
     read = {name for path in files(ROOT) for name in imports(path.read_text(), package_of(path, ROOT))}
     assert {
         "array_api_compat.array_namespace",
-        "executors._executor.OperatorExecutor",
+        "executors._base.executor.OperatorExecutor",
         "moe_ref.types.MoEWeights",
     } <= read
 
@@ -127,11 +199,19 @@ UNDER_TYPE_CHECKING = "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n  
         ("executors/planted.py", UNDER_TYPE_CHECKING + "from moe_ref.numerics import Rounding"),
         ("executors/planted/kernel.py", "from moe_ref.vjp import moe_vjp"),
         ("executors/planted.py", "from executors.native import Native"),
-        ("executors/planted.py", "from executors import native"),
-        ("executors/planted.py", "from executors import _native_op"),
         ("executors/planted.py", "from .native import Native"),
         ("executors/planted/kernel.py", "from ..native import Native"),
-        ("executors/_auto.py", "import executors.native"),
+        ("executors/auto.py", "import executors.native"),
+        ("executors/native.py", "from executors import grouped_mm"),
+        ("executors/native.py", "from executors._cli import app"),
+        ("executors/_base/planted.py", "from executors._pipeline import loop"),
+        ("executors/_decode/planted.py", "from executors import nf4"),
+        ("executors/_pipeline/planted.py", "from executors._triton.layer import forward"),
+        ("executors/_pipeline/planted.py", "from executors._numba import kernels"),
+        ("executors/_triton/planted.py", "from executors._pipeline.loop import LoopProducts"),
+        ("executors/_triton/kernels/planted.py", "from executors._triton.launch import products"),
+        ("executors/_bench/planted.py", "from executors._cli import app"),
+        ("executors/_pipeline/planted.py", "from moe_ref.conformance.gates import judge"),
     ],
 )
 def test_planted_violation_is_found(tmp_path: Path, file: str, line: str) -> None:
@@ -148,8 +228,9 @@ def test_planted_violation_is_found(tmp_path: Path, file: str, line: str) -> Non
         ("moe_ref/planted.py", "import math, numpy\nfrom array_api_compat import device\nfrom . import types"),
         ("moe_ref/conformance/planted.py", "import pytest, torch\nfrom . import gates\nfrom ..layer import moe"),
         ("executors/planted.py", "import torch\nfrom moe_ref import types\nfrom moe_ref.validation import check_x"),
-        ("executors/planted.py", "from executors import _routing\nfrom executors._activation import forward"),
-        ("executors/native.py", "from executors import _native_op"),
+        ("executors/_pipeline/planted.py", "from executors._base import routing\nfrom executors._decode import table"),
+        ("executors/native.py", "from executors._pipeline import loop\nfrom ._base.operator import define"),
+        ("executors/_triton/kernels/planted.py", "import triton\nfrom executors._triton.kernels import tiles"),
         ("executors/_cli/planted.py", "from moe_ref.conformance.gates import judge\nimport moe_ref, rich"),
     ],
 )

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import executors
 from dense_cases import needs_all
-from executors import Executor, _operator, grouped_mm
+from executors import Executor, grouped_mm
+from executors._base import operator as _operator
 from moe_ref import MoEConfig, MoEWeights, routed_experts_vjp
 from moe_ref.conformance.build import build
 from moe_ref.conformance.call import call

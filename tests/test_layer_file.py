@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from executors._cli.layer_file import BadLayerFile, bundled_layer, load_layer, save_layer
+from executors.layer_file import BadLayerFile, bundled_layer, load_layer, save_layer
 from moe_ref import MoEConfig, MoEWeights
 
 CONFIG = MoEConfig(2, scoring="sigmoid", renormalize=True, limit=7.0, gate_up_layout="interleaved")
@@ -49,7 +49,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     def stopped(*_args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("executors._cli.layer_file.os.replace", stopped)
+    monkeypatch.setattr("executors.layer_file.os.replace", stopped)
     with pytest.raises(OSError, match="disk full"):
         save(path, ("down_proj",))
     assert path.read_bytes() == before

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import executors
-from executors import _mxfp4_quantize, mxfp4
+from executors import mxfp4
+from executors.mxfp4 import quantization
 from moe_ref import ExpertLoRA, MoEConfig, MoEWeights
 from moe_ref import mxfp4 as specification
 from moe_ref.conformance.pinned import GPT_OSS
@@ -141,7 +142,7 @@ def test_a_layer_that_transformers_converts() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_layer_keeps_everything_but_its_projections(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """M1: the specification's bits, along the input dimension, in pieces."""
-    monkeypatch.setitem(_mxfp4_quantize.PIECES, "cpu", 1024)
+    monkeypatch.setitem(quantization.PIECES, "cpu", 1024)
     lora = ExpertLoRA(random(EXPERTS, 3, HIDDEN, seed=5), random(EXPERTS, 2 * INNER, 3, seed=6))
     weights = replace(layer(dtype), lora=lora, selection_bias=random(EXPERTS))
     weights.gate_up_proj.requires_grad_(True)
@@ -163,9 +164,9 @@ def test_a_transposed_view_is_quantised_along_the_input_dimension() -> None:
 
 def test_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = _mxfp4_quantize._codes
-    monkeypatch.setitem(_mxfp4_quantize.PIECES, "cpu", 640)
-    monkeypatch.setattr(_mxfp4_quantize, "_codes", lambda n, v: (seen.append(tuple(v.shape)), original(n, v))[1])
+    original = quantization._codes
+    monkeypatch.setitem(quantization.PIECES, "cpu", 640)
+    monkeypatch.setattr(quantization, "_codes", lambda n, v: (seen.append(tuple(v.shape)), original(n, v))[1])
     mxfp4.quantize_tensor(random(2, 25, 64))
     assert seen == [(10, 64), (10, 64), (5, 64)] * 2
 

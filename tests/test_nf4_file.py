@@ -100,7 +100,7 @@ def test_saving_is_whole_or_not_at_all(step: str, tmp_path: Path, monkeypatch: p
             arguments[1].write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"executors._nf4_file.{step}", fails)
+    monkeypatch.setattr(f"executors.nf4.file.{step}", fails)
     with pytest.raises(KeyboardInterrupt):
         nf4.save(path, {"a": WITH_NESTED})
     assert path.read_bytes() == before

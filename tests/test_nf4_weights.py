@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import executors
-from executors import _nf4_quantize, nf4
+from executors import nf4
+from executors.nf4 import quantization
 from moe_ref import ExpertLoRA, MoEConfig, MoEWeights
 from moe_ref import nf4 as specification
 from nf4_cases import random, same
@@ -33,7 +34,7 @@ def layer(experts: int = 2, hidden: int = 8, inner: int = 6, dtype: torch.dtype 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_nf4_quantize.PIECES, "cpu", 4096)
+    monkeypatch.setitem(quantization.PIECES, "cpu", 4096)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -144,9 +145,9 @@ def test_the_weights_are_not_changed() -> None:
 def test_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """No step sees more than a piece; the blocks of a layer may straddle pieces only at multiples of blocksize."""
     seen = []
-    original = _nf4_quantize.scaled_blocks
-    monkeypatch.setitem(_nf4_quantize.PIECES, "cpu", 4096)
-    monkeypatch.setattr(_nf4_quantize, "scaled_blocks", lambda f, b: (seen.append(f.shape[0]), original(f, b))[1])
+    original = quantization.scaled_blocks
+    monkeypatch.setitem(quantization.PIECES, "cpu", 4096)
+    monkeypatch.setattr(quantization, "scaled_blocks", lambda f, b: (seen.append(f.shape[0]), original(f, b))[1])
     nf4.quantize_tensor(random(3, 1000, 7)[:, :, :5])
     assert seen == [4096, 4096, 4096, 2712]
 

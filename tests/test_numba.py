@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import executors
-from executors import _cpu_product, nf4
-from executors._loop import LoopProducts
+from executors import nf4
+from executors._pipeline import cpu_product
+from executors._pipeline.loop import LoopProducts
 from moe_ref import MoEConfig, MoEWeights
 
 numba = pytest.importorskip("numba")
@@ -163,7 +164,7 @@ def test_few_rows_depend_on_the_processor_and_the_order(monkeypatch: pytest.Monk
     """More rows are left to torch where it has instructions of 16 bits; other strides always."""
     b = torch.zeros(8, 6, dtype=torch.bfloat16)
     for able in (True, False):
-        monkeypatch.setattr(_cpu_product, "multiplies", lambda _dtype, able=able: able)
+        monkeypatch.setattr(cpu_product, "multiplies", lambda _dtype, able=able: able)
         assert few_rows(b) == products.BY_COLUMNS[able]
         assert few_rows(b.t()) == products.BY_ROWS[able]
     assert few_rows(torch.zeros(8, 6, 2)[..., 0]) == 0
@@ -251,7 +252,7 @@ def test_without_a_place_for_the_cache_it_compiles_in_each_process(monkeypatch: 
 @pytest.mark.parametrize(("able", "rows"), [(True, 4), (False, 512)])
 def test_explain_says_up_to_how_many_rows_are_compiled(able: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what the processor can, and the kind of weights."""
-    monkeypatch.setattr(_cpu_product, "multiplies", lambda _dtype: able)
+    monkeypatch.setattr(cpu_product, "multiplies", lambda _dtype: able)
     weights = MoEWeights(torch.zeros(2, 64, 32).bfloat16(), torch.zeros(2, 32, 32).bfloat16(), config=MoEConfig(1))
     for given, expected in ((weights, rows), (nf4.quantize(weights), max(rows, 16))):
         (row,) = (row for row in executors.explain(torch.zeros(1, 32).bfloat16(), given) if row.name == "numba")

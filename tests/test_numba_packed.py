@@ -8,7 +8,7 @@ import torch
 
 import executors
 from executors import mxfp4, nf4
-from executors._stack import Stack, room_for
+from executors._pipeline.packed_matrices import Stack, room_for
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref import mxfp4 as mxfp4_specification
 from moe_ref import nf4 as nf4_specification

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import executors
-from executors import _auto, _registry
+from executors import _registry
+from executors import auto as _auto
 from executors.native import Native
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.checks import check_problem

@@ -15,8 +15,8 @@ import executors
 import tiny_training
 import train_tiny
 from executors import Capabilities
-from executors._cli.layer_file import bundled_layer
-from executors._executor import LayerExecutor
+from executors._base.executor import LayerExecutor
+from executors.layer_file import bundled_layer
 from moe_ref.conformance.mutants import mutants
 from tiny import checkpoint
 from tiny.model import Model

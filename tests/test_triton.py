@@ -13,9 +13,11 @@ import triton.language as tl
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import executors
-from executors._triton import _grouping, _layer, _routing
-from executors._triton._device import INTERPRETED
+from executors._triton import layer as _layer
+from executors._triton.device import INTERPRETED
 from executors._triton.kernels.products import dot_exact
+from executors._triton.launch import grouping
+from executors._triton.launch import routing as _routing
 from moe_ref import ExpertLoRA, MoEConfig, MoEWeights
 from moe_ref.conformance.call import call
 from moe_ref.conformance.problem import Problem
@@ -66,7 +68,7 @@ def test_adapters_without_factors_are_none() -> None:
 
 
 def test_too_many_slots_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_grouping, "MOST_SLOTS", 79)
+    monkeypatch.setattr(grouping, "MOST_SLOTS", 79)
     with pytest.raises(executors.Unsupported, match=r"T\*K=80 slots: must be at most 79 for triton"):
         call(executors.get("triton"), inputs_of(ALIGNED))
     with pytest.raises(executors.Unsupported, match=r"T\*K=80 slots: must be at most 79 for triton"):

@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from executors._cli.app import app
-from executors._triton import _configs
-from executors._triton._disassembly import Instruction, disassemble_amd
-from executors._triton._resources import inner_loop
+from executors._triton import configs
+from executors._triton.inspect.disassembly import Instruction, disassemble_amd
+from executors._triton.inspect.resources import inner_loop
 
 PRODUCTS = {"up", "down", "inner", "outer"}
 OTHERS = {
@@ -199,7 +199,7 @@ def not_compiled(dtype: str, family: str, rows: list[Row]) -> Iterator[str]:
     """Kernels and shipped configurations that the cases leave out; those in fp32 are of some kernels only."""
     for kernel in KERNELS - {row["kernel"] for row in rows} if dtype == "bfloat16" else ():
         yield f"{kernel}: must be compiled"
-    whole = _configs.FAMILIES[family]
+    whole = configs.FAMILIES[family]
     for own in (whole, whole.packed):
         aligned, packed = own.wide if dtype == "float32" else own.narrow, own is whole.packed
         for regimes, odd in ((aligned, False), (own.odd, True)):
@@ -262,13 +262,14 @@ def test_older_tensor_cores_are_found() -> None:
 
 PLANTED = """
 from executors._cli.kernels import Row
-from executors._triton import _cases, _configs
-from executors._triton._compile import compiling
-from executors._triton._resources import resources_of
+from executors._triton.inspect import cases as _cases
+from executors._triton import configs
+from executors._triton.inspect.compile import compiling
+from executors._triton.inspect.resources import resources_of
 
-tile = _configs.Tile({tile})
-family = _configs.FAMILIES["sm80"]
-_configs.FAMILIES["sm80"] = family._replace(narrow=(_configs.Regime(_configs.ANY, *[tile] * 6),))
+tile = configs.Tile({tile})
+family = configs.FAMILIES["sm80"]
+configs.FAMILIES["sm80"] = family._replace(narrow=(configs.Regime(configs.ANY, *[tile] * 6),))
 with compiling("sm80") as launches:
     next(_cases.cases("sm80", ("bfloat16",))).run()
 found = [launch.compiled for launch in launches]

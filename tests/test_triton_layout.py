@@ -10,13 +10,15 @@ import triton
 import triton.language as tl
 
 import executors
-from executors._triton import _configs, _operands, _products
-from executors._triton._configs import FAMILIES, Regime, regime_of
-from executors._triton._device import Device
-from executors._triton._grouping import Groups
-from executors._triton._operands import Plan
+from executors._triton import configs as _configs
+from executors._triton.configs import FAMILIES, Regime, regime_of
+from executors._triton.device import Device
 from executors._triton.kernels import adapters, addresses, gradients, outer, packed, products, tiles
 from executors._triton.kernels.addresses import offset
+from executors._triton.launch import operands
+from executors._triton.launch import products as _products
+from executors._triton.launch.grouping import Groups
+from executors._triton.launch.operands import Plan
 from moe_ref import MoEConfig
 from moe_ref.conformance.call import call, run
 from moe_ref.conformance.checks import check_problem, same_bits
@@ -52,8 +54,8 @@ def test_tensor_descriptors(activation: str, dtype: str, layout: str, monkeypatc
 def test_alignment_of_weights() -> None:
     """Sizes and strides of whole 16 elements, one of the inner strides 1: else they are not aligned."""
     room = torch.zeros(2**14)
-    assert _operands.are_aligned(torch.zeros(2, 48, 32), torch.zeros(2, 32, 48).transpose(1, 2))
-    assert _operands.are_aligned(room.as_strided((1, 48, 32), (7, 32, 1)))
+    assert operands.are_aligned(torch.zeros(2, 48, 32), torch.zeros(2, 32, 48).transpose(1, 2))
+    assert operands.are_aligned(room.as_strided((1, 48, 32), (7, 32, 1)))
     odd = {
         "k is odd": torch.zeros(2, 48, 33),
         "m is odd": torch.zeros(2, 47, 32),
@@ -62,18 +64,18 @@ def test_alignment_of_weights() -> None:
         "neither stride is 1": torch.zeros(2, 48, 64)[:, :, ::2],
         "begins in between": room[1:].as_strided((2, 48, 32), (48 * 32, 32, 1), 1),
     }
-    assert [name for name, matrices in odd.items() if _operands.are_aligned(matrices)] == []
-    assert not _operands.are_aligned(torch.zeros(2, 48, 32), odd["k is odd"])
+    assert [name for name, matrices in odd.items() if operands.are_aligned(matrices)] == []
+    assert not operands.are_aligned(torch.zeros(2, 48, 32), odd["k is odd"])
 
 
 def test_alignment_of_rows() -> None:
     """Rows that cannot be loaded widely are copied, other layouts are not."""
     x = torch.randn(5, 64)
     for same in (x, x[1:], x[:, :32], x[:1].expand(5, 64)):
-        assert _operands.readable(same, aligned=True) is same
+        assert operands.readable(same, aligned=True) is same
     for odd in (x[:, ::2], x[:, 1:33], torch.randn(5, 33)[:, :32], torch.randn(64, 5).t()):
-        assert _operands.readable(odd, aligned=False) is odd
-        copy = _operands.readable(odd, aligned=True)
+        assert operands.readable(odd, aligned=False) is odd
+        copy = operands.readable(odd, aligned=True)
         assert copy.is_contiguous()
         assert copy.data_ptr() != odd.data_ptr()
         assert torch.equal(copy, odd)
@@ -99,7 +101,7 @@ def test_descriptors_are_for_nested_strides() -> None:
     room = torch.zeros(2**16, dtype=torch.bfloat16)
 
     def kind(shape: tuple[int, ...], strides: tuple[int, ...]) -> str:
-        return _operands.operand(room.as_strided(shape, strides), 64, plan.regime.up, plan).tma
+        return operands.operand(room.as_strided(shape, strides), 64, plan.regime.up, plan).tma
 
     assert kind((2, 48, 32), (48 * 32, 32, 1)) == "rows"
     assert kind((2, 48, 32), (64 * 64, 64, 1)) == "rows"
@@ -107,7 +109,7 @@ def test_descriptors_are_for_nested_strides() -> None:
     assert kind((1, 48, 32), (7, 32, 1)) == "rows"
     assert kind((2, 48, 32), (0, 32, 1)) == kind((2, 48, 32), (32, 64, 1)) == kind((2, 48, 32), (48 * 32, 16, 1)) == ""
     assert kind((2, 48, 32), (48 * 32 + 16, 32, 1)) == ""
-    assert _operands.operand(room.float().view(4, 128, 128), 64, plan.regime.up, plan).tma == ""
+    assert operands.operand(room.float().view(4, 128, 128), 64, plan.regime.up, plan).tma == ""
 
 
 def test_configurations_are_well_formed() -> None:

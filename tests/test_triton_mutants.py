@@ -15,11 +15,17 @@ import torch
 
 import executors
 from executors._decode import decode_experts
-from executors._triton import _decode, _gradients, _grouping, _interpreter, _narrow, _products, _routing
-from executors._triton._configs import FAMILIES
-from executors._triton._device import Device
-from executors._triton._grouping import CHUNK
-from executors._triton._operands import Plan
+from executors._triton import interpreter as _interpreter
+from executors._triton.configs import FAMILIES
+from executors._triton.device import Device
+from executors._triton.launch import decode
+from executors._triton.launch import gradients as _gradients
+from executors._triton.launch import grouping as _grouping
+from executors._triton.launch import narrow as _narrow
+from executors._triton.launch import products as _products
+from executors._triton.launch import routing as _routing
+from executors._triton.launch.grouping import CHUNK
+from executors._triton.launch.operands import Plan
 from guarded import guarded
 from moe_ref import MoEConfig, MoEWeights, MXFP4Tensor, NF4Tensor
 from moe_ref.conformance.build import build
@@ -41,7 +47,7 @@ from triton_range_mutants import RANGE_MUTANTS
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are planted in the interpreter")
 
 KERNELS = Path(executors.__file__).parent / "_triton" / "kernels"
-LAUNCHERS = (_decode, _gradients, _grouping, _narrow, _products, _routing)
+LAUNCHERS = (decode, _gradients, _grouping, _narrow, _products, _routing)
 IMPORTERS = {
     "activation": ("products", "gradients"),
     "narrow": ("products",),
@@ -136,7 +142,7 @@ def check(name: str) -> None:
     if name in RANGES:
         check_range_in_small_steps(name)
         return
-    with guarded(), patch.object(_decode, "PARTS", 2):
+    with guarded(), patch.object(decode, "PARTS", 2):
         check_problem(executors.get("triton"), PANEL[name])
 
 
@@ -275,7 +281,7 @@ def check_decoding() -> None:
             with guarded():
                 out = torch.empty(packed.shape, dtype=expected.dtype)
                 _interpreter.mend()
-                _decode.decode(packed, 0, out, plan)
+                decode.decode(packed, 0, out, plan)
             assert torch.equal(out.isnan(), expected.isnan())
             assert same_bits(out.nan_to_num(7.0), expected.nan_to_num(7.0))
 

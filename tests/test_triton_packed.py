@@ -13,14 +13,18 @@ import torch
 
 import executors
 from dense_cases import WATCHED, arguments, demand_one_graph, each, needs_all
-from executors._triton import _configs, _decode, _grouping, _operator, _paths, _products
-from executors._triton._configs import FAMILIES
-from executors._triton._device import INTERPRETED, Device, device_of
-from executors._triton._grouping import Groups
-from executors._triton._narrow import Narrow
-from executors._triton._operands import Plan
-from executors._triton._packed import codes_of, is_aligned
-from executors._triton._paths import RULES
+from executors._triton import configs, decode_rule
+from executors._triton import operator as _operator
+from executors._triton.configs import FAMILIES
+from executors._triton.decode_rule import RULES
+from executors._triton.device import INTERPRETED, Device, device_of
+from executors._triton.launch import decode as _decode
+from executors._triton.launch import grouping
+from executors._triton.launch import products as _products
+from executors._triton.launch.grouping import Groups
+from executors._triton.launch.narrow import Narrow
+from executors._triton.launch.operands import Plan
+from executors._triton.launch.packed import codes_of, is_aligned
 from moe_ref import MoEConfig, MXFP4Tensor, NF4Tensor
 from moe_ref.conformance.call import Inputs, call, run
 from moe_ref.conformance.checks import result_arrays, same_bits, verdicts_of
@@ -98,7 +102,7 @@ def test_the_rule_decides_by_rows_per_expert(monkeypatch: pytest.MonkeyPatch) ->
     """Never by timing; both ways of a step are the same, and with batch_invariant there is one (C2)."""
     taken = ways_taken(monkeypatch)
     family = device_of(torch.device(DEVICE)).family
-    monkeypatch.setitem(RULES, family, _paths.Rule(16, "for this test"))
+    monkeypatch.setitem(RULES, family, decode_rule.Rule(16, "for this test"))
     executor = executors.get("triton")
     for tokens, way in ((40, "fused"), (41, "decoded")):  # 16 rows of each of five experts, and a bit more
         inputs = inputs_of(replace(NF4, tokens=tokens))
@@ -177,8 +181,8 @@ def test_configuration_that_is_asked_for(
 ) -> None:
     """Rows of 48: codes are not aligned, what they decode to is; then the dense executor's configuration (C2)."""
     asked = []
-    plain = _configs.regime_of
-    monkeypatch.setattr(_configs, "regime_of", lambda *a, **given: asked.append(given) or plain(*a, **given))
+    plain = configs.regime_of
+    monkeypatch.setattr(configs, "regime_of", lambda *a, **given: asked.append(given) or plain(*a, **given))
     call(executor, inputs_of(replace(NF4, hidden=48, intermediate=48)))
     assert [{name: given[name] for name in expected} for given in asked] == [expected]
 
@@ -186,7 +190,7 @@ def test_configuration_that_is_asked_for(
 def test_batch_invariant_takes_one_configuration_for_4_bits() -> None:
     last = FAMILIES["sm90"].packed.narrow[-1]
     given = {"narrow": True, "aligned": True, "packed": True, "batch_invariant": True}
-    assert {_configs.regime_of("sm90", rows=rows, **given) for rows in (0.1, 20, 1e6)} == {last}
+    assert {configs.regime_of("sm90", rows=rows, **given) for rows in (0.1, 20, 1e6)} == {last}
 
 
 def test_experts_without_rows_are_not_decoded() -> None:
@@ -201,7 +205,7 @@ def test_experts_without_rows_are_not_decoded() -> None:
 
 
 def test_too_many_slots_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_grouping, "MOST_SLOTS", 79)
+    monkeypatch.setattr(grouping, "MOST_SLOTS", 79)
     with pytest.raises(executors.Unsupported, match=r"T\*K=80 slots: must be at most 79 for grouped_nf4"):
         call(by("fused"), inputs_of(NF4))
     inputs = inputs_of(NF4)

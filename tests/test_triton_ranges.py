@@ -5,11 +5,14 @@ import pytest
 import torch
 
 import executors
-from executors._triton import _interpreter, _layer, _narrow, _products
-from executors._triton._configs import FAMILIES
-from executors._triton._device import INTERPRETED, Device
-from executors._triton._grouping import group
-from executors._triton._operands import Plan
+from executors._triton import interpreter as _interpreter
+from executors._triton import layer
+from executors._triton.configs import FAMILIES
+from executors._triton.device import INTERPRETED, Device
+from executors._triton.launch import narrow as _narrow
+from executors._triton.launch import products
+from executors._triton.launch.grouping import group
+from executors._triton.launch.operands import Plan
 from moe_ref.conformance.call import run
 from moe_ref.conformance.checks import ConformanceError
 from moe_ref.conformance.problem import Problem
@@ -87,7 +90,7 @@ def test_fp16_between_kernels_overflows(case: str, monkeypatch: pytest.MonkeyPat
     """What the kernels do without wider buffers."""
     triton = executors.get("triton")
     check_range(triton, case, "dense", DEVICE)
-    for module in (_products, _layer):
+    for module in (products, layer):
         monkeypatch.setattr(module, "between", lambda dtype: dtype)
     with pytest.raises(ConformanceError, match="breaks E7"):
         check_range(triton, case, "dense", DEVICE)

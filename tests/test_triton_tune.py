@@ -11,18 +11,20 @@ import torch
 from typer.testing import CliRunner, Result
 
 import executors
-from executors._cli import tune_choice
+from executors._bench.layers import LAYERS, Shape, random_layer, with_adapters
+from executors._bench.routing import batch
 from executors._cli.app import app
-from executors._cli.bench_layers import LAYERS, Shape, random_layer, with_adapters
-from executors._cli.bench_routing import batch
-from executors._cli.tune_contest import Contest, Duel, agree
-from executors._cli.tune_moves import fits, moves, with_rows
-from executors._cli.tune_problem import LAYER, Problem
-from executors._cli.tune_search import Search
-from executors._triton import _interpreter, _layer, _tuned, _tuned_file
-from executors._triton._configs import FAMILIES, Regime, Tile
-from executors._triton._device import INTERPRETED
-from executors._triton._tuned_file import PRODUCTS, SHARING
+from executors._triton import interpreter, tuned_file
+from executors._triton import layer as _layer
+from executors._triton import tuned as _tuned
+from executors._triton.configs import FAMILIES, Regime, Tile
+from executors._triton.device import INTERPRETED
+from executors._triton.tuned_file import PRODUCTS, SHARING
+from executors._tune import choice as tune_choice
+from executors._tune.contest import Contest, Duel, agree
+from executors._tune.moves import fits, moves, with_rows
+from executors._tune.problem import LAYER, Problem
+from executors._tune.search import Search
 from moe_ref import MoEConfig
 from triton_cases import DEVICE, python
 
@@ -188,7 +190,7 @@ def test_results_agree_up_to_rounding() -> None:
 
 
 def test_comparing_takes_large_results_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executors._cli.tune_contest.COMPARED", 100)
+    monkeypatch.setattr("executors._tune.contest.COMPARED", 100)
     right = torch.ones(5, 7, 9)
     wrong = right.clone()
     wrong[4, 6] = 0
@@ -205,7 +207,7 @@ def test_moves_are_such_as_a_kernel_may_take() -> None:
                 assert tile not in found
                 assert len(found) == len(set(found))
                 for other in found:
-                    _tuned_file.check_tile(product, other)
+                    tuned_file.check_tile(product, other)
                     assert product == "outer" or other.block_m == tile.block_m
     spilling = Tile(128, 256, 64, 4, 2, 1)
     assert not fits("down", spilling, 2, "sm90", 227 * 1024)
@@ -220,7 +222,7 @@ def problem_of(
     shape: Shape = TOY, rank: int = 0, dtype: torch.dtype = torch.bfloat16, *, backward: bool = True
 ) -> Problem:
     if INTERPRETED:
-        _interpreter.mend()
+        interpreter.mend()
     layer = random_layer(shape, DEVICE, 0, lambda *_: None)
     owner = with_adapters(layer, rank, 0) if rank else layer
     return Problem(owner, batch("uniform", 6, 6, shape, DEVICE, 0), dtype, backward)
@@ -379,7 +381,7 @@ def test_choice_that_cannot_be_stored_is_printed(tmp_path: Path) -> None:
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith(f"error: {tmp_path}/file/tuned.json: cannot be written: ")
     (entry,) = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    _tuned_file.parse(entry)
+    tuned_file.parse(entry)
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,13 @@ import pytest
 import torch
 
 import executors
-from executors._operator import Arguments, arguments_of
-from executors._triton import _operator, _products, _tuned, _tuned_file
-from executors._triton._configs import FAMILIES, Regime, Tile
-from executors._triton._layer import Layer
-from executors._triton._tuned_file import PRODUCTS, Key, as_entry, parse, read, save
+from executors._base.operator import Arguments, arguments_of
+from executors._triton import operator, tuned_file
+from executors._triton import tuned as _tuned
+from executors._triton.configs import FAMILIES, Regime, Tile
+from executors._triton.launch import products as _products
+from executors._triton.layer import Layer
+from executors._triton.tuned_file import PRODUCTS, Key, as_entry, parse, read, save
 from moe_ref.conformance.call import Inputs, call
 from moe_ref.conformance.checks import check_problem, same_bits
 from triton_cases import ALIGNED, DEVICE, inputs_of
@@ -51,7 +53,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Tile]:
 def layer_of(inputs: Inputs) -> Layer:
     routing = executors.get("triton").route(inputs.router_logits, inputs.weights)
     tensors, static = arguments_of(inputs.x, routing.topk_ids, routing.topk_weights, inputs.weights)
-    return _operator.layer_of(Arguments(*tensors, *static))
+    return operator.layer_of(Arguments(*tensors, *static))
 
 
 def key_of(inputs: Inputs) -> Key:
@@ -203,7 +205,7 @@ def test_tiles_that_no_kernel_takes_are_not_believed(
 
 def test_all_that_ships_would_be_believed() -> None:
     """So a search may start from it; and every field of a tile is checked."""
-    assert set(_tuned_file.POWERS) | set(_tuned_file.COUNTS) == set(Tile._fields)
+    assert set(tuned_file.POWERS) | set(tuned_file.COUNTS) == set(Tile._fields)
     for family in FAMILIES.values():
         for regime in (*family.narrow, *family.wide, *family.odd):
             assert parse(as_entry(KEY, regime, {})) == (KEY, regime._replace(rows=16.0))
@@ -226,7 +228,7 @@ def test_without_the_option_the_file_is_never_read(
     def read(*_: object) -> None:
         raise ValueError("the file was read")
 
-    monkeypatch.setattr(_tuned_file, "read", read)
+    monkeypatch.setattr(tuned_file, "read", read)
     for options in ({}, {"batch_invariant": True}, {"recompute": True}, {"tuned": False}):
         gradients(executors.get("triton", **options), inputs)
     assert launched
@@ -273,7 +275,7 @@ def test_key_has_the_precision_of_products() -> None:
     try:
         for setting, precision in (("highest", "ieee"), ("high", "tf32")):
             torch.set_float32_matmul_precision(setting)
-            assert _tuned.key_of(layer, _operator.precision_of(layer)).precision == precision
+            assert _tuned.key_of(layer, operator.precision_of(layer)).precision == precision
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from executors._zeros import zeros_like
+from executors._pipeline.zeros import zeros_like
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from executors._triton._device import INTERPRETED
+from executors._triton.device import INTERPRETED
 from moe_ref import MoEConfig
 from moe_ref.conformance.build import build
 from moe_ref.conformance.call import Inputs, to_torch

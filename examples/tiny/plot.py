@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from executors._cli.plot import COLOURS
+from executors._compare.plot import COLOURS
 from tiny.judgement import LIMIT
 from tiny.report import Contender, Results
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from executors._cli.report import machine
+from executors._compare.report import machine
 from tiny import checkpoint, text
 from tiny.judgement import LIMIT, Verdict, otherwise
 from tiny.training import Run

@@ -11,10 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 import executors
-from executors._cli import compare as comparison
-from executors._cli import report
-from executors._cli.bench_command import bench
-from executors._cli.common import (
+from executors._cli.bench import bench
+from executors._cli.crossover import crossover
+from executors._cli.kernels import kernels
+from executors._cli.options import (
     LARGEST_SEED,
     WIDTH,
     DeviceOption,
@@ -26,11 +26,11 @@ from executors._cli.common import (
     refuse,
     within,
 )
-from executors._cli.crossover import crossover
-from executors._cli.judge import exact_answer, with_clear_choice
-from executors._cli.kernels import kernels
-from executors._cli.layer_file import BadLayerFile, Layer, bundled_layer, first_tokens, load_layer
 from executors._cli.tune import tune
+from executors._compare import report
+from executors._compare import run as comparison
+from executors._compare.judge import exact_answer, with_clear_choice
+from executors.layer_file import BadLayerFile, Layer, bundled_layer, first_tokens, load_layer
 
 app = typer.Typer(
     help="Executors of Mixture-of-Experts layers: which are usable here, and which may be trusted.",
@@ -128,7 +128,7 @@ app.command()(tune)
 
 
 def _plot(path: Path, rows: list[comparison.Row], heading: str) -> None:
-    from executors._cli.plot import plot  # matplotlib takes a second to import: only where it is needed
+    from executors._compare.plot import plot  # matplotlib takes a second to import: only where it is needed
 
     plot(path, rows, heading)
 

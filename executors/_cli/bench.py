@@ -1,230 +1,203 @@
-"""The benchmark: every executor and transformers' experts functions, on the same inputs, judged and then timed."""
+"""The command that runs the benchmark."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+import typer
+from rich.markup import escape
 
-from executors._cli.bench_bnb import STACK, peers_in_4_bits
-from executors._cli.bench_case import FORWARD, LORA, Case, Row
-from executors._cli.bench_ceilings import Ceilings, measure_ceilings
-from executors._cli.bench_contenders import Contender, action_of, our_contenders
-from executors._cli.bench_cuda import launches
-from executors._cli.bench_gnf4 import gnf4_peers
-from executors._cli.bench_judge import clear_gradients, judge_contender
-from executors._cli.bench_kt import kt_peers
-from executors._cli.bench_layers import MULTIPLE, BenchLayer, random_layer, sized, with_adapters
-from executors._cli.bench_liger import liger_peers
-from executors._cli.bench_memory import add_peaks
-from executors._cli.bench_nf4 import quantised
-from executors._cli.bench_peers import peers
-from executors._cli.bench_routing import Batch, batch, load
-from executors._cli.bench_settings import Settings
-from executors._cli.bench_timing import Timing, time_case
-from executors._cli.bench_truth import Truth, judged_tokens, sample_truth
+from executors._bench.measure import MIN_ROUNDS
+from executors._cli.options import (
+    LARGEST_SEED,
+    DeviceOption,
+    check_device,
+    choice,
+    chosen_names,
+    make_folder,
+    new_console,
+    progress_bar,
+    refuse,
+    within,
+)
+from executors._compare import report
 
-Show = Callable[[str, int, int], None]
-Keep = Callable[["Findings"], None]
+if TYPE_CHECKING:
+    from executors._bench.run import Findings
+    from executors._bench.settings import Settings
 
-
-@dataclass(eq=False)
-class Findings:
-    """What was measured.
-
-    Attributes:
-        ceilings: the machine's.
-        cases: one for each layer, T, routing and direction.
-        left_out: in a line each, layers and cases that were not measured, with the reason.
-        complete: whether nothing more will come.
-    """
-
-    ceilings: Ceilings
-    cases: list[Case] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    complete: bool = False
+DEFAULT_RANK = 16
 
 
-def run(settings: Settings, show: Show, keep: Keep) -> Findings:
-    """Measures everything.
-
-    Args:
-        settings: what.
-        show: called with what is being done, cases done, and cases in all.
-        keep: called with what there is after each layer and case, so that a run that is ended keeps it.
-    """
-    total = settings.cases()
-    started = time.monotonic()
-    show("the machine's ceilings", 0, total)
-    found = Findings(measure_ceilings(settings.device))
-    for name in settings.layers:
-
-        def say(what: str, name: str = name) -> None:
-            show(f"{name} {what}", len(found.cases), total)
-
-        def in_time(name: str = name) -> bool:
-            late = settings.limit is not None and time.monotonic() - started > settings.limit
-            line = f"{name}: cases left out, the limit of {settings.limit:g} s had passed" if late else ""
-            if late and line not in found.left_out:
-                found.left_out.append(line)
-            return not late
-
-        if not in_time():
-            continue
-        try:
-            layer = _make_layer(settings, name, say)
-        except torch.OutOfMemoryError as error:
-            found.left_out.append(f"{name}: left out, not enough memory: {str(error).splitlines()[0]}")
-            continue
-        run_layer(settings, layer, found.cases, say, in_time, lambda: keep(found))
-        del layer
-    show("the machine's ceilings again", total, total)
-    found.ceilings = found.ceilings.best_of(measure_ceilings(settings.device))
-    if settings.gpu:
-        _add_launches(settings, found, show)
-    found.complete = True
-    return found
-
-
-def _add_launches(settings: Settings, found: Findings, show: Show) -> None:
-    """Counts the kernels of every call that was timed: last of all, since a profiler slows what comes after it."""
-    for name, of_layer in groupby(found.cases, lambda case: case.shape.name):
-        plain = _make_layer(settings, name, lambda _: None)
-        for case in of_layer:
-            show(f"{name} T={case.tokens} {case.direction}: launches", len(found.cases), len(found.cases))
-            adapted = case.direction == LORA
-            layer = with_adapters(plain, settings.lora_rank, settings.seed) if adapted else plain
-            given = batch(
-                case.routing, case.tokens, judged_tokens(plain.shape), plain.shape, settings.device, settings.seed
-            )
-            calls = {c.name: c.call for c in contenders(layer, given, list(settings.names), settings.without)}
-            for row in case.rows:
-                call = calls[row.name]
-                if row.seconds and call is not None:
-                    row.launches = launches(action_of(call, given, case.direction), settings.device)
-                    clear_gradients(layer, given)
-
-
-def run_layer(
-    settings: Settings,
-    plain: BenchLayer,
-    cases: list[Case],
-    say: Callable[[str], None],
-    in_time: Callable[[], bool],
-    keep: Callable[[], None],
+def bench(
+    layer: Annotated[
+        list[str] | None, typer.Option("--layer", metavar="NAME", help="A model's layer; repeatable.")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(callback=within(1), help="T; repeatable. Default: 1, 8, 64, 512; on a GPU also 4096, 32768."),
+    ] = None,
+    routing: Annotated[
+        list[str] | None,
+        typer.Option(help="real, uniform or skewed; repeatable. Default: real; dense and forward, all three."),
+    ] = None,
+    direction: Annotated[
+        list[str] | None,
+        typer.Option(help="forward, forward_backward or (in 4 bits) lora; repeatable. Default: all."),
+    ] = None,
+    weights: Annotated[str, typer.Option(help="dense (bf16), or in 4 bits: nf4, fp4 or mxfp4.")] = "dense",
+    nested: Annotated[bool, typer.Option("--nested", help="Quantise the scales of nf4 and fp4 too.")] = False,
+    lora_rank: Annotated[
+        int | None, typer.Option(callback=within(0), help="Of the adapters in 4 bits; 0: none. Default: 16.")
+    ] = None,
+    memory: Annotated[
+        bool | None,
+        typer.Option("--memory/--no-memory", help="Measure peak memory. Default: in 4 bits, and on a GPU."),
+    ] = None,
+    executor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--executor",
+            metavar="NAME",
+            help="Only this one of ours; repeatable. Default: all that take such weights, but auto. In 4 bits also one "
+            "path of grouped_nf4, such as grouped_nf4[fused], and triton[bf16], on weights that were decoded before.",
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", metavar="NAME", help="Leaves out this peer; repeatable.")
+    ] = None,
+    scale: Annotated[int, typer.Option(callback=within(1), help="Divides H and I, for a quick look.")] = 1,
+    seconds: Annotated[
+        float | None, typer.Option(callback=within(0), help="How long each case is timed. Default: 10; on a GPU 0.5.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(callback=within(1), help="Rounds of each case, at least.")] = MIN_ROUNDS,
+    limit: Annotated[
+        float | None,
+        typer.Option(callback=within(0), metavar="SECONDS", help="After so long no further case is begun."),
+    ] = None,
+    interpreted: Annotated[
+        bool, typer.Option("--interpreted", help="Admit interpreted kernels; their times are no measurement.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and the pictures.")] = Path("bench-results"),
+    device: DeviceOption = "cpu",
+    seed: Annotated[
+        int, typer.Option(callback=within(0, LARGEST_SEED), help="Seed of weights, inputs and samples.")
+    ] = 0,
 ) -> None:
-    """Measures all cases of one layer, and appends them."""
-    layers = dict.fromkeys(settings.directions, plain)
-    if LORA in layers:
-        layers[LORA] = with_adapters(plain, settings.lora_rank, settings.seed)
-    theirs = {layer.form: everyone_else(layer, settings.without) for layer in layers.values()}
-    for contender in (c for found in theirs.values() for c in found):
-        if contender.prepare is not None:
-            say(f"preparing {contender.name}")
-            contender.prepare()
-    truths: dict[tuple[str, int, int], Truth] = {}
-    first, shape = len(cases), plain.shape
-    for routing, direction in settings.pairs():
-        layer = layers[direction]
-        for tokens in settings.tokens:
-            if not in_time():
-                continue
-            given = batch(routing, tokens, judged_tokens(shape), shape, settings.device, settings.seed)
+    """Times every executor, and what else people use, on layers of real models.
 
-            def tell(what: str, where: str = f"T={tokens} {routing} {direction}") -> None:
-                say(f"{where}: {what}")
-
-            key = routing, layer.form.rank, len(given.judged)
-            if key not in truths:  # the judged tokens are the same for every T
-                tell("sampling error bars")
-                both = any(r == routing and d != FORWARD for r, d in settings.pairs())
-                truths[key] = sample_truth(layer, given, both, settings.seed)
-            ours = our_contenders(layer, given, list(settings.names), settings.interpreted)
-            found = ours + theirs[layer.form]
-            cases.append(measure_case(settings, layer, given, truths[key], routing, direction, found, tell))
-            keep()
-    if settings.memory and not settings.gpu:  # there it is measured beside the times
-        add_peaks(
-            plain,
-            cases[first:],
-            device=settings.device,
-            seed=settings.seed,
-            rank=settings.lora_rank,
-            tell=say,
-        )
-
-
-def _make_layer(settings: Settings, name: str, say: Callable[[str], None]) -> BenchLayer:
-    how = settings.quantisation
-    shape = sized(name, settings.scale, settings.device, how.blocksize if how else MULTIPLE)
-    layer = random_layer(
-        shape, settings.device, settings.seed, lambda i, e: say(f"drawing weights of expert {i} of {e}")
-    )
-    return layer if how is None else quantised(layer, how, lambda i, e: say(f"quantising expert {i} of {e}"))
-
-
-def everyone_else(layer: BenchLayer, without: tuple[str, ...] = ()) -> list[Contender]:
-    """The peers on this layer, but for those named ``without``."""
-    if layer.weights().packed():
-        found = peers_in_4_bits(layer) + gnf4_peers(layer)
-    else:
-        found = peers(layer) + liger_peers(layer) + kt_peers(layer)
-    return [contender for contender in found if contender.name.partition("[")[0] not in without]
-
-
-def contenders(layer: BenchLayer, given: Batch, names: list[str], without: tuple[str, ...] = ()) -> list[Contender]:
-    """Everyone who takes part, usable or with the reason why not."""
-    return our_contenders(layer, given, names) + everyone_else(layer, without)
-
-
-def measure_case(
-    settings: Settings,
-    layer: BenchLayer,
-    given: Batch,
-    truth: Truth,
-    routing: str,
-    direction: str,
-    everyone: list[Contender],
-    tell: Callable[[str], None],
-    refused: Callable[[list[str]], dict[str, str]] = lambda names: {},
-) -> Case:
-    """Judges all contenders, then times those that are right, in turn.
-
-    ``refused`` is told who is right, and says who is not to be timed, and why.
+    All contenders get the same random weights and the same tokens, are judged in error bars first, and are timed in
+    turn, round by round. Prints a table for each layer, routing and direction, and writes bench.json and bench.png.
+    The peers are transformers' experts functions; in 4 bits the same on bitsandbytes' parametrization, and loops
+    that decode one expert at a time. There the base is frozen, direction "lora" trains adapters, and each path of
+    grouped_nf4 is a contender. On a GPU calls are timed by events from a cold cache, those of up to 64 tokens and
+    those with adapters in a CUDA graph too, launches are counted, liger-kernel is one more peer, and roofline.png
+    shows how far from the machine's ceilings all of them are. Exit status: 0 if all executors passed, 1 if one
+    failed or an executor asked for by name cannot run, 2 for bad arguments. The peers need transformers and
+    bitsandbytes: pip install "moe-ref[bench]". On a CPU kt-kernel is one more, forward in bf16, where it is installed.
     """
-    tokens, backward, shape = given.x.shape[0], direction != FORWARD, layer.shape
-    rows = [Row(c.name, c.ours, c.why_not(tokens, backward), interpreted=c.interpreted) for c in everyone]
-    actions: dict[str, Callable[[], None]] = {}
-    for row, contender in zip(rows, everyone, strict=True):
-        if row.reason or contender.call is None:
-            continue
-        tell(f"judging {row.name}")
-        judgement = judge_contender(contender.call, layer, given, truth, backward)
-        row.reason = judgement.reason
-        if not row.reason:
-            row.judgement = judgement
-            if not row.failed:
-                actions[row.name] = action_of(contender.call, given, direction)
-    for name, why in refused(list(actions)).items():
-        actions.pop(name)
-        next(row for row in rows if row.name == name).untimed = why
-    active = int(torch.unique(given.topk_ids).numel())
-    case = Case(shape, tokens, routing, direction, load(given.topk_ids, shape), active, rows, form=layer.form)
-    case.stack = STACK if settings.quantisation else ""
-    case.gpu = settings.gpu
+    from executors._bench import report as bench_report
+    from executors._bench import run as benchmark
+    from executors._bench import settings as known
 
-    def after() -> None:
-        clear_gradients(layer, given)
-        for contender in everyone:
-            if contender.settle is not None:
-                contender.settle()
+    check_device(device)
+    choice("--weights", [weights], known.WEIGHTS)
+    dense = weights == known.DENSE
+    _check_4_bits(weights, nested, lora_rank, direction)
+    rank = DEFAULT_RANK if lora_rank is None else lora_rank
+    possible = known.DIRECTIONS_IN_4_BITS if rank and not dense else known.DIRECTIONS
+    settings = known.Settings(
+        names=_names(executor, weights, device, interpreted),
+        layers=choice("--layer", layer, known.known_layers()) or known.default_layers(device),
+        tokens=tuple(dict.fromkeys(tokens)) if tokens else known.default_tokens(device),
+        routings=choice("--routing", routing, known.known_routings()),
+        directions=choice("--direction", direction, possible) or possible,
+        scale=scale,
+        seconds=known.default_seconds(device) if seconds is None else seconds,
+        device=device,
+        seed=seed,
+        load=os.getloadavg()[0],
+        weights=weights,
+        nested=nested,
+        lora_rank=rank,
+        memory=not dense or torch.device(device).type == "cuda" if memory is None else memory,
+        rounds=rounds,
+        limit=limit,
+        interpreted=interpreted,
+        without=choice("--without", without, known.known_peers()) or (),
+    )
+    make_folder(out)
+    started = time.monotonic()
 
-    if actions:
-        timing = Timing(
-            settings.device, settings.seconds, settings.rounds, settings.seed, settings.memory, settings.graphs
-        )
-        time_case(case, actions, timing, after, tell)
-    return case
+    def keep(found: Findings) -> None:
+        content = bench_report.as_json(settings, found, time.monotonic() - started)
+        report.write_json(out / "bench.json", content)
+
+    with progress_bar() as show:
+        found = benchmark.run(settings, show, keep)
+    keep(found)
+    _print(settings, found)
+    written = _plot(out, found, settings)
+    taken = time.monotonic() - started
+    names = ", ".join(["bench.json", *written])
+    new_console().print(escape(f"wrote {names} to {out} ({taken:.0f} s)"), soft_wrap=True)
+    rows = [row for case in found.cases for row in case.rows if row.ours]
+    if any(row.failed for row in rows) or (executor and any(row.reason for row in rows)):
+        raise typer.Exit(1)
+
+
+def _print(settings: Settings, found: Findings) -> None:
+    from executors._bench import report as bench_report
+    from executors._bench import table as bench_table
+
+    console = new_console()
+    console.print(escape("\n".join(bench_report.heading(settings, found.ceilings))))
+    for title, table in bench_table.tables(found.cases, found.ceilings):
+        console.print(escape(f"\n{title}"))
+        console.print(table)
+    for line in bench_report.notes(found.cases) + found.left_out:
+        console.print(escape(line))
+
+
+def _names(executor: list[str] | None, weights: str, device: str, interpreted: bool) -> tuple[str, ...]:
+    """Our contenders: those asked for, or all that take such weights."""
+    from executors._bench import settings as known
+    from executors._bench import variants
+
+    ways = [] if weights == known.DENSE else variants.known()
+    if not executor:
+        return tuple(known.default_names(chosen_names(None), weights, device, interpreted))
+    chosen_names([name for name in executor if name not in ways])
+    return tuple(dict.fromkeys(executor))
+
+
+def _check_4_bits(weights: str, nested: bool, lora_rank: int | None, direction: list[str] | None) -> None:
+    """Refuses what belongs to 4 bits where weights are dense, and adapters of no rank."""
+    adapted, dense = "lora" in (direction or []), weights == "dense"
+    if nested and weights not in ("nf4", "fp4"):
+        refuse("--nested: must go with --weights nf4 or fp4")
+    given = {f"--lora-rank {lora_rank}": lora_rank is not None, "--direction lora": adapted}
+    for option in (option for option, is_given in given.items() if is_given and dense):
+        refuse(f"{option}: must go with --weights nf4, fp4 or mxfp4")
+    if adapted and lora_rank == 0:
+        refuse("--lora-rank 0: must be at least 1 with --direction lora")
+
+
+def _plot(out: Path, found: Findings, settings: Settings) -> list[str]:
+    """Writes the pictures, and tells their names: speed against the peers, and on a GPU distance from the ceilings."""
+    from executors._bench import plot
+    from executors._bench import report as bench_report
+    from executors._bench import roofline as bench_roofline
+
+    title = "\n".join(bench_report.machine(settings))
+    if not found.cases:
+        return []
+    plot.plot(out / "bench.png", found.cases, title)
+    if not settings.gpu and not settings.interpreted:
+        return ["bench.png"]
+    bench_roofline.plot(out / "roofline.png", found.cases, found.ceilings, title)
+    return ["bench.png", "roofline.png"]

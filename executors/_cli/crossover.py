@@ -10,8 +10,7 @@ import torch
 import typer
 from rich.markup import escape
 
-from executors._cli import report
-from executors._cli.common import (
+from executors._cli.options import (
     LARGEST_SEED,
     check_device,
     choice,
@@ -21,10 +20,11 @@ from executors._cli.common import (
     refuse,
     within,
 )
+from executors._compare import report
 
 if TYPE_CHECKING:
-    from executors._cli.crossover_points import Curve
-    from executors._cli.crossover_run import Plan
+    from executors._crossover.points import Curve
+    from executors._crossover.run import Plan
 
 LAYERS = ("gpt-oss-20b", "qwen3-30b-a3b")
 ROWS = tuple(2**power for power in range(11))
@@ -72,13 +72,13 @@ def crossover(
     crossover.json and crossover.png, and tells the rule that loses least on this device. Exit status: 0 if all were
     right, 1 if not, 2 for bad arguments.
     """
-    from executors._cli import bench_settings as known
-    from executors._cli import crossover_run
+    from executors._bench import settings as known
+    from executors._crossover import run
 
-    plan = crossover_run.Plan(
+    plan = run.Plan(
         layers=choice("--layer", layer, known.known_layers()) or LAYERS,
-        formats=choice("--weights", weights, list(crossover_run.FORMATS)) or crossover_run.DEFAULT_FORMATS,
-        directions=choice("--direction", direction, crossover_run.DIRECTIONS) or crossover_run.DIRECTIONS,
+        formats=choice("--weights", weights, list(run.FORMATS)) or run.DEFAULT_FORMATS,
+        directions=choice("--direction", direction, run.DIRECTIONS) or run.DIRECTIONS,
         rows=tuple(sorted(set(rows or ROWS))),
         routing=(choice("--routing", [routing], known.known_routings()) or (routing,))[0],
         seconds=seconds,
@@ -95,19 +95,19 @@ def crossover(
     console = new_console()
 
     def keep(curves: list[Curve], left_out: list[str], complete: bool) -> None:
-        from executors._cli import crossover_report
+        from executors._crossover import report as crossover_report
 
         content = crossover_report.as_json(plan, curves, left_out, complete, commit, time.monotonic() - started)
         report.write_json(out / "crossover.json", content)
 
     with progress_bar() as show:
-        curves, left_out = crossover_run.run(plan, show, keep)
+        curves, left_out = run.run(plan, show, keep)
     _print(plan, curves, left_out)
     written = ["crossover.json"]
     if any(curve.points for curve in curves):
-        from executors._cli import crossover_plot  # matplotlib takes a second to import
+        from executors._crossover import plot
 
-        crossover_plot.plot(out / "crossover.png", curves, plan)
+        plot.plot(out / "crossover.png", curves, plan)
         written.append("crossover.png")
     taken = time.monotonic() - started
     console.print(escape(f"wrote {', '.join(written)} to {out} ({taken:.0f} s)"), soft_wrap=True)
@@ -116,7 +116,7 @@ def crossover(
 
 
 def _print(plan: Plan, curves: list[Curve], left_out: list[str]) -> None:
-    from executors._cli import crossover_report
+    from executors._crossover import report as crossover_report
 
     console = new_console()
     console.print(escape("\n".join(crossover_report.heading(plan))))
@@ -132,7 +132,7 @@ def _print(plan: Plan, curves: list[Curve], left_out: list[str]) -> None:
 def _device(device: str | None, interpreted: bool) -> str:
     """Where it runs; refused where the kernels cannot, or where they are interpreted and nobody said so."""
     try:
-        from executors._triton._device import INTERPRETED
+        from executors._triton.device import INTERPRETED
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

@@ -13,12 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 import executors
-from executors._cli import report
-from executors._cli.common import choice, new_console, progress_bar, refuse
+from executors._cli.options import choice, new_console, progress_bar, refuse
+from executors._compare import report
 
 if TYPE_CHECKING:
-    from executors._triton._cases import Kernel
-    from executors._triton._resources import Resources
+    from executors._triton.inspect.cases import Kernel
+    from executors._triton.inspect.resources import Resources
 
 SCHEMA = 2
 KIB = 1024
@@ -106,9 +106,9 @@ def kernels(
     status: 0, or 1 if a kernel spills or takes more shared memory than there is, 2 for bad arguments.
     """
     try:
-        from executors._triton import _configs
-        from executors._triton._cases import family_of
-        from executors._triton._compile import TARGETS
+        from executors._triton import configs
+        from executors._triton.inspect.cases import family_of
+        from executors._triton.inspect.compile import TARGETS
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise
@@ -123,7 +123,7 @@ def kernels(
     for name in targets:
         rows = compile_rows(name, _dtypes(name, dtypes), largest)
         family = family_of(name)
-        shared = _configs.FAMILIES[family].shared
+        shared = configs.FAMILIES[family].shared
         console.print(f"\n{name}: {len(rows)} kernels")
         console.print(table(rows, shared))
         console.print(NOTES.format(shared=shared // KIB, target=name), style="dim")
@@ -139,7 +139,7 @@ def kernels(
 
 
 def _dtypes(target: str, chosen: tuple[str, ...] | None) -> tuple[str, ...]:
-    from executors._triton._cases import default_dtypes
+    from executors._triton.inspect.cases import default_dtypes
 
     if chosen and ALL not in chosen:
         return chosen
@@ -148,8 +148,8 @@ def _dtypes(target: str, chosen: tuple[str, ...] | None) -> tuple[str, ...]:
 
 def compile_rows(target: str, dtypes: tuple[str, ...], largest: bool) -> list[Row]:
     """Compiles everything for a target."""
-    from executors._triton._cases import compile_kernels
-    from executors._triton._resources import resources_of
+    from executors._triton.inspect.cases import compile_kernels
+    from executors._triton.inspect.resources import resources_of
 
     with progress_bar() as show:
         try:

@@ -10,15 +10,15 @@ import torch
 import typer
 from rich.markup import escape
 
-from executors._cli import report
-from executors._cli.bench_layers import LAYERS, BenchLayer, Shape, random_layer, with_adapters
-from executors._cli.bench_routing import KINDS, batch
-from executors._cli.common import LARGEST_SEED, check_device, new_console, progress_bar, refuse, within
+from executors._bench.layers import LAYERS, BenchLayer, Shape, random_layer, with_adapters
+from executors._bench.routing import KINDS, batch
+from executors._cli.options import LARGEST_SEED, check_device, new_console, progress_bar, refuse, within
+from executors._compare import report
 from moe_ref.types import GATED, MoEConfig
 
 if TYPE_CHECKING:
-    from executors._cli.tune_choice import Choice
-    from executors._cli.tune_problem import Problem
+    from executors._tune.choice import Choice
+    from executors._tune.problem import Problem
 
 SCHEMA = 1
 DTYPES = ("bfloat16", "float16", "float32")
@@ -71,8 +71,8 @@ def tune(
     if json is not None and not json.parent.is_dir():
         refuse(f"--json {json}: must be in a folder that exists")
     every = _check_tokens(tuple(dict.fromkeys(tokens or DEFAULT_TOKENS)), shape)
-    from executors._cli import tune_choice
-    from executors._triton import _tuned
+    from executors._triton import tuned as _tuned
+    from executors._tune import choice as tune_choice
 
     target = file or _tuned.default_path()
     console, choices, stored = new_console(), [], True
@@ -108,14 +108,14 @@ def tune(
 def _check_machine(device: str | None) -> str:
     """The device to tune on."""
     try:
-        from executors._triton import _interpreter
-        from executors._triton._device import INTERPRETED
+        from executors._triton import interpreter
+        from executors._triton.device import INTERPRETED
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise
         refuse('tune needs triton: pip install "moe-ref[triton]"')
     if INTERPRETED:
-        _interpreter.mend()
+        interpreter.mend()
     elif not torch.cuda.is_available():
         refuse("tune needs a GPU; TRITON_INTERPRET=1 goes through it without one, and its choice means nothing")
     found = device or ("cpu" if INTERPRETED else "cuda")
@@ -157,7 +157,7 @@ def _check(option: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _check_tokens(tokens: tuple[int, ...], shape: Shape) -> tuple[int, ...]:
     """Refuses two T of which one choice would replace the other."""
-    from executors._triton._tuned import bucket_of
+    from executors._triton.tuned import bucket_of
 
     seen: dict[int, int] = {}
     for count in tokens:
@@ -177,7 +177,7 @@ def _drawn(shape: Shape, device: str, seed: int, rank: int) -> BenchLayer:
 def _problem(
     owner: BenchLayer, tokens: int, routing: str, device: str, seed: int, dtype: str, direction: str
 ) -> Problem:
-    from executors._cli.tune_problem import Problem
+    from executors._tune.problem import Problem
 
     drawn = batch(routing, tokens, tokens, owner.shape, device, seed)
     return Problem(owner, drawn, getattr(torch, dtype), direction == WITH_BACKWARD)
@@ -185,7 +185,7 @@ def _problem(
 
 def _chosen(problem: Problem, tokens: int, seconds: float) -> Choice:
     """Searches under a bar that shows the time left."""
-    from executors._cli.tune_choice import choose
+    from executors._tune.choice import choose
 
     started, told = time.monotonic(), ["the shipped tiles"]
 
@@ -207,14 +207,15 @@ def _store(path: Path, choice: Choice) -> bool:
     """Stores a choice and says where; or says why not, and prints it instead."""
     from json import dumps
 
-    from executors._cli.tune_choice import told
-    from executors._triton import _tuned, _tuned_file
+    from executors._triton import tuned as _tuned
+    from executors._triton import tuned_file
+    from executors._tune.choice import told
 
     console = new_console()
     try:
-        aside = _tuned_file.save(path, choice.key, choice.chosen, told(choice))
+        aside = tuned_file.save(path, choice.key, choice.chosen, told(choice))
     except OSError as error:
-        entry = _tuned_file.as_entry(choice.key, choice.chosen, told(choice))
+        entry = tuned_file.as_entry(choice.key, choice.chosen, told(choice))
         console.print(escape(dumps(entry)), soft_wrap=True)
         typer.echo(f"error: {path}: cannot be written: {error.strerror}; the choice is printed above", err=True)
         return False

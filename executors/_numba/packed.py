@@ -13,10 +13,10 @@ from numba import config
 from torch import Tensor
 
 from executors._decode import MX_BLOCKSIZE, scales_of
-from executors._decode_table import CODES, LOW_FIRST
+from executors._decode.table import CODES, LOW_FIRST
 from executors._numba.kernels import KINDS, LOOK_UP, multiply_decoded, multiply_decoded_shared
 from executors._numba.launch import Group, run
-from executors._stack import Stack
+from executors._pipeline.packed_matrices import Stack
 from moe_ref.types import NF4Tensor, PackedTensor
 
 BLOCK_BY_ROWS = 32  # columns of a job, at least: their matrix in 16 bits stays in the second cache

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from executors import _cpu_product
-from executors._layer import Matrices, stored_dtype
-from executors._loop import LoopProducts
 from executors._numba.kernels import KINDS, add_outer, add_outer_shared, multiply, multiply_shared
 from executors._numba.launch import Group, run
 from executors._numba.packed import block_of, multiply_packed
-from executors._stack import Stack
-from executors._zeros import zeros_like
+from executors._pipeline import cpu_product
+from executors._pipeline.layer import Matrices, stored_dtype
+from executors._pipeline.loop import LoopProducts
+from executors._pipeline.packed_matrices import Stack
+from executors._pipeline.zeros import zeros_like
 from moe_ref.validation import dtype_name
 
 # Up to so many rows of an expert the kernels are faster than torch, measured (docs/performance.md): of matrices whose
@@ -55,7 +55,7 @@ class NumbaProducts(LoopProducts):
     def outer(self, a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
         """[E, m, k]: a [S, m] transposed times b [S, k], group by group; zeros for an expert without rows."""
         out = zeros_like(like, dtype)
-        limit = 0 if dtype == torch.float64 else OUTER[_cpu_product.multiplies(dtype)]
+        limit = 0 if dtype == torch.float64 else OUTER[cpu_product.multiplies(dtype)]
         few = [group for group in self._groups if group[2] - group[1] <= limit]
         if few and out.stride(1) < out.stride(2):  # stored by columns
             _compiled_outer(b, a, out.transpose(1, 2), few)
@@ -84,7 +84,7 @@ class NumbaProducts(LoopProducts):
         """[S, k] of a [S, m] times experts in 4 bits [E, m, k] if ``back``, else [S, m] of a [S, k], transposed."""
         by_rows = back == stack.packed.transposed
         table = BY_ROWS if by_rows else BY_COLUMNS
-        limit = max(PACKED, table[_cpu_product.multiplies(a.dtype)]) if block_of(stack, by_rows) else 0
+        limit = max(PACKED, table[cpu_product.multiplies(a.dtype)]) if block_of(stack, by_rows) else 0
         return self._shared_out(
             a,
             stack.shape[2 if back else 1],
@@ -118,7 +118,7 @@ class NumbaProducts(LoopProducts):
 
 def few_rows_of(dtype: torch.dtype, kind: str) -> int:
     """Up to how many rows of x Wᵀ are compiled, of "dense" matrices or others in 4 bits."""
-    rows = BY_ROWS[_cpu_product.multiplies(dtype)]
+    rows = BY_ROWS[cpu_product.multiplies(dtype)]
     return rows if kind == "dense" else max(PACKED, rows)
 
 
@@ -127,7 +127,7 @@ def few_rows(b: Tensor) -> int:
     if b.dtype == torch.float64 or 1 not in b.stride():
         return 0
     table = BY_ROWS if b.stride(0) == 1 else BY_COLUMNS
-    return table[_cpu_product.multiplies(b.dtype)]
+    return table[cpu_product.multiplies(b.dtype)]
 
 
 def _compiled(a: Tensor, matrices: Tensor, groups: list[Group]) -> Tensor:

@@ -1,0 +1,1 @@
+"""What every executor stands on: operators, their arguments, the public calls, routing."""

@@ -1,0 +1,1 @@
+"""The benchmark: layers, contenders, timing, and what is told of it."""

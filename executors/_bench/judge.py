@@ -1,0 +1,121 @@
+"""Judges a contender on one input, before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from executors import Unavailable, Unsupported
+from executors._bench.layers import BenchLayer
+from executors._bench.routing import Batch
+from executors._bench.truth import Truth
+from executors._compare.judge import FAULTS
+from moe_ref.conformance.checks import CLAUSES
+from moe_ref.conformance.gates import Verdict, judge
+from moe_ref.validation import dtype_name
+
+BFLOAT16 = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What came of one contender.
+
+    Attributes:
+        reason: why it does not take this input, or "".
+        fault: what no gate measures: it raised, or gave another shape or dtype, or a gradient out of place; or "".
+        verdicts: of y and of each gradient.
+    """
+
+    reason: str = ""
+    fault: str = ""
+    verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def failure(self) -> str:
+        """The first broken clause in a few words, or ""."""
+        broken = [f"{CLAUSES[v.name]}: {v.failure}" for v in self.verdicts if v.failure]
+        return self.fault or (broken[0] if broken else "")
+
+    @property
+    def max_z(self) -> float | None:
+        """The largest error in error bars."""
+        return max((v.max_z for v in self.verdicts), default=None)
+
+
+def judge_contender(
+    call: Callable[[Batch], Tensor], layer: BenchLayer, batch: Batch, truth: Truth, backward: bool
+) -> Judgement:
+    """Runs a contender as it will be timed, and judges its output, and its gradients where ``backward`` is timed.
+
+    dy is zero but for the judged tokens, so that every gradient is theirs alone.
+    """
+    try:
+        if not backward:
+            with torch.no_grad():
+                return _judge(call(batch), {}, layer, batch, truth)
+        y = call(batch)
+        torch.autograd.backward(y, _masked(batch).dy)
+        leaves = batch.leaves() | layer.parameters
+        gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        missing = [name for name in leaves if name not in gradients]
+        if missing:
+            return Judgement(fault=f"D1: no gradient for {', '.join(missing)}")
+        return _judge(y.detach(), gradients, layer, batch, truth)
+    except (Unavailable, Unsupported) as error:
+        return Judgement(reason=" ".join(str(error).split()))
+    except torch.OutOfMemoryError as error:
+        return Judgement(reason=f"not enough memory: {str(error).splitlines()[0]}")
+    except FAULTS as error:
+        return Judgement(fault="raised " + " ".join(f"{type(error).__name__}: {error}".split()))
+    finally:
+        clear_gradients(layer, batch)
+
+
+def clear_gradients(layer: BenchLayer, batch: Batch) -> None:
+    """Gives back the memory of all gradients."""
+    for leaf in (batch.leaves() | layer.parameters).values():
+        leaf.grad = None
+
+
+def _judge(y: Tensor, gradients: dict[str, Tensor], layer: BenchLayer, batch: Batch, truth: Truth) -> Judgement:
+    if y.shape != batch.x.shape or y.dtype != batch.x.dtype:
+        wanted = f"{tuple(batch.x.shape)} {dtype_name(batch.x)}"
+        return Judgement(fault=f"E3, T2: y is {tuple(y.shape)} {dtype_name(y)}, but must be {wanted}")
+    if not bool(torch.isfinite(y).all()):
+        return Judgement(fault="E2: y is not finite, but must be")
+    verdicts = [_verdict("y", y[batch.judged], truth)]
+    for name, gradient in gradients.items():
+        if name in layer.parameters:
+            value, where = layer.canonical(name, gradient), truth.active.to(gradient.device)
+        else:
+            value, where = gradient, batch.judged
+        if not _zero_outside(value, where):
+            return Judgement(fault=f"{CLAUSES[name]}: the gradient of {name} is not 0 where dy does not reach")
+        chosen = value[where]
+        if name in truth.rows:
+            chosen = chosen[:, truth.rows[name].to(value.device)]
+        verdicts.append(_verdict(name, chosen, truth))
+    return Judgement(verdicts=tuple(verdicts))
+
+
+def _verdict(name: str, value: Tensor, truth: Truth) -> Verdict:
+    return judge(name, value.double().cpu().numpy(), truth.bars[name], BFLOAT16, dtype_name(value))
+
+
+def _zero_outside(value: Tensor, where: Tensor) -> bool:
+    others = torch.ones(value.shape[0], dtype=torch.bool, device=value.device)
+    others[where] = False
+    if value.ndim < 3:
+        return not bool(value[others].count_nonzero())
+    # one expert at a time: no copy of a large stack
+    return all(not bool(value[index].count_nonzero()) for index in others.nonzero().flatten().tolist())
+
+
+def _masked(batch: Batch) -> Batch:
+    dy = torch.zeros_like(batch.dy)
+    dy[batch.judged] = batch.dy[batch.judged]
+    return replace(batch, dy=dy)

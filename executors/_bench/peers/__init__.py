@@ -1,0 +1,1 @@
+"""What other people use, as contenders of the benchmark."""

@@ -1,0 +1,268 @@
+"""What holds for all of the benchmark's tables, and its JSON for programs."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from executors._bench.case import DENSE_WEIGHTS, FORWARD, LORA, WITH_BACKWARD, Case, Row
+from executors._bench.ceilings import Ceilings
+from executors._bench.measure import is_no_result, spread
+from executors._bench.peers import gnf4, kt
+from executors._bench.peers.bitsandbytes import STACK
+from executors._bench.peers.liger import DISTRIBUTION, NAME, liger_version
+from executors._bench.peers.transformers import PREFIX, peers_version
+from executors._bench.quantised import MXFP4, bitsandbytes_version
+from executors._bench.run import Findings
+from executors._bench.settings import Settings
+from executors._bench.table import rates
+from executors._compare import report
+
+SCHEMA = 1
+BUSY = 0.5  # processes that were running or waiting, over the last minute, from which the reader is warned
+WHERE = {FORWARD: "forward", WITH_BACKWARD: "with backward", LORA: "with adapters"}
+
+
+def machine(settings: Settings) -> list[str]:
+    """The machine, the weights where they are not dense, and who takes part."""
+    found = report.machine()
+    where = found["gpu"] if settings.device.startswith("cuda") else found["processor"]
+    lines = [f"{where}, {found['threads']} threads, torch {found['torch']}; {_named(PREFIX, 'transformers')}"]
+    if settings.quantisation:
+        mxfp4 = settings.quantisation.quant_type == MXFP4
+        decoder = "torch: decodes with torch" if mxfp4 else _named("bnb:", "bitsandbytes")
+        lines.append(f"weights: {settings.quantisation}; {decoder}")
+        if settings.gpu:
+            lines.append(f"Triton {report.version_of('triton')}; {_named(gnf4.NAME, gnf4.DISTRIBUTION)}")
+    elif settings.gpu:
+        lines.append(f"Triton {report.version_of('triton')}; {_named(NAME, DISTRIBUTION)}")
+    elif kt.kt_version():
+        lines.append(f"{_named(kt.NAME, kt.DISTRIBUTION)}, {kt.kt_variant()} variant")
+    return lines
+
+
+def _named(prefix: str, package: str) -> str:
+    versions = {"transformers": peers_version, "bitsandbytes": bitsandbytes_version}
+    versions |= {DISTRIBUTION: liger_version, gnf4.DISTRIBUTION: gnf4.gnf4_version}
+    versions[kt.DISTRIBUTION] = kt.kt_version
+    version = versions[package]()
+    return f"{prefix} is {package} {version}" if version else f"{package} is not installed: no peers"
+
+
+def heading(settings: Settings, ceilings: Ceilings) -> list[str]:
+    """What holds for all tables."""
+    busy = f"other work ran here before (load {settings.load:.1f}): do not trust the times"
+    return [
+        *machine(settings),
+        f"ceilings: {ceilings.product} product {ceilings.tflops:.2f} TFLOP/s, copy {ceilings.copy_gbs:.0f} GB/s, "
+        f"read {ceilings.read_gbs:.0f} GB/s",
+        "+-: half of what lies between the 10th and 90th percentile of the times",
+        *_ratios(settings),
+        *(_ON_A_GPU if settings.gpu else _MEMORY if settings.memory else ()),
+        *(_ROOF if settings.quantisation or (settings.memory and not settings.gpu) else ()),
+        *(_INTERPRETED if settings.interpreted else ()),
+        *([busy] if settings.load > BUSY else ()),
+    ]
+
+
+_RATIOS = (
+    "x best: how many times as fast as the fastest that is not ours; median, 10th and",
+    "90th percentile over the rounds. ~: no result, a contender differs as much from",
+    "itself: it is timed twice in each round, see 'again'",
+)
+_RATIOS_IN_4_BITS = (
+    "x best: how many times as fast as the fastest that is not ours. x stack: as",
+    f"{STACK}, which decodes the whole stack in every call. Medians over",
+    "the rounds. 10-90%: percentiles of x stack, or where there is none of x best.",
+)
+_BEST = "x best: times as fast as the fastest that is not ours, median over the rounds"
+_BF16 = f"x bf16: as {DENSE_WEIGHTS}, our kernels on weights decoded before (medians)"
+_RATIOS_TO_BF16 = (
+    *_RATIOS_IN_4_BITS[:1],
+    f"{STACK}, which decodes the whole stack in every call.",
+    _BF16,
+)
+_NO_RESULT = (
+    "~: no result, a contender differs as much from itself: the fastest is timed",
+    "twice in each round, see 'again'",
+)
+
+
+def _ratios(settings: Settings) -> tuple[str, ...]:
+    if not settings.quantisation:
+        return _RATIOS
+    dense = settings.gpu and DENSE_WEIGHTS in settings.names
+    if settings.quantisation.quant_type == MXFP4:  # which nobody decodes as a whole stack
+        return (_BEST, *((_BF16,) if dense else ()), *_NO_RESULT)
+    return (*(_RATIOS_TO_BF16 if dense else _RATIOS_IN_4_BITS), *_NO_RESULT)
+
+
+_MEMORY = ("MiB: what a call takes at most above layer and input, in a process of its own",)
+_ON_A_GPU = (
+    "Timed by events from a cold L2 cache; 'in a graph' is captured and replayed.",
+    "GB/s: active experts' weights once, x and y; its share is of the copy.",
+    "n: kernels that a call launches. MiB: its peak above layer and input",
+)
+_INTERPRETED = ("[in brackets]: interpreted kernels, whose times are no measurement",)
+_ROOF = ("roof: share of the ceiling of products (P) or of reading (R), the larger",)
+
+
+def notes(cases: list[Case]) -> list[str]:
+    """Why contenders did not run, what failed, and what could not be measured, each once."""
+    places: dict[tuple[str, str, str], list[Case]] = {}
+    for case in cases:
+        for row in case.rows:
+            for what, why in _remarks(row):
+                places.setdefault((f"{row.name} {what}", case.shape.name, why), []).append(case)
+    of_layer = {name: [case for case in cases if case.shape.name == name] for _, name, _ in places}
+    return [f"{what} ({_where(found, of_layer[name])}): {why}" for (what, name, why), found in places.items()]
+
+
+def _remarks(row: Row) -> list[tuple[str, str]]:
+    """What is to be said of a row, and why."""
+    remarks = [
+        ("not run", row.reason),
+        ("not timed", row.untimed),
+        ("memory not measured", row.no_peak),
+        ("not captured in a graph", row.no_graph),
+    ]
+    if row.failed and row.judgement is not None:
+        remarks.append(("FAILED", row.judgement.failure))
+    return [(what, why) for what, why in remarks if why]
+
+
+def _where(found: list[Case], of_layer: list[Case]) -> str:
+    """The layer, and which of its cases if not all."""
+    places = [found[0].shape.name]
+    for direction in dict.fromkeys(case.direction for case in found):
+        own = [case for case in found if case.direction == direction]
+        others = [case for case in of_layer if case.direction == direction]
+        if len(own) == len(others):
+            places.append(WHERE[direction])
+            continue
+        routings = {case.routing for case in own} if len({case.routing for case in others}) > 1 else set()
+        tokens = dict.fromkeys(case.tokens for case in own)
+        places.append(" ".join(["T=" + ",".join(map(str, tokens)), WHERE[direction], *sorted(routings)]))
+    return places[0] if len(found) == len(of_layer) else ", ".join(places)
+
+
+def as_json(settings: Settings, found: Findings, seconds: float) -> dict[str, Any]:
+    """Everything that was measured."""
+    return {
+        "schema": SCHEMA,
+        "machine": report.machine(),
+        "transformers": peers_version(),
+        "bitsandbytes": bitsandbytes_version(),
+        DISTRIBUTION: liger_version(),
+        gnf4.DISTRIBUTION: gnf4.gnf4_version(),
+        kt.DISTRIBUTION: {"version": kt.kt_version(), "variant": kt.kt_variant()} if kt.kt_version() else None,
+        "quantisation": settings.quantisation.as_json() if settings.quantisation else None,
+        "commit": commit(),
+        "arguments": asdict(settings),
+        "ceilings": asdict(found.ceilings),
+        "seconds": seconds,
+        "complete": found.complete,
+        "left_out": found.left_out,
+        "cases": [_case(case, found.ceilings) for case in found.cases],
+    }
+
+
+def commit() -> str | None:
+    """The git commit of this package, with "+" where files differ from it; None outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "app.py") is None:
+        return None  # a checkout around us, but of something else
+    head = git("rev-parse", "HEAD")
+    return head + "+" if head and git("status", "--porcelain", "--untracked-files=no") else head
+
+
+def _case(case: Case, ceilings: Ceilings) -> dict[str, Any]:
+    best, control, shape = case.best_peer(), case.control(), case.shape
+    active, stack = case.decoded()
+    return {
+        "layer": shape.name,
+        "E": shape.experts,
+        "K": shape.top_k,
+        "H": shape.hidden,
+        "I": shape.intermediate,
+        "cut": shape.cut,
+        "T": case.tokens,
+        "routing": case.routing,
+        "direction": case.direction,
+        "load": asdict(case.load) | {"active": case.active},
+        "flops": case.flops,
+        "bytes": case.bytes_moved,
+        "form": asdict(case.form),
+        "decoded_bytes": {"active": active, "stack": stack},
+        "best_peer": best.name if best else None,
+        "stack": case.stack if case.stack_row() else None,
+        "control": None
+        if control is None
+        else {"contender": case.reference, "seconds": case.again, "ratio": asdict(control)},
+        "contenders": [_contender(case, row, ceilings) for row in case.rows],
+    }
+
+
+def _contender(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
+    judgement, ratio, control = row.judgement, case.ratio(row), case.control()
+    against_stack, against_dense = case.stack_ratio(row), case.dense_ratio(row)
+    found: dict[str, Any] = {
+        "name": row.name,
+        "ours": row.ours,
+        "reason": row.reason,
+        "passed": judgement is not None and not judgement.failure,
+        "failure": judgement.failure if judgement else "",
+        "max_z": {v.name: v.max_z for v in judgement.verdicts} if judgement else {},
+        "seconds": row.seconds,
+        "untimed": row.untimed,
+        "interpreted": row.interpreted,
+        "peak_bytes": row.peak,
+        "launches": row.launches,
+    }
+    if row.seconds and not row.interpreted:
+        time = spread(row.seconds)
+        tflops, gbs = rates(case, time)
+        found |= {
+            "time": asdict(time),
+            "times_best": asdict(ratio) if ratio else None,
+            "times_stack": asdict(against_stack) if against_stack else None,
+            "times_bf16": asdict(against_dense) if against_dense else None,
+            "no_result": is_no_result(ratio, control) if ratio and control else None,
+            "tflops": tflops,
+            "gbs": gbs,
+            "of_product": tflops / ceilings.tflops,
+            "of_bandwidth": gbs / ceilings.gbs,
+            "of_copy": gbs / ceilings.copy_gbs,
+        }
+    if row.graph or row.no_graph:
+        found["graph"] = _graph(case, row, ceilings)
+    return found
+
+
+def _graph(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
+    """What came of a call captured in a CUDA graph."""
+    if not row.graph:
+        return {"reason": row.no_graph, "seconds": []}
+    time, ratio, against_dense = spread(row.graph), case.graph_ratio(row), case.dense_graph_ratio(row)
+    tflops, gbs = rates(case, time)
+    return {
+        "reason": "",
+        "seconds": row.graph,
+        "time": asdict(time),
+        "times_best": asdict(ratio) if ratio else None,
+        "times_bf16": asdict(against_dense) if against_dense else None,
+        "tflops": tflops,
+        "gbs": gbs,
+        "of_product": tflops / ceilings.tflops,
+        "of_copy": gbs / ceilings.copy_gbs,
+    }

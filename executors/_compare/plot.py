@@ -1,0 +1,100 @@
+"""The picture of a comparison: every tensor's errors in error bars, beside time and memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+
+from executors._compare.run import LABELS, Row
+from moe_ref.conformance.gates import MAX_Z
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's, for colour-blind eyes
+EDGES = np.linspace(-9, 9, 73)
+
+
+def plot(path: Path, rows: list[Row], title: str) -> None:
+    """Writes the picture, whole or not at all."""
+    ran = [row for row in rows if row.judgement is not None and row.judgement.z]
+    tensors = [name for name in LABELS if any(name in row.judgement.z for row in ran if row.judgement)]
+    figure = plt.figure(figsize=(10.5, 1.3 + 0.72 * max(len(tensors), 5)), dpi=130, layout="constrained")
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.75, 1])[0]
+    axes = left.subplots(max(len(tensors), 1), 1, sharex=True, squeeze=False)
+    _errors(list(axes[:, 0]), tensors, ran)
+    left.suptitle("errors of every element, in error bars (counts, logarithmic)", fontsize=10)
+    times, memory = right.subplots(2, 1)
+    _times(times, ran)
+    _memory(memory, ran)
+    figure.suptitle(title, fontsize=11)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def _errors(axes: list[Axes], tensors: list[str], ran: list[Row]) -> None:
+    for ax, name in zip(axes, tensors, strict=False):
+        most = 1
+        for row, colour in zip(ran, _colours(ran), strict=True):
+            if row.judgement is None or name not in row.judgement.z:
+                continue
+            z = row.judgement.z[name]
+            z = z[np.isfinite(z)]
+            counts, _ = np.histogram(np.clip(z, EDGES[0], EDGES[-1]), EDGES)
+            most = max(most, int(counts.max()))
+            ax.stairs(counts, EDGES, color=colour, fill=len(ran) == 1, alpha=0.9, linewidth=1.2)
+        ax.set_yscale("log")
+        ax.set_ylim(0.5, 2 * most)
+        ax.set_yticks([])
+        ax.minorticks_off()
+        ax.axvspan(MAX_Z, EDGES[-1], color="#bbbbbb", alpha=0.45, linewidth=0)
+        ax.axvspan(EDGES[0], -MAX_Z, color="#bbbbbb", alpha=0.45, linewidth=0)
+        ax.set_xlim(EDGES[0], EDGES[-1])
+        ax.set_ylabel(LABELS[name], rotation=0, ha="right", va="center", fontsize=9)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+    axes[-1].set_xticks([-9, -6, -3, 0, 3, 6, 9], ["≤ -9", "-6", "-3", "0", "3", "6", "≥ 9"])
+    axes[-1].set_xlabel("z = (actual - exact) / error bar; grey: beyond the limit of 6")
+
+
+def _times(ax: Axes, ran: list[Row]) -> None:
+    height = 0.38
+    for index, (row, colour) in enumerate(zip(ran, _colours(ran), strict=True)):
+        for shift, what, alpha in ((-height / 2, "forward", 1.0), (height / 2, "forward_backward", 0.55)):
+            value = row.milliseconds(what)
+            if value is not None:
+                ax.barh(index + shift, value, height, color=colour, alpha=alpha)
+                ax.text(value, index + shift, f" {value:.1f}", va="center", fontsize=8)
+    _finish(ax, ran, "median time of a call (ms)\ndark: forward; light: with backward")
+
+
+def _memory(ax: Axes, ran: list[Row]) -> None:
+    for index, (row, colour) in enumerate(zip(ran, _colours(ran), strict=True)):
+        if row.peak_mib is not None:
+            ax.barh(index, row.peak_mib, 0.5, color=colour)
+            ax.text(row.peak_mib, index, f" {row.peak_mib:.1f}", va="center", fontsize=8)
+    _finish(ax, ran, "peak memory, with backward (MiB)")
+
+
+def _finish(ax: Axes, ran: list[Row], label: str) -> None:
+    names = [f"{textwrap.fill(row.name, 20)}\n{'FAIL' if row.failed else 'pass'}" for row in ran]
+    ax.set_yticks(range(len(ran)), names, fontsize=9)
+    ax.set_ylim(max(len(ran), 3) - 0.4, -0.6)
+    longest = ax.dataLim.xmax
+    ax.set_xlim(0, 1.25 * longest if math.isfinite(longest) and longest > 0 else 1.0)
+    ax.set_xlabel(label)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _colours(ran: list[Row]) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(ran))]

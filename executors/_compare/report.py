@@ -1,0 +1,169 @@
+"""The table for people, and the JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from executors._compare.judge import Truth
+from executors._compare.run import LABELS, Row, sizes, skew
+from executors.layer_file import Layer
+from moe_ref.conformance.checks import CLAUSES
+from moe_ref.validation import dtype_name
+
+SCHEMA = 1
+LONGEST_NAME = 20
+
+
+def table(rows: list[Row]) -> Table:
+    """One row for each executor, in 80 columns; what could not run stands with its reason."""
+    out = Table(width=80)
+    out.add_column("executor", overflow="fold", max_width=LONGEST_NAME)
+    out.add_column("verdict", ratio=1)
+    for heading in ("max z", "forward", "+backward", "peak"):
+        out.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        if row.judgement is None:
+            out.add_row(escape(row.name), f"[dim]not run: {escape(row.reason)}[/dim]", "", "", "", "")
+            continue
+        out.add_row(
+            escape(row.name),
+            _verdict(row),
+            _figure(row.worst()[1], ""),
+            _figure(row.milliseconds("forward"), "ms"),
+            _figure(row.milliseconds("forward_backward"), "ms"),
+            _figure(row.peak_mib, "MiB"),
+        )
+    return out
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """For each executor that failed, the first broken clause in full."""
+    return [f"{row.name}: {row.judgement.failure}" for row in rows if row.judgement and row.failed]
+
+
+def heading(layer: Layer, truth: Truth, name: str) -> str:
+    """Two lines on the layer, and a third where tokens lie at the clamp's limit."""
+    numbers = ", ".join(f"{letter}={value}" for letter, value in sizes(layer).items())
+    lines = [f"{name}: {numbers}, {dtype_name(layer.x)}", f"routing: {skew(truth.group_sizes)}"]
+    if truth.near_limit:
+        lines.append(f"left out of the gradients, within rounding of the clamp's limit: {truth.near_limit} tokens")
+    return "\n".join(lines)
+
+
+def as_json(layer: Layer, truth: Truth, rows: list[Row], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Everything that was measured."""
+    return {
+        "schema": SCHEMA,
+        "machine": machine(),
+        "layer": {
+            "file": layer.path.name,
+            "sha256": layer.sha256,
+            "source": layer.source,
+            "dtype": dtype_name(layer.x),
+            **sizes(layer),
+            "config": asdict(layer.weights.config),
+            "group_sizes": truth.group_sizes.tolist(),
+            "tokens_near_limit": truth.near_limit,
+        },
+        "arguments": arguments,
+        "executors": [_row(row) for row in rows],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "numpy": np.__version__,
+    }
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    """The same, with null for NaN and infinity: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _row(row: Row) -> dict[str, Any]:
+    judgement = row.judgement
+    return {
+        "executor": row.name,
+        "ran": judgement is not None,
+        "reason": row.reason,
+        "passed": judgement is not None and not judgement.failure,
+        "failure": judgement.failure if judgement else "",
+        "note": row.note,
+        "tensors": [asdict(v) for v in judgement.verdicts] if judgement else [],
+        "seconds": row.seconds,
+        "peak_mib": row.peak_mib,
+    }
+
+
+def _verdict(row: Row) -> str:
+    """A word, the broken clause, and the tensor that errs most."""
+    assert row.judgement is not None
+    if row.judgement.fault:
+        return f"[red]FAIL[/red] {escape(row.judgement.fault.split(':')[0])}"
+    parts = ["[green]pass[/green]"]
+    for verdict in row.judgement.verdicts:
+        if verdict.failure:
+            parts = [f"[red]FAIL[/red] {CLAUSES[verdict.name]}: {LABELS[verdict.name]}"]
+            break
+    name = row.worst()[0]
+    parts += [row.note] if row.note else []
+    parts += [f"[dim]max z in {LABELS[name]}[/dim]"] if name else []
+    return "\n".join(parts)
+
+
+def _figure(value: float | None, unit: str) -> str:
+    return "n/a" if value is None else f"{value:.1f} {unit}".rstrip()
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

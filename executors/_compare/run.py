@@ -1,0 +1,152 @@
+"""Runs every executor on one layer, judges it, and measures it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import executors
+from executors._compare.judge import Judgement, Truth, inputs_for, judge_executor
+from executors._compare.measure import measure_times, peak_memory
+from executors.layer_file import Layer
+
+MILLISECONDS = 1000.0
+PROCESSES = 2  # that measure memory at a time, mostly waiting for imports
+LABELS = {
+    "y": "y",
+    "x": "dx",
+    "router_logits": "d router_logits",
+    "topk_weights": "d topk_weights",
+    "gate_up_proj": "d gate_up_proj",
+    "down_proj": "d down_proj",
+    "gate_up_proj_bias": "d gate_up_proj_bias",
+    "down_proj_bias": "d down_proj_bias",
+}
+
+
+@dataclass(eq=False)
+class Row:
+    """What came of one executor.
+
+    Attributes:
+        name: the executor.
+        reason: why it did not run, or "".
+        judgement: its verdicts, if it ran.
+        seconds: timed calls, by "forward" and "forward_backward".
+        peak_mib: peak memory of a call with backward, in MiB.
+        note: what it declares not to offer, so that a pass is not mistaken for more than it is; or "".
+    """
+
+    name: str
+    reason: str = ""
+    judgement: Judgement | None = None
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    peak_mib: float | None = None
+    note: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ran and broke a clause."""
+        return self.judgement is not None and bool(self.judgement.failure)
+
+    def milliseconds(self, what: str) -> float | None:
+        """The median of the timed calls."""
+        samples = self.seconds.get(what)
+        return MILLISECONDS * statistics.median(samples) if samples else None
+
+    def worst(self) -> tuple[str, float | None]:
+        """The tensor with the largest z, and that z; ("", None) where nothing was judged."""
+        if self.judgement is None or not self.judgement.verdicts:
+            return "", None
+        verdict = max(self.judgement.verdicts, key=lambda v: v.max_z)
+        return verdict.name, verdict.max_z
+
+
+def everyone() -> list[str]:
+    """All executors but "auto", which is one of the others."""
+    return [name for name in executors.names() if name != "auto"]
+
+
+def compare(
+    layer: Layer,
+    truth: Truth,
+    names: list[str],
+    repeats: int,
+    seed: int,
+    tokens: int | None,
+    progress: Callable[[str], None],
+) -> list[Row]:
+    """Judges and measures executors.
+
+    Args:
+        layer: the layer.
+        truth: its exact answer.
+        names: executors to run; those that cannot get a row with the reason.
+        repeats: timed calls of each.
+        seed: of the upstream gradient, for the processes that measure memory.
+        tokens: how many of the file's tokens the layer was cut down to, or None.
+        progress: called with a line on what is being done.
+    """
+    reasons = {row.name: row.reason for row in executors.explain(truth.inputs.x, truth.inputs.weights)}
+    rows = [Row(name, reason=reasons[name]) for name in names]
+    by_name = {row.name: row for row in rows}
+    running = [row for row in rows if not row.reason]
+    for row in running:
+        progress(f"judging {row.name}")
+        try:
+            row.judgement = judge_executor(executors.get(row.name), truth)
+        except (executors.Unavailable, executors.Unsupported) as error:
+            row.reason = " ".join(str(error).split())
+    measured = [row for row in running if row.judgement is not None and not row.judgement.fault]
+    contenders = {row.name: (executors.get(row.name), inputs_for(executors.get(row.name), truth)) for row in measured}
+    for name, (executor, _) in contenders.items():
+        lacks = (
+            ("forward only", executor.capabilities.backward),
+            ("routing done elsewhere", executor.capabilities.routing),
+            ("interpreted, not timed", not executor.capabilities.interpreted),
+        )
+        by_name[name].note = ", ".join(text for text, offered in lacks if not offered)
+    timed = {name: pair for name, pair in contenders.items() if not pair[0].capabilities.interpreted}
+    times = measure_times(timed, repeats, lambda: progress("timing"))
+    device = str(truth.inputs.x.device)
+    progress("memory")
+    with ThreadPoolExecutor(PROCESSES if device == "cpu" else 1) as pool:
+        peaks = dict(
+            zip(timed, pool.map(lambda n: peak_memory(n, layer.path, seed, device, tokens), timed), strict=True)
+        )
+    for name in timed:
+        by_name[name].seconds, by_name[name].peak_mib = times[name], peaks[name]
+    return rows
+
+
+def skew(group_sizes: np.ndarray) -> str:
+    """How unevenly the tokens are spread, in a few words."""
+    mean = group_sizes.mean()
+    peak = group_sizes.max() / mean if mean else 0.0
+    return f"busiest expert {peak:.1f} x the mean, {int((group_sizes == 0).sum())} without tokens"
+
+
+def sizes(layer: Layer) -> dict[str, int]:
+    """T, E, K, H, I."""
+    w = layer.weights
+    assert w.config.top_k is not None
+    return {
+        "T": layer.x.shape[0],
+        "E": w.num_experts,
+        "K": w.config.top_k,
+        "H": w.hidden_size,
+        "I": w.intermediate_size,
+    }
+
+
+def display(path: Path) -> str:
+    """The path as short as it stays clear."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return path.name

@@ -1,0 +1,110 @@
+"""The common pipeline (`executors._pipeline.layer`) as an operator's implementation, with a way to multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from executors._base.arguments import packed_of
+from executors._base.operator import Arguments, Kept
+from executors._pipeline import layer as _layer
+from executors._pipeline.activation import Activation
+from executors._pipeline.grouping import group
+from executors._pipeline.layer import Layer, Matrices, Products, Projection
+from executors._pipeline.packed_matrices import Stack, room_for
+from moe_ref.types import PARAMETERS, PackedTensor
+
+
+class Multiplication(NamedTuple):
+    """A way to multiply rows by their expert's matrix.
+
+    Attributes:
+        name: of the operator.
+        products: makes the products from the group offsets, as ``keep`` left them.
+        on_host: whether the products want the group offsets on the host: one synchronisation per forward pass.
+    """
+
+    name: str
+    products: Callable[[Tensor], Products]
+    on_host: bool
+
+    @property
+    def gradient_format(self) -> torch.memory_format:
+        """Gradients of parameters are stored as those are: autograd would copy others into that order."""
+        return torch.preserve_format
+
+    def forward(self, given: Arguments, keep_z: bool, keep_own: bool) -> tuple[Tensor, Kept]:
+        """y [T, H]; of both projections what was decoded is kept too, or nothing."""
+        slots = given.topk_ids.numel() if keep_own else 0
+        packed = _packed(given)
+        rooms = [room_for(each, slots, given.x) for each in packed]
+        matrices = _matrices(given, packed, rooms, filled=False)
+        order, group_offsets = group(given.topk_ids, matrices[0].shape[0])
+        offsets = group_offsets.cpu() if self.on_host else group_offsets
+        y, z = _layer.forward(_make_layer(given, order, matrices), self.products(offsets))
+        return y, Kept(z if keep_z else z.new_empty(0, z.shape[1]), order, offsets, *rooms)
+
+    def fake(self, given: Arguments, keep_z: bool, keep_own: bool) -> tuple[Tensor, Kept]:
+        """Tensors of the same shapes."""
+        x, slots = given.x, given.topk_ids.numel()
+        packed = _packed(given)
+        experts, both = (packed[0] or given.gate_up_proj).shape[:2]
+        device = torch.device("cpu") if self.on_host else x.device
+        return x.new_empty(x.shape), Kept(
+            x.new_empty(slots if keep_z else 0, both, dtype=_layer.stored_dtype(x.dtype)),
+            given.topk_ids.new_empty(slots, dtype=torch.int64),
+            torch.empty(experts + 1, dtype=torch.int64, device=device),
+            *(room_for(p, slots if keep_own else 0, x) for p in packed),
+        )
+
+    def backward(self, given: Arguments, kept: Kept, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
+        """The gradients that are needed."""
+        matrices = _matrices(given, _packed(given), [kept.own_1, kept.own_2], filled=True)
+        layer = _make_layer(given, kept.order, matrices)
+        multiply = self.products(kept.group_offsets)
+        z = kept.z
+        if not z.shape[0]:  # nothing was kept: the same products give the same bits (D4)
+            z = _layer.preactivations(layer, multiply)
+        found = _layer.backward(layer, multiply, z, dy, needs)
+        owners = given.owners()
+        return {name: _stored_as(owners[name], gradient, name in PARAMETERS) for name, gradient in found.items()}
+
+
+def _stored_as(owner: Tensor | None, gradient: Tensor, parameter: bool) -> Tensor:
+    """The gradient in the order of memory that is promised: that of its owner if it is a parameter, else contiguous."""
+    assert owner is not None
+    order = torch.preserve_format if parameter else torch.contiguous_format
+    wanted = torch.empty_like(owner, device="meta", memory_format=order).stride()
+    if gradient.stride() == wanted:
+        return gradient
+    return gradient.new_empty_strided(gradient.shape, wanted).copy_(gradient)
+
+
+def _packed(given: Arguments) -> list[PackedTensor | None]:
+    return [
+        packed_of(parts, given.x)
+        for parts in (
+            (given.gate_up_proj, given.gate_up_scales, given.gate_up_format),
+            (given.down_proj, given.down_scales, given.down_format),
+        )
+    ]
+
+
+def _matrices(given: Arguments, packed: list[PackedTensor | None], rooms: list[Tensor], filled: bool) -> list[Matrices]:
+    """What products take: a dense stack as it is, or one in 4 bits with the room for what is decoded of it."""
+    dense = given.gate_up_proj, given.down_proj
+    return [
+        stack if each is None else Stack(each, room, filled and room.shape[0] > 0)
+        for stack, each, room in zip(dense, packed, rooms, strict=True)
+    ]
+
+
+def _make_layer(given: Arguments, order: Tensor, matrices: list[Matrices]) -> Layer:
+    factors = (given.gate_up_lora_a, given.gate_up_lora_b), (given.down_lora_a, given.down_lora_b)
+    up = Projection(matrices[0], given.gate_up_proj_bias, *factors[0], given.gate_up_scaling)
+    down = Projection(matrices[1], given.down_proj_bias, *factors[1], given.down_scaling)
+    act = Activation(given.activation, given.alpha, given.limit, given.up_offset, given.layout)
+    return Layer(given.x, given.topk_ids, given.topk_weights, order, up, down, act, given.scale_input)

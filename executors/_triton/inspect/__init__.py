@@ -1,0 +1,1 @@
+"""What the kernels compile to, on a machine without a GPU: registers, shared memory, width of loads."""

@@ -1,0 +1,88 @@
+"""Layers on which the kernels are compiled: of real models, and of what matters to a compiler."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from executors._triton.launch.operands import Act
+from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
+from moe_ref.validation import dtype_name
+
+
+class Layer(NamedTuple):
+    """A layer as the products see it.
+
+    Attributes:
+        name: the model, or what is special.
+        experts, top_k, hidden, intermediate: E, K, H, I.
+        act: the activation.
+        biases: whether both projections have one.
+        by_columns: whether (E, H, 2I) and (E, I, H) are stored, as gpt-oss does.
+        scale_input: C3.
+        rank: of both adapters, beside frozen projections; 0 is none.
+        lora_dtype: of the adapters; "" is x's.
+        packed: both projections in 4 bits, frozen: "nf4", "nested" (its scales too), "mxfp4"; "" is dense.
+        decoded: whether they are decoded before the products.
+    """
+
+    name: str
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    act: Act
+    biases: bool = False
+    by_columns: bool = False
+    scale_input: bool = False
+    rank: int = 0
+    lora_dtype: str = ""
+    packed: str = ""
+    decoded: bool = False
+
+
+SWIGLU = Act("swiglu", 1.0, None, 0.0, "concatenated")
+CLAMPED = Act("swiglu", 1.702, 7.0, 1.0, "interleaved")
+QWEN3 = Layer("qwen3", 128, 8, 2048, 768, SWIGLU)
+GPT_OSS = Layer("gpt-oss", 32, 4, 2880, 2880, CLAMPED, biases=True, by_columns=True)
+GPT_OSS_ROWS = GPT_OSS._replace(name="oss-rows", by_columns=False)
+DEEPSEEK = Layer("deepseek", 256, 8, 7168, 2048, SWIGLU, by_columns=True)  # 15 GB: offsets need 64 bits
+GEGLU = QWEN3._replace(name="geglu", act=SWIGLU._replace(activation="geglu"), biases=True)
+GELU = Layer("gelu", 128, 8, 1040, 528, Act("gelu", 1.0, None, 0.0, ""), biases=True, scale_input=True)
+RELU2 = QWEN3._replace(name="relu2", act=Act("relu2", 1.0, None, 0.0, ""))
+ODD = Layer("odd", 5, 2, 50, 17, CLAMPED._replace(layout="concatenated"), biases=True)
+
+LORA = QWEN3._replace(name="lora", rank=16)
+LORA_FP32 = GPT_OSS._replace(name="lora-fp32", rank=32, lora_dtype="float32")  # as PEFT makes them
+
+NF4 = QWEN3._replace(name="nf4", packed="nf4")
+NESTED = GPT_OSS._replace(name="nf4-nest", packed="nested")
+MXFP4 = GPT_OSS_ROWS._replace(name="mxfp4", packed="mxfp4")
+PEFT = NESTED._replace(name="nf4-peft", rank=16, lora_dtype="float32")
+DECODED = NESTED._replace(name="nf4-dec", decoded=True)
+ODD_NF4 = ODD._replace(name="odd-nf4", packed="nested")
+
+
+def packed_like(kind: str, matrices: torch.Tensor, transposed: bool) -> PackedTensor:
+    """A projection in 4 bits of the shape of matrices [E, m, k], in their order in memory.
+
+    Args:
+        kind: "nf4", "nested" or "mxfp4".
+        matrices: gives shape, dtype and device.
+        transposed: whether m is their last dimension in memory.
+    """
+    absent = partial(torch.empty, device=matrices.device)
+    experts, outer, inner = (matrices.transpose(1, 2) if transposed else matrices).shape
+    if kind == "mxfp4":
+        groups = (experts, outer, inner // 32)
+        codes, scales = absent(*groups, 16, dtype=torch.uint8), absent(groups, dtype=torch.uint8)
+        return MXFP4Tensor(codes, scales, dtype=dtype_name(matrices), transposed=transposed)
+    blocks = -(-experts * outer * inner // 64)
+    codes = absent(-(-experts * outer * inner // 2), dtype=torch.uint8)
+    form: dict[str, Any] = {"shape": tuple(matrices.shape), "dtype": dtype_name(matrices), "transposed": transposed}
+    if kind == "nf4":
+        return NF4Tensor(codes, absent(blocks), **form)
+    absmax = absent(blocks, dtype=torch.uint8)
+    return NF4Tensor(codes, absmax, absent(-(-blocks // 256)), absent(256), absent(()), **form)

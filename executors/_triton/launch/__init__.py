@@ -1,0 +1,1 @@
+"""Launches of the kernels: sizes, grids, and what a tile may load."""

@@ -1,0 +1,186 @@
+"""What the product kernels take: how a call runs, operands and adapters as arguments, grids."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from executors._triton import configs
+from executors._triton.configs import Regime, Tile
+from executors._triton.device import Device
+from executors._triton.launch.grouping import Groups
+from executors._triton.launch.packed import Form, codes_of, is_aligned
+from moe_ref.types import PackedTensor
+
+Matrices = Tensor | PackedTensor  # [E, m, k]; of one in 4 bits no gradient is ever asked for
+
+UNIT = 16  # elements: what Triton must know sizes and strides to be multiples of, to load widely
+LEAST_RANKS, RANKS = 16, 64  # of an adapter at a time
+
+
+class Act(NamedTuple):
+    """The parts of ``MoEConfig`` that shape the activation."""
+
+    activation: str
+    alpha: float
+    limit: float | None
+    up_offset: float
+    layout: str  # "" where there is no gate
+
+
+class Plan(NamedTuple):
+    """How the products of one call run.
+
+    Attributes:
+        groups: the slots sorted by expert.
+        top_k: K.
+        regime: the tiles.
+        device: what runs them.
+        precision: "ieee" or "tf32".
+        aligned: whether all projections can be loaded 16 bytes at a time.
+        bounds: [E + 1] where the row tiles of each expert begin, if what is in 4 bits is decoded before the products,
+            a part of the experts at a time; None if it is decoded in them.
+    """
+
+    groups: Groups
+    top_k: int
+    regime: Regime
+    device: Device
+    precision: str
+    aligned: bool
+    bounds: Tensor | None = None
+
+
+class Adapter(NamedTuple):
+    """An adapter's part of a product: ``inner`` [S, r] times ``factor`` [E, n, r] transposed, of any float dtype.
+
+    Rows of inner were divided by ``powers`` [S], or by nothing.
+    """
+
+    inner: Tensor
+    powers: Tensor | None
+    factor: Tensor
+
+
+class Operand(NamedTuple):
+    """A kernel's arguments for matrices [E, m, k].
+
+    Attributes:
+        w: the tensor, a descriptor of it, or codes of it in 4 bits.
+        scales: of codes, else empty.
+        strides: three, of elements; of codes of bytes.
+        form: of codes, or None.
+        tma: "rows" or "columns" for a descriptor, else "".
+    """
+
+    w: Any
+    scales: tuple[Any, ...]
+    strides: tuple[int, ...]
+    form: Form | None
+    tma: str
+
+
+def are_aligned(*projections: Matrices, decoded: bool = False) -> bool:
+    """Whether projections [E, m, k] can be loaded 16 bytes at a time, along k or along m; or 8, in 4 bits.
+
+    With ``decoded`` it is the room for what was in 4 bits that counts.
+    """
+    return all(
+        is_aligned(own, decoded=decoded) if isinstance(own, PackedTensor) else _is_matrix_aligned(own)
+        for own in projections
+    )
+
+
+def readable(rows: Tensor, aligned: bool) -> Tensor:
+    """Rows [T, H] as they are, or a copy where only they cannot be loaded 16 bytes at a time along H.
+
+    So the projections alone decide on the configuration (C2).
+    """
+    able = rows.stride(1) == 1 and _is_whole(rows, rows.stride(0))
+    return rows if able or not aligned else rows.clone(memory_format=torch.contiguous_format)
+
+
+def _is_matrix_aligned(matrices: Tensor) -> bool:
+    (experts, *sizes), (expert, *inner) = matrices.shape, matrices.stride()
+    return 1 in inner and _is_whole(matrices, *sizes, max(inner), 0 if experts == 1 else expert)
+
+
+def _is_whole(tensor: Tensor, *places: int) -> bool:
+    return tensor.data_ptr() % 16 == 0 and all(place % UNIT == 0 for place in places)
+
+
+def beside(adapter: Adapter | None, tile: Tile, plan: Plan) -> Tile:
+    """The tile, no wider than the adapter beside the matrices allows."""
+    if adapter is None or adapter.factor.dtype == adapter.inner.dtype:
+        return tile
+    return tile._replace(block_n=min(tile.block_n, _apart(adapter, plan)[1]))
+
+
+def adapter_of(adapter: Adapter | None, like: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None, Tensor, int, int]:
+    """What a kernel takes of an adapter: inner, powers, factor, rank and how much of it at a time, 0 without one."""
+    if adapter is None:
+        return like, None, like.new_empty(0, 0, 0), 0, 0
+    rank, same = adapter.factor.shape[2], adapter.factor.dtype == adapter.inner.dtype
+    return *adapter, rank, ranks_at_a_time(rank) if same else _apart(adapter, plan)[0]
+
+
+def _apart(adapter: Adapter, plan: Plan) -> tuple[int, int]:
+    """Ranks at a time, and columns of a tile at most, for a factor whose dtype is not the rows'.
+
+    Beside other rows than bf16 the adapter's products are in fp32, and need more of everything.
+    """
+    three_terms = adapter.inner.dtype == torch.bfloat16
+    return configs.FAMILIES[plan.device.family].apart if three_terms else configs.LEAST_APART
+
+
+def ranks_at_a_time(rank: int) -> int:
+    """A power of two that tensor cores take."""
+    return min(RANKS, max(LEAST_RANKS, triton.next_power_of_2(rank)))
+
+
+def operand(matrices: Matrices, box: int, tile: Tile, plan: Plan, halves: int = 1) -> Operand:
+    """Matrices [E, m, k] as a kernel takes them: a descriptor where the device has them, else the tensor, or codes.
+
+    Args:
+        matrices: of a projection, or their transposes.
+        box: columns of a tile that stand next to each other.
+        tile: of the product.
+        plan: of the call.
+        halves: 2 where columns begin in the middle too, else 1.
+    """
+    if isinstance(matrices, PackedTensor):
+        codes = codes_of(matrices, (box, tile.block_k), halves)
+        return Operand(codes.codes, codes.scales, codes.strides, codes.form, "")
+    narrow = matrices.element_size() == 2  # those of fp32 go through registers anyway, and would spill
+    kind, stored, block = "rows", matrices, [1, box, tile.block_k]
+    if matrices.stride(2) != 1:
+        kind, stored, block = "columns", matrices.transpose(1, 2), [1, tile.block_k, box]
+    (experts, outer, inner), (of_expert, of_outer, _) = stored.shape, stored.stride()
+    of_expert = of_expert if experts > 1 else outer * of_outer
+    nested = of_outer >= inner and of_expert >= outer * of_outer and of_expert % of_outer == 0
+    if not (plan.aligned and narrow and nested and configs.FAMILIES[plan.device.family].descriptors):
+        return Operand(matrices, (), matrices.stride(), None, "")
+    descriptor = TensorDescriptor(matrices, [experts, outer, inner], [of_expert, of_outer, 1], block)
+    return Operand(descriptor, (), matrices.stride(), None, kind)
+
+
+def grid(plan: Plan, column_tiles: int, tile: Tile) -> tuple[int]:
+    """Programs: one for each tile that there can be, or no more than run at once."""
+    tiles = max(1, plan.groups.most_tiles * column_tiles)
+    return (min(plan.device.multiprocessors * tile.per_sm, tiles) if tile.per_sm else tiles,)
+
+
+def blocks(tile: Tile) -> dict[str, int]:
+    """A tile as a kernel's arguments."""
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": configs.GROUP_M,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }

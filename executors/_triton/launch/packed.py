@@ -1,0 +1,118 @@
+"""Projections in 4 bits as the product kernels take them (`executors._triton.kernels.packed`)."""
+
+from __future__ import annotations
+
+import struct
+from math import ceil, gcd
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from executors._decode.table import CODES, LOW_FIRST
+from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
+
+MX_BLOCKSIZE = 32
+BITS = {name: struct.unpack("16i", struct.pack("16f", *numbers)) for name, numbers in CODES.items()}
+LEAST_ROW = 32  # codes: rows of whole 16 bytes
+
+
+class Form(NamedTuple):
+    """What is known of codes when a kernel is compiled.
+
+    Attributes:
+        table: what each code stands for, as the bits of a fp32: Triton would make 0 of a constant -0.
+        low_first: whether the low nibble comes first.
+        by_rows: whether k, along which products sum, is the last dimension in memory.
+        grain: how many neighbours there share a block for sure; 1 where rows begin within bytes.
+        grain_bits, block_bits: binary logarithms of it, and of the blocksize.
+        powers: whether scales are exponents of two.
+        nested: whether scales are 8-bit codes themselves.
+        segmented: whether each expert has nested statistics of its own.
+        nested_blocksize: of those.
+    """
+
+    table: tuple[int, ...]
+    low_first: bool
+    by_rows: bool
+    grain: int
+    grain_bits: int
+    block_bits: int
+    powers: bool
+    nested: bool
+    segmented: bool
+    nested_blocksize: int
+
+
+class Codes(NamedTuple):
+    """A kernel's arguments for a projection in 4 bits.
+
+    Attributes:
+        codes: two in a byte.
+        scales: of blocks, and what they take if they are nested.
+        strides: bytes from one expert to the next, and from one row in memory to the next.
+        form: what is known when the kernel is compiled.
+    """
+
+    codes: Tensor
+    scales: tuple[Any, ...]
+    strides: tuple[int, int, int]
+    form: Form
+
+
+def is_fused(form: Form | None) -> bool:
+    """Whether a compiler may make one rounding of a product and a sum: not of nested scales (Q3)."""
+    return form is None or not form.nested
+
+
+def is_aligned(packed: PackedTensor, *, decoded: bool = False) -> bool:
+    """Whether codes can be loaded 8 bytes at a time and more, and rows of the other operand 16.
+
+    With ``decoded``, whether what they are decoded to can be loaded 16 bytes at a time.
+    """
+    _, outer, inner = packed.stored_shape
+    if decoded:
+        return outer % 16 == 0 and inner % 16 == 0
+    return outer % 16 == 0 and inner % LEAST_ROW == 0 and packed.codes.data_ptr() % 16 == 0
+
+
+def codes_of(packed: PackedTensor, widths: tuple[int, int], halves: int) -> Codes:
+    """A projection [E, m, k] for tiles of so many rows and columns.
+
+    Args:
+        packed: the projection.
+        widths: of a tile, along m and along k.
+        halves: 2 where a tile's columns begin at m / 2 too, else 1.
+    """
+    _, outer, inner = packed.stored_shape
+    by_rows = not packed.transposed
+    blocksize = packed.blocksize if isinstance(packed, NF4Tensor) else MX_BLOCKSIZE
+    begins = inner if by_rows else inner // halves  # tiles and rows begin at multiples of its powers of two
+    grain = gcd(begins, inner, blocksize, widths[1 if by_rows else 0])
+    codes = packed.codes.contiguous()
+    whole = grain > 1
+    strides = (outer * inner // 2, inner // 2, 0) if whole else (0, 0, 0)
+    scales, nested = _scales(packed)
+    form = Form(
+        table=BITS[packed.quant_type],
+        low_first=packed.quant_type in LOW_FIRST,
+        by_rows=by_rows,
+        grain=grain,
+        grain_bits=grain.bit_length() - 1,
+        block_bits=blocksize.bit_length() - 1,
+        powers=isinstance(packed, MXFP4Tensor),
+        **nested,
+    )
+    return Codes(codes, scales, strides, form)
+
+
+def _scales(packed: PackedTensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(packed, MXFP4Tensor):
+        return (packed.scales.contiguous(),), {"nested": False, "segmented": False, "nested_blocksize": 0}
+    assert isinstance(packed, NF4Tensor)
+    absmax = packed.absmax.contiguous()
+    if packed.nested_absmax is None or packed.nested_code is None or packed.nested_offset is None:
+        return (absmax,), {"nested": False, "segmented": False, "nested_blocksize": 0}
+    form = {"nested": True, "segmented": packed.nested_offset.ndim > 0, "nested_blocksize": packed.nested_blocksize}
+    arrays = [value.contiguous() for value in (packed.nested_absmax, packed.nested_code, packed.nested_offset)]
+    blocks = absmax.shape[0] // packed.segments
+    return (absmax, *arrays, ceil(blocks / packed.nested_blocksize), blocks), form

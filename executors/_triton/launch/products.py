@@ -1,0 +1,239 @@
+"""Launches the kernels that multiply rows by their expert's matrix, and the one that sums slots."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from executors._triton import configs
+from executors._triton.configs import Tile
+from executors._triton.kernels.adapters import inner_kernel
+from executors._triton.kernels.combine import combine_kernel
+from executors._triton.kernels.products import down_kernel, up_kernel
+from executors._triton.launch.decode import parts_of
+from executors._triton.launch.narrow import Narrow, between
+from executors._triton.launch.operands import (
+    Act,
+    Adapter,
+    Matrices,
+    Plan,
+    adapter_of,
+    beside,
+    blocks,
+    grid,
+    operand,
+    ranks_at_a_time,
+)
+from executors._triton.launch.packed import is_fused
+
+COMBINED = 1024  # elements of y in one program
+HALF_AS_WIDE = ("relu2", "gelu", "gelu_tanh", "silu", "geglu")  # a wider tile's activation spills
+ROWS_OF_WARP = 16  # at most, of the first factor of an adapter whose products are in fp32; more spill
+
+
+def up(
+    x: Tensor,
+    matrices: Matrices,
+    bias: Tensor | None,
+    adapter: Adapter | None,
+    topk_weights: Tensor | None,
+    act: Act,
+    tile: Tile,
+    plan: Plan,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor]:
+    """H [S, I] = act(z), rows sorted by expert, and z = x W^T + b, [S, J], or no rows of it.
+
+    With topk_weights, x is multiplied by them (C3).
+    """
+    both, hidden = matrices.shape[1:]
+    intermediate = both // 2 if act.layout else both
+    tile = _storing(x.dtype, beside(adapter, tile, plan), plan)
+    widens = between(x.dtype) != x.dtype
+    if act.activation in HALF_AS_WIDE:
+        widest = configs.FAMILIES[plan.device.family].widened // 2 if widens else 128
+        tile = tile._replace(block_n=min(tile.block_n, widest))
+    if act.layout == "interleaved" and widens:  # pairs of fp32 spill too
+        tile = tile._replace(block_n=min(tile.block_n, 128))
+    columns_of_tile = tile.block_n // 2 if act.layout else tile.block_n
+    slots = plan.groups.order.numel()
+    h = torch.empty(slots, intermediate, dtype=between(x.dtype), device=x.device)
+    z = torch.empty(slots if keep_z else 0, both, dtype=between(x.dtype), device=x.device)
+    box = columns_of_tile if act.layout == "concatenated" else tile.block_n
+    inner, inner_powers, factor, rank, block_r = adapter_of(adapter, x, plan)
+    halves = 2 if act.layout == "concatenated" else 1
+    for own, part in parts_of(matrices, plan):
+        of_w = operand(own, box, tile, plan, halves)
+        up_kernel[grid(plan, triton.cdiv(intermediate, columns_of_tile), tile)](
+            x,
+            of_w.w,
+            of_w.scales,
+            x if bias is None else bias,
+            x if topk_weights is None else topk_weights,
+            inner,
+            inner_powers,
+            factor,
+            plan.groups.order,
+            plan.groups.tiles,
+            *part,
+            h,
+            z,
+            both,
+            hidden,
+            rank,
+            *x.stride(),
+            *of_w.strides,
+            *((0, 0) if bias is None else bias.stride()),
+            *factor.stride(),
+            TOP_K=plan.top_k,
+            HAS_BIAS=bias is not None,
+            SCALE_INPUT=topk_weights is not None,
+            STORE_Z=keep_z,
+            LAYOUT=act.layout,
+            ACTIVATION=act.activation,
+            ALPHA=act.alpha,
+            LIMIT=act.limit,
+            UP_OFFSET=act.up_offset,
+            PRECISION=plan.precision,
+            EVEN_K=hidden % tile.block_k == 0,
+            PART=part.last > 0,
+            FORM=of_w.form,
+            enable_fp_fusion=is_fused(of_w.form),
+            TMA=of_w.tma,
+            BLOCK_R=block_r,
+            **blocks(tile),
+        )
+    return h, z
+
+
+def down(
+    rows: Narrow,
+    matrices: Matrices,
+    bias: Tensor | None,
+    adapter: Adapter | None,
+    topk_weights: Tensor | None,
+    tile: Tile,
+    plan: Plan,
+) -> Tensor:
+    """The slots' (h W^T + b) [S, H], with topk_weights times them; empty slots are not written.
+
+    ``rows`` are h [S, I].
+    """
+    h = rows.values
+    hidden, inner_size = matrices.shape[1:]
+    tile = _storing(h.dtype, beside(adapter, tile, plan), plan)
+    out = torch.empty(h.shape[0], hidden, dtype=between(h.dtype), device=h.device)
+    inner, inner_powers, factor, rank, block_r = adapter_of(adapter, h, plan)
+    for own, part in parts_of(matrices, plan):
+        of_w = operand(own, tile.block_n, tile, plan)
+        own_h = TensorDescriptor(h, list(h.shape), list(h.stride()), [tile.block_m, tile.block_k]) if of_w.tma else h
+        down_kernel[grid(plan, triton.cdiv(hidden, tile.block_n), tile)](
+            own_h,
+            rows.powers,
+            of_w.w,
+            of_w.scales,
+            h if bias is None else bias,
+            h if topk_weights is None else topk_weights,
+            inner,
+            inner_powers,
+            factor,
+            plan.groups.order,
+            plan.groups.tiles,
+            *part,
+            out,
+            hidden,
+            inner_size,
+            rank,
+            *of_w.strides,
+            *((0, 0) if bias is None else bias.stride()),
+            *factor.stride(),
+            HAS_BIAS=bias is not None,
+            WEIGHTED=topk_weights is not None,
+            PRECISION=plan.precision,
+            EVEN_K=inner_size % tile.block_k == 0,
+            PART=part.last > 0,
+            FORM=of_w.form,
+            enable_fp_fusion=is_fused(of_w.form),
+            TMA=of_w.tma,
+            BLOCK_R=block_r,
+            **blocks(tile),
+        )
+    return out
+
+
+def _storing(dtype: torch.dtype, tile: Tile, plan: Plan) -> Tile:
+    """The tile, no wider than results allow that are wider than operands of that dtype."""
+    if between(dtype) == dtype:
+        return tile
+    return tile._replace(block_n=min(tile.block_n, configs.FAMILIES[plan.device.family].widened))
+
+
+def inner(narrow: Narrow, factor: Tensor, scaling: float, plan: Plan, *, of_tokens: bool) -> Tensor:
+    """[S, r] Rows times their expert's factor [E, r, k] transposed, times scaling, sorted by expert.
+
+    Args:
+        narrow: rows [T, k] where ``of_tokens``, else [S, k] sorted by expert.
+        factor: of any float dtype and strides.
+        scaling: of the adapter.
+        plan: of the call.
+        of_tokens: whether rows are to be gathered.
+    """
+    rows = narrow.values
+    rank, size = factor.shape[1:]
+    tile = plan.regime.inner
+    if rows.dtype == torch.float16 and factor.dtype != rows.dtype:
+        tile = tile._replace(warps=max(tile.warps, tile.block_m // ROWS_OF_WARP))
+    out = torch.empty(plan.groups.order.numel(), rank, dtype=between(rows.dtype), device=rows.device)
+    block_r = ranks_at_a_time(rank)
+    inner_kernel[grid(plan, triton.cdiv(rank, block_r), tile)](
+        rows,
+        narrow.powers,
+        factor,
+        plan.groups.order,
+        plan.groups.tiles,
+        out,
+        rank,
+        size,
+        scaling,
+        *rows.stride(),
+        *factor.stride(),
+        TOP_K=plan.top_k if of_tokens else 0,
+        PRECISION=plan.precision,
+        EVEN_K=size % tile.block_k == 0,
+        BLOCK_M=tile.block_m,
+        BLOCK_R=block_r,
+        BLOCK_K=tile.block_k,
+        GROUP_M=configs.GROUP_M,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
+
+
+def combine(
+    slots: Tensor, dtype: torch.dtype, topk_ids: Tensor, num_experts: int, topk_weights: Tensor | None = None
+) -> Tensor:
+    """Y [T, H]: the sum of each token's slots [S, H], times their weights if given, in increasing k (C1).
+
+    ``dtype`` is y's.
+    """
+    (tokens, top_k), hidden = topk_ids.shape, slots.shape[1]
+    y = torch.empty(tokens, hidden, dtype=dtype, device=slots.device)
+    block_h = min(COMBINED, triton.next_power_of_2(hidden))
+    block_t = COMBINED // block_h
+    combine_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(hidden, block_h))](
+        slots,
+        topk_ids,
+        slots if topk_weights is None else topk_weights,
+        y,
+        tokens,
+        num_experts,
+        hidden,
+        TOP_K=top_k,
+        WEIGHTED=topk_weights is not None,
+        BLOCK_T=block_t,
+        BLOCK_H=block_h,
+    )
+    return y

@@ -1,0 +1,187 @@
+"""The custom operators of torch: arguments taken apart, the device's configuration chosen, the layer launched."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from executors._base.arguments import packed_of
+from executors._base.operator import Arguments, Kept, Operator, define
+from executors._triton import configs, interpreter
+from executors._triton import layer as _layer
+from executors._triton import tuned as _tuned
+from executors._triton.configs import Regime
+from executors._triton.decode_rule import DECODED, FUSED, path_of, told
+from executors._triton.device import INTERPRETED, device_guard, device_of
+from executors._triton.launch import operands
+from executors._triton.launch.grouping import Groups, bounds_of, group
+from executors._triton.launch.grouping import check_slots as check_slots
+from executors._triton.launch.narrow import between
+from executors._triton.launch.operands import Act, Matrices, Plan
+from executors._triton.layer import Layer, Projection
+from moe_ref.types import GATED, PackedTensor
+
+
+class Kernels(NamedTuple):
+    """The kernels as an operator's implementation.
+
+    Attributes:
+        name: of the operator.
+        batch_invariant: whether one configuration serves any number of rows (C2).
+        tuned: whether tiles that were chosen on this machine replace the shipped ones.
+        path: of projections in 4 bits, "fused" or "decoded"; "" follows the rule (`executors._triton.decode_rule`).
+    """
+
+    name: str
+    batch_invariant: bool = False
+    tuned: bool = False
+    path: str = ""
+
+    @property
+    def gradient_format(self) -> torch.memory_format:
+        """Gradients have their owners' strides."""
+        return torch.preserve_format
+
+    def forward(self, given: Arguments, keep_z: bool, _keep_own: bool) -> tuple[Tensor, Kept]:
+        """y [T, H]; z is all that a backward pass takes."""
+        if not given.topk_ids.numel():
+            return self.fake(given, keep_z, False)
+        if INTERPRETED:
+            interpreter.mend()
+        layer = layer_of(given)
+        with device_guard(given.x):
+            plan = self._plan(layer)
+            y, z = _layer.forward(readable(layer, plan), plan, keep_z)
+        return y, self._kept(z)
+
+    def fake(self, given: Arguments, keep_z: bool, _keep_own: bool) -> tuple[Tensor, Kept]:
+        """Tensors of the same shapes."""
+        x, slots = given.x, given.topk_ids.numel()
+        z = x.new_empty(slots if keep_z else 0, matrices_of(given)[0].shape[1], dtype=between(x.dtype))
+        return torch.empty_like(x, memory_format=torch.contiguous_format), self._kept(z)
+
+    def backward(self, given: Arguments, kept: Kept, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
+        """The gradients that are needed."""
+        if not given.topk_ids.numel():
+            return _layer.zeros(given.owners(), needs)
+        if INTERPRETED:
+            interpreter.mend()
+        layer = layer_of(given)
+        with device_guard(given.x):
+            plan = self._plan(layer)
+            upstream = operands.readable(dy, plan.aligned)
+            return _layer.backward(readable(layer, plan), plan, kept.z.contiguous(), upstream, needs)
+
+    def _kept(self, z: Tensor) -> Kept:
+        """Slots are sorted anew in backward: hooks may hand back weights with other strides, and so other tiles."""
+        return Kept(z, *(z.new_empty(0) for _ in Kept._fields[1:]))
+
+    def _plan(self, layer: Layer) -> Plan:
+        decoded = is_packed(layer) and self._path(layer) == DECODED
+        regime = self._regime(layer, decoded)
+        groups = group(layer.topk_ids, layer.num_experts, regime.up.block_m)
+        return plan_of(layer, groups, regime, decoded=decoded)
+
+    def _path(self, layer: Layer) -> str:
+        return self.path or path_of(device_of(layer.x.device).family, rows_of(layer))
+
+    def _regime(self, layer: Layer, decoded: bool) -> Regime:
+        tuned = _tuned.regime_for(layer, precision_of(layer)) if self.tuned and not is_packed(layer) else None
+        return tuned or shipped_regime(layer, batch_invariant=self.batch_invariant, decoded=decoded)
+
+
+def is_packed(layer: Layer) -> bool:
+    """Whether a projection is in 4 bits."""
+    return any(isinstance(own.matrices, PackedTensor) for own in (layer.up, layer.down))
+
+
+def rows_of(layer: Layer) -> float:
+    """The mean rows of an expert, S / E."""
+    return layer.topk_ids.numel() / layer.num_experts
+
+
+def shipped_regime(layer: Layer, *, batch_invariant: bool = False, decoded: bool = False) -> Regime:
+    """The configuration that ships with this package.
+
+    Args:
+        layer: the layer.
+        batch_invariant: whether one configuration serves any number of rows.
+        decoded: whether what is in 4 bits is decoded before the products.
+    """
+    return configs.regime_of(
+        device_of(layer.x.device).family,
+        packed=is_packed(layer) and not decoded,
+        narrow=layer.x.element_size() == 2,
+        aligned=operands.are_aligned(layer.up.matrices, layer.down.matrices, decoded=decoded),
+        rows=rows_of(layer),
+        batch_invariant=batch_invariant,
+    )
+
+
+def layer_of(given: Arguments) -> Layer:
+    """The layer, with x as it is."""
+    factors = (given.gate_up_lora_a, given.gate_up_lora_b), (given.down_lora_a, given.down_lora_b)
+    matrices = matrices_of(given)
+    up = Projection(matrices[0], given.gate_up_proj_bias, *factors[0], given.gate_up_scaling)
+    down = Projection(matrices[1], given.down_proj_bias, *factors[1], given.down_scaling)
+    layout = given.layout if given.activation in GATED else ""
+    return Layer(
+        given.x,
+        given.topk_ids.contiguous(),
+        given.topk_weights.contiguous(),
+        up,
+        down,
+        Act(given.activation, given.alpha, given.limit, given.up_offset, layout),
+        given.scale_input,
+    )
+
+
+def readable(layer: Layer, plan: Plan) -> Layer:
+    """The layer; x is copied only where its own strides keep it from being loaded 16 bytes at a time."""
+    return layer._replace(x=operands.readable(layer.x, plan.aligned))
+
+
+def matrices_of(given: Arguments) -> tuple[Matrices, Matrices]:
+    """Both projections, dense or in 4 bits."""
+    up = packed_of((given.gate_up_proj, given.gate_up_scales, given.gate_up_format), given.x)
+    down = packed_of((given.down_proj, given.down_scales, given.down_format), given.x)
+    return given.gate_up_proj if up is None else up, given.down_proj if down is None else down
+
+
+def plan_of(layer: Layer, groups: Groups, regime: Regime, *, decoded: bool = False) -> Plan:
+    """How the products run on the layer's device; what is in 4 bits is decoded in them or before them."""
+    aligned = operands.are_aligned(layer.up.matrices, layer.down.matrices, decoded=decoded)
+    device = device_of(layer.x.device)
+    bounds = bounds_of(groups, regime.up.block_m) if decoded else None
+    return Plan(groups, layer.topk_ids.shape[1], regime, device, precision_of(layer), aligned, bounds)
+
+
+def precision_of(layer: Layer) -> str:
+    """How products round: "tf32" for fp32 where torch's own setting allows it, else "ieee"."""
+    tf32 = layer.x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+OPERATOR = define(Kernels("triton"))
+BATCH_INVARIANT = define(Kernels("triton_batch_invariant", batch_invariant=True, path=FUSED))  # the rule follows rows
+TUNED = define(Kernels("triton_tuned", tuned=True))
+BY_PATH = {"": OPERATOR} | {path: define(Kernels(f"triton_{path}", path=path)) for path in (FUSED, DECODED)}
+
+
+def operator_of(path: str) -> Operator:
+    """The operator for a way that projections in 4 bits take: "fused", "decoded", or "" for the rule's."""
+    return BY_PATH[path]
+
+
+def path_note(x: Tensor, rows: float | None, path: str = "") -> str:
+    """Which way a call with projections in 4 bits takes, and why, in one line.
+
+    Args:
+        x: [..., H], tells the device.
+        rows: mean rows of an expert, or None if they are not known.
+        path: "fused" or "decoded" if that was asked for.
+    """
+    device = "interpreted on the CPU (TRITON_INTERPRET=1): slow, for numbers only; " if INTERPRETED else ""
+    return device + (f"4 bits: {path}, as asked" if path else told(device_of(x.device).family, rows))

@@ -1,0 +1,204 @@
+"""The file of tuned tiles: JSON that is written whole or not at all, and of which nothing is believed unread.
+
+``{"schema": 1, "entries": [{"key": {...}, "tiles": {product: {...}}, "found": {...}}, ...]}``. Entries of other devices
+and versions stay in the file and are not used. A tile that no kernel can take would crash, or be wrong: each entry is
+checked as it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+from executors._triton.configs import Regime, Tile
+
+SCHEMA = 1
+POWERS = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 256), "warps": (1, 16)}  # of two, least and most
+COUNTS = {"stages": (1, 8), "per_sm": (0, 8)}
+PRODUCTS = tuple(name for name in Regime._fields if name != "rows")
+SHARING = tuple(name for name in PRODUCTS if name != "outer")  # one list of row tiles serves them
+GATED_COLUMNS = 32  # of ``up``, at least: half of them are gates
+
+
+class Key(NamedTuple):
+    """What a choice of tiles depends on. Biases, limits and scales are left out: they cost next to nothing.
+
+    Attributes:
+        device: its name and architecture.
+        versions: of torch, Triton and this package, and a digest of the kernels.
+        dtype: of x and the projections.
+        precision: of products: "ieee" or "tf32".
+        experts, top_k, hidden, intermediate: E, K, H, I.
+        storage: of both projections: which of the inner dimensions is last, or that they are not aligned.
+        act: activation and layout.
+        rank: of adapters, rounded up as the kernels take it; 0 without.
+        bucket: S / E is at most 2**bucket, and more than half of it.
+    """
+
+    device: str
+    versions: str
+    dtype: str
+    precision: str
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    storage: str
+    act: str
+    rank: int
+    bucket: int
+
+
+Entries = dict[Key, Regime]
+
+
+def read(path: Path, versions: str) -> Entries:
+    """The entries of a file for these versions; a RuntimeWarning of one line where anything is wrong with it.
+
+    Args:
+        path: of the file; where there is none, there are no entries.
+        versions: as in `Key`.
+    """
+    try:
+        raw = _load(path)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        return _warned(path, f"cannot be read: {error.strerror}")
+    except (ValueError, RecursionError) as error:
+        return _warned(path, f"{' '.join(str(error).split())}")
+    found, faults = {}, []
+    for number, entry in enumerate(raw):
+        try:
+            key, regime = parse(entry)
+        except ValueError as error:
+            faults.append(f"entry {number}: {error}")
+            continue
+        found[key] = regime
+    own = {key: regime for key, regime in found.items() if key.versions == versions}
+    if faults:
+        _warn(path, f"{faults[0]}; left out, {len(faults)} of {len(raw)} entries")
+    elif found and not own:
+        _warn(path, f"tuned with {next(iter(found)).versions}, but this is {versions}: the shipped tiles are used")
+    return own
+
+
+def save(path: Path, key: Key, regime: Regime, told: dict[str, Any]) -> Path | None:
+    """Adds an entry, or replaces the one of that key; all others stay.
+
+    Two processes that save within the same milliseconds may lose one of the two entries, and never more.
+
+    Args:
+        path: of the file; folders are made.
+        key: of the entry.
+        regime: the tiles.
+        told: whatever else is worth keeping, such as times.
+
+    Returns:
+        Where a file that could not be understood was moved to, or None.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = None, []
+    try:
+        old = _load(path)
+    except FileNotFoundError:
+        pass
+    except (ValueError, RecursionError):
+        aside = path.with_name(f"{path.name}.old")
+        os.replace(path, aside)
+    new = as_entry(key, regime, told)
+    others = [entry for entry in old if not (isinstance(entry, dict) and entry.get("key") == new["key"])]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps({"schema": SCHEMA, "entries": [*others, new]}, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return aside
+
+
+def as_entry(key: Key, regime: Regime, told: dict[str, Any]) -> dict[str, Any]:
+    """An entry as it stands in the file."""
+    tiles = {name: getattr(regime, name)._asdict() for name in PRODUCTS}
+    return {"key": key._asdict(), "tiles": tiles, "found": told}
+
+
+def parse(entry: Any) -> tuple[Key, Regime]:
+    """The key and the tiles of an entry.
+
+    Raises:
+        ValueError: it has other fields, or tiles that no kernel takes; in one line.
+    """
+    key = _fields(_part(entry, "key"), get_type_hints(Key), "key")
+    tiles = _part(entry, "tiles")
+    if set(tiles) != set(PRODUCTS):
+        raise ValueError(f"tiles={sorted(tiles)}: must be {', '.join(PRODUCTS)}")
+    found = {name: Tile(**_fields(tiles[name], dict.fromkeys(Tile._fields, int), f"tiles.{name}")) for name in PRODUCTS}
+    for name, tile in found.items():
+        check_tile(name, tile)
+    rows = {name: found[name].block_m for name in SHARING}
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"block_m={rows}: must be the same for all")
+    if not -64 <= key["bucket"] <= 64:
+        raise ValueError(f"key.bucket={key['bucket']}: must be from -64 to 64")
+    return Key(**key), Regime(2.0 ** key["bucket"], **found)
+
+
+def check_tile(name: str, tile: Tile) -> None:
+    """Raises ValueError for a tile that no kernel takes."""
+    for field, (least, most) in POWERS.items():
+        size = getattr(tile, field)
+        least = GATED_COLUMNS if (name, field) == ("up", "block_n") else least
+        if not least <= size <= most or size & (size - 1):
+            raise ValueError(f"tiles.{name}.{field}={size}: must be a power of two from {least} to {most}")
+    for field, (least, most) in COUNTS.items():
+        if not least <= getattr(tile, field) <= most:
+            raise ValueError(f"tiles.{name}.{field}={getattr(tile, field)}: must be from {least} to {most}")
+
+
+def _load(path: Path) -> list[Any]:
+    """The entries, of which nothing is known yet.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such file; in one line.
+    """
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if type(schema) is not int or schema != SCHEMA:
+        raise ValueError(f"schema={schema!r}: must be {SCHEMA}")
+    if not isinstance(raw.get("entries"), list):
+        raise ValueError(f"entries is {type(raw.get('entries')).__name__}: must be a list")
+    return raw["entries"]
+
+
+def _part(entry: Any, name: str) -> dict[str, Any]:
+    part = entry.get(name) if isinstance(entry, dict) else None
+    if not isinstance(part, dict):
+        raise ValueError(f"{name} is {type(part).__name__}: must be an object")
+    return part
+
+
+def _fields(values: Any, kinds: dict[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(values, dict) or set(values) != set(kinds):
+        named = sorted(values) if isinstance(values, dict) else type(values).__name__
+        raise ValueError(f"{where}={named}: must have {', '.join(kinds)}")
+    for name, value in values.items():
+        if type(value) is not kinds[name]:
+            raise ValueError(f"{where}.{name}={value!r}: must be of type {kinds[name].__name__}")
+    return values
+
+
+def _warned(path: Path, problem: str) -> Entries:
+    _warn(path, f"{problem}; the shipped tiles are used")
+    return {}
+
+
+def _warn(path: Path, problem: str) -> None:
+    warnings.warn(f"{path}: {problem}", RuntimeWarning, stacklevel=2)

@@ -1,0 +1,1 @@
+"""The search for the Triton kernels' configurations on a GPU."""

@@ -1,0 +1,166 @@
+"""Weights in MXFP4, the format of gpt-oss' checkpoints: take over, quantise, save (docs/mxfp4-weights.md).
+
+Nothing is copied on the way in or out: `from_blocks` and `from_state_dict` keep a checkpoint's bytes, and
+`to_state_dict` gives them back. What cannot be taken over exactly is refused. The bits are those of clause M1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from executors.mxfp4.quantization import quantized
+from moe_ref.types import MoEConfig, MoEWeights, MXFP4Tensor, PackedTensor
+from moe_ref.validation import DECODED_DTYPES, check_mxfp4, check_quantize_mxfp4, check_weights, dtype_name
+
+__all__ = ["from_blocks", "from_state_dict", "quantize", "quantize_tensor", "to_state_dict"]
+
+PROJECTIONS = ("gate_up_proj", "down_proj")
+BYTES = 16  # of a block
+
+
+def from_blocks(blocks: Tensor, scales: Tensor, *, dtype: torch.dtype | str = "bfloat16") -> MXFP4Tensor:
+    """A tensor from a checkpoint's bytes, without a copy.
+
+    Args:
+        blocks: uint8, [..., k / 32, 16] as gpt-oss ships them, or [..., k / 2] as transformers' own experts keep them:
+            as many dimensions as the scales.
+        scales: uint8, [..., k / 32].
+        dtype: fp32, bf16 or fp16, what it decodes to, as a torch.dtype or its name.
+
+    Raises:
+        ValueError, TypeError: one line naming the argument, its value, and what is allowed.
+    """
+    return _from_blocks(("blocks", "scales"), blocks, scales, dtype)
+
+
+def from_state_dict(
+    state: Mapping[str, Tensor], *, config: MoEConfig, prefix: str = "", dtype: torch.dtype | str = "bfloat16"
+) -> MoEWeights:
+    """A layer from the entries of gpt-oss' checkpoints, with their bytes as they are.
+
+    They are ``gate_up_proj_blocks`` [E, 2I, H / 32, 16] and ``gate_up_proj_scales`` [E, 2I, H / 32], the same of
+    ``down_proj`` [E, H, I / 32, ...], and, where the layer has them, ``gate_up_proj_bias`` [E, 2I] and
+    ``down_proj_bias`` [E, H]. Source: openai/gpt-oss-20b; transformers, ``integrations/mxfp4.py``.
+
+    Args:
+        state: a state dict, of which only these entries are read; it is not changed.
+        config: the layer's configuration; gpt-oss' own is in docs/mxfp4-weights.md.
+        prefix: what stands before those names, such as "model.layers.0.mlp.experts.".
+        dtype: fp32, bf16 or fp16, what the projections decode to, and x's dtype.
+
+    Raises:
+        ValueError, TypeError: one line naming the key or the field, its value, and what is allowed.
+    """
+    found: dict[str, Any] = {}
+    for name in PROJECTIONS:
+        keys = f"{prefix}{name}_blocks", f"{prefix}{name}_scales"
+        for key in keys:
+            if key not in state:
+                raise ValueError(f"{key!r} is missing: must be there, with {' and '.join(keys)} of a layer in MXFP4")
+        found[name] = _from_blocks(keys, state[keys[0]], state[keys[1]], dtype)
+        found[f"{name}_bias"] = state.get(f"{prefix}{name}_bias")
+    weights = MoEWeights(**found, config=config)
+    check_weights(weights)
+    return weights
+
+
+def to_state_dict(weights: MoEWeights, prefix: str = "") -> dict[str, Tensor]:
+    """The layer's projections and biases under the names that `from_state_dict` reads, without a copy.
+
+    Raises:
+        ValueError, TypeError: one line naming what that form has no place for: projections that are not in MXFP4, or in
+            the other order; adapters; a selection bias.
+    """
+    check_weights(weights)
+    for name in ("selection_bias", "lora"):
+        if getattr(weights, name) is not None:
+            raise ValueError(f"{name} is given: must be None, since that form has no place for it")
+    state: dict[str, Tensor] = {}
+    for name in PROJECTIONS:
+        tensor, bias = getattr(weights, name), getattr(weights, f"{name}_bias")
+        if not isinstance(tensor, MXFP4Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}: must be a moe_ref.MXFP4Tensor")
+        if tensor.transposed:
+            raise ValueError(f"{name}.transposed=True: must be False, blocks along the input dimension")
+        state |= {f"{prefix}{name}_{part}": array for part, array in tensor.arrays().items()}
+        state |= {} if bias is None else {f"{prefix}{name}_bias": bias}
+    return state
+
+
+def quantize(weights: MoEWeights, *, dtype: torch.dtype | str | None = None) -> MoEWeights:
+    """The layer with both projections in MXFP4, and everything else as it is (clause M1).
+
+    Blocks run along the input dimension, H of gate_up_proj and I of down_proj, in whatever order the projections are
+    stored: checkpoints have no other. On the device of the weights, in pieces: beside the result it needs tens of
+    megabytes on a CPU, and a few hundred elsewhere. The result holds no gradient.
+
+    Args:
+        weights: projections [E, 2I, H] (or [E, I, H]) and [E, H, I] in fp32, bf16 or fp16, of any strides; finite;
+            H and I multiples of 32.
+        dtype: fp32, bf16 or fp16, what it decodes to, as a torch.dtype or its name; default: the projections' own.
+
+    Raises:
+        ValueError, TypeError: one line naming the argument, its value, and what is allowed; among them a projection
+            that is in 4 bits already, or has NaN or infinite elements.
+    """
+    check_weights(weights)
+    projections = {name: getattr(weights, name) for name in PROJECTIONS}
+    for name, values in projections.items():
+        _check_dense(name, values, dtype)
+    packed = {name: _quantized(name, values, dtype) for name, values in projections.items()}
+    return replace(weights, gate_up_proj=packed["gate_up_proj"], down_proj=packed["down_proj"])
+
+
+def quantize_tensor(values: Tensor, *, dtype: torch.dtype | str | None = None) -> MXFP4Tensor:
+    """One tensor in MXFP4, in blocks along its last dimension, as `quantize` does it.
+
+    Raises:
+        ValueError, TypeError: as `quantize`.
+    """
+    _check_dense("values", values, dtype)
+    return _quantized("values", values, dtype)
+
+
+def _quantized(name: str, values: Tensor, dtype: torch.dtype | str | None) -> MXFP4Tensor:
+    with torch.no_grad():
+        return quantized(name, values, _named(dtype, values))
+
+
+def _check_dense(name: str, values: Any, dtype: torch.dtype | str | None) -> None:
+    if isinstance(values, PackedTensor):
+        kind = type(values).__name__
+        raise TypeError(f"{name} is an {kind}: must be a dense tensor, since nothing is quantised twice")
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} is a {type(values).__module__}.{type(values).__name__}: must be a torch.Tensor")
+    check_quantize_mxfp4(values, _named(dtype, values), name)
+
+
+def _named(dtype: torch.dtype | str | None, values: Tensor) -> Any:
+    if dtype is None:
+        return dtype_name(values)
+    return str(dtype).rpartition(".")[2] if isinstance(dtype, torch.dtype) else dtype
+
+
+def _from_blocks(names: tuple[str, str], blocks: Any, scales: Any, dtype: torch.dtype | str) -> MXFP4Tensor:
+    for name, value in zip(names, (blocks, scales), strict=True):
+        if not isinstance(value, Tensor) or value.dtype != torch.uint8:
+            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} is {found}: must be a torch.Tensor of uint8")
+    if blocks.device != scales.device:
+        raise ValueError(f"{names[1]}.device={scales.device}: must be {blocks.device}, that of {names[0]}")
+    named = str(dtype).rpartition(".")[2] if isinstance(dtype, torch.dtype) else dtype
+    if named not in DECODED_DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DECODED_DTYPES)}")
+    shape = tuple(scales.shape)
+    own, joined = (*shape, BYTES), (*shape[:-1], BYTES * shape[-1] if shape else 0)
+    if tuple(blocks.shape) not in (own, joined) or not shape:
+        allowed = f"must be {own} or {joined}, {BYTES} bytes for each of {names[1]}"
+        raise ValueError(f"{names[0]}.shape={tuple(blocks.shape)}: {allowed}")
+    tensor = MXFP4Tensor(blocks.detach().view(own), scales.detach(), dtype=named)
+    check_mxfp4(names[0], tensor)
+    return tensor

@@ -1,0 +1,129 @@
+"""4-bit tensors in a safetensors file, with the entries that bitsandbytes writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from executors.nf4.convert import shown
+from executors.nf4.state_dict import fields_by_expert, from_state_dict, to_state_dict
+from moe_ref.types import MoEWeights, NF4Tensor
+
+TRANSPOSED = "transposed"  # metadata: a JSON list of the names that are read transposed
+
+
+def save(path: str | os.PathLike[str], tensors: Mapping[str, NF4Tensor | Tensor]) -> None:
+    """Writes a safetensors file, whole or not at all.
+
+    Args:
+        path: the file; one that is there already is replaced.
+        tensors: by name: 4-bit tensors, whose entries are those of `to_state_dict`, and any others. Which of them are
+            read transposed is noted in the file's metadata, for `load`.
+
+    Raises:
+        ValueError, TypeError: one line naming the entry, and what is allowed.
+        OSError: the file cannot be written.
+    """
+    if not isinstance(tensors, Mapping):
+        hint = "; weights.packed() has its 4-bit projections" if isinstance(tensors, MoEWeights) else ""
+        raise TypeError(f"tensors is a {type(tensors).__name__}: must be a dict of tensors by name{hint}")
+    entries: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, NF4Tensor | Tensor):
+            raise TypeError(f"tensors[{name!r}]={shown(tensor)}: must be an NF4Tensor or a torch.Tensor")
+        own = to_state_dict(tensor, name) if isinstance(tensor, NF4Tensor) else {name: tensor}
+        twice = sorted(own.keys() & entries.keys())
+        if twice:
+            raise ValueError(f"tensors[{name!r}] has an entry {twice[0]!r}: must not be that of another tensor")
+        entries |= own
+    transposed = [name for name, tensor in tensors.items() if isinstance(tensor, NF4Tensor) and tensor.transposed]
+    metadata = {"format": "pt", TRANSPOSED: json.dumps(transposed)}
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        save_file(_apart(entries), temporary, metadata)
+        os.replace(temporary, target)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {_one_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(
+    path: str | os.PathLike[str], name: str, *, transposed: bool | None = None, device: torch.device | str = "cpu"
+) -> NF4Tensor:
+    """Reads one 4-bit tensor, and nothing else, from a safetensors file.
+
+    Args:
+        path: a file of `save`, or any other with bitsandbytes' entries.
+        name: as for `from_state_dict`; "{}" stands for the number of an expert.
+        transposed: whether it is read transposed. None: as the file notes it, which only those of `save` do; others
+            are read as they are stored.
+        device: where its bytes go.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError, TypeError: one line naming the file, what is wrong, and what is allowed.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: must be a file that exists")
+    try:
+        where = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device}: must be one that torch has here: {str(error).splitlines()[0]}") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            fields = fields_by_expert(file.keys(), name)
+            prefixes = [name if expert is None else name.format(expert) for expert in fields]
+            keys = [
+                f"{prefix}.{field}" if field else prefix
+                for prefix, own in zip(prefixes, fields.values(), strict=True)
+                for field in own
+            ]
+            state = {key: file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: must be a safetensors file, but {_one_line(error)}") from error
+    noted = name in _noted(path, metadata)
+    if transposed is False and noted:
+        raise ValueError(f"{path}: transposed=False: must be True or None, since the file says that {name} is")
+    try:
+        tensor = from_state_dict(state, name, transposed=noted if transposed is None else transposed)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    return tensor.map(lambda array: array.to(where))
+
+
+def _noted(path: Any, metadata: dict[str, str]) -> list[str]:
+    text = metadata.get(TRANSPOSED, "[]")
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: metadata {TRANSPOSED}={text!r:.60}: must be a JSON list of names")
+    return names
+
+
+def _apart(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries on the CPU, contiguous, each with memory of its own, as safetensors wants them."""
+    seen: set[int] = set()
+    found = {}
+    for key, value in entries.items():
+        plain = value.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        found[key] = plain.clone() if place in seen else plain
+        seen.add(place)
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
