@@ -21,11 +21,11 @@ from rich.table import Table
 
 import executors
 from moe_ref import MoEConfig
-from moe_ref.conformance.checks import check_problem
-from moe_ref.conformance.gates import GAIN_SDS, MAX_Z, RMS_FROM, RMS_Z, Verdict
 from moe_ref.conformance.honest import honest_variants
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.strategies import DTYPES
+from moe_ref.conformance.judgement.checks import check_problem
+from moe_ref.conformance.judgement.gates import GAIN_SDS, MAX_Z, RMS_FROM, RMS_Z, Verdict
+from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.problems.strategies import DTYPES
 
 GPT_OSS = MoEConfig(4, scoring="topk_softmax", alpha=1.702, limit=7.0, up_offset=1.0, gate_up_layout="interleaved")
 CLAMPED = replace(GPT_OSS, limit=0.5)

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import executors
 from moe_ref import MoEConfig
-from moe_ref.conformance.checks import check_problem
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.checks import check_problem
+from moe_ref.conformance.problems.problem import Problem
 
 CLAMPED = MoEConfig(2, scoring="topk_softmax", alpha=1.702, limit=7.0, up_offset=1.0, gate_up_layout="interleaved")
 ALIGNED = Problem(8, 4, 32, 16, MoEConfig(2), "bfloat16")

@@ -1,6 +1,6 @@
 """moe-ref: the exact specification of a Mixture-of-Experts layer, as pure functions of arrays."""
 
-from moe_ref.layer import moe, routed_experts
+from moe_ref.layer import moe, moe_vjp, routed_experts, routed_experts_vjp
 from moe_ref.routing import route
 from moe_ref.types import (
     ExpertLoRA,
@@ -12,7 +12,6 @@ from moe_ref.types import (
     NF4Tensor,
     Routing,
 )
-from moe_ref.vjp import moe_vjp, routed_experts_vjp
 
 __all__ = [
     "ExpertLoRA",

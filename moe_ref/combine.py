@@ -5,7 +5,7 @@ from __future__ import annotations
 from array_api_compat import array_namespace
 
 from moe_ref._typing import Array, Float
-from moe_ref.numerics import EXACT, Rounding, sum_last
+from moe_ref.numerics import EXACT, Rounding, sum_last, sum_sd
 
 
 def combine(
@@ -24,3 +24,24 @@ def sum_slots(
     xp = array_namespace(slots)
     apart = xp.reshape(slots, (*slots.shape[:-2], slots.shape[-2] // top_k, top_k, slots.shape[-1]))
     return sum_last(rounding, site, xp.moveaxis(apart, -2, -1))
+
+
+def combine_vjp(
+    topk_weights: Float[Array, "*#samples T K"], dy: Float[Array, "*#samples T H"], rounding: Rounding = EXACT
+) -> Float[Array, "*#samples S H"]:
+    """The gradient of the experts' outputs, w dy. That of the weights is `dot` of outputs and dy, unweighted (D3)."""
+    xp = array_namespace(topk_weights, dy)
+    upstream = xp.repeat(dy, topk_weights.shape[-1], axis=-2)
+    slot_weights = xp.reshape(topk_weights, (*topk_weights.shape[:-2], -1, 1))
+    return rounding.store("weighted_dy", slot_weights * upstream)
+
+
+def dot(
+    left: Float[Array, "*#samples S H"], right: Float[Array, "*#samples S H"], rounding: Rounding = EXACT
+) -> Float[Array, "*#samples S 1"]:
+    """The products of rows with rows: the gradient of each slot's weight (D3)."""
+    xp = array_namespace(left, right)
+    terms = left * right
+    total = xp.sum(terms, axis=-1, keepdims=True)
+    squares = xp.sum(terms * terms, axis=-1, keepdims=True)
+    return rounding.accumulate("d_topk_weights", total, lambda: sum_sd(total, squares, terms.shape[-1]))

@@ -17,12 +17,12 @@ from functools import partial
 
 import numpy as np
 
-from moe_ref._samples import Measured, Recorded, Replayed, Sums, Total, in_order, processors
 from moe_ref._typing import Array
+from moe_ref.layer import layer_vjp
 from moe_ref.noise import keys_of, uniform_of
 from moe_ref.numerics import FORMATS, Perturbed, Rounding, accumulator
+from moe_ref.samples import Measured, Recorded, Replayed, Sums, Total, in_order, processors
 from moe_ref.types import MoEGradients, MoEWeights
-from moe_ref.vjp import layer_vjp
 
 KINDS = ("storage", "accumulation")
 CHUNK_ELEMENTS = 1_000_000  # values of one intermediate array that all samples of a chunk may hold

@@ -1,15 +1,19 @@
-"""Grouped rows through their experts (clauses E1, E2, E3): up projection, activation, down projection."""
+"""Grouped rows through their experts (clauses E1, E2, E3): up projection, activation, down projection.
+
+And their backward pass (D1, D2).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from array_api_compat import array_namespace, device
 
 from moe_ref._typing import Array, Float, Int
-from moe_ref.activations import activation
-from moe_ref.numerics import EXACT, Rounding, matmul_transposed
+from moe_ref.activations import activation, activation_vjp
+from moe_ref.numerics import EXACT, Rounding, matmul_transposed, sum_sd
 from moe_ref.packed import decode_expert
 from moe_ref.types import MoEWeights
 
@@ -137,3 +141,104 @@ def lora_inner(
     name = f"{product_site}_lora_inner"
     inner = rounding.store(name, matmul_transposed(rounding, name, rows, parameters.lora_a))
     return rounding.store(f"{name}_scaled", parameters.scaling * inner)
+
+
+def experts_vjp(
+    rows: Float[Array, "*#samples S H"],
+    group_offsets: Int[Array, " E+1"],
+    weights: MoEWeights,
+    d_outputs: Float[Array, "*#samples S H"],
+    rounding: Rounding = EXACT,
+) -> tuple[Float[Array, "*#samples S H"], Float[Array, "*#samples S H"], dict[str, Array]]:
+    """Outputs as of `experts`, gradients of rows, and of every parameter by name.
+
+    An expert without rows has gradients of exactly zero (D2).
+    """
+    xp = array_namespace(rows, d_outputs)
+    outputs, d_rows, d_parameters = [], [], {}
+    for index, where in groups(group_offsets):
+        output, d_block, d_parameters[index] = expert_vjp(
+            rows[..., where, :], weights, index, d_outputs[..., where, :], rounding
+        )
+        outputs.append(output)
+        d_rows.append(d_block)
+    outside = rows.shape[-2] - int(group_offsets[-1])
+    samples = d_rows[0].shape[:-2] if d_rows else rows.shape[:-2]
+    for blocks in (outputs, d_rows):
+        shape = (*(blocks[0] if blocks else rows).shape[:-2], outside, rows.shape[-1])
+        blocks.append(xp.zeros(shape, dtype=xp.float64, device=device(rows)))
+
+    def stack(name: str, parameter: Array) -> Array:
+        shape = (*samples, *parameter.shape[1:])
+        zero = xp.zeros(shape, dtype=xp.float64, device=device(rows))
+        parts = [
+            xp.broadcast_to(d_parameters[e][name], shape) if e in d_parameters else zero
+            for e in range(weights.num_experts)
+        ]
+        return xp.stack(parts, axis=len(samples))
+
+    stacks = {name: stack(name, parameter) for name, parameter in weights.parameters().items()}
+    return xp.concat(outputs, axis=-2), xp.concat(d_rows, axis=-2), stacks
+
+
+def expert_vjp(
+    rows: Float[Array, "*#samples n H"],
+    weights: MoEWeights,
+    index: int,
+    d_outputs: Float[Array, "*#samples n H"],
+    rounding: Rounding = EXACT,
+) -> tuple[Float[Array, "*#samples n H"], Float[Array, "*#samples n H"], dict[str, Array]]:
+    """One expert: its output, and the gradients of rows, and of its parameters by name."""
+    parameters = expert(weights, index)
+    z = up(rows, parameters, rounding)
+    h = activation(z, weights.config, rounding)
+    output = down(h, parameters, rounding)
+    d_down = linear_vjp("down", "dh", h, parameters.down, d_outputs, rounding)
+    dz = activation_vjp(z, weights.config, d_down.rows, rounding)
+    d_up = linear_vjp("gate_up", "dx_slot", rows, parameters.up, dz, rounding)
+    found = {}
+    for name, gradients in (("gate_up", d_up), ("down", d_down)):
+        found[f"{name}_proj"], found[f"{name}_proj_bias"] = gradients.matrix, gradients.bias
+        found[f"{name}_lora_a"], found[f"{name}_lora_b"] = gradients.lora_a, gradients.lora_b
+    return output, d_up.rows, found
+
+
+class LinearGradients(NamedTuple):
+    """Gradients of a projection's input and parameters."""
+
+    rows: Array
+    matrix: Array
+    bias: Array
+    lora_a: Array | None
+    lora_b: Array | None
+
+
+def linear_vjp(
+    product_site: str,
+    site: str,
+    rows: Float[Array, "*#samples n k"],
+    parameters: Linear,
+    d_out: Float[Array, "*#samples n m"],
+    rounding: Rounding = EXACT,
+) -> LinearGradients:
+    """Gradients of rows matrix^T + scaling (rows A^T) B^T + bias."""
+    xp = array_namespace(rows, d_out)
+    transposed = xp.matrix_transpose(d_out)
+    d_rows = rounding.store(site, matmul_transposed(rounding, site, d_out, xp.matrix_transpose(parameters.matrix)))
+    d_matrix = matmul_transposed(rounding, "d_weight", transposed, xp.matrix_transpose(rows))
+    d_lora_a = d_lora_b = None
+    if parameters.lora_a is not None:
+        name = f"{site}_lora"
+        d_inner = matmul_transposed(rounding, name, d_out, xp.matrix_transpose(parameters.lora_b))
+        d_inner = rounding.store(f"{name}_scaled", parameters.scaling * rounding.store(name, d_inner))
+        added = matmul_transposed(rounding, f"{name}_rows", d_inner, xp.matrix_transpose(parameters.lora_a))
+        added = rounding.store(f"{name}_rows", added)
+        total = d_rows + added
+        d_rows = rounding.store(f"{site}_sum", rounding.accumulate(f"{site}_sum", total, lambda: xp.abs(total)))
+        inner = lora_inner(product_site, rows, parameters, rounding)
+        d_lora_b = matmul_transposed(rounding, "d_lora_b", transposed, xp.matrix_transpose(inner))
+        d_lora_a = matmul_transposed(rounding, "d_lora_a", xp.matrix_transpose(d_inner), xp.matrix_transpose(rows))
+    length = d_out.shape[-2]
+    bias = xp.sum(d_out, axis=-2)
+    d_bias = rounding.accumulate("d_bias", bias, lambda: sum_sd(bias, xp.sum(d_out * d_out, axis=-2), length))
+    return LinearGradients(d_rows, d_matrix, d_bias, d_lora_a, d_lora_b)

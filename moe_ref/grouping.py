@@ -5,6 +5,8 @@ from __future__ import annotations
 from array_api_compat import array_namespace, device
 
 from moe_ref._typing import Array, Bool, Float, Int
+from moe_ref.combine import sum_slots
+from moe_ref.numerics import EXACT, Rounding
 from moe_ref.types import Grouping
 
 
@@ -32,3 +34,10 @@ def permute(x: Float[Array, "*#samples T H"], order: Int[Array, " S"], top_k: in
 def unpermute(rows: Float[Array, "*#samples S H"], inverse: Int[Array, " S"]) -> Float[Array, "*#samples S H"]:
     """Rows back in slot order."""
     return array_namespace(rows).take(rows, inverse, axis=-2)
+
+
+def permute_vjp(
+    d_rows: Float[Array, "*#samples S H"], inverse: Int[Array, " S"], top_k: int, rounding: Rounding = EXACT
+) -> Float[Array, "*#samples T H"]:
+    """dx[t] is the sum, in increasing k, over the token's slots."""
+    return sum_slots("dx", unpermute(d_rows, inverse), top_k, rounding)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from moe_ref import mxfp4, nf4
-from moe_ref._checks import short
 from moe_ref._typing import Array, Float
 from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
+from moe_ref.validation.arrays import short
 
 
 def decode(tensor: PackedTensor) -> Array:

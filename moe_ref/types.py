@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
-from moe_ref._packed import MXFP4Tensor as MXFP4Tensor
-from moe_ref._packed import NF4Tensor as NF4Tensor
-from moe_ref._packed import PackedTensor as PackedTensor
-from moe_ref._packed import QuantType as QuantType
 from moe_ref._typing import Array, Float, Int
+from moe_ref.packed_types import MXFP4Tensor as MXFP4Tensor
+from moe_ref.packed_types import NF4Tensor as NF4Tensor
+from moe_ref.packed_types import PackedTensor as PackedTensor
+from moe_ref.packed_types import QuantType as QuantType
 
 Scoring = Literal["softmax", "topk_softmax", "sigmoid"]
 GroupScore = Literal["max", "top2_sum"]

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 
 from moe_ref import MoEWeights, moe, moe_vjp, routed_experts, routed_experts_vjp
 from moe_ref.activations import activation
-from moe_ref.conformance.build import Arrays, build
-from moe_ref.conformance.checks import with_one_choice
-from moe_ref.conformance.gates import judge
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.reference import reference
-from moe_ref.conformance.strategies import problems
+from moe_ref.conformance.judgement.checks import with_one_choice
+from moe_ref.conformance.judgement.gates import judge
+from moe_ref.conformance.judgement.reference import reference
+from moe_ref.conformance.problems.build import Arrays, build
+from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.problems.strategies import problems
 from moe_ref.error_bars import named
 from moe_ref.experts import down, expert, up
-from moe_ref.vjp import layer_vjp
+from moe_ref.layer import layer_vjp
 
 STEP = 1e-7  # so small that no pre-activation crosses the clamp, whose margin is 1e-5
 

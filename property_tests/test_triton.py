@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 
 import executors
 from moe_ref import MoEConfig
-from moe_ref.conformance import pinned, profiles
-from moe_ref.conformance.checks import applicable, check_problem, check_repeatable
-from moe_ref.conformance.errors import check_errors, check_no_double_backward, check_undeclared_weights
-from moe_ref.conformance.exact import CASES, check_exact
-from moe_ref.conformance.invariance import check_batch_invariance
-from moe_ref.conformance.laws import LAWS, check_law
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.ranges import RANGES, check_range
-from moe_ref.conformance.reference import reference
-from moe_ref.conformance.strategies import problems, problems_past_range, undeclared
+from moe_ref.conformance import profiles
+from moe_ref.conformance.judgement.checks import applicable, check_problem, check_repeatable
+from moe_ref.conformance.judgement.errors import check_errors, check_no_double_backward, check_undeclared_weights
+from moe_ref.conformance.judgement.exact import CASES, check_exact
+from moe_ref.conformance.judgement.invariance import check_batch_invariance
+from moe_ref.conformance.judgement.laws import LAWS, check_law
+from moe_ref.conformance.judgement.ranges import RANGES, check_range
+from moe_ref.conformance.judgement.reference import reference
+from moe_ref.conformance.problems import pinned
+from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.problems.strategies import problems, problems_past_range, undeclared
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = executors.get("triton")

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 import executors
 from executors import Executor
 from moe_ref import MoEConfig
-from moe_ref.conformance import pinned, profiles
-from moe_ref.conformance.checks import check_problem, check_repeatable
-from moe_ref.conformance.errors import check_errors, check_no_double_backward
-from moe_ref.conformance.every_code import check_every_code
-from moe_ref.conformance.exact import CASES, check_exact
-from moe_ref.conformance.laws import LAWS, check_law
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.ranges import RANGES, check_range
-from moe_ref.conformance.strategies import problems_for
+from moe_ref.conformance import profiles
+from moe_ref.conformance.judgement.checks import check_problem, check_repeatable
+from moe_ref.conformance.judgement.errors import check_errors, check_no_double_backward
+from moe_ref.conformance.judgement.exact import CASES, check_exact
+from moe_ref.conformance.judgement.exact_decode import check_every_code
+from moe_ref.conformance.judgement.laws import LAWS, check_law
+from moe_ref.conformance.judgement.ranges import RANGES, check_range
+from moe_ref.conformance.problems import pinned
+from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.problems.strategies import problems_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROFILE = profiles.current()

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from executors import Executor, grouped_mm, grouped_nf4, native
 from executors._base import operator as _operator
 from moe_ref import MoEConfig
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import Inputs, call, to_torch
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.call import Inputs, call, to_torch
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.problem import Problem
 
 CONFIG = MoEConfig(2, scoring="sigmoid", renormalize=True, limit=1.0, up_offset=1.0, gate_up_layout="interleaved")
 PROBLEM = Problem(12, 5, 16, 8, CONFIG, gate_up_bias=True, down_bias=True)

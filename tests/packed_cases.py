@@ -12,8 +12,8 @@ from executors._base import operator as _operator
 from executors._base.operator import Operator
 from executors._pipeline.operator import Multiplication
 from executors._pipeline.sliced import SlicedProducts
-from moe_ref.conformance.call import Inputs
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.call import Inputs
+from moe_ref.conformance.problems.problem import Problem
 
 PACKED = replace(PROBLEM, quant_type="nf4", blocksize=32)
 PACKED_EVERYTHING = replace(

@@ -10,13 +10,13 @@ from torch import Tensor
 import executors
 from executors import Executor
 from moe_ref import MoEConfig, MoEWeights
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import Inputs, run, to_torch
-from moe_ref.conformance.checks import result_arrays, verdicts_of
+from moe_ref.conformance.judgement.call import Inputs, run, to_torch
+from moe_ref.conformance.judgement.checks import result_arrays, verdicts_of
+from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.mutants import mutants
-from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.reference import reference
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.poison import poisoned
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.wrapped import SlotChange, Wrapped
 
 NAMES = ("native", "grouped_mm")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import MoEConfig
 
 ROOT = Path(__file__).parents[1]

@@ -24,7 +24,7 @@ from executors._bench.settings import Settings
 from executors._bench.truth import sample_truth
 from executors._cli.app import app
 from moe_ref import routed_experts
-from moe_ref.conformance.gates import Verdict
+from moe_ref.conformance.judgement.gates import Verdict
 from moe_ref.conformance.mutants import mutants
 
 pytestmark = pytest.mark.usefixtures("one_thread", "known_ceilings")

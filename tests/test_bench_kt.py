@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from executors._bench.contenders import Contender
+from executors._bench.everyone import everyone_else
 from executors._bench.judge import judge_contender
 from executors._bench.layers import BenchLayer, random_layer, sized
 from executors._bench.peers import kt as bench_kt
 from executors._bench.report import machine
 from executors._bench.routing import batch
-from executors._bench.run import everyone_else, measure_case
+from executors._bench.run import measure_case
 from executors._bench.settings import Settings
 from executors._bench.truth import sample_truth
 

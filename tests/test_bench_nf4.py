@@ -16,6 +16,7 @@ from executors._bench import table as bench_table
 from executors._bench.case import Case, Row
 from executors._bench.ceilings import Ceilings
 from executors._bench.contenders import our_contenders
+from executors._bench.everyone import contenders
 from executors._bench.judge import Judgement, judge_contender
 from executors._bench.layers import LAYERS, BenchLayer, Form, random_layer, sized, with_adapters
 from executors._bench.measure import Spread
@@ -23,14 +24,13 @@ from executors._bench.peers import loops
 from executors._bench.peers.bitsandbytes import NO_ADAPTERS, NO_MXFP4, STACK, parametrised_module, peers_in_4_bits
 from executors._bench.quantised import BLOCKSIZE, Quantisation, quant_state, quantised
 from executors._bench.routing import Load, batch
-from executors._bench.run import contenders
 from executors._bench.settings import Settings
 from executors._bench.truth import sample_truth
 from executors._cli.app import app
 from executors._cli.options import new_console
 from moe_ref import mxfp4, nf4
+from moe_ref.layer import layer_vjp
 from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
-from moe_ref.vjp import layer_vjp
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 pytest.importorskip("transformers")

@@ -27,7 +27,7 @@ from executors._bench.routing import Batch, Load, batch
 from executors._bench.settings import Settings
 from executors._bench.timing import Timing, time_case
 from executors._cli.app import app
-from moe_ref.conformance.gates import Verdict
+from moe_ref.conformance.judgement.gates import Verdict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,10 @@ import torch
 
 import executors
 from moe_ref import MoEConfig, MoEWeights, route
-from moe_ref.conformance.build import build
-from moe_ref.conformance.checks import ConformanceError, check_problem
-from moe_ref.conformance.choices import UNIT, admissible, have_margins
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.checks import ConformanceError, check_problem
+from moe_ref.conformance.judgement.choices import UNIT, admissible, have_margins
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.problem import Problem
 
 SIGMOID = MoEConfig(2, scoring="sigmoid")
 GROUPS = MoEConfig(2, scoring="sigmoid", num_groups=2, topk_groups=1)

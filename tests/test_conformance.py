@@ -12,19 +12,19 @@ import executors
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.activations import split_gate_up
 from moe_ref.conformance import profiles
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import lay_out, run, to_torch
-from moe_ref.conformance.checks import ConformanceError, check_problem, check_repeatable
-from moe_ref.conformance.errors import check_errors, check_no_double_backward
-from moe_ref.conformance.exact import CASES, check_exact
-from moe_ref.conformance.invariance import check_batch_invariance
-from moe_ref.conformance.laws import LAWS, check_law
+from moe_ref.conformance.judgement.call import lay_out, run, to_torch
+from moe_ref.conformance.judgement.checks import ConformanceError, check_problem, check_repeatable
+from moe_ref.conformance.judgement.errors import check_errors, check_no_double_backward
+from moe_ref.conformance.judgement.exact import CASES, check_exact
+from moe_ref.conformance.judgement.invariance import check_batch_invariance
+from moe_ref.conformance.judgement.laws import LAWS, check_law
+from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.mutants import mutants
-from moe_ref.conformance.pinned import EXAMPLES
-from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.reference import reference
-from moe_ref.conformance.strategies import problems
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.pinned import EXAMPLES
+from moe_ref.conformance.problems.poison import poisoned
+from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.problems.strategies import problems
 from moe_ref.conformance.wrapped import Wrapped
 from moe_ref.numerics import FORMATS
 

@@ -13,10 +13,10 @@ from executors._pipeline import layer as _layer
 from executors._pipeline.loop import LoopProducts
 from executors._pipeline.operator import Multiplication
 from moe_ref import MoEConfig, MoEWeights
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import Inputs, call
-from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.call import Inputs, call
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.poison import poisoned
+from moe_ref.conformance.problems.problem import Problem
 
 MATRICES = ("gate_up_proj", "down_proj")
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import executors
 from dense_cases import CONFIG, EVERYTHING, PROBLEM, both, every, inputs_of
-from moe_ref.conformance.call import call
+from moe_ref.conformance.judgement.call import call
 
 
 @both

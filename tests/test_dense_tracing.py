@@ -24,8 +24,8 @@ from dense_cases import (
 from executors import grouped_mm, native
 from executors._base.operator import TENSORS
 from executors._pipeline import layer as _layer
-from moe_ref.conformance.call import Inputs, call
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.call import Inputs, call
+from moe_ref.conformance.problems.problem import Problem
 
 
 @both

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from moe_ref import MoEConfig, moe_vjp, routed_experts_vjp
-from moe_ref._samples import Recorded, Replayed
-from moe_ref.conformance.build import Arrays, build
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.reference import reference
+from moe_ref.conformance.judgement.reference import reference
+from moe_ref.conformance.problems.build import Arrays, build
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.error_bars import TensorBars, error_bars, named
 from moe_ref.numerics import Nearest, Perturbed, round_to_nearest
+from moe_ref.samples import Recorded, Replayed
 
 PROBLEM = Problem(
     16, 6, 12, 7, MoEConfig(3, scoring="sigmoid", renormalize=True), "bfloat16", gate_up_bias=True, down_bias=True
@@ -86,7 +86,7 @@ def test_deviations_of_the_exact_run_serve_all_samples(monkeypatch: pytest.Monke
     """Samples that compute their own, as they do past a limit of memory, find the same bars."""
     arrays = build(PROBLEM)
     kept = sampled(arrays, samples=64)
-    monkeypatch.setattr("moe_ref._samples.KEPT_BYTES", 1000)
+    monkeypatch.setattr("moe_ref.samples.KEPT_BYTES", 1000)
     own = sampled(arrays, samples=64)
     for name, bars in kept.items():
         ratio = own[name].accumulation.variance.mean() / bars.accumulation.variance.mean()

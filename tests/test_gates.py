@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moe_ref.conformance.gates import judge
+from moe_ref.conformance.judgement.gates import judge
 from moe_ref.error_bars import Part, TensorBars
 
 U = 2.0**-8

@@ -7,8 +7,8 @@ import torch
 
 import executors
 from dense_cases import EVERYTHING
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import Inputs, call, to_torch
+from moe_ref.conformance.judgement.call import Inputs, call, to_torch
+from moe_ref.conformance.problems.build import build
 
 OPTIONS = {"grouped_mm": {}, "grouped_nf4": {"path": "torch"}}  # its kernels are in test_triton_cuda.py
 FORMS = {"grouped_mm": {}, "grouped_nf4": {"quant_type": "nf4", "blocksize": 32, "nested": "per expert"}}

@@ -8,7 +8,7 @@ import torch
 import executors
 from dense_cases import EVERYTHING, PROBLEM, inputs_of
 from executors import grouped_mm
-from moe_ref.conformance.call import call
+from moe_ref.conformance.judgement.call import call
 
 
 def test_grouped_mm_has_no_float64() -> None:

@@ -14,10 +14,10 @@ from executors._base.operator import TENSORS
 from executors._decode import bitsandbytes as _decode_kernel
 from executors._pipeline import packed_matrices
 from moe_ref import MoEConfig
-from moe_ref.conformance.call import Inputs, call
-from moe_ref.conformance.checks import check_problem, check_repeatable
-from moe_ref.conformance.pinned import PACKED as PINNED
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.call import Inputs, call
+from moe_ref.conformance.judgement.checks import check_problem, check_repeatable
+from moe_ref.conformance.problems.pinned import PACKED as PINNED
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.packed import decode
 from packed_cases import MXFP4, PACKED, PACKED_EVERYTHING, SLICED, STRADDLING, WAYS, LivePeak, Sliced, large_inputs
 

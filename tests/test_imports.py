@@ -197,7 +197,7 @@ UNDER_TYPE_CHECKING = "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n  
         ("executors/planted.py", "from moe_ref.routing import route"),
         ("executors/planted.py", "from moe_ref import layer as types"),
         ("executors/planted.py", UNDER_TYPE_CHECKING + "from moe_ref.numerics import Rounding"),
-        ("executors/planted/kernel.py", "from moe_ref.vjp import moe_vjp"),
+        ("executors/planted/kernel.py", "from moe_ref.layer import moe_vjp"),
         ("executors/planted.py", "from executors.native import Native"),
         ("executors/planted.py", "from .native import Native"),
         ("executors/planted/kernel.py", "from ..native import Native"),
@@ -211,7 +211,7 @@ UNDER_TYPE_CHECKING = "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n  
         ("executors/_triton/planted.py", "from executors._pipeline.loop import LoopProducts"),
         ("executors/_triton/kernels/planted.py", "from executors._triton.launch import products"),
         ("executors/_bench/planted.py", "from executors._cli import app"),
-        ("executors/_pipeline/planted.py", "from moe_ref.conformance.gates import judge"),
+        ("executors/_pipeline/planted.py", "from moe_ref.conformance.judgement.gates import judge"),
     ],
 )
 def test_planted_violation_is_found(tmp_path: Path, file: str, line: str) -> None:
@@ -231,7 +231,7 @@ def test_planted_violation_is_found(tmp_path: Path, file: str, line: str) -> Non
         ("executors/_pipeline/planted.py", "from executors._base import routing\nfrom executors._decode import table"),
         ("executors/native.py", "from executors._pipeline import loop\nfrom ._base.operator import define"),
         ("executors/_triton/kernels/planted.py", "import triton\nfrom executors._triton.kernels import tiles"),
-        ("executors/_cli/planted.py", "from moe_ref.conformance.gates import judge\nimport moe_ref, rich"),
+        ("executors/_cli/planted.py", "from moe_ref.conformance.judgement.gates import judge\nimport moe_ref, rich"),
     ],
 )
 def test_what_the_house_allows(tmp_path: Path, file: str, line: str) -> None:

@@ -16,13 +16,13 @@ from torch import Tensor
 import executors
 from executors import Executor
 from moe_ref import MoEConfig, MoEWeights, routed_experts_vjp
-from moe_ref.conformance.build import Arrays, build
-from moe_ref.conformance.call import run, to_torch
-from moe_ref.conformance.checks import check_problem, check_repeatable, result_arrays
-from moe_ref.conformance.exact import CASES
-from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.reference import reference
+from moe_ref.conformance.judgement.call import run, to_torch
+from moe_ref.conformance.judgement.checks import check_problem, check_repeatable, result_arrays
+from moe_ref.conformance.judgement.exact import CASES
+from moe_ref.conformance.judgement.reference import reference
+from moe_ref.conformance.problems.build import Arrays, build
+from moe_ref.conformance.problems.poison import poisoned
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.wrapped import experts
 from moe_ref.error_bars import named
 from moe_ref.types import DENSE, PARAMETERS

@@ -12,8 +12,8 @@ from torch import Tensor
 import executors
 from executors import Executor
 from moe_ref import MoEConfig, MoEWeights
-from moe_ref.conformance.checks import check_problem
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.checks import check_problem
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.wrapped import LayerChange, Wrapped, configured, experts, narrow
 from moe_ref.routing import route, weigh
 from moe_ref.types import Routing

@@ -18,11 +18,11 @@ from dense_cases import needs_all
 from executors import Executor, grouped_mm
 from executors._base import operator as _operator
 from moe_ref import MoEConfig, MoEWeights, routed_experts_vjp
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import call
-from moe_ref.conformance.checks import check_problem
-from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.reference import reference
+from moe_ref.conformance.judgement.call import call
+from moe_ref.conformance.judgement.checks import check_problem
+from moe_ref.conformance.judgement.reference import reference
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.conformance.wrapped import Wrapped, experts
 from moe_ref.types import DENSE, LORA_FACTORS
 from planted import (

@@ -8,13 +8,13 @@ import pytest
 
 import executors
 from moe_ref import MoEConfig
-from moe_ref.conformance.checks import ConformanceError, check_problem, check_repeatable
-from moe_ref.conformance.every_code import check_every_code
 from moe_ref.conformance.honest import honest_variants
+from moe_ref.conformance.judgement.checks import ConformanceError, check_problem, check_repeatable
+from moe_ref.conformance.judgement.exact_decode import check_every_code
+from moe_ref.conformance.judgement.ranges import RANGES, check_range
 from moe_ref.conformance.mutants import mutants
 from moe_ref.conformance.mutants._registry import PACKED_KINDS, RANGE_MUTANTS
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.ranges import RANGES, check_range
+from moe_ref.conformance.problems.problem import Problem
 
 EXECUTORS = ("native", "grouped_mm", "grouped_nf4")
 FEW, MANY = 64, 2048  # tokens
@@ -177,7 +177,7 @@ def test_one_percent_is_seen_in_bf16(tokens: int) -> None:
 
 def test_panel_leaves_experts_empty() -> None:
     """Otherwise no stale gradient could show."""
-    from moe_ref.conformance.build import build
+    from moe_ref.conformance.problems.build import build
 
     for tokens in (FEW, MANY):
         problem = dense_panel(tokens)[-1]

@@ -15,7 +15,7 @@ from executors import mxfp4
 from executors.mxfp4 import quantization
 from moe_ref import ExpertLoRA, MoEConfig, MoEWeights
 from moe_ref import mxfp4 as specification
-from moe_ref.conformance.pinned import GPT_OSS
+from moe_ref.conformance.problems.pinned import GPT_OSS
 from nf4_cases import random
 from random_mxfp4 import same_arrays
 

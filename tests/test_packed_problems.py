@@ -13,16 +13,16 @@ import executors
 from executors import Capabilities, Executor
 from executors.grouped_nf4 import GroupedNF4
 from moe_ref import MoEConfig, MoEWeights
-from moe_ref.conformance.build import build
-from moe_ref.conformance.checks import ConformanceError
-from moe_ref.conformance.errors import check_errors, check_no_double_backward
-from moe_ref.conformance.every_code import WINDOWS, check_every_code
-from moe_ref.conformance.exact import check_exact
-from moe_ref.conformance.laws import check_law
+from moe_ref.conformance.judgement.checks import ConformanceError
+from moe_ref.conformance.judgement.errors import check_errors, check_no_double_backward
+from moe_ref.conformance.judgement.exact import check_exact
+from moe_ref.conformance.judgement.exact_decode import WINDOWS, check_every_code
+from moe_ref.conformance.judgement.laws import check_law
 from moe_ref.conformance.mutants import mutants
-from moe_ref.conformance.packed import decoded, in_whole_blocks, of_experts, with_own_blocks
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.strategies import problems
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.packed import decoded, in_whole_blocks, of_experts, with_own_blocks
+from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.problems.strategies import problems
 from moe_ref.conformance.wrapped import Wrapped, experts
 from moe_ref.packed import decode
 

@@ -5,20 +5,20 @@ import pytest
 
 import executors
 from moe_ref._typing import Array
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import to_torch
-from moe_ref.conformance.checks import ConformanceError, applicable, check_problem
 from moe_ref.conformance.honest import honest_variants
+from moe_ref.conformance.judgement.call import to_torch
+from moe_ref.conformance.judgement.checks import ConformanceError, applicable, check_problem
+from moe_ref.conformance.judgement.ranges import DTYPE, RANGES, case_of, check_range, exact_results
+from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.mutants import mutants
 from moe_ref.conformance.mutants._registry import RANGE_MUTANTS
-from moe_ref.conformance.pinned import PAST_RANGE
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.ranges import DTYPE, RANGES, case_of, check_range, exact_results
-from moe_ref.conformance.reference import reference
-from moe_ref.conformance.strategies import SCALED_INPUT, SCALED_OUTPUT
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.pinned import PAST_RANGE
+from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.problems.strategies import SCALED_INPUT, SCALED_OUTPUT
+from moe_ref.layer import layer_vjp
 from moe_ref.numerics import FORMATS, Exact, Nearest, round_to_nearest
 from moe_ref.types import MoEConfig
-from moe_ref.vjp import layer_vjp
 
 LARGEST = FORMATS[DTYPE].max
 

@@ -17,8 +17,8 @@ from executors import _registry
 from executors import auto as _auto
 from executors.native import Native
 from moe_ref import MoEConfig, MoEWeights
-from moe_ref.conformance.checks import check_problem
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.checks import check_problem
+from moe_ref.conformance.problems.problem import Problem
 
 X, LOGITS = torch.ones(3, 4), torch.arange(15.0).view(3, 5)
 WEIGHTS = MoEWeights(torch.ones(5, 6, 4), torch.ones(5, 4, 3), config=MoEConfig(2))

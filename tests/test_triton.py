@@ -19,8 +19,8 @@ from executors._triton.kernels.products import dot_exact
 from executors._triton.launch import grouping
 from executors._triton.launch import routing as _routing
 from moe_ref import ExpertLoRA, MoEConfig, MoEWeights
-from moe_ref.conformance.call import call
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.call import call
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.routing import route
 from triton_cases import ALIGNED, DEVICE, inputs_of, interpreted, python
 

@@ -7,10 +7,10 @@ import torch
 
 import executors
 from moe_ref import MoEConfig
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import Inputs, call, to_torch
-from moe_ref.conformance.checks import check_problem, same_bits
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.call import Inputs, call, to_torch
+from moe_ref.conformance.judgement.checks import check_problem, same_bits
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.problem import Problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

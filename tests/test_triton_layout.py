@@ -20,9 +20,9 @@ from executors._triton.launch import products as _products
 from executors._triton.launch.grouping import Groups
 from executors._triton.launch.operands import Plan
 from moe_ref import MoEConfig
-from moe_ref.conformance.call import call, run
-from moe_ref.conformance.checks import check_problem, same_bits
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.call import call, run
+from moe_ref.conformance.judgement.checks import check_problem, same_bits
+from moe_ref.conformance.problems.problem import Problem
 from triton_cases import ALIGNED, DEVICE, GPT_OSS, inputs_of, interpreted
 
 

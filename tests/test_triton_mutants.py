@@ -28,17 +28,16 @@ from executors._triton.launch.grouping import CHUNK
 from executors._triton.launch.operands import Plan
 from guarded import guarded
 from moe_ref import MoEConfig, MoEWeights, MXFP4Tensor, NF4Tensor
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import run, to_torch
-from moe_ref.conformance.checks import check_problem, same_bits
-from moe_ref.conformance.choices import admissible
-from moe_ref.conformance.exact import check_exact
-from moe_ref.conformance.pinned import PAST_RANGE
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.ranges import RANGES, check_range
+from moe_ref.conformance.judgement.call import run, to_torch
+from moe_ref.conformance.judgement.checks import check_problem, same_bits
+from moe_ref.conformance.judgement.choices import admissible
+from moe_ref.conformance.judgement.exact import check_exact
+from moe_ref.conformance.judgement.ranges import RANGES, check_range
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.pinned import PAST_RANGE
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.grouping import group
-from moe_ref.routing import route
-from moe_ref.routing_vjp import route_vjp
+from moe_ref.routing import route, route_vjp
 from triton_gradient_mutants import GRADIENT_MUTANTS
 from triton_mutants import MUTANTS
 from triton_packed_mutants import PACKED_MUTANTS

@@ -26,11 +26,11 @@ from executors._triton.launch.narrow import Narrow
 from executors._triton.launch.operands import Plan
 from executors._triton.launch.packed import codes_of, is_aligned
 from moe_ref import MoEConfig, MXFP4Tensor, NF4Tensor
-from moe_ref.conformance.call import Inputs, call, run
-from moe_ref.conformance.checks import result_arrays, same_bits, verdicts_of
-from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.reference import reference
+from moe_ref.conformance.judgement.call import Inputs, call, run
+from moe_ref.conformance.judgement.checks import result_arrays, same_bits, verdicts_of
+from moe_ref.conformance.judgement.reference import reference
+from moe_ref.conformance.problems.poison import poisoned
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.packed import decode
 from packed_cases import LivePeak
 from triton_cases import ALIGNED, DEVICE, inputs_of, interpreted, python

@@ -13,10 +13,10 @@ from executors._triton.launch import narrow as _narrow
 from executors._triton.launch import products
 from executors._triton.launch.grouping import group
 from executors._triton.launch.operands import Plan
-from moe_ref.conformance.call import run
-from moe_ref.conformance.checks import ConformanceError
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.ranges import check_range
+from moe_ref.conformance.judgement.call import run
+from moe_ref.conformance.judgement.checks import ConformanceError
+from moe_ref.conformance.judgement.ranges import check_range
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import MoEConfig
 from triton_cases import DEVICE, inputs_of
 

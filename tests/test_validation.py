@@ -1,6 +1,6 @@
 """Bad input to the specification: the type of the error, and its one line, word for word.
 
-That executors say the same is `moe_ref.conformance.errors`.
+That executors say the same is `moe_ref.conformance.judgement.errors`.
 """
 
 import re
@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from moe_ref import MoEConfig, MoEWeights, moe, moe_vjp, routed_experts, routed_experts_vjp
-from moe_ref.conformance import errors
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import to_torch
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement import errors
+from moe_ref.conformance.judgement.call import to_torch
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.validation import check_config, check_router_logits
 
 E, K, H, I = 5, 2, 4, 3  # noqa: E741

@@ -9,9 +9,9 @@ import torch
 
 from executors._triton.device import INTERPRETED
 from moe_ref import MoEConfig
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import Inputs, to_torch
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.call import Inputs, to_torch
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.problem import Problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPT_OSS = MoEConfig(2, scoring="topk_softmax", alpha=1.702, limit=7.0, up_offset=1.0, gate_up_layout="interleaved")

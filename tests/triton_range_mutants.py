@@ -1,6 +1,6 @@
 """Bugs to plant in the text of the Triton kernels that keep fp16 from overflowing (E7)."""
 
-# file, what stands there, what a mutant has instead, and a case of moe_ref.conformance.ranges, or a problem
+# file, what stands there, what a mutant has instead, and a case of moe_ref.conformance.judgement.ranges, or a problem
 RANGE_MUTANTS = {
     "nothing is scaled": (
         "narrow",

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ref.layer import gather, outputs_of
+from moe_ref.layer import gather, layer_vjp, outputs_of
 from moe_ref.numerics import EXACT, FORMATS, Perturbed, Rounding, accumulator
 from moe_ref.routing import route, weigh
 from moe_ref.types import MoEWeights
-from moe_ref.vjp import layer_vjp
 from tiny.model import Compute
 
 ADDITIONS = ("z", "o")  # sites where a bias is added: one rounding, whatever the implementation

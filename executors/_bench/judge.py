@@ -13,8 +13,8 @@ from executors._bench.layers import BenchLayer
 from executors._bench.routing import Batch
 from executors._bench.truth import Truth
 from executors._compare.judge import FAULTS
-from moe_ref.conformance.checks import CLAUSES
-from moe_ref.conformance.gates import Verdict, judge
+from moe_ref.conformance.judgement.checks import CLAUSES
+from moe_ref.conformance.judgement.gates import Verdict, judge
 from moe_ref.validation import dtype_name
 
 BFLOAT16 = "bfloat16"

@@ -17,16 +17,15 @@ from torch import Tensor
 
 from executors._bench.layers import BenchLayer, Shape
 from executors._bench.routing import Batch
-from moe_ref._samples import PROBES
 from moe_ref.activations import activation, activation_vjp
-from moe_ref.combine import combine
+from moe_ref.combine import combine, combine_vjp, dot
 from moe_ref.error_bars import Part, TensorBars
 from moe_ref.experts import Linear, down, expert, groups, lora_inner, up
-from moe_ref.grouping import group, permute, unpermute
+from moe_ref.grouping import group, permute, permute_vjp, unpermute
 from moe_ref.numerics import EXACT, FORMATS, Perturbed, Rounding, matmul_transposed, sum_sd
 from moe_ref.packed import decode_expert
+from moe_ref.samples import PROBES
 from moe_ref.types import MoEWeights, PackedTensor
-from moe_ref.vjp import combine_vjp, dot, permute_vjp
 
 SAMPLES = 32
 ROWS = 8  # judged of the gradient of each projection and each factor, for each expert
@@ -140,7 +139,7 @@ def _linear(
     judged: dict[str, Tensor],
     rounding: Rounding,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`moe_ref.experts_vjp.linear_vjp`, with only the judged rows of the gradients of matrix and factors."""
+    """`moe_ref.experts.linear_vjp`, with only the judged rows of the gradients of matrix and factors."""
     d_rows = rounding.store(site, matmul_transposed(rounding, site, d_out, parameters.matrix.mT))
     chosen = d_out[..., judged[f"{name}_proj"]]
     d_matrix = matmul_transposed(rounding, "d_weight", chosen.mT, rows.mT)

@@ -12,12 +12,12 @@ from threadpoolctl import threadpool_limits
 
 from executors import Unavailable, Unsupported
 from executors.layer_file import Layer
-from moe_ref.conformance.call import Inputs, Result, run
-from moe_ref.conformance.checks import CLAUSES
-from moe_ref.conformance.choices import have_margins
-from moe_ref.conformance.gates import Verdict, judge, standardise
-from moe_ref.conformance.kinks import pushes_off_kinks
-from moe_ref.conformance.poison import poisoned
+from moe_ref.conformance.judgement.call import Inputs, Result, run
+from moe_ref.conformance.judgement.checks import CLAUSES
+from moe_ref.conformance.judgement.choices import have_margins
+from moe_ref.conformance.judgement.gates import Verdict, judge, standardise
+from moe_ref.conformance.problems.kinks import pushes_off_kinks
+from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.error_bars import TensorBars, error_bars
 from moe_ref.routing import route, weigh
 from moe_ref.types import MoEWeights

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_ref.conformance.call import Inputs, call
+from moe_ref.conformance.judgement.call import Inputs, call
 
 if TYPE_CHECKING:
     from executors import Executor

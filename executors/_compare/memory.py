@@ -21,7 +21,7 @@ from executors import Executor
 from executors._compare.judge import inputs_for, unjudged
 from executors._compare.measure import forward_backward
 from executors.layer_file import first_tokens, load_layer
-from moe_ref.conformance.call import Inputs, call
+from moe_ref.conformance.judgement.call import Inputs, call
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h

@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 
 from executors._compare.run import LABELS, Row
-from moe_ref.conformance.gates import MAX_Z
+from moe_ref.conformance.judgement.gates import MAX_Z
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from executors._triton.configs import Regime
-from moe_ref.conformance.poison import poisoned
+from moe_ref.conformance.problems.poison import poisoned
 
 Clock = Callable[[Callable[[], object]], float]  # seconds of a call
 

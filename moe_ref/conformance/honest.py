@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, relu, silu
 
 from moe_ref.conformance.wrapped import Wrapped, experts
+from moe_ref.layer import layer_vjp
 from moe_ref.numerics import Nearest, Rounding
 from moe_ref.packed import decode_expert
 from moe_ref.types import MoEConfig, MoEGradients, MoEWeights
 from moe_ref.validation import dtype_name
-from moe_ref.vjp import layer_vjp
 
 if TYPE_CHECKING:
     from executors import Executor

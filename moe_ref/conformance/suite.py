@@ -17,17 +17,18 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moe_ref.conformance import pinned, profiles
-from moe_ref.conformance.checks import applicable, check_problem, check_repeatable
-from moe_ref.conformance.errors import check_errors, check_no_double_backward, check_undeclared_weights
-from moe_ref.conformance.every_code import check_every_code
-from moe_ref.conformance.exact import CASES, check_exact
-from moe_ref.conformance.invariance import check_batch_invariance
-from moe_ref.conformance.laws import LAWS, check_law
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.ranges import RANGES, check_range
-from moe_ref.conformance.reference import reference
-from moe_ref.conformance.strategies import WEIGHTS, problems_for, problems_past_range, undeclared
+from moe_ref.conformance import profiles
+from moe_ref.conformance.judgement.checks import applicable, check_problem, check_repeatable
+from moe_ref.conformance.judgement.errors import check_errors, check_no_double_backward, check_undeclared_weights
+from moe_ref.conformance.judgement.exact import CASES, check_exact
+from moe_ref.conformance.judgement.exact_decode import check_every_code
+from moe_ref.conformance.judgement.invariance import check_batch_invariance
+from moe_ref.conformance.judgement.laws import LAWS, check_law
+from moe_ref.conformance.judgement.ranges import RANGES, check_range
+from moe_ref.conformance.judgement.reference import reference
+from moe_ref.conformance.problems import pinned
+from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.problems.strategies import WEIGHTS, problems_for, problems_past_range, undeclared
 from moe_ref.types import QuantType
 from moe_ref.validation import DECODED_DTYPES, FLOAT_DTYPES
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from math import ceil
 from typing import Any, get_args
 
-from moe_ref._checks import check_array, check_choice, check_integer, check_shape, short
 from moe_ref._typing import Array
 from moe_ref.types import NF4Tensor, QuantType
+from moe_ref.validation.arrays import check_array, check_choice, check_integer, check_shape, short
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DECODED_DTYPES = ("float32", "bfloat16", "float16")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import Inputs, call, to_torch
-from moe_ref.conformance.checks import ConformanceError, applicable
-from moe_ref.conformance.packed import in_whole_blocks
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.strategies import WEIGHTS
+from moe_ref.conformance.judgement.call import Inputs, call, to_torch
+from moe_ref.conformance.judgement.checks import ConformanceError, applicable
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.packed import in_whole_blocks
+from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.problems.strategies import WEIGHTS
 from moe_ref.layer import moe, routed_experts
 from moe_ref.types import Activation, ExpertLoRA, MoEConfig
 from moe_ref.validation import DECODED_DTYPES, FLOAT_DTYPES

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moe_ref.conformance.build import Arrays
-from moe_ref.conformance.problem import Problem, leading_shape
+from moe_ref.conformance.problems.build import Arrays
+from moe_ref.conformance.problems.problem import Problem, leading_shape
 from moe_ref.types import PARAMETERS, MoEWeights
 
 if TYPE_CHECKING:

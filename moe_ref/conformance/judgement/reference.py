@@ -8,8 +8,8 @@ from functools import lru_cache
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from moe_ref.conformance.build import Arrays, build
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.problems.build import Arrays, build
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.error_bars import TensorBars, error_bars
 from moe_ref.numerics import FORMATS
 from moe_ref.routing import weigh

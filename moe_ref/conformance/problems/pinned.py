@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import MoEConfig
 
 GPT_OSS = MoEConfig(

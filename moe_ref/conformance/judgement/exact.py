@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_ref.conformance.build import Arrays
-from moe_ref.conformance.call import run, to_torch
-from moe_ref.conformance.checks import ConformanceError, result_arrays
-from moe_ref.conformance.packed import decoded, in_whole_blocks, quantized
-from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.strategies import undeclared
+from moe_ref.conformance.judgement.call import run, to_torch
+from moe_ref.conformance.judgement.checks import ConformanceError, result_arrays
+from moe_ref.conformance.problems.build import Arrays
+from moe_ref.conformance.problems.packed import decoded, in_whole_blocks, quantized
+from moe_ref.conformance.problems.poison import poisoned
+from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.problems.strategies import undeclared
 from moe_ref.error_bars import named
+from moe_ref.layer import layer_vjp
 from moe_ref.numerics import FORMATS, round_to_nearest
 from moe_ref.types import MoEConfig, MoEWeights
-from moe_ref.vjp import layer_vjp
 
 if TYPE_CHECKING:
     from executors import Executor

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_ref._checks import check_array, check_choice, check_shape, short
-from moe_ref._nf4_checks import DECODED_DTYPES
 from moe_ref.types import MXFP4Tensor
+from moe_ref.validation.arrays import check_array, check_choice, check_shape, short
+from moe_ref.validation.nf4 import DECODED_DTYPES
 
 BYTES = 16  # of a block of 32 codes
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ref.activations import split_gate_up
-from moe_ref.conformance.choices import have_margins
-from moe_ref.conformance.kinks import clear_of_kinks
-from moe_ref.conformance.packed import quantized
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.choices import have_margins
+from moe_ref.conformance.problems.kinks import clear_of_kinks
+from moe_ref.conformance.problems.packed import quantized
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.grouping import is_slot
 from moe_ref.numerics import round_to_nearest
 from moe_ref.routing import route, weigh

@@ -14,13 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_ref.conformance.build import Arrays, build
-from moe_ref.conformance.call import run, to_torch
-from moe_ref.conformance.checks import ConformanceError, applicable, result_arrays, verdicts_of, with_one_choice
-from moe_ref.conformance.packed import of_experts, with_own_blocks
-from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.reference import reference
+from moe_ref.conformance.judgement.call import run, to_torch
+from moe_ref.conformance.judgement.checks import (
+    ConformanceError,
+    applicable,
+    result_arrays,
+    verdicts_of,
+    with_one_choice,
+)
+from moe_ref.conformance.judgement.reference import reference
+from moe_ref.conformance.problems.build import Arrays, build
+from moe_ref.conformance.problems.packed import of_experts, with_own_blocks
+from moe_ref.conformance.problems.poison import poisoned
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import PARAMETERS
 
 if TYPE_CHECKING:

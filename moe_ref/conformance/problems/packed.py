@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from moe_ref import mxfp4
-from moe_ref._nf4_checks import BLOCKSIZES
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.nf4 import absmax_of, quantize
 from moe_ref.packed import decode
 from moe_ref.types import MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor
+from moe_ref.validation.nf4 import BLOCKSIZES
 
 
 def quantized(weights: MoEWeights, problem: Problem) -> MoEWeights:

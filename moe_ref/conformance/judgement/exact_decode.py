@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_ref.conformance.build import Arrays
-from moe_ref.conformance.exact import check_equal
-from moe_ref.conformance.packed import quantized
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.strategies import undeclared
+from moe_ref.conformance.judgement.exact import check_equal
+from moe_ref.conformance.problems.build import Arrays
+from moe_ref.conformance.problems.packed import quantized
+from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.problems.strategies import undeclared
 from moe_ref.mxfp4 import BLOCKSIZE
 from moe_ref.types import MoEConfig, MoEWeights, MXFP4Tensor, PackedTensor
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import Inputs, Result, run, to_torch
-from moe_ref.conformance.choices import admissible
-from moe_ref.conformance.gates import Verdict, judge
-from moe_ref.conformance.poison import poisoned
-from moe_ref.conformance.problem import Problem
-from moe_ref.conformance.reference import Reference, reference
+from moe_ref.conformance.judgement.call import Inputs, Result, run, to_torch
+from moe_ref.conformance.judgement.choices import admissible
+from moe_ref.conformance.judgement.gates import Verdict, judge
+from moe_ref.conformance.judgement.reference import Reference, reference
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.poison import poisoned
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.routing import keys_are_rounded
 from moe_ref.types import PARAMETERS, Routing
 

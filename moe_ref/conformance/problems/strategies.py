@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, get_args
 
 from hypothesis import strategies as st
 
-from moe_ref._nf4_checks import BLOCKSIZES, DECODED_DTYPES
-from moe_ref.conformance.packed import in_whole_blocks
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.problems.packed import in_whole_blocks
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import DENSE, GATED, LORA_FACTORS, Activation, MoEConfig, QuantType
+from moe_ref.validation.nf4 import BLOCKSIZES, DECODED_DTYPES
 
 if TYPE_CHECKING:
     from executors import Capabilities, Executor

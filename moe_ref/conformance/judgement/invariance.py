@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moe_ref.conformance.build import build
-from moe_ref.conformance.call import run, to_torch
-from moe_ref.conformance.checks import ConformanceError, applicable, same_bits
-from moe_ref.conformance.laws import of_tokens
-from moe_ref.conformance.problem import Problem
+from moe_ref.conformance.judgement.call import run, to_torch
+from moe_ref.conformance.judgement.checks import ConformanceError, applicable, same_bits
+from moe_ref.conformance.judgement.laws import of_tokens
+from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.problem import Problem
 
 if TYPE_CHECKING:
     from executors import Executor

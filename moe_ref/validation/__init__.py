@@ -7,19 +7,6 @@ from __future__ import annotations
 
 from typing import get_args
 
-from moe_ref._checks import (
-    FLOAT_DTYPES,
-    ID_DTYPES,
-    check_array,
-    check_choice,
-    check_finite,
-    check_integer,
-    check_shape,
-    dtype_name,
-    short,
-)
-from moe_ref._mxfp4_checks import check_mxfp4, check_quantize_mxfp4
-from moe_ref._nf4_checks import DECODED_DTYPES, check_nf4, check_quantize
 from moe_ref._typing import Array
 from moe_ref.types import (
     GATED,
@@ -32,6 +19,19 @@ from moe_ref.types import (
     MXFP4Tensor,
     Scoring,
 )
+from moe_ref.validation.arrays import (
+    FLOAT_DTYPES,
+    ID_DTYPES,
+    check_array,
+    check_choice,
+    check_finite,
+    check_integer,
+    check_shape,
+    dtype_name,
+    short,
+)
+from moe_ref.validation.mxfp4 import check_mxfp4, check_quantize_mxfp4
+from moe_ref.validation.nf4 import DECODED_DTYPES, check_nf4, check_quantize
 
 __all__ = [
     "DECODED_DTYPES",

@@ -1,0 +1,1 @@
+"""Problems that an executor is given: described, drawn, built."""
