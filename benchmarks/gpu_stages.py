@@ -21,7 +21,11 @@ OTHERS = ("native", "grouped_mm", "grouped_nf4")
 SUITE = "moe_ref.conformance.suite"
 MOST_WORKERS = 12
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
-CUDA_TESTS = ("tests/test_triton_cuda.py", "tests/test_grouped_cuda.py", "tests/test_bench_cuda.py")
+CUDA_TESTS = (
+    "tests/triton/test_triton_cuda.py",
+    "tests/executors/test_grouped_cuda.py",
+    "tests/bench/test_bench_cuda.py",
+)
 QUICK = "test_exact_cases and not long_sums and not many_rows"  # of the suite, where kernels are interpreted
 NO_GPU = "needs a GPU"
 

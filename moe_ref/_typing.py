@@ -1,7 +1,7 @@
 """Array annotations with shapes, such as ``Float[Array, "T H"]``.
 
-At run time they are plain ``typing.Annotated`` and cost nothing; ``tests/test_shapes.py`` puts jaxtyping in this
-module's place and so checks every shape and dtype of every public function.
+At run time they are plain ``typing.Annotated`` and cost nothing; ``tests/moe_ref/test_shapes.py`` puts jaxtyping in
+this module's place and so checks every shape and dtype of every public function.
 """
 
 from typing import Annotated as Bool

@@ -1,9 +1,9 @@
 """bitsandbytes agrees with the specification of NF4 and FP4, bit for bit, where it is right (clauses Q2 to Q4, Q6).
 
 Where it is wrong, or its answer depends on the processor, elements are excused by name. Each excuse has a pinned
-example of that name in tests/test_nf4_differences.py and a section in docs/known-differences.md. On processors that
-were not measured it may be wrong in other ways: tests of its compiled functions then skip, and tell what was seen. What
-is asserted of us, and of its path in PyTorch, holds on all of them.
+example of that name in tests/executors/test_nf4_differences.py and a section in docs/known-differences.md. On
+processors that were not measured it may be wrong in other ways: tests of its compiled functions then skip, and tell
+what was seen. What is asserted of us, and of its path in PyTorch, holds on all of them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 
 from without_16_bit import environment, pytest_configure, why_not
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SUITE = "property_tests/test_conformance.py"
 CHOSEN = {
     "exact": "exact_cases or every_code or refused",
@@ -22,12 +22,12 @@ CHOSEN = {
     "pinned": "pinned and not float32 and not float64",
 }
 PIECES = {
-    "dense": ("tests/test_dense.py", "tests/test_grouped_mm.py"),
-    "known bugs": ("tests/test_known_bugs.py", "tests/test_known_bugs_routing.py"),
-    "compiled": ("tests/test_numba.py", "tests/test_numba_packed.py"),
-    "4 bits decoded": ("tests/test_decode.py", "property_tests/test_decode.py"),
-    "4 bits in slices": ("tests/test_grouped_nf4.py", "-k", "slices_hold"),
-    "4 bits": ("tests/test_grouped_nf4.py", "-k", "not slices_hold"),
+    "dense": ("tests/executors/test_dense.py", "tests/executors/test_grouped_mm.py"),
+    "known bugs": ("tests/conformance/test_known_bugs.py", "tests/conformance/test_known_bugs_routing.py"),
+    "compiled": ("tests/executors/test_numba.py", "tests/executors/test_numba_packed.py"),
+    "4 bits decoded": ("tests/executors/test_decode.py", "property_tests/test_decode.py"),
+    "4 bits in slices": ("tests/executors/test_grouped_nf4.py", "-k", "slices_hold"),
+    "4 bits": ("tests/executors/test_grouped_nf4.py", "-k", "not slices_hold"),
     **{
         f"{name}: {what}": (SUITE, "--executor", name, "-k", chosen)
         for name in ("native", "grouped_mm", "grouped_nf4", "numba")

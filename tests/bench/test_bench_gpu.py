@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DRIVER = ROOT / "benchmarks" / "gpu.py"
 PNG = b"\x89PNG\r\n\x1a\n"
 SLEEPS = "import time; time.sleep(60)"

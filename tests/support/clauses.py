@@ -1,4 +1,4 @@
-"""Which tests hold which clause: the source of docs/clauses.md. Rewrite that page with ``python tests/clauses.py``.
+"""Which tests hold which clause: the source of docs/clauses.md, which ``python tests/support/clauses.py`` rewrites.
 
 A test holds the clauses that its docstring or its name names. Tests that run on every executor are those of the suite,
 and those that take an executor's name.
@@ -11,14 +11,14 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "clauses.md"
 CLAUSE = re.compile(r"\b([TRGECDQM]\d)\b")
 HEAD = """# Clauses and the tests that hold them
 
-Made by `python tests/clauses.py` from the docstrings of the tests. The suite runs on whatever executor it is given; the
-tests beside it that are named in the second column run on `native` and on `grouped_mm`. A mutant is a deliberately
-wrong executor that breaks the clause: the suite must reject it.
+Made by `python tests/support/clauses.py` from the docstrings of the tests. The suite runs on whatever executor it is
+given; the tests beside it that are named in the second column run on `native` and on `grouped_mm`. A mutant is a
+deliberately wrong executor that breaks the clause: the suite must reject it.
 
 | clause | on every executor | of the specification and the project | mutants |
 |---|---|---|---|
@@ -57,7 +57,7 @@ def held_by() -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, lis
 
 
 def files(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).glob("*.py"))
+    return sorted((ROOT / folder).rglob("*.py"), key=lambda path: path.name)
 
 
 def functions(path: Path) -> list[ast.FunctionDef]:

@@ -12,7 +12,7 @@ import executors
 from moe_ref.conformance.mutants import mutants
 from moe_ref.conformance.mutants._registry import PACKED_MUTANTS
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 CLAUSES = clauses.clauses()
 
 
@@ -36,7 +36,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 
 def test_the_table_of_clauses_is_up_to_date() -> None:
-    assert clauses.PAGE.read_text() == clauses.page(), "run python tests/clauses.py"
+    assert clauses.PAGE.read_text() == clauses.page(), "run python tests/support/clauses.py"
 
 
 def test_every_clause_is_held_on_every_executor() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from executors._triton.decode_rule import COUNTED, RULES
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STORED = json.loads((BENCHMARKS / "results" / "four-bit-counted" / "kernels.json").read_text())["families"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SPECIFICATION = {"numpy", "array_api_compat", "moe_ref"}
 CONFORMANCE = SPECIFICATION | {"hypothesis", "pytest", "safetensors", "threadpoolctl", "torch", "executors"}
 SHARED_WITH_EXECUTORS = ("moe_ref.types", "moe_ref.validation")
