@@ -137,7 +137,7 @@ def linear(
 def lora_inner(
     product_site: str, rows: Float[Array, "*#samples n k"], parameters: Linear, rounding: Rounding = EXACT
 ) -> Float[Array, "*#samples n r"]:
-    """What stands between an adapter's factors: scaling (rows A^T)."""
+    """What stands between an adapter's factors (clause E6): scaling (rows A^T)."""
     name = f"{product_site}_lora_inner"
     inner = rounding.store(name, matmul_transposed(rounding, name, rows, parameters.lora_a))
     return rounding.store(f"{name}_scaled", parameters.scaling * inner)

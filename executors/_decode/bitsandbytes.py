@@ -1,6 +1,6 @@
 """bitsandbytes' CPU kernel, where it is installed and has been seen to be right.
 
-Before a format's first use a probe is decoded and compared with the table's bits (`executors._decode.probe`). The
+Before a format's first use a probe is decoded and compared with the table's bits (Q6; `executors._decode.probe`). The
 kernel is always given one row for each block, never rows that blocks straddle, and blocks of at most 1024; scales so
 small that a bf16 result would be subnormal are kept from it. Why: docs/known-differences.md.
 """
