@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from executors._base.operator import Operator, define
 from executors._pipeline.executor import PipelineExecutor
 from executors._pipeline.grouped import GroupedProducts, check_capture, host_note
-from executors._pipeline.operator import Multiplication
+from executors._pipeline.operator import PipelineOperator
 from executors._protocol import Capabilities
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from moe_ref.types import MoEWeights
 
-OPERATOR = define(Multiplication("grouped_mm", GroupedProducts, on_host=False))
+OPERATOR = define(PipelineOperator("grouped_mm", GroupedProducts, on_host=False))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from executors._decode.paths import Path, mean_rows
 from executors._pipeline import cpu_product
 from executors._pipeline.grouped import check_capture, host_note
 from executors._pipeline.loop import LoopProducts
-from executors._pipeline.operator import Multiplication
+from executors._pipeline.operator import PipelineOperator
 from executors._pipeline.sliced import SlicedProducts
 from executors._protocol import Capabilities, Unavailable
 
@@ -38,7 +38,7 @@ def products(group_offsets: Tensor) -> Products:
     return LoopProducts(group_offsets) if group_offsets.device.type == "cpu" else SlicedProducts(group_offsets)
 
 
-OPERATOR = define(Multiplication("grouped_nf4", products, on_host=False))
+OPERATOR = define(PipelineOperator("grouped_nf4", products, on_host=False))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class GroupedNF4(LayerExecutor):
             kernels.check_slots(topk_ids.numel(), self.name)
             own = kernels.operator_of(self._forced)
             return apply(own, x, topk_ids, topk_weights, weights, keep_z=True)
-        return apply(self.operator, x, topk_ids, topk_weights, weights, keep_z=True, keep_own=not self.recompute)
+        return apply(self.operator, x, topk_ids, topk_weights, weights, keep_z=True, keep_decoded=not self.recompute)
 
     @property
     def _forced(self) -> str:

@@ -12,9 +12,9 @@ from typing import ClassVar
 from executors._base.operator import Operator, define
 from executors._pipeline.executor import PipelineExecutor
 from executors._pipeline.loop import LoopProducts
-from executors._pipeline.operator import Multiplication
+from executors._pipeline.operator import PipelineOperator
 
-OPERATOR = define(Multiplication("native", LoopProducts, on_host=True))
+OPERATOR = define(PipelineOperator("native", LoopProducts, on_host=True))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from executors._base.operator import Operator, define
 from executors._numba.products import NumbaProducts, few_rows_of
 from executors._pipeline.cpu_product import note
 from executors._pipeline.executor import PipelineExecutor
-from executors._pipeline.operator import Multiplication
+from executors._pipeline.operator import PipelineOperator
 from executors._protocol import Capabilities
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from moe_ref.types import MoEWeights
 
-OPERATOR = define(Multiplication("numba", NumbaProducts, on_host=True))
+OPERATOR = define(PipelineOperator("numba", NumbaProducts, on_host=True))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ DENSE = 0
 KINDS = (*get_args(QuantType), "mxfp4")  # of 4 bits, numbered from 1
 
 
-def apart(projection: Any) -> Parts:
+def flatten(projection: Any) -> Parts:
     """The arguments that stand for a projection: a Tensor [E, m, k], or a `PackedTensor` of that shape."""
     if not isinstance(projection, PackedTensor):
         return projection, [], [DENSE]
@@ -29,7 +29,7 @@ def apart(projection: Any) -> Parts:
     return codes, scales, static
 
 
-def packed_of(parts: Parts, x: Tensor) -> PackedTensor | None:
+def unflatten(parts: Parts, x: Tensor) -> PackedTensor | None:
     """The projection that these arguments stand for, decoded to x's dtype; or None if it is dense."""
     codes, scales, (kind, *static) = parts
     if kind == DENSE:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from executors._base.arguments import apart
+from executors._base.arguments import flatten
 from moe_ref.types import PARAMETERS, MoEWeights
 
 P = ParamSpec("P")
@@ -31,9 +31,10 @@ STATIC = """
     SymInt[] gate_up_format, SymInt[] down_format, float gate_up_scaling, float down_scaling, bool scale_input,
     str activation, float alpha, float? limit, float up_offset, str layout
 """
-FORWARD = f"({FIRST}, bool keep_z, bool keep_own, {STATIC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+FORWARD = f"({FIRST}, bool keep_z, bool keep_decoded, {STATIC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 BACKWARD = f"""(
-    Tensor dy, Tensor z, Tensor order, Tensor group_offsets, Tensor own_1, Tensor own_2, {FIRST}, bool[] needs, {STATIC}
+    Tensor dy, Tensor z, Tensor order, Tensor group_offsets, Tensor decoded_gate_up, Tensor decoded_down,
+    {FIRST}, bool[] needs, {STATIC}
 ) -> Tensor[]"""
 
 
@@ -88,14 +89,14 @@ class Kept(NamedTuple):
         z: [S, J], or no rows if it is to be built anew.
         order: [S] the slot in each row.
         group_offsets: [E + 1], on the host for an implementation that wants them there.
-        own_1, own_2: whatever else an implementation keeps.
+        decoded_gate_up, decoded_down: of experts in 4 bits what was decoded, if it is kept; else empty.
     """
 
     z: Tensor
     order: Tensor
     group_offsets: Tensor
-    own_1: Tensor
-    own_2: Tensor
+    decoded_gate_up: Tensor
+    decoded_down: Tensor
 
 
 class Implementation(Protocol):
@@ -109,10 +110,10 @@ class Implementation(Protocol):
     def gradient_format(self) -> torch.memory_format:
         """Whether parameters' gradients are contiguous, or have their owners' strides; others are contiguous."""
 
-    def forward(self, given: Arguments, keep_z: bool, keep_own: bool) -> tuple[Tensor, Kept]:
+    def forward(self, given: Arguments, keep_z: bool, keep_decoded: bool) -> tuple[Tensor, Kept]:
         """y [T, H], and what a backward pass takes."""
 
-    def fake(self, given: Arguments, keep_z: bool, keep_own: bool) -> tuple[Tensor, Kept]:
+    def fake(self, given: Arguments, keep_z: bool, keep_decoded: bool) -> tuple[Tensor, Kept]:
         """Tensors of the shapes, dtypes and devices that `forward` returns, without values."""
 
     def backward(self, given: Arguments, kept: Kept, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
@@ -213,7 +214,7 @@ def apply(
     weights: MoEWeights,
     *,
     keep_z: bool,
-    keep_own: bool = False,
+    keep_decoded: bool = False,
 ) -> Tensor:
     """y, of x's shape, from x [..., H], topk_ids and topk_weights [T, K].
 
@@ -222,7 +223,7 @@ def apply(
     rows = x.reshape(-1, x.shape[-1])
     tensors, static = arguments_of(rows, topk_ids, topk_weights, weights)
     training = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in tensors)
-    y = operator.forward(*tensors, training and keep_z, training and keep_own, *static)[0]
+    y = operator.forward(*tensors, training and keep_z, training and keep_decoded, *static)[0]
     return y.reshape(x.shape)
 
 
@@ -234,7 +235,7 @@ def arguments_of(
     scalings = (1.0, 1.0) if lora is None else (float(lora.gate_up_scaling), float(lora.down_scaling))
     act = (config.activation, float(config.alpha), config.limit, float(config.up_offset), config.gate_up_layout)
     (gate_up, gate_up_scales, gate_up_format), (down, down_scales, down_format) = (
-        apart(projection) for projection in (weights.gate_up_proj, weights.down_proj)
+        flatten(projection) for projection in (weights.gate_up_proj, weights.down_proj)
     )
     parameters = weights.parameters() | {"gate_up_proj": gate_up, "down_proj": down}
     tensors = [rows, topk_ids, topk_weights, *(parameters.get(name) for name in PARAMETERS)]

@@ -16,7 +16,7 @@ from executors._decode import MX_BLOCKSIZE, scales_of
 from executors._decode.table import CODES, LOW_FIRST
 from executors._numba.kernels import KINDS, LOOK_UP, multiply_decoded, multiply_decoded_shared
 from executors._numba.launch import Group, run
-from executors._pipeline.packed_matrices import Stack
+from executors._pipeline.packed_matrices import PackedMatrices
 from moe_ref.types import NF4Tensor, PackedTensor
 
 BLOCK_BY_ROWS = 32  # columns of a job, at least: their matrix in 16 bits stays in the second cache
@@ -24,7 +24,7 @@ LARGEST_BY_ROWS = 2**18  # numbers of it
 BLOCK_BY_COLUMNS = 1024  # at most
 
 
-def block_of(stack: Stack, by_rows: bool) -> int:
+def block_of(stack: PackedMatrices, by_rows: bool) -> int:
     """Columns of a job with such a stack, so that each begins with a block of codes; 0 where there are none.
 
     Args:
@@ -44,7 +44,7 @@ def block_of(stack: Stack, by_rows: bool) -> int:
     return 0 if width % blocksize else max(blocksize, BLOCK_BY_COLUMNS)  # both are powers of two
 
 
-def multiply_packed(a: Tensor, stack: Stack, groups: list[Group], by_rows: bool) -> Tensor:
+def multiply_packed(a: Tensor, stack: PackedMatrices, groups: list[Group], by_rows: bool) -> Tensor:
     """[S, m] fp32: rows ``start`` to ``stop - 1`` of a [S, k] times matrices [E, k, m][expert], for each group.
 
     Other rows are not written.

@@ -16,7 +16,7 @@ from executors._numba.packed import block_of, multiply_packed
 from executors._pipeline import cpu_product
 from executors._pipeline.layer import Matrices, stored_dtype
 from executors._pipeline.loop import LoopProducts
-from executors._pipeline.packed_matrices import Stack
+from executors._pipeline.packed_matrices import PackedMatrices
 from executors._pipeline.zeros import zeros_like
 from moe_ref.validation import dtype_name
 
@@ -42,13 +42,13 @@ class NumbaProducts(LoopProducts):
 
     def rows(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, m]: a [S, k] times matrices [E, m, k] transposed."""
-        if isinstance(matrices, Stack):
+        if isinstance(matrices, PackedMatrices):
             return self._packed_product(a, matrices, back=False)
         return self._product(a, matrices.transpose(1, 2))
 
     def rows_back(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, k]: a [S, m] times matrices [E, m, k]."""
-        if isinstance(matrices, Stack):
+        if isinstance(matrices, PackedMatrices):
             return self._packed_product(a, matrices, back=True)
         return self._product(a, matrices)
 
@@ -80,7 +80,7 @@ class NumbaProducts(LoopProducts):
             a, matrices.shape[2], limit, partial(_compiled, a, matrices), lambda expert, _: matrices[expert]
         )
 
-    def _packed_product(self, a: Tensor, stack: Stack, back: bool) -> Tensor:
+    def _packed_product(self, a: Tensor, stack: PackedMatrices, back: bool) -> Tensor:
         """[S, k] of a [S, m] times experts in 4 bits [E, m, k] if ``back``, else [S, m] of a [S, k], transposed."""
         by_rows = back == stack.packed.transposed
         table = BY_ROWS if by_rows else BY_COLUMNS

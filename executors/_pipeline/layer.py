@@ -16,9 +16,9 @@ from torch import Tensor
 from executors._pipeline import activation
 from executors._pipeline.activation import Activation
 from executors._pipeline.grouping import combine, expert_of_rows, group, inverse_of, slot_weights
-from executors._pipeline.packed_matrices import Stack
+from executors._pipeline.packed_matrices import PackedMatrices
 
-Matrices = Tensor | Stack  # [E, m, k]; of a Stack no gradient is ever asked for
+Matrices = Tensor | PackedMatrices  # [E, m, k]; of a PackedMatrices no gradient is ever asked for
 
 
 class Products(Protocol):

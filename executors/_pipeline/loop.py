@@ -10,7 +10,7 @@ from torch import Tensor
 
 from executors._pipeline import cpu_product, half
 from executors._pipeline.layer import Matrices, stored_dtype
-from executors._pipeline.packed_matrices import Stack
+from executors._pipeline.packed_matrices import PackedMatrices
 from executors._pipeline.zeros import zeros_like
 
 PAIRED = 2**18  # numbers of a matrix from which on single rows are multiplied in pairs
@@ -86,4 +86,8 @@ class LoopProducts:
     def _matrices(self, matrices: Matrices) -> Iterator[tuple[Tensor, int, int]]:
         """Each expert's matrix with its rows' start and stop; one in 4 bits is decoded when its turn comes."""
         for place, (expert, start, stop) in enumerate(self._groups):
-            yield matrices.expert(expert, place) if isinstance(matrices, Stack) else matrices[expert], start, stop
+            yield (
+                matrices.expert(expert, place) if isinstance(matrices, PackedMatrices) else matrices[expert],
+                start,
+                stop,
+            )

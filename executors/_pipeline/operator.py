@@ -8,17 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from executors._base.arguments import packed_of
+from executors._base.arguments import unflatten
 from executors._base.operator import Arguments, Kept
 from executors._pipeline import layer as _layer
 from executors._pipeline.activation import Activation
 from executors._pipeline.grouping import group
 from executors._pipeline.layer import Layer, Matrices, Products, Projection
-from executors._pipeline.packed_matrices import Stack, room_for
+from executors._pipeline.packed_matrices import PackedMatrices, room_for
 from moe_ref.types import PARAMETERS, PackedTensor
 
 
-class Multiplication(NamedTuple):
+class PipelineOperator(NamedTuple):
     """A way to multiply rows by their expert's matrix.
 
     Attributes:
@@ -36,9 +36,9 @@ class Multiplication(NamedTuple):
         """Gradients of parameters are stored as those are: autograd would copy others into that order."""
         return torch.preserve_format
 
-    def forward(self, given: Arguments, keep_z: bool, keep_own: bool) -> tuple[Tensor, Kept]:
+    def forward(self, given: Arguments, keep_z: bool, keep_decoded: bool) -> tuple[Tensor, Kept]:
         """y [T, H]; of both projections what was decoded is kept too, or nothing."""
-        slots = given.topk_ids.numel() if keep_own else 0
+        slots = given.topk_ids.numel() if keep_decoded else 0
         packed = _packed(given)
         rooms = [room_for(each, slots, given.x) for each in packed]
         matrices = _matrices(given, packed, rooms, filled=False)
@@ -47,7 +47,7 @@ class Multiplication(NamedTuple):
         y, z = _layer.forward(_make_layer(given, order, matrices), self.products(offsets))
         return y, Kept(z if keep_z else z.new_empty(0, z.shape[1]), order, offsets, *rooms)
 
-    def fake(self, given: Arguments, keep_z: bool, keep_own: bool) -> tuple[Tensor, Kept]:
+    def fake(self, given: Arguments, keep_z: bool, keep_decoded: bool) -> tuple[Tensor, Kept]:
         """Tensors of the same shapes."""
         x, slots = given.x, given.topk_ids.numel()
         packed = _packed(given)
@@ -57,12 +57,12 @@ class Multiplication(NamedTuple):
             x.new_empty(slots if keep_z else 0, both, dtype=_layer.stored_dtype(x.dtype)),
             given.topk_ids.new_empty(slots, dtype=torch.int64),
             torch.empty(experts + 1, dtype=torch.int64, device=device),
-            *(room_for(p, slots if keep_own else 0, x) for p in packed),
+            *(room_for(p, slots if keep_decoded else 0, x) for p in packed),
         )
 
     def backward(self, given: Arguments, kept: Kept, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
         """The gradients that are needed."""
-        matrices = _matrices(given, _packed(given), [kept.own_1, kept.own_2], filled=True)
+        matrices = _matrices(given, _packed(given), [kept.decoded_gate_up, kept.decoded_down], filled=True)
         layer = _make_layer(given, kept.order, matrices)
         multiply = self.products(kept.group_offsets)
         z = kept.z
@@ -85,7 +85,7 @@ def _stored_as(owner: Tensor | None, gradient: Tensor, parameter: bool) -> Tenso
 
 def _packed(given: Arguments) -> list[PackedTensor | None]:
     return [
-        packed_of(parts, given.x)
+        unflatten(parts, given.x)
         for parts in (
             (given.gate_up_proj, given.gate_up_scales, given.gate_up_format),
             (given.down_proj, given.down_scales, given.down_format),
@@ -97,7 +97,7 @@ def _matrices(given: Arguments, packed: list[PackedTensor | None], rooms: list[T
     """What products take: a dense stack as it is, or one in 4 bits with the room for what is decoded of it."""
     dense = given.gate_up_proj, given.down_proj
     return [
-        stack if each is None else Stack(each, room, filled and room.shape[0] > 0)
+        stack if each is None else PackedMatrices(each, room, filled and room.shape[0] > 0)
         for stack, each, room in zip(dense, packed, rooms, strict=True)
     ]
 

@@ -11,7 +11,7 @@ from executors._decode import decode_expert, decode_experts
 from moe_ref.types import PackedTensor
 
 
-class Stack(NamedTuple):
+class PackedMatrices(NamedTuple):
     """Matrices [E, m, k] that are decoded when they are used.
 
     Experts that have rows are counted by places, in increasing order of their numbers.

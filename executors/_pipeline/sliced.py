@@ -7,7 +7,7 @@ from torch import Tensor
 
 from executors._pipeline.grouped import GroupedProducts
 from executors._pipeline.layer import Matrices, stored_dtype
-from executors._pipeline.packed_matrices import Stack
+from executors._pipeline.packed_matrices import PackedMatrices
 
 SLICES = 8  # of all experts: what is decoded at a time is an eighth of a projection
 
@@ -36,13 +36,13 @@ class SlicedProducts(GroupedProducts):
 
     def rows(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, m]: a [S, k] times matrices [E, m, k] transposed."""
-        if not isinstance(matrices, Stack):
+        if not isinstance(matrices, PackedMatrices):
             return super().rows(_widened(a), _widened(matrices))
         return self._by_slices(_widened(a), matrices, back=False)
 
     def rows_back(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, k]: a [S, m] times matrices [E, m, k]."""
-        if not isinstance(matrices, Stack):
+        if not isinstance(matrices, PackedMatrices):
             return super().rows_back(_widened(a), _widened(matrices))
         return self._by_slices(_widened(a), matrices, back=True)
 
@@ -50,7 +50,7 @@ class SlicedProducts(GroupedProducts):
         """[E, m, k] in ``dtype``: a [S, m] transposed times b [S, k], group by group; of adapters only."""
         return super().outer(_widened(a), _widened(b), like, stored_dtype(dtype)).to(dtype)
 
-    def _by_slices(self, a: Tensor, matrices: Stack, back: bool) -> Tensor:
+    def _by_slices(self, a: Tensor, matrices: PackedMatrices, back: bool) -> Tensor:
         slots, num_experts = a.shape[0], len(self._experts)
         out = a.new_empty(slots + 1, matrices.shape[2 if back else 1])  # the last row takes what is of no expert here
         step = -(-num_experts // SLICES)

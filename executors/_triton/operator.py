@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from executors._base.arguments import packed_of
+from executors._base.arguments import unflatten
 from executors._base.operator import Arguments, Kept, Operator, define
 from executors._triton import configs, interpreter
 from executors._triton import layer as _layer
@@ -44,7 +44,7 @@ class Kernels(NamedTuple):
         """Gradients have their owners' strides."""
         return torch.preserve_format
 
-    def forward(self, given: Arguments, keep_z: bool, _keep_own: bool) -> tuple[Tensor, Kept]:
+    def forward(self, given: Arguments, keep_z: bool, _keep_decoded: bool) -> tuple[Tensor, Kept]:
         """y [T, H]; z is all that a backward pass takes."""
         if not given.topk_ids.numel():
             return self.fake(given, keep_z, False)
@@ -56,7 +56,7 @@ class Kernels(NamedTuple):
             y, z = _layer.forward(readable(layer, plan), plan, keep_z)
         return y, self._kept(z)
 
-    def fake(self, given: Arguments, keep_z: bool, _keep_own: bool) -> tuple[Tensor, Kept]:
+    def fake(self, given: Arguments, keep_z: bool, _keep_decoded: bool) -> tuple[Tensor, Kept]:
         """Tensors of the same shapes."""
         x, slots = given.x, given.topk_ids.numel()
         z = x.new_empty(slots if keep_z else 0, matrices_of(given)[0].shape[1], dtype=between(x.dtype))
@@ -145,8 +145,8 @@ def readable(layer: Layer, plan: Plan) -> Layer:
 
 def matrices_of(given: Arguments) -> tuple[Matrices, Matrices]:
     """Both projections, dense or in 4 bits."""
-    up = packed_of((given.gate_up_proj, given.gate_up_scales, given.gate_up_format), given.x)
-    down = packed_of((given.down_proj, given.down_scales, given.down_format), given.x)
+    up = unflatten((given.gate_up_proj, given.gate_up_scales, given.gate_up_format), given.x)
+    down = unflatten((given.down_proj, given.down_scales, given.down_format), given.x)
     return given.gate_up_proj if up is None else up, given.down_proj if down is None else down
 
 

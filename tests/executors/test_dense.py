@@ -11,7 +11,7 @@ from executors._base import operator as _operator
 from executors._pipeline import grouping
 from executors._pipeline import layer as _layer
 from executors._pipeline.loop import LoopProducts
-from executors._pipeline.operator import Multiplication
+from executors._pipeline.operator import PipelineOperator
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.judgement.call import Inputs, call
 from moe_ref.conformance.problems.build import build
@@ -233,7 +233,7 @@ class PlainProducts(LoopProducts):
 
 def test_autocast_does_not_reach_into_an_operator() -> None:
     """Whatever its products are made of."""
-    operator = _operator.define(Multiplication("plain_probe", PlainProducts, on_host=True))
+    operator = _operator.define(PipelineOperator("plain_probe", PlainProducts, on_host=True))
     tensors, static = arguments(inputs_of(Problem(12, 1, 16, 8, MoEConfig(1), entry="experts")))
     with torch.no_grad():
         expected = operator.forward(*tensors, True, False, *static)

@@ -8,7 +8,7 @@ import torch
 
 import executors
 from executors import mxfp4, nf4
-from executors._pipeline.packed_matrices import Stack, room_for
+from executors._pipeline.packed_matrices import PackedMatrices, room_for
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref import mxfp4 as mxfp4_specification
 from moe_ref import nf4 as nf4_specification
@@ -45,8 +45,8 @@ def mxfp4_stack(shape: tuple[int, int, int], **form: object) -> MXFP4Tensor:
     return MXFP4Tensor(torch.tensor(codes), torch.tensor(scales), **form)  # type: ignore[arg-type]
 
 
-def stack_of(tensor: PackedTensor) -> Stack:
-    return Stack(tensor, room_for(tensor, 0, torch.zeros(0)), False)
+def stack_of(tensor: PackedTensor) -> PackedMatrices:
+    return PackedMatrices(tensor, room_for(tensor, 0, torch.zeros(0)), False)
 
 
 def bits(value: torch.Tensor) -> torch.Tensor:
@@ -137,7 +137,7 @@ def test_what_the_kernels_cannot_decode_takes_the_other_way(monkeypatch: pytest.
         nf4_stack((2, 3, 2**18), dtype="bfloat16"),
     ]
     assert not any(block_of(stack_of(other), True) for other in others)
-    assert not block_of(Stack(tensor, room_for(tensor, 2, torch.zeros(0)), False), True)
+    assert not block_of(PackedMatrices(tensor, room_for(tensor, 2, torch.zeros(0)), False), True)
     packed._can_look_up.cache_clear()
     monkeypatch.setattr(packed.config, "CPU_NAME", "generic")
     monkeypatch.setattr(packed, "machine", lambda: "x86_64")

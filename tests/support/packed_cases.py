@@ -10,7 +10,7 @@ from dense_cases import CONFIG, EVERYTHING, PROBLEM, WATCHED, Watched, inputs_of
 from executors import grouped_nf4, nf4
 from executors._base import operator as _operator
 from executors._base.operator import Operator
-from executors._pipeline.operator import Multiplication
+from executors._pipeline.operator import PipelineOperator
 from executors._pipeline.sliced import SlicedProducts
 from moe_ref.conformance.judgement.call import Inputs
 from moe_ref.conformance.problems.problem import Problem
@@ -37,7 +37,7 @@ def large_inputs() -> Inputs:
     return replace(inputs, x=normal(64, width).requires_grad_(), dy=normal(64, width), weights=weights)
 
 
-SLICED = _operator.define(Multiplication("sliced_probe", SlicedProducts, on_host=False))
+SLICED = _operator.define(PipelineOperator("sliced_probe", SlicedProducts, on_host=False))
 WATCHED["sliced_probe"] = SLICED
 
 
