@@ -1,6 +1,7 @@
 """The house: who may import whom, read from the files themselves, and what an import drags in."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -160,6 +161,13 @@ def test_every_room_has_its_rule() -> None:
     """A new room stands in the table, and the table has no rooms that are gone."""
     found = {room_of(module) for module in graph_of(ROOT) if within(module, "executors")}
     assert found - {"_protocol", "_progress", "_decode", "_checkpoint", "layer_file"} == ROOMS.keys()
+
+
+def test_the_page_has_the_table() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for room, others in ROOMS.items():
+        (said,) = re.findall(rf"^\| `{room}` \| .* \| (.*) \|$", text, flags=re.MULTILINE)
+        assert re.findall("`([^`]+)`", said) == sorted(others), room
 
 
 def test_all_files_are_read() -> None:
