@@ -5,6 +5,7 @@ python docs/images/architecture.py
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
@@ -71,7 +72,7 @@ def way(axis: Axes, name: str, levels: tuple[int, ...]) -> None:
     """Arrows from step to step of one call."""
     columns = {(column, level) for column, level, _, _ in STEPS}
     shift = -0.35 if name == "native" else 0.35
-    for one, other in zip(levels, levels[1:], strict=False):
+    for one, other in pairwise(levels):
         ends = [name if (name, level) in columns else "shared" for level in (one, other)]
         x = [COLUMNS[c] + WIDTH / 2 + (shift if c == "shared" else 0.0) for c in ends]
         axis.annotate(
