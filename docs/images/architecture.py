@@ -47,8 +47,9 @@ def main() -> None:
     way(axis, "triton", (0, 1, 2, 3, 4, 5, 6, 7))
     axis.set(xlim=(-0.2, 3.4 + WIDTH + 0.2), ylim=(top(7) - HEIGHT - 0.2, 0.35))
     axis.set_axis_off()
-    axis.set_title('y = executors.get(name)(x, router_logits, weights), from the call to the product; y comes back the same way',
-                   fontsize=8.5)  # fmt: skip
+    axis.set_title(
+        "from executors.get(name)(x, router_logits, weights) to the product; y comes back the same way", fontsize=8.5
+    )
     figure.savefig(OUT)
 
 

@@ -3,6 +3,7 @@
 import doctest
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,8 +30,16 @@ def test_every_clause_is_on_the_page_once() -> None:
     assert " ".join(CLAUSES) == expected
 
 
+def test_the_readmes_example_runs() -> None:
+    """As it stands there, in a Python that has only imported what it imports."""
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(), flags=re.DOTALL)
+    given: dict[str, Any] = {}
+    exec(code, given)
+    assert (given["y"] - given["exact"]).abs().max() < 1e-6
+
+
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in DOCS.rglob("*.md"):
+    for page in (DOCS.parent / "README.md", *DOCS.rglob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
