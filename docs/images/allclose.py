@@ -48,9 +48,8 @@ def main() -> None:
         z = judgement.z["y"]
         passes = bool(np.allclose(y, exact, atol=ATOL, rtol=0))
         verdict = "rejects it" if judgement.failure else "accepts it"
-        print(
-            f"{name}: max error {np.abs(y - exact).max():.4f}, allclose {passes}, max z {np.abs(z).max():.0f}, suite {verdict}"
-        )
+        error, worst = np.abs(y - exact).max(), np.abs(z).max()
+        print(f"{name}: max error {error:.4f}, allclose {passes}, max z {worst:.0f}, the suite {verdict}")
         left.plot(exact.ravel(), y.ravel(), ".", ms=2, color=COLORS[name], label=NAMES[name])
         right.hist(np.clip(z, EDGES[0], EDGES[-1]), EDGES, color=COLORS[name], histtype="step", lw=1.6)
     limit = 1.1 * max(float(np.abs(exact).max()), ATOL)
