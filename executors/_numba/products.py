@@ -20,8 +20,8 @@ from executors._pipeline.packed_matrices import PackedMatrices
 from executors._pipeline.zeros import zeros_like
 from moe_ref.validation import dtype_name
 
-# Up to so many rows of an expert the kernels are faster than torch, measured (docs/performance.md): of matrices whose
-# rows, or columns, are summed over in one piece; on processors with and without products of 16 bits.
+# Up to so many rows of an expert the kernels are faster than torch, measured (docs/performance-results.md): of matrices
+# whose rows, or columns, are summed over in one piece; on processors with and without products of 16 bits.
 BY_ROWS = {True: 4, False: 512}
 BY_COLUMNS = {True: 4, False: 192}
 OUTER = {True: 4, False: 96}  # of rows that are summed over, in the gradient of a matrix

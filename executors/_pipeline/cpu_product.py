@@ -20,7 +20,7 @@ from moe_ref.validation import dtype_name
 
 NARROW = (torch.bfloat16, torch.float16)
 X86 = ("x86_64", "amd64")
-FEW_ROWS = 5  # up to so many rows are multiplied as they are (docs/performance.md)
+FEW_ROWS = 5  # up to so many rows are multiplied as they are (docs/performance-results.md)
 SLICE = 2**18  # numbers of a matrix that are widened at a time: 1 MiB
 TILE = 32  # numbers of bf16 in a row of AMX' tiles
 ALIGNED = 64  # columns of which a slice has a multiple, if it can

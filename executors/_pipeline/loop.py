@@ -34,7 +34,7 @@ class LoopProducts:
         """[S, m]: a [S, k] times matrices [E, m, k] transposed.
 
         With large matrices a single row is multiplied together with the next one, whose own expert then writes over it:
-        oneDNN takes a quarter longer for one row than for two (docs/performance.md).
+        oneDNN takes a quarter longer for one row than for two (docs/performance-log.md).
         """
         size = matrices.shape[1] * matrices.shape[2]
         least = 2 if size >= self.paired and cpu_product.multiplies(a.dtype) else 1
