@@ -12,9 +12,10 @@ from threadpoolctl import threadpool_limits
 
 from executors import Unavailable, Unsupported
 from executors.layer_file import Layer
-from moe_ref.conformance.judgement.call import Inputs, Result, run
+from moe_ref.conformance.judgement.call import Inputs, run
 from moe_ref.conformance.judgement.checks import CLAUSES
 from moe_ref.conformance.judgement.choices import have_margins
+from moe_ref.conformance.judgement.faults import Fault, changed, copies, different, wrong_form
 from moe_ref.conformance.judgement.gates import Verdict, judge, standardise
 from moe_ref.conformance.problems.kinks import pushes_off_kinks
 from moe_ref.conformance.problems.poison import poisoned
@@ -153,10 +154,12 @@ def judge_executor(executor: Executor, truth: Truth) -> Judgement:
 
 
 def _judge(executor: Executor, truth: Truth) -> Judgement:
-    given = inputs_for(executor, truth)
-    inputs = _copied(given)
+    inputs, backward = _copied(inputs_for(executor, truth)), executor.capabilities.backward
+    before = copies(inputs)
     with poisoned():
-        result = run(executor, inputs, executor.capabilities.backward)
+        result = run(executor, inputs, backward)
+    with poisoned(), torch.no_grad():  # inference may take another path
+        inference = run(executor, inputs, backward=False)
     dtype = dtype_name(inputs.x)
     verdicts, scores = [], {}
     for name, tensor in result.tensors.items():
@@ -165,57 +168,24 @@ def _judge(executor: Executor, truth: Truth) -> Judgement:
         if tensor.shape == bars.exact.shape:
             sd = bars.sd(dtype, out)
             scores[name] = standardise(result.numpy(name) - bars.exact, sd)[sd > 0]
-    verdicts += [Verdict(name, failure=f"no gradient for {name}") for name in result.missing]
-    fault = _changed(given, inputs) or _wrong_form(result, inputs) or _wrong_route(executor, inputs)
-    return Judgement(verdicts, scores, fault or _not_repeatable(executor, inputs, result))
+    verdicts.append(judge("y", inference.numpy("y"), truth.bars["y"], dtype, dtype_name(inference.tensors["y"])))
+    fault = changed(inputs, before) or wrong_form(result, inputs, backward) or _wrong_route(executor, inputs)
+    fault = fault or different(result, run(executor, inputs, backward), "two runs")
+    return Judgement(verdicts, scores, "" if fault is None else str(fault))
 
 
-def _wrong_route(executor: Executor, inputs: Inputs) -> str:
+def _wrong_route(executor: Executor, inputs: Inputs) -> Fault | None:
     """R2: the executor's own ids are the specification's."""
     choose = getattr(executor, "route", None)
     if choose is None or inputs.router_logits is None:
-        return ""
+        return None
     with torch.no_grad():
         ids = choose(inputs.router_logits, inputs.weights).topk_ids
     wrong = (ids != inputs.topk_ids).any(dim=-1).nonzero()
     if not len(wrong):
-        return ""
+        return None
     t = int(wrong[0])
-    return f"R2: topk_ids[{t}]={ids[t].tolist()}, but must be {inputs.topk_ids[t].tolist()}"
-
-
-def _not_repeatable(executor: Executor, inputs: Inputs, first: Result) -> str:
-    """C1: a second run gives the same bits."""
-    second = run(executor, inputs, executor.capabilities.backward)
-    for name, tensor in first.tensors.items():
-        if not torch.equal(_bits(tensor), _bits(second.tensors[name])):
-            return f"C1: {name} differs between two runs"
-    return ""
-
-
-def _changed(given: Inputs, inputs: Inputs) -> str:
-    """E4: an executor leaves its inputs alone, to the last bit."""
-    before, after = (i.tensors() | {"dy": i.dy, "topk_ids": i.topk_ids} for i in (given, inputs))
-    for name, value in after.items():
-        if not torch.equal(_bits(before[name]), _bits(value)):
-            return f"E4: {name} was changed in place"
-    return ""
-
-
-def _wrong_form(result: Result, inputs: Inputs) -> str:
-    """E3 and T2: y has x's shape, y and every gradient the dtype of what they belong to."""
-    if result.shape != inputs.x.shape:
-        return f"E3: y.shape={tuple(result.shape)}, but must be {tuple(inputs.x.shape)}, x's"
-    leaves = inputs.tensors() | {"y": inputs.x}
-    for name, tensor in result.tensors.items():
-        if tensor.dtype != leaves[name].dtype:
-            what = name if name == "y" else f"the gradient of {name}"
-            return f"T2: {what} is {dtype_name(tensor)}, but must be {dtype_name(leaves[name])}"
-    return ""
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().view(torch.uint8)
+    return Fault("R2", f"topk_ids[{t}]={ids[t].tolist()}, but must be {inputs.topk_ids[t].tolist()}")
 
 
 def _copied(inputs: Inputs) -> Inputs:

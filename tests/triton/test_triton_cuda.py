@@ -8,7 +8,8 @@ import torch
 import executors
 from moe_ref import MoEConfig
 from moe_ref.conformance.judgement.call import Inputs, call, to_torch
-from moe_ref.conformance.judgement.checks import check_problem, same_bits
+from moe_ref.conformance.judgement.checks import check_problem
+from moe_ref.conformance.judgement.faults import same_bits
 from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.problem import Problem
 

@@ -21,7 +21,8 @@ from executors._triton.launch.grouping import Groups
 from executors._triton.launch.operands import Plan
 from moe_ref import MoEConfig
 from moe_ref.conformance.judgement.call import call, run
-from moe_ref.conformance.judgement.checks import check_problem, same_bits
+from moe_ref.conformance.judgement.checks import check_problem
+from moe_ref.conformance.judgement.faults import same_bits
 from moe_ref.conformance.problems.problem import Problem
 from triton_cases import ALIGNED, DEVICE, GPT_OSS, inputs_of, interpreted
 

@@ -29,9 +29,10 @@ from executors._triton.launch.operands import Plan
 from guarded import guarded
 from moe_ref import MoEConfig, MoEWeights, MXFP4Tensor, NF4Tensor
 from moe_ref.conformance.judgement.call import run, to_torch
-from moe_ref.conformance.judgement.checks import check_problem, same_bits
+from moe_ref.conformance.judgement.checks import check_problem
 from moe_ref.conformance.judgement.choices import admissible
 from moe_ref.conformance.judgement.exact import check_exact
+from moe_ref.conformance.judgement.faults import same_bits
 from moe_ref.conformance.judgement.ranges import RANGES, check_range
 from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.pinned import PAST_RANGE

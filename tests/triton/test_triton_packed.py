@@ -27,7 +27,8 @@ from executors._triton.launch.operands import Plan
 from executors._triton.launch.packed import codes_of, is_aligned
 from moe_ref import MoEConfig, MXFP4Tensor, NF4Tensor
 from moe_ref.conformance.judgement.call import Inputs, call, run
-from moe_ref.conformance.judgement.checks import result_arrays, same_bits, verdicts_of
+from moe_ref.conformance.judgement.checks import result_arrays, verdicts_of
+from moe_ref.conformance.judgement.faults import same_bits
 from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.conformance.problems.problem import Problem

@@ -23,7 +23,8 @@ from executors._triton.launch import products as _products
 from executors._triton.layer import Layer
 from executors._triton.tuned_file import PRODUCTS, Key, as_entry, parse, read, save
 from moe_ref.conformance.judgement.call import Inputs, call
-from moe_ref.conformance.judgement.checks import check_problem, same_bits
+from moe_ref.conformance.judgement.checks import check_problem
+from moe_ref.conformance.judgement.faults import same_bits
 from triton_cases import ALIGNED, DEVICE, inputs_of
 
 OTHER = Tile(16, 32, 16, 2, 2, 1)  # no family ships it

@@ -11,6 +11,7 @@ import torch
 
 from moe_ref.conformance.judgement.call import Inputs, Result, run, to_torch
 from moe_ref.conformance.judgement.choices import admissible
+from moe_ref.conformance.judgement.faults import Fault, changed, copies, different, wrong_form
 from moe_ref.conformance.judgement.gates import Verdict, judge
 from moe_ref.conformance.judgement.reference import Reference, reference
 from moe_ref.conformance.problems.build import build
@@ -20,8 +21,6 @@ from moe_ref.routing import keys_are_rounded
 from moe_ref.types import PARAMETERS, Routing
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from executors import Executor
 
 CLAUSES = {  # of an output or a gradient; where inputs have powers, so that fp16's range is passed, E7
@@ -91,15 +90,15 @@ def check_problem(executor: Executor, problem: Problem, device: str = "cpu") -> 
         if (chosen != truth.arrays.topk_ids)[~truth.broken_routing].any():  # another right choice: judged on its own
             truth = reference(problem, tuple(chosen.ravel().tolist()))
             inputs = to_torch(problem, truth.arrays, device)
-    before = _copies(inputs)
+    before = copies(inputs)
     with poisoned():
         result = run(executor, inputs, executor.capabilities.backward)
-    _check_untouched(executor, problem, inputs, before)
-    _check_form(executor, problem, result, inputs)
+    _demand(executor, problem, changed(inputs, before))
+    _demand(executor, problem, wrong_form(result, inputs, executor.capabilities.backward))
     verdicts = verdicts_of(result_arrays(result), problem, truth, chosen)
     with poisoned(), torch.no_grad():  # inference may take another path
         inference = run(executor, inputs, backward=False)
-    _check_form(executor, problem, inference, inputs)
+    _demand(executor, problem, wrong_form(inference, inputs, executor.capabilities.backward))
     for verdict in verdicts + verdicts_of(result_arrays(inference), problem, truth, chosen):
         if verdict.failure:
             clause = "R4" if truth.broken.any() else "E7" if problem.powers else CLAUSES[verdict.name]
@@ -119,10 +118,8 @@ def check_repeatable(executor: Executor, problem: Problem, device: str = "cpu") 
     backward = executor.capabilities.backward
     first = run(executor, inputs, backward)
 
-    def same(second: Result, difference: str) -> None:
-        for name, value in first.tensors.items():
-            if not same_bits(value, second.tensors[name]):
-                raise ConformanceError(executor, problem, "C1", f"{name} differs between {difference}")
+    def same(second: Result, between: str) -> None:
+        _demand(executor, problem, different(first, second, between))
 
     same(run(executor, inputs, backward), "two runs on the same input")
     same(run(executor, inputs, backward, passes=2), "two backward passes through one graph")
@@ -187,38 +184,9 @@ def _judged_experts(
     return judged
 
 
-def _check_untouched(executor: Executor, problem: Problem, inputs: Inputs, before: dict[str, Tensor]) -> None:
-    for name, value in _copies(inputs).items():
-        if not same_bits(value, before[name]):
-            raise ConformanceError(executor, problem, "E4", f"{name} was changed in place")
-
-
-def _copies(inputs: Inputs) -> dict[str, Tensor]:
-    tensors = inputs.tensors() | inputs.codes() | {"dy": inputs.dy, "topk_ids": inputs.topk_ids}
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal to the last bit, NaN included."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    kind = kinds[a.element_size()]
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
-
-
-def _check_form(executor: Executor, problem: Problem, result: Result, inputs: Inputs) -> None:
-    y = result.tensors["y"]
-    if y.numel() != inputs.x.numel() or result.shape != inputs.x.shape:
-        message = f"y.shape={tuple(result.shape)}, but must be {tuple(inputs.x.shape)}, x's"
-        raise ConformanceError(executor, problem, "E3", message)
-    for name, value in result.tensors.items():
-        expected = getattr(torch, problem.dtype_of("x" if name == "y" else name))
-        if value.dtype != expected:
-            what = "y" if name == "y" else f"the gradient of {name}"
-            raise ConformanceError(executor, problem, "T2", f"{what} is {value.dtype}, but must be {expected}")
-    if executor.capabilities.backward and result.missing:
-        raise ConformanceError(executor, problem, "D1", f"no gradient for {', '.join(result.missing)}")
-    if result.unasked:
-        raise ConformanceError(executor, problem, "D1", f"a gradient for frozen {', '.join(result.unasked)}")
+def _demand(executor: Executor, problem: Problem, fault: Fault | None) -> None:
+    if fault is not None:
+        raise ConformanceError(executor, problem, *fault)
 
 
 def _route(executor: Executor, inputs: Inputs) -> Routing | None:

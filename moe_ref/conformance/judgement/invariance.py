@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from moe_ref.conformance.judgement.call import run, to_torch
-from moe_ref.conformance.judgement.checks import ConformanceError, applicable, same_bits
+from moe_ref.conformance.judgement.checks import ConformanceError, applicable
+from moe_ref.conformance.judgement.faults import same_bits
 from moe_ref.conformance.judgement.laws import of_tokens
 from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.problem import Problem
