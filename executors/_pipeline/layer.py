@@ -15,7 +15,7 @@ from torch import Tensor
 
 from executors._pipeline import activation
 from executors._pipeline.activation import Activation
-from executors._pipeline.grouping import combine, expert_of_rows, group, inverse_of, slot_weights
+from executors._pipeline.grouping import combine, expert_of_rows, inverse_of, slot_weights
 from executors._pipeline.packed_matrices import PackedMatrices
 
 Matrices = Tensor | PackedMatrices  # [E, m, k]; of a PackedMatrices no gradient is ever asked for
@@ -67,6 +67,7 @@ class Layer(NamedTuple):
     topk_ids: Tensor
     topk_weights: Tensor
     order: Tensor
+    group_offsets: Tensor
     up: Projection
     down: Projection
     act: Activation
@@ -98,11 +99,6 @@ class Layer(NamedTuple):
     def experts(self) -> Tensor:
         """[S] The expert of each row; any expert for rows of empty slots."""
         return expert_of_rows(self.topk_ids, self.order, self.num_experts)
-
-    def group_sizes(self) -> Tensor:
-        """[E] The rows of each expert."""
-        group_offsets = group(self.topk_ids, self.num_experts)[1]
-        return group_offsets[1:] - group_offsets[:-1]
 
     def rows(self) -> Tensor:
         """[S, H] What the experts are given: x, or its product with the weight (C3)."""
@@ -246,7 +242,8 @@ def _factor(factor: Tensor, rows: Tensor) -> Tensor:
 
 def _sums(rows: Tensor, layer: Layer) -> Tensor:
     """[E, m] The sum of rows [S, m] over each group; exactly 0 for an expert without rows."""
-    return torch.segment_reduce(rows, "sum", lengths=layer.group_sizes(), axis=0, unsafe=True)
+    lengths = layer.group_offsets.diff().to(rows.device)  # the offsets may be on the host
+    return torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, unsafe=True)
 
 
 def _combine(rows: Tensor, layer: Layer, weights: Tensor | None) -> Tensor:

@@ -44,7 +44,7 @@ class PipelineOperator(NamedTuple):
         matrices = _matrices(given, packed, rooms, filled=False)
         order, group_offsets = group(given.topk_ids, matrices[0].shape[0])
         offsets = group_offsets.cpu() if self.on_host else group_offsets
-        y, z = _layer.forward(_make_layer(given, order, matrices), self.products(offsets))
+        y, z = _layer.forward(_make_layer(given, order, offsets, matrices), self.products(offsets))
         return y, Kept(z if keep_z else z.new_empty(0, z.shape[1]), order, offsets, *rooms)
 
     def fake(self, given: Arguments, keep_z: bool, keep_decoded: bool) -> tuple[Tensor, Kept]:
@@ -63,7 +63,7 @@ class PipelineOperator(NamedTuple):
     def backward(self, given: Arguments, kept: Kept, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
         """The gradients that are needed."""
         matrices = _matrices(given, _packed(given), [kept.decoded_gate_up, kept.decoded_down], filled=True)
-        layer = _make_layer(given, kept.order, matrices)
+        layer = _make_layer(given, kept.order, kept.group_offsets, matrices)
         multiply = self.products(kept.group_offsets)
         z = kept.z
         if not z.shape[0]:  # nothing was kept: the same products give the same bits (D4)
@@ -102,9 +102,9 @@ def _matrices(given: Arguments, packed: list[PackedTensor | None], rooms: list[T
     ]
 
 
-def _make_layer(given: Arguments, order: Tensor, matrices: list[Matrices]) -> Layer:
+def _make_layer(given: Arguments, order: Tensor, group_offsets: Tensor, matrices: list[Matrices]) -> Layer:
     factors = (given.gate_up_lora_a, given.gate_up_lora_b), (given.down_lora_a, given.down_lora_b)
     up = Projection(matrices[0], given.gate_up_proj_bias, *factors[0], given.gate_up_scaling)
     down = Projection(matrices[1], given.down_proj_bias, *factors[1], given.down_scaling)
     act = Activation(given.activation, given.alpha, given.limit, given.up_offset, given.layout)
-    return Layer(given.x, given.topk_ids, given.topk_weights, order, up, down, act, given.scale_input)
+    return Layer(given.x, given.topk_ids, given.topk_weights, order, group_offsets, up, down, act, given.scale_input)
