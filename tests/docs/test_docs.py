@@ -44,6 +44,13 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_pages_teach_public_imports_only() -> None:
+    """What begins with an underscore may change without a word."""
+    for page in (DOCS.parent / "README.md", *DOCS.rglob("*.md")):
+        taught = re.findall(r"^[ >.]*(?:from|import) ((?:executors|moe_ref)\S*)", page.read_text(), flags=re.MULTILINE)
+        assert not [name for name in taught if "._" in name], page.name
+
+
 def test_the_table_of_clauses_is_up_to_date() -> None:
     assert clauses.PAGE.read_text() == clauses.page(), "run python tests/support/clauses.py"
 
