@@ -397,7 +397,8 @@ def multiply(
     a: int,
     width: int,
     columns: int,
-    strides: Any,
+    along: int,
+    across: int,
     size: int,
     out: int,
     kind: Any,
@@ -412,40 +413,30 @@ def multiply(
         a: address of fp32 numbers, contiguous.
         width: numbers that are summed over.
         columns: of the result.
-        strides: of the matrices, in numbers: along the width, along the columns; one of them is 1.
+        along: stride of the matrices along the width, in numbers.
+        across: stride along the columns; one of the two is 1.
         size: bytes of a matrix' number.
         out: address of fp32 numbers, contiguous; only rows of the groups are written.
         kind: of `KINDS`.
     """
     blocks = -(-columns // block)
-    by_rows = strides[0] == 1
+    by_rows = along == 1
     for job in range(first, last):
         group, start = job // blocks, job % blocks * block
         row, rows, matrix = groups[group]
         count = min(block, columns - start)
-        b = matrix + size * start * strides[1]
+        b = matrix + size * start * across
         to = out + 4 * (row * columns + start)
         if by_rows:
-            _by_rows(a + 4 * row * width, rows, b, strides[1], size, count, width, to, columns, kind)
+            _by_rows(a + 4 * row * width, rows, b, across, size, count, width, to, columns, kind)
         else:
             _clear(rows, count, to, columns)
-            _by_columns(a + 4 * row * width, rows, width, 1, b, strides[0], size, count, width, to, columns, kind)
+            _by_columns(a + 4 * row * width, rows, width, 1, b, along, size, count, width, to, columns, kind)
 
 
-def _multiply_shared(
-    bounds: Any,
-    groups: Any,
-    block: int,
-    a: int,
-    width: int,
-    columns: int,
-    strides: Any,
-    size: int,
-    out: int,
-    kind: Any,
-) -> None:
+def _multiply_shared(bounds: Any, given: Any) -> None:
     for share in prange(len(bounds) - 1):
-        multiply(bounds[share], bounds[share + 1], groups, block, a, width, columns, strides, size, out, kind)
+        multiply(bounds[share], bounds[share + 1], *given)
 
 
 multiply_shared = compiled(
@@ -526,36 +517,9 @@ def multiply_decoded(
             _by_columns(own + 4 * k, rows, width, 1, matrix, count, 2, count, high, to, columns, kind)
 
 
-def _multiply_decoded_shared(
-    bounds: Any,
-    groups: Any,
-    block: int,
-    a: int,
-    width: int,
-    columns: int,
-    by_rows: bool,
-    blocksize: int,
-    values: int,
-    low_first: bool,
-    out: int,
-    kind: Any,
-) -> None:
+def _multiply_decoded_shared(bounds: Any, given: Any) -> None:
     for share in prange(len(bounds) - 1):
-        multiply_decoded(
-            bounds[share],
-            bounds[share + 1],
-            groups,
-            block,
-            a,
-            width,
-            columns,
-            by_rows,
-            blocksize,
-            values,
-            low_first,
-            out,
-            kind,
-        )
+        multiply_decoded(bounds[share], bounds[share + 1], *given)
 
 
 multiply_decoded_shared = compiled(_multiply_decoded_shared, parallel=True)
@@ -607,19 +571,9 @@ def add_outer(
                         write(to, j, partial(sums, h * COLUMNS + j), kind)
 
 
-def _add_outer_shared(
-    bounds: Any,
-    groups: Any,
-    block: int,
-    a: int,
-    height: int,
-    b: int,
-    width: int,
-    size: int,
-    kind: Any,
-) -> None:
+def _add_outer_shared(bounds: Any, given: Any) -> None:
     for share in prange(len(bounds) - 1):
-        add_outer(bounds[share], bounds[share + 1], groups, block, a, height, b, width, size, kind)
+        add_outer(bounds[share], bounds[share + 1], *given)
 
 
 add_outer_shared = compiled(_add_outer_shared, parallel=True)

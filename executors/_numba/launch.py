@@ -30,7 +30,7 @@ def run(alone: Any, shared: Any, costs: np.ndarray, given: tuple[Any, ...]) -> N
         before = numba.get_num_threads()
         numba.set_num_threads(count)
         try:
-            shared(bounds(costs, count), *given)
+            shared(bounds(costs, count), given)
         finally:
             numba.set_num_threads(before)
 

@@ -146,7 +146,7 @@ def _compiled(a: Tensor, matrices: Tensor, groups: list[Group]) -> Tensor:
     table = _table(matrices, groups)
     blocks = -(-columns // block)
     kind = KINDS[dtype_name(matrices)]
-    given = table, block, a.data_ptr(), width, columns, (row, column), size, out.data_ptr(), kind
+    given = table, block, a.data_ptr(), width, columns, row, column, size, out.data_ptr(), kind
     run(multiply, multiply_shared, np.repeat(np.maximum(table[:, 1], 2), blocks), given)
     return out
 
