@@ -42,12 +42,9 @@ def moe(
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
     check_inputs(x, router_logits, weights)
-    xp = array_namespace(x)
-    logits = xp.reshape(router_logits, (-1, weights.num_experts))
-    rows = xp.astype(xp.reshape(x, (-1, weights.hidden_size)), xp.float64)
-    routing = route(logits, weights.config, weights.selection_bias, rounding)
-    slots = gather(rows, routing.topk_ids, routing.topk_weights, weights, rounding)
-    return xp.reshape(outputs_of(slots, weights, rounding), tuple(x.shape))
+    routing = route(wide_rows(router_logits), weights.config, weights.selection_bias, rounding)
+    slots = gather(wide_rows(x), routing.topk_ids, routing.topk_weights, weights, rounding)
+    return array_namespace(x).reshape(outputs_of(slots, weights, rounding), tuple(x.shape))
 
 
 def routed_experts(
@@ -74,12 +71,15 @@ def routed_experts(
     """
     check_experts_inputs(x, topk_ids, topk_weights, weights)
     xp = array_namespace(x)
-    top_k = topk_ids.shape[-1]
-    rows = xp.astype(xp.reshape(x, (-1, weights.hidden_size)), xp.float64)
-    ids = xp.reshape(topk_ids, (-1, top_k))
-    slot_weights = xp.astype(xp.reshape(topk_weights, (-1, top_k)), xp.float64)
-    slots = gather(rows, ids, slot_weights, weights, rounding)
+    ids = xp.reshape(topk_ids, (-1, topk_ids.shape[-1]))
+    slots = gather(wide_rows(x), ids, wide_rows(topk_weights), weights, rounding)
     return xp.reshape(outputs_of(slots, weights, rounding), tuple(x.shape))
+
+
+def wide_rows(array: Float[Array, "*batch N"]) -> Float[Array, "T N"]:
+    """The same numbers in float64, with one leading dimension for all."""
+    xp = array_namespace(array)
+    return xp.astype(xp.reshape(array, (-1, array.shape[-1])), xp.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,14 +162,9 @@ def moe_vjp(
     """
     check_inputs(x, router_logits, weights)
     check_dy(x, dy)
-    xp = array_namespace(x)
-    hidden, num_experts = weights.hidden_size, weights.num_experts
-    rows, logits, upstream = (
-        xp.astype(xp.reshape(a, (-1, n)), xp.float64)
-        for a, n in ((x, hidden), (router_logits, num_experts), (dy, hidden))
-    )
+    logits = wide_rows(router_logits)
     topk_ids = route(logits, weights.config, weights.selection_bias).topk_ids
-    y, gradients = layer_vjp(rows, logits, topk_ids, None, weights, upstream, rounding)
+    y, gradients = layer_vjp(wide_rows(x), logits, topk_ids, None, weights, wide_rows(dy), rounding)
     return _with_shapes(y, gradients, x.shape, router_logits.shape)
 
 
@@ -199,13 +194,8 @@ def routed_experts_vjp(
     """
     check_experts_inputs(x, topk_ids, topk_weights, weights)
     check_dy(x, dy)
-    xp = array_namespace(x)
-    hidden, top_k = weights.hidden_size, topk_ids.shape[-1]
-    rows, slot_weights, upstream = (
-        xp.astype(xp.reshape(a, (-1, n)), xp.float64) for a, n in ((x, hidden), (topk_weights, top_k), (dy, hidden))
-    )
-    ids = xp.reshape(topk_ids, (-1, top_k))
-    y, gradients = layer_vjp(rows, None, ids, slot_weights, weights, upstream, rounding)
+    ids = array_namespace(x).reshape(topk_ids, (-1, topk_ids.shape[-1]))
+    y, gradients = layer_vjp(wide_rows(x), None, ids, wide_rows(topk_weights), weights, wide_rows(dy), rounding)
     return _with_shapes(y, gradients, x.shape, None)
 
 

@@ -194,8 +194,7 @@ def wrong_calls() -> list[tuple[str, Callable[[], Any]]]:
     from moe_ref import grouping as g
     from moe_ref import nf4 as q
     from moe_ref import routing as r
-    from moe_ref import vjp as v
-    from moe_ref.combine import combine
+    from moe_ref.combine import combine, combine_vjp
     from moe_ref.experts import Linear
     from moe_ref.types import Grouping, NF4Tensor
 
@@ -204,7 +203,7 @@ def wrong_calls() -> list[tuple[str, Callable[[], Any]]]:
     return [
         ("combine: topk_weights without K", lambda: combine(a((2 * K, H)), a(2))),
         ("combine: topk_weights of integers", lambda: combine(a((2 * K, H)), ids)),
-        ("combine_vjp: dy of other tokens", lambda: v.combine_vjp(a((2, K)), a((3, H)))),
+        ("combine_vjp: dy of other tokens", lambda: combine_vjp(a((2, K)), a((3, H)))),
         ("permute: order of floats", lambda: g.permute(a((2, H)), a(2 * K), K)),
         ("unpermute: inverse of fewer slots", lambda: g.unpermute(a((2 * K, H)), order[1:])),
         ("activation: an odd last axis", lambda: e.activation(a((2, 7)), config)),
