@@ -25,8 +25,7 @@ from executors._triton.layer import Layer, Projection
 from executors._triton.tuned_file import Entries, Key
 from moe_ref.validation import dtype_name
 
-# What they do with a tile counts as well.
-LAUNCHERS = ("_grouping.py", "_operands.py", "_packed.py", "_decode.py", "_products.py", "_gradients.py", "_narrow.py")
+DIGESTED = ("kernels", "launch")  # folders: what launches do with a tile counts as well
 DIGITS = 12
 
 
@@ -111,9 +110,10 @@ def versions() -> str:
         own = "unknown"
     digest = hashlib.sha256()
     package = resources.files("executors._triton")
-    kernels = sorted((file for file in package.joinpath("kernels").iterdir() if file.name.endswith(".py")), key=str)
-    for file in (*kernels, *map(package.joinpath, LAUNCHERS)):
-        digest.update(file.read_bytes())
+    for folder in DIGESTED:
+        for file in sorted(package.joinpath(folder).iterdir(), key=str):
+            if file.name.endswith(".py"):
+                digest.update(file.read_bytes())
     text = digest.hexdigest()[:DIGITS]
     return f"torch {torch.__version__}, triton {triton.__version__}, moe-ref {own}, kernels {text}"
 

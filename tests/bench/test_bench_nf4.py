@@ -46,8 +46,8 @@ SMALL = ("--scale", 32, "--tokens", 1, "--tokens", 4, "--seconds", 0.0, "--execu
 
 @pytest.fixture
 def without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("bench_nf4", "bench_bnb", "bench_report"):
-        monkeypatch.setattr(f"executors._cli.{module}.bitsandbytes_version", lambda: None)
+    for module in ("quantised", "peers.bitsandbytes", "report"):
+        monkeypatch.setattr(f"executors._bench.{module}.bitsandbytes_version", lambda: None)
 
 
 def dense_layer(name: str = "qwen3-30b-a3b") -> BenchLayer:

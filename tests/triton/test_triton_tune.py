@@ -260,7 +260,7 @@ def test_every_product_is_right_with_other_tiles(shape: Shape, rank: int, dtype:
 def test_products_are_those_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each result, by itself, is found in a pass through the layer."""
     problem, made = problem_of(), []
-    for module, names in ((_layer._products, ("up", "down")), (_layer._gradients, ("outer",))):
+    for module, names in ((_layer.products, ("up", "down")), (_layer._gradients, ("outer",))):
         for name in names:
             plain = getattr(module, name)
 
@@ -338,8 +338,8 @@ def test_choice_is_stored_and_used(stored: Path, tmp_path: Path, monkeypatch: py
     assert set(choice["seconds"]) == {"up", "down", LAYER}
 
     launched = []
-    plain = _layer._products.blocks
-    monkeypatch.setattr(_layer._products, "blocks", lambda tile: launched.append(tile) or plain(tile))
+    plain = _layer.products.blocks
+    monkeypatch.setattr(_layer.products, "blocks", lambda tile: launched.append(tile) or plain(tile))
     layer = random_layer(replace(TOY, biases=False), DEVICE, 0, lambda *_: None)
     for tokens, same in ((5, True), (8, True), (4, False), (9, False)):
         launched.clear()

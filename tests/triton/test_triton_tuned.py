@@ -356,7 +356,7 @@ def test_versions_follow_the_text_of_the_kernels(tmp_path: Path, monkeypatch: py
     assert torch.__version__ in before
     (package / "README").write_text("no kernel")
     assert _tuned.versions.__wrapped__() == before
-    for name in ("kernels/products.py", "_products.py"):
+    for name in ("kernels/products.py", "launch/products.py"):
         (package / name).write_text((package / name).read_text() + "\n")
         after = _tuned.versions.__wrapped__()
         assert after != before
