@@ -2,7 +2,7 @@
 
     >>> import executors, moe_ref
     >>> executors.names()
-    ['auto', 'grouped_mm', 'grouped_nf4', 'native', 'triton']
+    ['auto', 'grouped_mm', 'grouped_nf4', 'native', 'numba', 'triton']
 
     y = executors.get("native")(x, router_logits, weights)
 
