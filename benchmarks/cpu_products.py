@@ -30,6 +30,7 @@ from executors._pipeline import cpu_product
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+KINDS = ("bfloat16", "float16")
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 ORDERS = {"rows": "summed over along rows: x Wᵀ", "columns": "summed over along columns: dy W", "outer": "dW = dyᵀ x"}
 WAYS = {"torch": "o", "widened": "s", "numba": "D"}
@@ -47,6 +48,8 @@ def main(
     columns: Annotated[int, typer.Option(help="Of the result.")] = 1536,
 ) -> None:
     """Times the products and writes the table and the picture."""
+    if dtype not in KINDS:
+        raise typer.BadParameter(f"--dtype {dtype}: must be one of {', '.join(KINDS)}")
     torch.set_num_threads(1)
     kind = getattr(torch, dtype)
     found = [

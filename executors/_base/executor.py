@@ -1,13 +1,11 @@
-"""What executors of a custom operator have in common: the public calls around it."""
+"""What executors have in common: the public calls around what computes the layer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from executors._base.operator import Operator, apply
 from executors._base.routing import route, route_checked
 from executors._protocol import Capabilities, Unsupported
 from moe_ref.types import LORA_FACTORS, MoEWeights, PackedTensor, Routing
@@ -113,35 +111,6 @@ class LayerExecutor:
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         """y, of x's shape, from x [..., H], topk_ids and topk_weights [T, K]."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class OperatorExecutor(LayerExecutor):
-    """An executor around an operator of `executors._base.operator`.
-
-    Attributes:
-        recompute: keep less for the backward pass, which builds it anew: slower, with the same gradients to the last
-            bit (D4). Each executor says what.
-
-    Raises:
-        TypeError: ``recompute`` is neither True nor False.
-    """
-
-    recompute: bool = False
-
-    capabilities: ClassVar[Capabilities] = Capabilities()
-    operator: ClassVar[Operator]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.recompute, bool):
-            raise TypeError(f"recompute={self.recompute!r}: must be True or False")
-
-    def note(self, x: Tensor, weights: MoEWeights) -> str:
-        """What a user should know of a call that works, or ""."""
-        return ""
-
-    def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
-        return apply(self.operator, x, topk_ids, topk_weights, weights, keep_z=not self.recompute)
 
 
 def kind_of(projection: Any) -> str:

@@ -435,13 +435,12 @@ def multiply(
 
 
 def _multiply_shared(bounds: Any, given: Any) -> None:
+    """Jobs from bounds[i] to bounds[i + 1] - 1 by one thread each."""
     for share in prange(len(bounds) - 1):
         multiply(bounds[share], bounds[share + 1], *given)
 
 
-multiply_shared = compiled(
-    _multiply_shared, parallel=True
-)  # jobs from bounds[i] to bounds[i + 1] - 1 by one thread each
+multiply_shared = compiled(_multiply_shared, parallel=True)
 
 
 @compiled

@@ -138,8 +138,6 @@ def _compiled(a: Tensor, matrices: Tensor, groups: list[Group]) -> Tensor:
     a = a.to(torch.float32).contiguous()
     _, width, columns = matrices.shape
     out = a.new_empty(a.shape[0], columns)
-    if not width or not columns or not groups:
-        return out.zero_()
     _, row, column = matrices.stride()
     size = matrices.element_size()
     block = BLOCK_BY_ROWS if row == 1 else BLOCK_BY_COLUMNS
@@ -156,8 +154,6 @@ def _compiled_outer(a: Tensor, b: Tensor, out: Tensor, groups: list[Group]) -> N
 
     The matrices of ``out`` are contiguous.
     """
-    if not out.numel():
-        return
     a, b = (value.to(torch.float32).contiguous() for value in (a, b))
     _, height, width = out.shape
     table = _table(out, groups)

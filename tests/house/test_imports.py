@@ -177,7 +177,7 @@ def test_all_files_are_read() -> None:
     read = {name for path in files(ROOT) for name in imports(path.read_text(), package_of(path, ROOT))}
     assert {
         "array_api_compat.array_namespace",
-        "executors._base.executor.OperatorExecutor",
+        "executors._base.executor.LayerExecutor",
         "moe_ref.types.MoEWeights",
     } <= read
 
