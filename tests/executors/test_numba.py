@@ -104,7 +104,8 @@ def test_sums_are_rounded_to_nearest_ties_to_even(dtype: torch.dtype) -> None:
     middles = (numbers.double() + torch.nextafter(numbers.to(dtype), torch.tensor(torch.inf, dtype=dtype)).double()) / 2
     middles = middles.float()
     steps = [middles, *(torch.nextafter(middles, torch.tensor(sign * torch.inf)) for sign in (-1, 1)), numbers]
-    given = torch.cat(steps)
+    broken = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC0FFFF], dtype=torch.int32).view(torch.float32)  # NaN
+    given = torch.cat([*steps, broken])
     like = torch.empty(1, 1, len(given), dtype=dtype)
     out = NumbaProducts(torch.tensor([0, 1])).outer(torch.ones(1, 1), given[None], like, dtype)[0, 0]
     wanted = given.to(dtype)
