@@ -57,7 +57,7 @@ def bundled_layer() -> Path:
     Raises:
         BadLayerFile: it is in neither place.
     """
-    package = Path(__file__).parent.parent
+    package = Path(__file__).parent
     candidates = (package / "data" / BUNDLED, package.parent / "data" / BUNDLED)
     for path in candidates:
         if path.exists():
