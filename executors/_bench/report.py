@@ -180,7 +180,7 @@ def commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if git("ls-files", "--error-unmatch", "app.py") is None:
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None  # a checkout around us, but of something else
     head = git("rev-parse", "HEAD")
     return head + "+" if head and git("status", "--porcelain", "--untracked-files=no") else head
