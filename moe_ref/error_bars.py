@@ -18,9 +18,11 @@ from functools import partial
 import numpy as np
 
 from moe_ref._typing import Array
-from moe_ref.layer import layer_vjp
+from moe_ref.experts import RowsOf
+from moe_ref.layer import layer, layer_vjp
 from moe_ref.noise import keys_of, uniform_of
 from moe_ref.numerics import FORMATS, Perturbed, Rounding, accumulator
+from moe_ref.routing import weigh
 from moe_ref.samples import Measured, Recorded, Replayed, Sums, Total, in_order, processors
 from moe_ref.types import MoEGradients, MoEWeights
 
@@ -117,7 +119,7 @@ def error_bars(
     x: Array,
     topk_ids: Array,
     weights: MoEWeights,
-    dy: Array,
+    dy: Array | None,
     *,
     router_logits: Array | None = None,
     topk_weights: Array | None = None,
@@ -125,6 +127,7 @@ def error_bars(
     samples: int = 32,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    rows_of: RowsOf | None = None,
 ) -> dict[str, TensorBars]:
     """Samples the error bars of y and of every gradient.
 
@@ -132,13 +135,14 @@ def error_bars(
         x: [T, H] float64.
         topk_ids: [T, K], from the exact run: no sample chooses again.
         weights: the layer's parameters.
-        dy: [T, H] float64, the upstream gradient.
+        dy: [T, H] float64, the upstream gradient; None for y alone.
         router_logits: [T, E] float64, or
         topk_weights: [T, K] float64; exactly one of the two.
         dtype: x's dtype; only its smallest normal number matters here.
         samples: samples of each part.
         seed: of the random errors.
         progress: called with (samples done, samples in all).
+        rows_of: of the gradients of matrices and factors, the rows that are wanted, by name; all where there is none.
 
     Returns:
         {"y": ..., "x": ..., "router_logits": ..., ...}, one entry for each output and gradient of the layer.
@@ -148,7 +152,11 @@ def error_bars(
     routing = [None if a is None else a[None] for a in (router_logits, topk_weights)]
 
     def run(rounding: Rounding) -> dict[str, np.ndarray]:
-        y, gradients = layer_vjp(x[None], routing[0], topk_ids, routing[1], weights, dy[None], rounding)
+        logits, slot_weights = routing
+        if dy is None:
+            slot_weights = weigh(logits, topk_ids, weights.config, rounding) if slot_weights is None else slot_weights
+            return {"y": np.asarray(layer(x[None], topk_ids, slot_weights, weights, rounding))}
+        y, gradients = layer_vjp(x[None], logits, topk_ids, slot_weights, weights, dy[None], rounding, rows_of)
         return named(y, gradients)
 
     recorded = Recorded()

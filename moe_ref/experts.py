@@ -5,7 +5,7 @@ And their backward pass (D1, D2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ from moe_ref.activations import activation, activation_vjp
 from moe_ref.numerics import EXACT, Rounding, matmul_transposed, sum_sd
 from moe_ref.packed import decode_expert
 from moe_ref.types import MoEWeights
+
+RowsOf = Mapping[str, Int[Array, " n"]]  # of "gate_up_proj" and so on: the rows of its gradient that are computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,16 +151,18 @@ def experts_vjp(
     weights: MoEWeights,
     d_outputs: Float[Array, "*#samples S H"],
     rounding: Rounding = EXACT,
+    rows_of: RowsOf | None = None,
 ) -> tuple[Float[Array, "*#samples S H"], Float[Array, "*#samples S H"], dict[str, Array]]:
     """Outputs as of `experts`, gradients of rows, and of every parameter by name.
 
-    An expert without rows has gradients of exactly zero (D2).
+    An expert without rows has gradients of exactly zero (D2). With ``rows_of``, only the rows that it names are
+    computed of a matrix's or a factor's gradient.
     """
     xp = array_namespace(rows, d_outputs)
     outputs, d_rows, d_parameters = [], [], {}
     for index, where in groups(group_offsets):
         output, d_block, d_parameters[index] = expert_vjp(
-            rows[..., where, :], weights, index, d_outputs[..., where, :], rounding
+            rows[..., where, :], weights, index, d_outputs[..., where, :], rounding, rows_of
         )
         outputs.append(output)
         d_rows.append(d_block)
@@ -170,6 +174,8 @@ def experts_vjp(
 
     def stack(name: str, parameter: Array) -> Array:
         shape = (*samples, *parameter.shape[1:])
+        if rows_of is not None and name in rows_of:
+            shape = (*samples, rows_of[name].shape[0], parameter.shape[2])
         zero = xp.zeros(shape, dtype=xp.float64, device=device(rows))
         parts = [
             xp.broadcast_to(d_parameters[e][name], shape) if e in d_parameters else zero
@@ -187,15 +193,16 @@ def expert_vjp(
     index: int,
     d_outputs: Float[Array, "*#samples n H"],
     rounding: Rounding = EXACT,
+    rows_of: RowsOf | None = None,
 ) -> tuple[Float[Array, "*#samples n H"], Float[Array, "*#samples n H"], dict[str, Array]]:
     """One expert: its output, and the gradients of rows, and of its parameters by name."""
     parameters = expert(weights, index)
     z = up(rows, parameters, rounding)
     h = activation(z, weights.config, rounding)
     output = down(h, parameters, rounding)
-    d_down = linear_vjp("down", "dh", h, parameters.down, d_outputs, rounding)
+    d_down = linear_vjp("down", "dh", h, parameters.down, d_outputs, rounding, rows_of)
     dz = activation_vjp(z, weights.config, d_down.rows, rounding)
-    d_up = linear_vjp("gate_up", "dx_slot", rows, parameters.up, dz, rounding)
+    d_up = linear_vjp("gate_up", "dx_slot", rows, parameters.up, dz, rounding, rows_of)
     found = {}
     for name, gradients in (("gate_up", d_up), ("down", d_down)):
         found[f"{name}_proj"], found[f"{name}_proj_bias"] = gradients.matrix, gradients.bias
@@ -220,12 +227,18 @@ def linear_vjp(
     parameters: Linear,
     d_out: Float[Array, "*#samples n m"],
     rounding: Rounding = EXACT,
+    rows_of: RowsOf | None = None,
 ) -> LinearGradients:
     """Gradients of rows matrix^T + scaling (rows A^T) B^T + bias."""
     xp = array_namespace(rows, d_out)
-    transposed = xp.matrix_transpose(d_out)
+
+    def wanted(name: str, upstream: Array) -> Array:
+        """The upstream gradient transposed: each of its rows gives one row of a matrix's gradient."""
+        chosen = None if rows_of is None else rows_of.get(f"{product_site}_{name}")
+        return xp.matrix_transpose(upstream if chosen is None else xp.take(upstream, chosen, axis=-1))
+
     d_rows = rounding.store(site, matmul_transposed(rounding, site, d_out, xp.matrix_transpose(parameters.matrix)))
-    d_matrix = matmul_transposed(rounding, "d_weight", transposed, xp.matrix_transpose(rows))
+    d_matrix = matmul_transposed(rounding, "d_weight", wanted("proj", d_out), xp.matrix_transpose(rows))
     d_lora_a = d_lora_b = None
     if parameters.lora_a is not None:
         name = f"{site}_lora"
@@ -236,8 +249,8 @@ def linear_vjp(
         total = d_rows + added
         d_rows = rounding.store(f"{site}_sum", rounding.accumulate(f"{site}_sum", total, lambda: xp.abs(total)))
         inner = lora_inner(product_site, rows, parameters, rounding)
-        d_lora_b = matmul_transposed(rounding, "d_lora_b", transposed, xp.matrix_transpose(inner))
-        d_lora_a = matmul_transposed(rounding, "d_lora_a", xp.matrix_transpose(d_inner), xp.matrix_transpose(rows))
+        d_lora_b = matmul_transposed(rounding, "d_lora_b", wanted("lora_b", d_out), xp.matrix_transpose(inner))
+        d_lora_a = matmul_transposed(rounding, "d_lora_a", wanted("lora_a", d_inner), xp.matrix_transpose(rows))
     length = d_out.shape[-2]
     bias = xp.sum(d_out, axis=-2)
     d_bias = rounding.accumulate("d_bias", bias, lambda: sum_sd(bias, xp.sum(d_out * d_out, axis=-2), length))

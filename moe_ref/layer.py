@@ -13,7 +13,7 @@ from array_api_compat import array_namespace
 
 from moe_ref._typing import Array, Float, Int
 from moe_ref.combine import combine, combine_vjp, dot, sum_slots
-from moe_ref.experts import experts, experts_vjp
+from moe_ref.experts import RowsOf, experts, experts_vjp
 from moe_ref.grouping import group, is_slot, permute, permute_vjp, unpermute
 from moe_ref.numerics import EXACT, Rounding
 from moe_ref.routing import route, route_vjp, weigh
@@ -43,8 +43,8 @@ def moe(
     """
     check_inputs(x, router_logits, weights)
     routing = route(wide_rows(router_logits), weights.config, weights.selection_bias, rounding)
-    slots = gather(wide_rows(x), routing.topk_ids, routing.topk_weights, weights, rounding)
-    return array_namespace(x).reshape(outputs_of(slots, weights, rounding), tuple(x.shape))
+    y = layer(wide_rows(x), routing.topk_ids, routing.topk_weights, weights, rounding)
+    return array_namespace(x).reshape(y, tuple(x.shape))
 
 
 def routed_experts(
@@ -72,8 +72,8 @@ def routed_experts(
     check_experts_inputs(x, topk_ids, topk_weights, weights)
     xp = array_namespace(x)
     ids = xp.reshape(topk_ids, (-1, topk_ids.shape[-1]))
-    slots = gather(wide_rows(x), ids, wide_rows(topk_weights), weights, rounding)
-    return xp.reshape(outputs_of(slots, weights, rounding), tuple(x.shape))
+    y = layer(wide_rows(x), ids, wide_rows(topk_weights), weights, rounding)
+    return xp.reshape(y, tuple(x.shape))
 
 
 def wide_rows(array: Float[Array, "*batch N"]) -> Float[Array, "T N"]:
@@ -123,8 +123,15 @@ def row_weights(topk_weights: Float[Array, "*#samples T K"], grouping: Grouping)
     return unpermute(xp.reshape(topk_weights, (*topk_weights.shape[:-2], -1, 1)), grouping.order)
 
 
-def outputs_of(slots: Slots, weights: MoEWeights, rounding: Rounding = EXACT) -> Float[Array, "*#samples T H"]:
-    """Experts, unpermute, combine."""
+def layer(
+    x: Float[Array, "*#samples T H"],
+    topk_ids: Int[Array, "T K"],
+    topk_weights: Float[Array, "*#samples T K"],
+    weights: MoEWeights,
+    rounding: Rounding = EXACT,
+) -> Float[Array, "*#samples T H"]:
+    """Gather, experts, unpermute, combine. A leading axis of samples is carried through."""
+    slots = gather(x, topk_ids, topk_weights, weights, rounding)
     outputs = experts(slots.rows, slots.grouping.group_offsets, weights, rounding)
     return combined(unpermute(outputs, slots.grouping.inverse), slots, weights, rounding)
 
@@ -221,10 +228,12 @@ def layer_vjp(
     weights: MoEWeights,
     dy: Float[Array, "*#samples T H"],
     rounding: Rounding = EXACT,
+    rows_of: RowsOf | None = None,
 ) -> tuple[Float[Array, "*#samples T H"], MoEGradients]:
     """Forward and backward with the choice of experts given: it has no gradient (D1), and no sample chooses again.
 
-    Exactly one of ``router_logits`` and ``topk_weights`` is given. A leading axis of samples is carried through.
+    Exactly one of ``router_logits`` and ``topk_weights`` is given. A leading axis of samples is carried through. With
+    ``rows_of``, only the rows that it names are computed of a matrix's or a factor's gradient.
     """
     xp = array_namespace(x)
     if topk_weights is None:
@@ -233,7 +242,9 @@ def layer_vjp(
     top_k, grouping, scaled = topk_ids.shape[-1], slots.grouping, weights.config.scale_input
     d_outputs = xp.repeat(dy, top_k, axis=-2) if scaled else combine_vjp(slots.weights, dy, rounding)
     upstream = unpermute(d_outputs, grouping.order)
-    outputs, d_rows, d_parameters = experts_vjp(slots.rows, grouping.group_offsets, weights, upstream, rounding)
+    outputs, d_rows, d_parameters = experts_vjp(
+        slots.rows, grouping.group_offsets, weights, upstream, rounding, rows_of
+    )
     outputs = unpermute(outputs, grouping.inverse)
     y = combined(outputs, slots, weights, rounding)
     if scaled:

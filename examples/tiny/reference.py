@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ref.layer import gather, layer_vjp, outputs_of
+from moe_ref.layer import layer, layer_vjp
 from moe_ref.numerics import EXACT, FORMATS, Perturbed, Rounding, accumulator
 from moe_ref.routing import route, weigh
 from moe_ref.types import MoEWeights
@@ -83,8 +83,8 @@ class _Layer(torch.autograd.Function):
         rows, low_logits = _narrowed(x, dtype)[None], _narrowed(logits, "float32")[None]  # one sample
         ids = route(low_logits[0], weights.config).topk_ids
         ctx.given, ctx.dtype, ctx.rounding = (rows, low_logits, ids, low), dtype, rounding
-        slots = gather(rows, ids, weigh(low_logits, ids, weights.config, rounding), low, rounding)
-        return _finished(outputs_of(slots, low, rounding), dtype, rounding).to(x)
+        y = layer(rows, ids, weigh(low_logits, ids, weights.config, rounding), low, rounding)
+        return _finished(y, dtype, rounding).to(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from executors._bench.judge import Judgement
 from executors._bench.layers import DENSE, Form, Shape
 from executors._bench.measure import Spread, ratios, spread
 from executors._bench.routing import Load
+from moe_ref.conformance.judgement.faults import Judgement
 
 FORWARD, WITH_BACKWARD, LORA = "forward", "forward_backward", "lora"
 DENSE_WEIGHTS = "triton[bf16]"  # a contender in 4 bits

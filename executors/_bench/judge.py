@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,38 +12,11 @@ from executors import Unavailable, Unsupported
 from executors._bench.layers import BenchLayer
 from executors._bench.routing import Batch
 from executors._bench.truth import Truth
-from executors._compare.judge import FAULTS
-from moe_ref.conformance.judgement.checks import CLAUSES
-from moe_ref.conformance.judgement.gates import Verdict, judge
+from moe_ref.conformance.judgement.faults import RAISED, Judgement, raised
+from moe_ref.conformance.judgement.gates import CLAUSES, Verdict, judge
 from moe_ref.validation import dtype_name
 
 BFLOAT16 = "bfloat16"
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What came of one contender.
-
-    Attributes:
-        reason: why it does not take this input, or "".
-        fault: what no gate measures: it raised, or gave another shape or dtype, or a gradient out of place; or "".
-        verdicts: of y and of each gradient.
-    """
-
-    reason: str = ""
-    fault: str = ""
-    verdicts: tuple[Verdict, ...] = ()
-
-    @property
-    def failure(self) -> str:
-        """The first broken clause in a few words, or ""."""
-        broken = [f"{CLAUSES[v.name]}: {v.failure}" for v in self.verdicts if v.failure]
-        return self.fault or (broken[0] if broken else "")
-
-    @property
-    def max_z(self) -> float | None:
-        """The largest error in error bars."""
-        return max((v.max_z for v in self.verdicts), default=None)
 
 
 def judge_contender(
@@ -69,8 +42,8 @@ def judge_contender(
         return Judgement(reason=" ".join(str(error).split()))
     except torch.OutOfMemoryError as error:
         return Judgement(reason=f"not enough memory: {str(error).splitlines()[0]}")
-    except FAULTS as error:
-        return Judgement(fault="raised " + " ".join(f"{type(error).__name__}: {error}".split()))
+    except RAISED as error:
+        return raised(error)
     finally:
         clear_gradients(layer, batch)
 

@@ -18,7 +18,7 @@ from moe_ref.types import GATED, MoEConfig
 
 if TYPE_CHECKING:
     from executors._tune.choice import Choice
-    from executors._tune.problem import Problem
+    from executors._tune.workload import Workload
 
 SCHEMA = 1
 DTYPES = ("bfloat16", "float16", "float32")
@@ -176,14 +176,14 @@ def _drawn(shape: Shape, device: str, seed: int, rank: int) -> BenchLayer:
 
 def _problem(
     owner: BenchLayer, tokens: int, routing: str, device: str, seed: int, dtype: str, direction: str
-) -> Problem:
-    from executors._tune.problem import Problem
+) -> Workload:
+    from executors._tune.workload import Workload
 
     drawn = batch(routing, tokens, tokens, owner.shape, device, seed)
-    return Problem(owner, drawn, getattr(torch, dtype), direction == WITH_BACKWARD)
+    return Workload(owner, drawn, getattr(torch, dtype), direction == WITH_BACKWARD)
 
 
-def _chosen(problem: Problem, tokens: int, seconds: float) -> Choice:
+def _chosen(problem: Workload, tokens: int, seconds: float) -> Choice:
     """Searches under a bar that shows the time left."""
     from executors._tune.choice import choose
 

@@ -13,10 +13,18 @@ from threadpoolctl import threadpool_limits
 from executors import Unavailable, Unsupported
 from executors.layer_file import Layer
 from moe_ref.conformance.judgement.call import Inputs, run
-from moe_ref.conformance.judgement.checks import CLAUSES
 from moe_ref.conformance.judgement.choices import have_margins
-from moe_ref.conformance.judgement.faults import Fault, changed, copies, different, wrong_form
-from moe_ref.conformance.judgement.gates import Verdict, judge, standardise
+from moe_ref.conformance.judgement.faults import (
+    RAISED,
+    Fault,
+    Judgement,
+    changed,
+    copies,
+    different,
+    raised,
+    wrong_form,
+)
+from moe_ref.conformance.judgement.gates import judge, standardise
 from moe_ref.conformance.problems.kinks import pushes_off_kinks
 from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.error_bars import TensorBars, error_bars
@@ -26,12 +34,6 @@ from moe_ref.validation import dtype_name
 
 if TYPE_CHECKING:
     from executors import Executor
-
-# What an executor may raise without ending the comparison of the others.
-FAULTS = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError),
-    *(RuntimeError, TypeError, ValueError),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,31 +52,6 @@ class Truth:
     bars: dict[str, TensorBars]
     group_sizes: np.ndarray
     near_limit: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Judgement:
-    """What came of one executor.
-
-    Attributes:
-        verdicts: of y and of each gradient.
-        z: by tensor, the errors in error bars of all elements that can err, for the plot.
-        fault: what no gate measures: the executor raised, changed an input, or returned another shape or dtype; or "".
-    """
-
-    verdicts: list[Verdict]
-    z: dict[str, np.ndarray]
-    fault: str = ""
-
-    @property
-    def failure(self) -> str:
-        """The first broken clause in a few words, or ""."""
-        if self.fault:
-            return self.fault
-        for verdict in self.verdicts:
-            if verdict.failure:
-                return f"{CLAUSES[verdict.name]}: {verdict.failure}"
-        return ""
 
 
 def with_clear_choice(layer: Layer) -> Layer:
@@ -148,9 +125,8 @@ def judge_executor(executor: Executor, truth: Truth) -> Judgement:
         return _judge(executor, truth)
     except (Unavailable, Unsupported):
         raise
-    except FAULTS as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        return Judgement([], {}, f"raised {said}")
+    except RAISED as error:
+        return raised(error)
 
 
 def _judge(executor: Executor, truth: Truth) -> Judgement:
@@ -171,7 +147,7 @@ def _judge(executor: Executor, truth: Truth) -> Judgement:
     verdicts.append(judge("y", inference.numpy("y"), truth.bars["y"], dtype, dtype_name(inference.tensors["y"])))
     fault = changed(inputs, before) or wrong_form(result, inputs, backward) or _wrong_route(executor, inputs)
     fault = fault or different(result, run(executor, inputs, backward), "two runs")
-    return Judgement(verdicts, scores, "" if fault is None else str(fault))
+    return Judgement(tuple(verdicts), "" if fault is None else str(fault), z=scores)
 
 
 def _wrong_route(executor: Executor, inputs: Inputs) -> Fault | None:

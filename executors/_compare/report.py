@@ -19,7 +19,7 @@ from rich.table import Table
 from executors._compare.judge import Truth
 from executors._compare.run import LABELS, Row, sizes, skew
 from executors.layer_file import Layer
-from moe_ref.conformance.judgement.checks import CLAUSES
+from moe_ref.conformance.judgement.gates import CLAUSES
 from moe_ref.validation import dtype_name
 
 SCHEMA = 1

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 import executors
-from executors._compare.judge import Judgement, Truth, inputs_for, judge_executor
+from executors._compare.judge import Truth, inputs_for, judge_executor
 from executors._compare.measure import measure_times, peak_memory
 from executors.layer_file import Layer
+from moe_ref.conformance.judgement.faults import Judgement
 
 MILLISECONDS = 1000.0
 PROCESSES = 2  # that measure memory at a time, mostly waiting for imports

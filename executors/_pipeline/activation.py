@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from executors._base.arguments import Activation
+
 BLOCK_ELEMENTS = 2**17  # of z: half a MiB in fp32
-
-
-class Activation(NamedTuple):
-    """The parts of ``MoEConfig`` that shape the activation."""
-
-    name: str
-    alpha: float
-    limit: float | None
-    up_offset: float
-    layout: str
-
-    @property
-    def gated(self) -> bool:
-        """Whether z holds gate and up halves."""
-        return self.name in ("swiglu", "geglu", "geglu_tanh")
-
-    @property
-    def plain(self) -> bool:
-        """Whether the gate is an activation of torch's own, and nothing is clamped or added."""
-        return self.alpha == 1.0 and self.limit is None and self.up_offset == 0.0
 
 
 def forward(z: Tensor, act: Activation) -> Tensor:
     """h [n, I] from z [n, J], in z's dtype."""
-    h = z.new_empty(z.shape[0], z.shape[1] // (2 if act.gated else 1))
+    h = z.new_empty(z.shape[0], z.shape[1] // (2 if act.layout else 1))
     for rows in _blocks(z):
         h[rows] = _forward(z[rows], act)
     return h
@@ -54,17 +34,17 @@ def _blocks(z: Tensor) -> list[slice]:
 
 
 def _forward(z: Tensor, act: Activation) -> Tensor:
-    if not act.gated:
+    if not act.layout:
         return _plain(z, act.name)
     gate, up = _split(z, act.layout)
-    if act.plain:  # torch evaluates in fp32 within each of the two: act(g) and h are rounded once each
+    if _is_plain(act):  # torch evaluates in fp32 within each of the two: act(g) and h are rounded once each
         return _plain(gate, act.name).mul_(up)
     gate, up = _clamp(_widen(gate), _widen(up), act)
     return torch.sigmoid(act.alpha * gate).mul_(gate).mul_(up + act.up_offset)
 
 
 def _backward(dz: Tensor, z: Tensor, dh: Tensor, act: Activation) -> None:
-    if not act.gated:
+    if not act.layout:
         torch.mul(dh, _value_and_slope(_widen(z), act)[1], out=dz)
         return
     gate, up = (_widen(half) for half in _split(z, act.layout))
@@ -76,6 +56,11 @@ def _backward(dz: Tensor, z: Tensor, dh: Tensor, act: Activation) -> None:
         d_up.masked_fill_(up.abs() > act.limit, 0.0)
     for whole, half in zip(_split(dz, act.layout), (d_gate, d_up), strict=True):
         whole.copy_(half)
+
+
+def _is_plain(act: Activation) -> bool:
+    """Whether the gate is an activation of torch's own, and nothing is clamped or added."""
+    return act.alpha == 1.0 and act.limit is None and act.up_offset == 0.0
 
 
 def _plain(gate: Tensor, name: str) -> Tensor:

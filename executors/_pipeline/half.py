@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FITTING = 15  # numbers below 2**15 are multiplied as they are
+LARGEST = torch.finfo(torch.float16).max
+FITTING = 15  # a row past it is brought below 2**15
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -32,7 +33,7 @@ def _fitted(value: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
     if value.dtype == torch.float16:
         return value, None
     largest = value.abs().amax(dim, keepdim=True)
-    excess = (torch.frexp(largest).exponent - FITTING).clamp_(min=0).masked_fill_(~largest.isfinite(), 0)
+    excess = (torch.frexp(largest).exponent - FITTING).masked_fill_((largest <= LARGEST) | ~largest.isfinite(), 0)
     scale = torch.ldexp(torch.ones_like(largest), excess)
     return (value / scale).to(torch.float16), scale
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from executors._base.arguments import Activation, Projection
 from executors._pipeline import activation
-from executors._pipeline.activation import Activation
 from executors._pipeline.grouping import combine, expert_of_rows, inverse_of, slot_weights
 from executors._pipeline.packed_matrices import PackedMatrices
 
@@ -50,16 +50,6 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-class Projection(NamedTuple):
-    """A projection's parameters: [E, m, k], bias [E, m], adapter factors [E, r, k] and [E, m, r]."""
-
-    matrices: Matrices
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    scaling: float
-
-
 class Layer(NamedTuple):
     """Everything that a forward and a backward pass share."""
 
@@ -68,8 +58,8 @@ class Layer(NamedTuple):
     topk_weights: Tensor
     order: Tensor
     group_offsets: Tensor
-    up: Projection
-    down: Projection
+    up: Projection[Matrices]
+    down: Projection[Matrices]
     act: Activation
     scale_input: bool
 
@@ -176,7 +166,7 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
     return found
 
 
-def _linear(rows: Tensor, projection: Projection, layer: Layer, products: Products) -> Tensor:
+def _linear(rows: Tensor, projection: Projection[Matrices], layer: Layer, products: Products) -> Tensor:
     total = products.rows(rows, projection.matrices)
     if projection.lora_b is not None:
         inner = _inner(rows, projection, products)
@@ -186,7 +176,7 @@ def _linear(rows: Tensor, projection: Projection, layer: Layer, products: Produc
     return total.to(layer.stored)
 
 
-def _linear_back(d_out: Tensor, projection: Projection, products: Products) -> Tensor:
+def _linear_back(d_out: Tensor, projection: Projection[Matrices], products: Products) -> Tensor:
     d_rows = products.rows_back(d_out, projection.matrices)
     if projection.lora_a is None:
         return d_rows
@@ -219,14 +209,14 @@ def _add_matrix_gradients(
         found[f"{name}_lora_b"] = products.outer(d_out.to(inner.dtype), inner, projection.lora_b, inner.dtype)
 
 
-def _inner(rows: Tensor, projection: Projection, products: Products) -> Tensor:
+def _inner(rows: Tensor, projection: Projection[Matrices], products: Products) -> Tensor:
     """[S, r] What stands between an adapter's factors: scaling (rows A^T)."""
     assert projection.lora_a is not None
     a = _factor(projection.lora_a, rows)
     return products.rows(rows.to(a.dtype), a) * projection.scaling
 
 
-def _d_inner(d_out: Tensor, projection: Projection, products: Products) -> Tensor:
+def _d_inner(d_out: Tensor, projection: Projection[Matrices], products: Products) -> Tensor:
     """[S, r] The gradient of rows A^T."""
     assert projection.lora_b is not None
     b = _factor(projection.lora_b, d_out)

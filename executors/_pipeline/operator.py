@@ -8,14 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from executors._base.arguments import unflatten
-from executors._base.operator import Arguments, Kept
+from executors._base.arguments import Arguments
+from executors._base.operator import Kept, owners_of
 from executors._pipeline import layer as _layer
-from executors._pipeline.activation import Activation
 from executors._pipeline.grouping import group
-from executors._pipeline.layer import Layer, Matrices, Products, Projection
+from executors._pipeline.layer import Layer, Matrices, Products
 from executors._pipeline.packed_matrices import PackedMatrices, room_for
 from moe_ref.types import PARAMETERS, PackedTensor
+
+Stacks = tuple[Tensor | PackedTensor, Tensor | PackedTensor]
 
 
 class PipelineOperator(NamedTuple):
@@ -39,9 +40,9 @@ class PipelineOperator(NamedTuple):
     def forward(self, given: Arguments, keep_z: bool, keep_decoded: bool) -> tuple[Tensor, Kept]:
         """y [T, H]; of both projections what was decoded is kept too, or nothing."""
         slots = given.topk_ids.numel() if keep_decoded else 0
-        packed = _packed(given)
-        rooms = [room_for(each, slots, given.x) for each in packed]
-        matrices = _matrices(given, packed, rooms, filled=False)
+        stacks = given.matrices()
+        rooms = [room_for(stack, slots, given.x) for stack in stacks]
+        matrices = _matrices(stacks, rooms, filled=False)
         order, group_offsets = group(given.topk_ids, matrices[0].shape[0])
         offsets = group_offsets.cpu() if self.on_host else group_offsets
         y, z = _layer.forward(_make_layer(given, order, offsets, matrices), self.products(offsets))
@@ -50,26 +51,26 @@ class PipelineOperator(NamedTuple):
     def fake(self, given: Arguments, keep_z: bool, keep_decoded: bool) -> tuple[Tensor, Kept]:
         """Tensors of the same shapes."""
         x, slots = given.x, given.topk_ids.numel()
-        packed = _packed(given)
-        experts, both = (packed[0] or given.gate_up_proj).shape[:2]
+        stacks = given.matrices()
+        experts, both = stacks[0].shape[:2]
         device = torch.device("cpu") if self.on_host else x.device
         return x.new_empty(x.shape), Kept(
             x.new_empty(slots if keep_z else 0, both, dtype=_layer.stored_dtype(x.dtype)),
             given.topk_ids.new_empty(slots, dtype=torch.int64),
             torch.empty(experts + 1, dtype=torch.int64, device=device),
-            *(room_for(p, slots if keep_decoded else 0, x) for p in packed),
+            *(room_for(stack, slots if keep_decoded else 0, x) for stack in stacks),
         )
 
     def backward(self, given: Arguments, kept: Kept, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
         """The gradients that are needed."""
-        matrices = _matrices(given, _packed(given), [kept.decoded_gate_up, kept.decoded_down], filled=True)
+        matrices = _matrices(given.matrices(), [kept.decoded_gate_up, kept.decoded_down], filled=True)
         layer = _make_layer(given, kept.order, kept.group_offsets, matrices)
         multiply = self.products(kept.group_offsets)
         z = kept.z
         if not z.shape[0]:  # nothing was kept: the same products give the same bits (D4)
             z = _layer.preactivations(layer, multiply)
         found = _layer.backward(layer, multiply, z, dy, needs)
-        owners = given.owners()
+        owners = owners_of(given)
         return {name: _stored_as(owners[name], gradient, name in PARAMETERS) for name, gradient in found.items()}
 
 
@@ -83,28 +84,14 @@ def _stored_as(owner: Tensor | None, gradient: Tensor, parameter: bool) -> Tenso
     return gradient.new_empty_strided(gradient.shape, wanted).copy_(gradient)
 
 
-def _packed(given: Arguments) -> list[PackedTensor | None]:
-    return [
-        unflatten(parts, given.x)
-        for parts in (
-            (given.gate_up_proj, given.gate_up_scales, given.gate_up_format),
-            (given.down_proj, given.down_scales, given.down_format),
-        )
-    ]
-
-
-def _matrices(given: Arguments, packed: list[PackedTensor | None], rooms: list[Tensor], filled: bool) -> list[Matrices]:
+def _matrices(stacks: Stacks, rooms: list[Tensor], filled: bool) -> list[Matrices]:
     """What products take: a dense stack as it is, or one in 4 bits with the room for what is decoded of it."""
-    dense = given.gate_up_proj, given.down_proj
     return [
-        stack if each is None else PackedMatrices(each, room, filled and room.shape[0] > 0)
-        for stack, each, room in zip(dense, packed, rooms, strict=True)
+        PackedMatrices(stack, room, filled and room.shape[0] > 0) if isinstance(stack, PackedTensor) else stack
+        for stack, room in zip(stacks, rooms, strict=True)
     ]
 
 
 def _make_layer(given: Arguments, order: Tensor, group_offsets: Tensor, matrices: list[Matrices]) -> Layer:
-    factors = (given.gate_up_lora_a, given.gate_up_lora_b), (given.down_lora_a, given.down_lora_b)
-    up = Projection(matrices[0], given.gate_up_proj_bias, *factors[0], given.gate_up_scaling)
-    down = Projection(matrices[1], given.down_proj_bias, *factors[1], given.down_scaling)
-    act = Activation(given.activation, given.alpha, given.limit, given.up_offset, given.layout)
-    return Layer(given.x, given.topk_ids, given.topk_weights, order, group_offsets, up, down, act, given.scale_input)
+    slots = given.x, given.topk_ids, given.topk_weights, order, group_offsets
+    return Layer(*slots, *given.projections(*matrices), given.act(), given.scale_input)

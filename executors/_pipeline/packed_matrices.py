@@ -53,9 +53,9 @@ class PackedMatrices(NamedTuple):
         return stored.transpose(-1, -2) if self.packed.transposed else stored
 
 
-def room_for(packed: PackedTensor | None, slots: int | torch.SymInt, like: Tensor) -> Tensor:
-    """Room for all experts that so many slots can name; on a CPU it takes memory only where it is written."""
-    if packed is None:
+def room_for(stack: Tensor | PackedTensor, slots: int | torch.SymInt, like: Tensor) -> Tensor:
+    """Room for all experts in 4 bits that so many slots can name; a CPU takes memory only where it is written."""
+    if isinstance(stack, Tensor):
         return like.new_empty(0)
-    experts = torch.sym_min(packed.shape[0], slots)  # type: ignore[no-untyped-call]
-    return like.new_empty(experts, *packed.stored_shape[1:])
+    experts = torch.sym_min(stack.shape[0], slots)  # type: ignore[no-untyped-call]
+    return like.new_empty(experts, *stack.stored_shape[1:])

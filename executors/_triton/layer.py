@@ -7,23 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from executors._base.arguments import Activation, Projection
 from executors._triton.launch import gradients as _gradients
 from executors._triton.launch import products
 from executors._triton.launch.narrow import Narrow, between, by_columns, by_rows
-from executors._triton.launch.operands import Act, Adapter, Matrices, Plan
+from executors._triton.launch.operands import Adapter, Matrices, Plan
 from moe_ref.types import PARAMETERS
 
-NONE = Act("", 1.0, None, 0.0, "")  # no activation
-
-
-class Projection(NamedTuple):
-    """A projection's parameters: [E, m, k], bias [E, m], adapter factors [E, r, k] and [E, m, r]."""
-
-    matrices: Matrices
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    scaling: float
+NONE = Activation("", 1.0, None, 0.0, "")  # no activation
 
 
 class Layer(NamedTuple):
@@ -40,9 +31,9 @@ class Layer(NamedTuple):
     x: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
-    up: Projection
-    down: Projection
-    act: Act
+    up: Projection[Matrices]
+    down: Projection[Matrices]
+    act: Activation
     scale_input: bool
 
     @property
@@ -82,7 +73,7 @@ def forward(layer: Layer, plan: Plan, keep_z: bool) -> tuple[Tensor, Tensor]:
     down = layer.down
     rows = by_rows(h, layer.dtype, plan)
     del h
-    adapter = _adapter(rows, down, plan, of_tokens=False)
+    adapter = adapter_of(rows, down, plan, of_tokens=False)
     slots = products.down(rows, down.matrices, down.bias, adapter, layer.after, plan.regime.down, plan)
     return products.combine(slots, layer.dtype, layer.topk_ids, layer.num_experts), z
 
@@ -90,7 +81,7 @@ def forward(layer: Layer, plan: Plan, keep_z: bool) -> tuple[Tensor, Tensor]:
 def activations(layer: Layer, plan: Plan, keep_z: bool) -> tuple[Tensor, Tensor]:
     """h [S, I], and z [S, J] or no rows of it; in fp32 where x is in fp16 (E7)."""
     up = layer.up
-    adapter = _adapter(Narrow(layer.x), up, plan, of_tokens=True)
+    adapter = adapter_of(Narrow(layer.x), up, plan, of_tokens=True)
     return products.up(layer.x, up.matrices, up.bias, adapter, layer.before, layer.act, plan.regime.up, plan, keep_z)
 
 
@@ -123,27 +114,16 @@ def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, b
     want_dh = want_dz or want_weights
     d_inner = dh = None
     if down.lora_b is not None and (want_dh or needs["down_lora_a"]):
-        d_inner = _d_inner(Narrow(dy), down, plan, of_tokens=True)
+        d_inner = inner_gradient(Narrow(dy), down, plan, of_tokens=True)
     if want_dh:
-        transposed, adapter = down.matrices.transpose(1, 2), _back(d_inner, down, layer, plan)
-        dh, _ = products.up(dy, transposed, None, adapter, None, NONE, plan.regime.dh, plan, keep_z=False)
-    dz, h, d_weights = _gradients.dz(
-        dh,
-        z,
-        layer.topk_weights,
-        not scale_input,
-        dy,
-        down.bias,
-        layer.act,
-        plan,
-        want_dz=want_dz,
-        want_h=any(of_down),
-        want_weights=want_weights,
+        dh = activation_gradient(layer, plan, dy, d_inner)
+    dz, h, d_weights = preactivation_gradient(
+        layer, plan, dh, z, dy, want_dz=want_dz, want_h=any(of_down), want_weights=want_weights
     )
     del z, dh
     if want_weights:
         found["topk_weights"] = d_weights
-    found |= _of_down_matrices(layer, plan, h, dy, d_inner, needs)
+    found |= down_gradients(layer, plan, h, dy, d_inner, needs)
     del h, d_inner
 
     # Of the up projection.
@@ -154,12 +134,11 @@ def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, b
     rows = by_rows(dz, layer.dtype, plan)
     d_inner = None
     if up.lora_b is not None and (want_rows or needs["gate_up_lora_a"]):
-        d_inner = _d_inner(rows, up, plan, of_tokens=False)
-    found |= _of_up_matrices(layer, plan, dz, d_inner, needs)
+        d_inner = inner_gradient(rows, up, plan, of_tokens=False)
+    found |= up_gradients(layer, plan, dz, d_inner, needs)
     del dz
     if want_rows:
-        adapter = _back(d_inner, up, layer, plan)
-        slots = products.down(rows, up.matrices.transpose(1, 2), None, adapter, None, plan.regime.dx, plan)
+        slots = input_gradient(layer, plan, rows, d_inner)
         if needs["topk_weights"] and scale_input:
             found["topk_weights"] = _gradients.input_weights(
                 slots, layer.x, layer.topk_ids, layer.topk_weights, layer.num_experts
@@ -169,7 +148,37 @@ def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, b
     return found
 
 
-def _of_down_matrices(
+def activation_gradient(layer: Layer, plan: Plan, dy: Tensor, d_inner: Tensor | None) -> Tensor:
+    """dh [S, I] from dy [T, H] without the weights of slots, and from the gradient between the adapter's factors."""
+    down, tile = layer.down, plan.regime.dh
+    transposed, adapter = down.matrices.transpose(1, 2), _back(d_inner, down, layer, plan)
+    return products.up(dy, transposed, None, adapter, None, NONE, tile, plan, keep_z=False)[0]
+
+
+def preactivation_gradient(
+    layer: Layer,
+    plan: Plan,
+    dh: Tensor | None,
+    z: Tensor,
+    dy: Tensor,
+    *,
+    want_dz: bool = True,
+    want_h: bool = True,
+    want_weights: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz [S, J], h [S, I], and the gradient of the weights [T, K]; what is not wanted has no rows."""
+    weighted, bias, act = not layer.scale_input, layer.down.bias, layer.act
+    wanted = {"want_dz": want_dz, "want_h": want_h, "want_weights": want_weights}
+    return _gradients.dz(dh, z, layer.topk_weights, weighted, dy, bias, act, plan, **wanted)
+
+
+def input_gradient(layer: Layer, plan: Plan, dz: Narrow, d_inner: Tensor | None) -> Tensor:
+    """[S, H] The gradient of the experts' input, from dz [S, J] and the gradient between the adapter's factors."""
+    up, tile = layer.up, plan.regime.dx
+    return products.down(dz, up.matrices.transpose(1, 2), None, _back(d_inner, up, layer, plan), None, tile, plan)
+
+
+def down_gradients(
     layer: Layer, plan: Plan, h: Tensor, dy: Tensor, d_inner: Tensor | None, needs: dict[str, bool]
 ) -> dict[str, Tensor]:
     """Gradients of the down projection and its adapter, from h with its weight, and dy without."""
@@ -188,7 +197,7 @@ def _of_down_matrices(
     return found
 
 
-def _of_up_matrices(
+def up_gradients(
     layer: Layer, plan: Plan, dz: Tensor, d_inner: Tensor | None, needs: dict[str, bool]
 ) -> dict[str, Tensor]:
     """Gradients of the up projection and its adapter."""
@@ -221,7 +230,7 @@ def zeros(owners: dict[str, Tensor | None], needs: dict[str, bool]) -> dict[str,
     }
 
 
-def _adapter(rows: Narrow, projection: Projection, plan: Plan, *, of_tokens: bool) -> Adapter | None:
+def adapter_of(rows: Narrow, projection: Projection[Matrices], plan: Plan, *, of_tokens: bool) -> Adapter | None:
     """An adapter's part of rows W^T."""
     if projection.lora_a is None or projection.lora_b is None:
         return None
@@ -229,13 +238,13 @@ def _adapter(rows: Narrow, projection: Projection, plan: Plan, *, of_tokens: boo
     return Adapter(*by_rows(inner, rows.values.dtype, plan), projection.lora_b)
 
 
-def _d_inner(d_out: Narrow, projection: Projection, plan: Plan, *, of_tokens: bool) -> Tensor:
+def inner_gradient(d_out: Narrow, projection: Projection[Matrices], plan: Plan, *, of_tokens: bool) -> Tensor:
     """[S, r] The gradient of rows A^T."""
     assert projection.lora_b is not None
     return products.inner(d_out, projection.lora_b.transpose(1, 2), projection.scaling, plan, of_tokens=of_tokens)
 
 
-def _back(d_inner: Tensor | None, projection: Projection, layer: Layer, plan: Plan) -> Adapter | None:
+def _back(d_inner: Tensor | None, projection: Projection[Matrices], layer: Layer, plan: Plan) -> Adapter | None:
     """An adapter's part of d_out W."""
     if d_inner is None or projection.lora_a is None:
         return None

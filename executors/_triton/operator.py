@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from executors._base.arguments import unflatten
-from executors._base.operator import Arguments, Kept, Operator, define
+from executors._base.arguments import Arguments
+from executors._base.operator import Kept, Operator, define, owners_of
 from executors._triton import configs, interpreter
 from executors._triton import layer as _layer
 from executors._triton import tuned as _tuned
@@ -19,9 +19,9 @@ from executors._triton.launch import operands
 from executors._triton.launch.grouping import Groups, bounds_of, group
 from executors._triton.launch.grouping import check_slots as check_slots
 from executors._triton.launch.narrow import between
-from executors._triton.launch.operands import Act, Matrices, Plan
-from executors._triton.layer import Layer, Projection
-from moe_ref.types import GATED, PackedTensor
+from executors._triton.launch.operands import Plan
+from executors._triton.layer import Layer
+from moe_ref.types import PackedTensor
 
 
 class Kernels(NamedTuple):
@@ -59,13 +59,13 @@ class Kernels(NamedTuple):
     def fake(self, given: Arguments, keep_z: bool, _keep_decoded: bool) -> tuple[Tensor, Kept]:
         """Tensors of the same shapes."""
         x, slots = given.x, given.topk_ids.numel()
-        z = x.new_empty(slots if keep_z else 0, matrices_of(given)[0].shape[1], dtype=between(x.dtype))
+        z = x.new_empty(slots if keep_z else 0, given.matrices()[0].shape[1], dtype=between(x.dtype))
         return torch.empty_like(x, memory_format=torch.contiguous_format), self._kept(z)
 
     def backward(self, given: Arguments, kept: Kept, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
         """The gradients that are needed."""
         if not given.topk_ids.numel():
-            return _layer.zeros(given.owners(), needs)
+            return _layer.zeros(owners_of(given), needs)
         if INTERPRETED:
             interpreter.mend()
         layer = layer_of(given)
@@ -122,32 +122,13 @@ def shipped_regime(layer: Layer, *, batch_invariant: bool = False, decoded: bool
 
 def layer_of(given: Arguments) -> Layer:
     """The layer, with x as it is."""
-    factors = (given.gate_up_lora_a, given.gate_up_lora_b), (given.down_lora_a, given.down_lora_b)
-    matrices = matrices_of(given)
-    up = Projection(matrices[0], given.gate_up_proj_bias, *factors[0], given.gate_up_scaling)
-    down = Projection(matrices[1], given.down_proj_bias, *factors[1], given.down_scaling)
-    layout = given.layout if given.activation in GATED else ""
-    return Layer(
-        given.x,
-        given.topk_ids.contiguous(),
-        given.topk_weights.contiguous(),
-        up,
-        down,
-        Act(given.activation, given.alpha, given.limit, given.up_offset, layout),
-        given.scale_input,
-    )
+    slots = given.topk_ids.contiguous(), given.topk_weights.contiguous()
+    return Layer(given.x, *slots, *given.projections(*given.matrices()), given.act(), given.scale_input)
 
 
 def readable(layer: Layer, plan: Plan) -> Layer:
     """The layer; x is copied only where its own strides keep it from being loaded 16 bytes at a time."""
     return layer._replace(x=operands.readable(layer.x, plan.aligned))
-
-
-def matrices_of(given: Arguments) -> tuple[Matrices, Matrices]:
-    """Both projections, dense or in 4 bits."""
-    up = unflatten((given.gate_up_proj, given.gate_up_scales, given.gate_up_format), given.x)
-    down = unflatten((given.down_proj, given.down_scales, given.down_format), given.x)
-    return given.gate_up_proj if up is None else up, given.down_proj if down is None else down
 
 
 def plan_of(layer: Layer, groups: Groups, regime: Regime, *, decoded: bool = False) -> Plan:

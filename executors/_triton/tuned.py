@@ -17,11 +17,13 @@ import torch
 import triton
 from torch import Tensor
 
+from executors._base.arguments import Projection
 from executors._triton import tuned_file
 from executors._triton.configs import Regime
 from executors._triton.device import INTERPRETED
 from executors._triton.launch import operands
-from executors._triton.layer import Layer, Projection
+from executors._triton.launch.operands import Matrices
+from executors._triton.layer import Layer
 from executors._triton.tuned_file import Entries, Key
 from moe_ref.validation import dtype_name
 
@@ -69,7 +71,7 @@ def key_of(layer: Layer, precision: str) -> Key:
         hidden,
         both // 2 if act.layout else both,
         storage_of(layer.up, layer.down),
-        f"{act.activation} {act.layout}".rstrip(),
+        f"{act.name} {act.layout}".rstrip(),
         max(map(_rank_of, (layer.up, layer.down))),
         bucket_of(layer.topk_ids.numel(), experts),
     )
@@ -82,7 +84,7 @@ def bucket_of(slots: int, experts: int) -> int:
     return 1 - (experts // slots).bit_length()
 
 
-def storage_of(up: Projection, down: Projection) -> str:
+def storage_of(up: Projection[Matrices], down: Projection[Matrices]) -> str:
     """Which dimension of both is last in memory, such as "rows, columns"; or "not aligned"."""
     if not operands.are_aligned(up.matrices, down.matrices):
         return "not aligned"
@@ -118,7 +120,7 @@ def versions() -> str:
     return f"torch {torch.__version__}, triton {triton.__version__}, moe-ref {own}, kernels {text}"
 
 
-def _rank_of(projection: Projection) -> int:
+def _rank_of(projection: Projection[Matrices]) -> int:
     """As the kernels take it."""
     factor = projection.lora_b
     return 0 if factor is None else operands.ranks_at_a_time(factor.shape[2])

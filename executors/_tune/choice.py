@@ -14,8 +14,8 @@ from executors._triton.configs import Regime
 from executors._triton.device import INTERPRETED
 from executors._triton.tuned_file import Key, as_entry
 from executors._tune.contest import Contest, Duel, GpuClock, Tally, host_clock
-from executors._tune.problem import LAYER, Problem
 from executors._tune.search import Search, text_of
+from executors._tune.workload import LAYER, Workload
 
 ROUNDS = 15  # of a duel; interpreted, times mean nothing, and one does
 CONFIRMING = 3  # times as many rounds for the whole layer
@@ -51,21 +51,21 @@ class Choice:
         return self.chosen != self.shipped
 
 
-def choose(problem: Problem, tokens: int, seconds: float, tell: Callable[[str], None]) -> Choice:
+def choose(workload: Workload, tokens: int, seconds: float, tell: Callable[[str], None]) -> Choice:
     """Searches, and confirms what was found on the whole layer: else it is the shipped tiles.
 
     Args:
-        problem: the layer and its input.
+        workload: the layer and its input.
         tokens: T.
         seconds: how long the search may take; Ctrl-C ends it, and keeps what it has found.
         tell: called with what is being done.
     """
-    device = problem.layer.x.device
+    device = workload.layer.x.device
     on_gpu, rounds = device.type == "cuda", 1 if INTERPRETED else ROUNDS
     clock = GpuClock(device) if on_gpu else host_clock
-    contest = Contest(problem, problem.shipped, clock, rounds, torch.cuda.synchronize if on_gpu else lambda: None)
-    size, family = problem.layer.x.element_size(), problem.device.family
-    search = Search(contest, problem.products, size, family, problem.shared, tell)
+    contest = Contest(workload, workload.shipped, clock, rounds, torch.cuda.synchronize if on_gpu else lambda: None)
+    size, family = workload.layer.x.element_size(), workload.device.family
+    search = Search(contest, workload.products, size, family, workload.shared, tell)
     interrupted = False
     try:
         search.go(seconds)
@@ -74,18 +74,18 @@ def choose(problem: Problem, tokens: int, seconds: float, tell: Callable[[str], 
     search.settle()
     duels: dict[str, Duel] = {}
     chosen = search.best
-    if chosen != problem.shipped:
+    if chosen != workload.shipped:
         tell("confirming on the whole layer")
         if contest.admits(LAYER, chosen):
-            duels[LAYER] = contest.duel(LAYER, problem.shipped, chosen, CONFIRMING * rounds)
+            duels[LAYER] = contest.duel(LAYER, workload.shipped, chosen, CONFIRMING * rounds)
         if LAYER not in duels or not duels[LAYER].won:
-            chosen = problem.shipped
-    for product in problem.products:
+            chosen = workload.shipped
+    for product in workload.products:
         tell(f"{product}: shipped and chosen")
-        duels[product] = contest.duel(product, problem.shipped, chosen)
-    if chosen == problem.shipped:
-        duels[LAYER] = contest.duel(LAYER, problem.shipped, chosen)
-    return Choice(tokens, problem.key, problem.products, problem.shipped, chosen, duels, contest.tally, interrupted)
+        duels[product] = contest.duel(product, workload.shipped, chosen)
+    if chosen == workload.shipped:
+        duels[LAYER] = contest.duel(LAYER, workload.shipped, chosen)
+    return Choice(tokens, workload.key, workload.products, workload.shipped, chosen, duels, contest.tally, interrupted)
 
 
 def tokens_of(key: Key) -> tuple[int, int]:

@@ -32,7 +32,7 @@ REFUSED = (TritonError, RuntimeError, ValueError, AssertionError)  # of a tile: 
 
 
 class Products(Protocol):
-    """What a contest is about; see `executors._tune.problem.Problem`."""
+    """What a contest is about; see `executors._tune.workload.Workload`."""
 
     def run(self, product: str, regime: Regime) -> list[Tensor]:
         """A product's results with these tiles."""

@@ -15,7 +15,7 @@ from executors._triton.configs import Regime, Tile
 from executors._triton.tuned_file import SHARING
 from executors._tune.contest import Contest
 from executors._tune.moves import fits, moves, replaced, with_rows, with_tiles
-from executors._tune.problem import LAYER
+from executors._tune.workload import LAYER
 
 OTHER_ROWS = 2  # twice and half of the shipped BLOCK_M: each as much of the time as all products had before
 OF_ADAPTERS = "inner"  # tuned wherever there are any

@@ -15,7 +15,7 @@ import executors
 from executors._bench import measure, report
 from executors._bench.case import Case, Row
 from executors._bench.contenders import our_contenders
-from executors._bench.judge import Judgement, judge_contender
+from executors._bench.judge import judge_contender
 from executors._bench.layers import LAYERS, BenchLayer, random_layer, sized
 from executors._bench.measure import Spread, is_no_result, ratios, spread, time_rounds, warm_seconds
 from executors._bench.peers.transformers import experts_module, peers
@@ -24,6 +24,7 @@ from executors._bench.settings import Settings
 from executors._bench.truth import sample_truth
 from executors._cli.app import app
 from moe_ref import routed_experts
+from moe_ref.conformance.judgement.faults import Judgement
 from moe_ref.conformance.judgement.gates import Verdict
 from moe_ref.conformance.mutants import mutants
 

@@ -11,12 +11,12 @@ from executors._bench import memory as bench_memory
 from executors._bench.case import Case, Row
 from executors._bench.ceilings import Ceilings
 from executors._bench.everyone import contenders
-from executors._bench.judge import Judgement
 from executors._bench.layers import BenchLayer, random_layer, sized, with_adapters
 from executors._bench.peers.bitsandbytes import STACK
 from executors._bench.quantised import BLOCKSIZE, Quantisation, quantised
 from executors._bench.routing import Load, batch
 from executors._cli.app import app
+from moe_ref.conformance.judgement.faults import Judgement
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("transformers")

@@ -17,7 +17,7 @@ from executors._bench.case import Case, Row
 from executors._bench.ceilings import Ceilings
 from executors._bench.contenders import our_contenders
 from executors._bench.everyone import contenders
-from executors._bench.judge import Judgement, judge_contender
+from executors._bench.judge import judge_contender
 from executors._bench.layers import LAYERS, BenchLayer, Form, random_layer, sized, with_adapters
 from executors._bench.measure import Spread
 from executors._bench.peers import loops
@@ -29,6 +29,7 @@ from executors._bench.truth import sample_truth
 from executors._cli.app import app
 from executors._cli.options import new_console
 from moe_ref import mxfp4, nf4
+from moe_ref.conformance.judgement.faults import Judgement
 from moe_ref.layer import layer_vjp
 from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
 

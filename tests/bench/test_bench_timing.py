@@ -20,13 +20,14 @@ from executors._bench import table as bench_table
 from executors._bench import timing as bench_timing
 from executors._bench.case import Case, Row
 from executors._bench.ceilings import Ceilings
-from executors._bench.judge import Judgement, judge_contender
+from executors._bench.judge import judge_contender
 from executors._bench.layers import LAYERS, BenchLayer, random_layer, sized
 from executors._bench.measure import seconds_of
 from executors._bench.routing import Batch, Load, batch
 from executors._bench.settings import Settings
 from executors._bench.timing import Timing, time_case
 from executors._cli.app import app
+from moe_ref.conformance.judgement.faults import Judgement
 from moe_ref.conformance.judgement.gates import Verdict
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import executors
 from dense_cases import needs_all
 from executors import Executor, grouped_mm
-from executors._base import operator as _operator
+from executors._base.arguments import arguments_of
 from moe_ref import MoEConfig, MoEWeights, routed_experts_vjp
 from moe_ref.conformance.judgement.call import call
 from moe_ref.conformance.judgement.checks import check_problem
@@ -220,11 +220,11 @@ def narrow_integers_of_a_huge_layer() -> set[tuple[int, ...]]:
         meta(num_experts, 2 * inner, hidden), meta(num_experts, hidden, inner), config=MoEConfig(top_k)
     )
     ids, slot_weights = meta(tokens, top_k, dtype=torch.int64), meta(tokens, top_k, dtype=torch.float32)
-    tensors, static = _operator.arguments_of(meta(tokens, hidden), ids, slot_weights, weights)
+    given = arguments_of(meta(tokens, hidden), ids, slot_weights, weights)
     forward, backward = (kernel._init_fn.__wrapped__ for kernel in grouped_mm.OPERATOR)
     with Integers() as seen:
-        y, z, *kept = forward(*tensors, True, False, *static)
-        gradients = backward(y, z, *kept, *tensors, needs_all(tensors), *static)
+        y, z, *kept = forward(*given, True, False)
+        gradients = backward(y, z, *kept, needs_all(given), *given)
     assert (y.shape, z.shape) == ((tokens, hidden), (tokens * top_k, 2 * inner))
     assert min(gradients[0].numel(), z.numel(), weights.gate_up_proj.numel()) > 2**31
     assert gradients[2].shape == weights.gate_up_proj.shape

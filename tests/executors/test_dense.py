@@ -73,7 +73,7 @@ def test_nothing_is_kept_where_nothing_needs_a_gradient() -> None:
     asked: list[bool] = []
 
     def forward(*given: object) -> tuple[torch.Tensor]:
-        asked.append(bool(given[_operator.TENSORS + 2]))
+        asked.append(bool(given[-2]))
         return (torch.empty_like(inputs.x),)
 
     everything = frozenset(inputs_of(PROBLEM).tensors()) | {"topk_weights"}
@@ -103,9 +103,9 @@ def test_inference_keeps_nothing(name: str) -> None:
     inputs = inputs_of(replace(PROBLEM, entry="experts"))
     with torch.no_grad():
         assert not call(executors.get(name), inputs).requires_grad
-    tensors, static = arguments(inputs)
+    given = arguments(inputs)
     with torch.no_grad():
-        z = WATCHED[name].forward(*tensors, False, False, *static)[1]
+        z = WATCHED[name].forward(*given, False, False)[1]
     assert z.numel() == 0
 
 
@@ -234,12 +234,12 @@ class PlainProducts(LoopProducts):
 def test_autocast_does_not_reach_into_an_operator() -> None:
     """Whatever its products are made of."""
     operator = _operator.define(PipelineOperator("plain_probe", PlainProducts, on_host=True))
-    tensors, static = arguments(inputs_of(Problem(12, 1, 16, 8, MoEConfig(1), entry="experts")))
+    given = arguments(inputs_of(Problem(12, 1, 16, 8, MoEConfig(1), entry="experts")))
     with torch.no_grad():
-        expected = operator.forward(*tensors, True, False, *static)
+        expected = operator.forward(*given, True, False)
         with torch.autocast("cpu", torch.bfloat16):
-            assert (tensors[0] @ tensors[3][0].t()).dtype == torch.bfloat16
-            actual = operator.forward(*tensors, True, False, *static)
+            assert (given.x @ given.gate_up_proj[0].t()).dtype == torch.bfloat16
+            actual = operator.forward(*given, True, False)
     assert all(torch.equal(e, a) and e.dtype == a.dtype for e, a in zip(expected, actual, strict=True))
 
 
@@ -250,10 +250,10 @@ def test_gradients_are_stored_as_their_parameters(name: str, dtype: str) -> None
     gradients = []
     for layout in ("contiguous", "transposed"):
         inputs = inputs_of(replace(PROBLEM, entry="experts", dtype=dtype, weights_layout=layout))
-        tensors, static = arguments(inputs)
-        _, *kept = OPERATORS[name].forward(*tensors, True, True, *static)
-        found = OPERATORS[name].backward(inputs.dy, *kept, *tensors, needs_all(tensors), *static)[2:4]
-        for gradient, parameter in zip(found, tensors[3:5], strict=True):
+        given = arguments(inputs)
+        _, *kept = OPERATORS[name].forward(*given, True, True)
+        found = OPERATORS[name].backward(inputs.dy, *kept, needs_all(given), *given)[2:4]
+        for gradient, parameter in zip(found, (given.gate_up_proj, given.down_proj), strict=True):
             assert gradient.stride() == parameter.stride()
             assert (gradient.stride(2) == 1) == (layout == "contiguous")
         gradients.append(found)

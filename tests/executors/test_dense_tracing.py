@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from dense_cases import (
     needs_all,
 )
 from executors import grouped_mm, native
-from executors._base.operator import TENSORS
+from executors._base.arguments import TENSORS, Arguments
 from executors._pipeline import layer as _layer
 from moe_ref.conformance.judgement.call import Inputs, call
 from moe_ref.conformance.problems.problem import Problem
@@ -59,10 +58,9 @@ def test_host_reads_are_seen_inside_the_operator(name: str, monkeypatch: pytest.
     assert len(mode.reads) > 1
 
 
-def without_values(inputs: Inputs) -> tuple[list[Any], list[Any]]:
+def without_values(inputs: Inputs) -> Arguments:
     """The operator's arguments as tensors that have no values: whatever looks at one raises."""
-    tensors, static = arguments(inputs)
-    return each(tensors, lambda t: t.detach().to("meta")), static
+    return each(arguments(inputs), lambda t: t.detach().to("meta"))
 
 
 def kernel(operator):  # type: ignore[no-untyped-def]
@@ -74,19 +72,19 @@ def kernel(operator):  # type: ignore[no-untyped-def]
 def test_grouped_mm_never_looks_at_a_value(problem: Problem) -> None:
     """Forward and backward on tensors without values: what a host would have to wait for raises here."""
     inputs = inputs_of(replace(problem, entry="experts", dtype="bfloat16", lora_dtype="bfloat16"))
-    tensors, static = without_values(inputs)
-    y, *kept = kernel(grouped_mm.OPERATOR.forward)(*tensors, True, False, *static)
+    given = without_values(inputs)
+    y, *kept = kernel(grouped_mm.OPERATOR.forward)(*given, True, False)
     assert (y.shape, y.device.type) == (inputs.x.shape, "meta")
-    gradients = kernel(grouped_mm.OPERATOR.backward)(y, *kept, *tensors, needs_all(tensors), *static)
-    for gradient, owner in zip(gradients, [tensors[0], *tensors[2:TENSORS]], strict=True):
+    gradients = kernel(grouped_mm.OPERATOR.backward)(y, *kept, needs_all(given), *given)
+    for gradient, owner in zip(gradients, [given[0], *given[2:TENSORS]], strict=True):
         assert owner is None or gradient.shape == owner.shape
 
 
 def test_native_looks_at_its_offsets() -> None:
     """The trace above can fail."""
-    tensors, static = without_values(inputs_of(replace(PROBLEM, entry="experts")))
+    given = without_values(inputs_of(replace(PROBLEM, entry="experts")))
     with pytest.raises(NotImplementedError, match="no data"):
-        kernel(native.OPERATOR.forward)(*tensors, True, False, *static)
+        kernel(native.OPERATOR.forward)(*given, True, False)
 
 
 @every
@@ -98,11 +96,11 @@ def test_operators_are_registered_right(name: str, tokens: int, problem: Problem
         pytest.skip("interpreted: some of them")
     operator = WATCHED[name]
     inputs = inputs_of(replace(problem, tokens=tokens, entry="experts"))
-    tensors, static = arguments(inputs)
-    torch.library.opcheck(operator.forward, (*tensors, True, False, *static))
-    _, *kept = (t.detach() for t in operator.forward(*tensors, True, False, *static))
-    detached = each(tensors, torch.Tensor.detach)
-    torch.library.opcheck(operator.backward, (inputs.dy, *kept, *detached, needs_all(tensors), *static))
+    given = arguments(inputs)
+    torch.library.opcheck(operator.forward, (*given, True, False))
+    _, *kept = (t.detach() for t in operator.forward(*given, True, False))
+    detached = each(given, torch.Tensor.detach)
+    torch.library.opcheck(operator.backward, (inputs.dy, *kept, needs_all(given), *detached))
 
 
 def test_the_choice_is_registered_right() -> None:

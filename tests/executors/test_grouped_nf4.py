@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import executors
 from dense_cases import arguments, demand_one_graph, each, inputs_of, needs_all
-from executors._base.operator import TENSORS
+from executors._base.arguments import TENSORS
 from executors._decode import bitsandbytes as _decode_kernel
 from executors._pipeline import packed_matrices
 from moe_ref import MoEConfig
@@ -161,13 +161,13 @@ def test_memory_kept_for_backward(way: str, problem: Problem) -> None:
 def test_slices_never_look_at_a_value(problem: Problem, keep: bool) -> None:
     """Forward and backward on tensors without values: what a host would have to wait for raises here."""
     inputs = inputs_of(replace(problem, entry="experts", dtype="bfloat16", lora_dtype="bfloat16"))
-    tensors, static = arguments(inputs)
-    tensors = each(tensors, lambda t: t.detach().to("meta"))
+    given = arguments(inputs)
+    given = each(given, lambda t: t.detach().to("meta"))
     forward, backward = (kernel._init_fn.__wrapped__ for kernel in executors.get("grouped_nf4").operator)
-    y, *kept = forward(*tensors, True, keep, *static)
+    y, *kept = forward(*given, True, keep)
     assert (y.shape, y.device.type) == (inputs.x.shape, "meta")
-    gradients = backward(y, *kept, *tensors, needs_all(tensors), *static)
-    for gradient, owner, needed in zip(gradients, [tensors[0], *tensors[2:TENSORS]], needs_all(tensors), strict=True):
+    gradients = backward(y, *kept, needs_all(given), *given)
+    for gradient, owner, needed in zip(gradients, [given[0], *given[2:TENSORS]], needs_all(given), strict=True):
         assert not needed or gradient.shape == owner.shape
 
 
@@ -178,11 +178,11 @@ def test_operators_are_registered_right(way: str, keep: bool, problem: Problem) 
     """torch.library.opcheck: schema, autograd, fake kernels, dynamic shapes."""
     operator = SLICED if way == "slices" else executors.get("grouped_nf4").operator
     inputs = inputs_of(replace(problem, entry="experts"))
-    tensors, static = arguments(inputs)
-    torch.library.opcheck(operator.forward, (*tensors, True, keep, *static))
-    _, *kept = (t.detach() for t in operator.forward(*tensors, True, keep, *static))
-    detached = each(tensors, torch.Tensor.detach)
-    torch.library.opcheck(operator.backward, (inputs.dy, *kept, *detached, needs_all(tensors), *static))
+    given = arguments(inputs)
+    torch.library.opcheck(operator.forward, (*given, True, keep))
+    _, *kept = (t.detach() for t in operator.forward(*given, True, keep))
+    detached = each(given, torch.Tensor.detach)
+    torch.library.opcheck(operator.backward, (inputs.dy, *kept, needs_all(given), *detached))
 
 
 @problems

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from executors import Executor, grouped_mm, grouped_nf4, native
-from executors._base import operator as _operator
+from executors._base.arguments import TENSORS, Arguments, arguments_of
 from moe_ref import MoEConfig
 from moe_ref.conformance.judgement.call import Inputs, call, to_torch
 from moe_ref.conformance.problems.build import build
@@ -78,14 +77,14 @@ def inputs_of(problem: Problem) -> Inputs:
     return to_torch(problem, build(problem))
 
 
-def arguments(inputs: Inputs) -> tuple[list[Any], list[Any]]:
-    """The operator's tensors and lists of tensors, and what is static: between them stands what to keep."""
-    return _operator.arguments_of(inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.weights)
+def arguments(inputs: Inputs) -> Arguments:
+    """The operator's arguments, but for what to keep."""
+    return arguments_of(inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.weights)
 
 
-def each(tensors: list[Any], change: Callable[[torch.Tensor], torch.Tensor]) -> list[Any]:
-    """An operator's tensors, all changed, those in lists too."""
-    return [each(t, change) if isinstance(t, list) else None if t is None else change(t) for t in tensors]
+def each(given: Arguments, change: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
+    """An operator's arguments, all tensors changed, those in lists too."""
+    return given.with_tensors([None if t is None else change(t) for t in given.tensors()])
 
 
 def with_parameters(problem: Problem) -> Inputs:
@@ -116,6 +115,6 @@ def demand_one_graph(executor: Executor, problem: Problem) -> None:
     assert len(graphs) == 1
 
 
-def needs_all(tensors: list[Any]) -> list[bool]:
+def needs_all(given: Arguments) -> list[bool]:
     """What to ask of backward: a gradient for everything that has one."""
-    return [True, True, *(t is not None and t.is_floating_point() for t in tensors[3 : _operator.TENSORS])]
+    return [True, True, *(t is not None and t.is_floating_point() for t in given[3:TENSORS])]

@@ -249,11 +249,11 @@ def test_operators_keep_torch_s_rules(path: str, problem: Problem) -> None:
     """Schema, autograd, fake kernels, dispatch, both ways."""
     inputs = inputs_of(replace(problem, gate_up_rank=2, entry="experts"))
     operator = _operator.BY_PATH[path]
-    tensors, static = arguments(inputs)
-    torch.library.opcheck(operator.forward, (*tensors, True, False, *static))
-    _, *kept = (t.detach() for t in operator.forward(*tensors, True, False, *static))
-    detached = each(tensors, torch.Tensor.detach)
-    torch.library.opcheck(operator.backward, (inputs.dy, *kept, *detached, needs_all(tensors), *static))
+    given = arguments(inputs)
+    torch.library.opcheck(operator.forward, (*given, True, False))
+    _, *kept = (t.detach() for t in operator.forward(*given, True, False))
+    detached = each(given, torch.Tensor.detach)
+    torch.library.opcheck(operator.backward, (inputs.dy, *kept, needs_all(given), *detached))
 
 
 @pytest.mark.parametrize("path", WAYS)

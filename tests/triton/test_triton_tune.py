@@ -23,8 +23,8 @@ from executors._triton.tuned_file import PRODUCTS, SHARING
 from executors._tune import choice as tune_choice
 from executors._tune.contest import Contest, Duel, agree
 from executors._tune.moves import fits, moves, with_rows
-from executors._tune.problem import LAYER, Problem
 from executors._tune.search import Search
+from executors._tune.workload import LAYER, Workload
 from moe_ref import MoEConfig
 from triton_cases import DEVICE, python
 
@@ -148,7 +148,7 @@ def test_budget_ends_the_search() -> None:
 
 
 def test_interruption_keeps_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = problem_of(backward=False)
+    workload = workload_of(backward=False)
 
     def press(self: Search, _seconds: float) -> None:
         self.best = self.best._replace(up=self.best.up._replace(block_n=64, stages=2))
@@ -156,7 +156,7 @@ def test_interruption_keeps_what_was_found(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Search, "go", press)
     use_times(monkeypatch, lambda _, regime: 1.0 / regime.up.stages)
-    choice = tune_choice.choose(problem, 6, 1.0, lambda _: None)
+    choice = tune_choice.choose(workload, 6, 1.0, lambda _: None)
     assert choice.interrupted
     assert choice.chosen.up.stages == 2
 
@@ -218,14 +218,14 @@ def test_moves_are_such_as_a_kernel_may_take() -> None:
     assert all(tile.block_m == 64 for tile in with_rows(SHIPPED, "up", 64))
 
 
-def problem_of(
+def workload_of(
     shape: Shape = TOY, rank: int = 0, dtype: torch.dtype = torch.bfloat16, *, backward: bool = True
-) -> Problem:
+) -> Workload:
     if INTERPRETED:
         interpreter.mend()
     layer = random_layer(shape, DEVICE, 0, lambda *_: None)
     owner = with_adapters(layer, rank, 0) if rank else layer
-    return Problem(owner, batch("uniform", 6, 6, shape, DEVICE, 0), dtype, backward)
+    return Workload(owner, batch("uniform", 6, 6, shape, DEVICE, 0), dtype, backward)
 
 
 def use_times(monkeypatch: pytest.MonkeyPatch, times: Times) -> None:
@@ -248,18 +248,18 @@ GPT_OSS = replace(LAYERS["gpt-oss-20b"], experts=4, hidden=32, intermediate=32, 
     ids=["dense", "adapters, by columns", "odd"],
 )
 def test_every_product_is_right_with_other_tiles(shape: Shape, rank: int, dtype: torch.dtype) -> None:
-    problem = problem_of(shape, rank, dtype)
-    contest = Contest(problem, problem.shipped, lambda _: 1.0, 1)
+    workload = workload_of(shape, rank, dtype)
+    contest = Contest(workload, workload.shipped, lambda _: 1.0, 1)
     other = Tile(32, 32, 16, 2, 1, 2)
     with torch.no_grad():
-        for product in (*problem.products, LAYER):
+        for product in (*workload.products, LAYER):
             assert contest.admits(product, Regime(1.0, *[other] * len(PRODUCTS))), product
-    assert problem.products == ("up", "down", "dh", "dx", "outer", *(("inner",) if rank else ()))
+    assert workload.products == ("up", "down", "dh", "dx", "outer", *(("inner",) if rank else ()))
 
 
 def test_products_are_those_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each result, by itself, is found in a pass through the layer."""
-    problem, made = problem_of(), []
+    workload, made = workload_of(), []
     for module, names in ((_layer.products, ("up", "down")), (_layer._gradients, ("outer",))):
         for name in names:
             plain = getattr(module, name)
@@ -271,34 +271,34 @@ def test_products_are_those_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> Non
 
             monkeypatch.setattr(module, name, recorded)
     with torch.no_grad():
-        problem.run(LAYER, problem.shipped)
+        workload.run(LAYER, workload.shipped)
         own = list(made)
-        for product in problem.products:
-            for result in problem.run(product, problem.shipped):
+        for product in workload.products:
+            for result in workload.run(product, workload.shipped):
                 assert any(result.shape == other.shape and torch.equal(result, other) for other in own), product
 
 
 def test_rows_of_a_forward_pass_are_rows_of_a_backward_pass_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was not tuned launches with them, or nothing is chosen."""
-    problem = problem_of(backward=False)
-    contest = Contest(problem, problem.shipped, lambda _: 1.0, 1)
-    search = Search(contest, problem.products, 2, problem.device.family, problem.shared)
-    taller = {name: getattr(problem.shipped, name)._replace(block_m=32) for name in SHARING}
+    workload = workload_of(backward=False)
+    contest = Contest(workload, workload.shipped, lambda _: 1.0, 1)
+    search = Search(contest, workload.products, 2, workload.device.family, workload.shared)
+    taller = {name: getattr(workload.shipped, name)._replace(block_m=32) for name in SHARING}
     with torch.no_grad():
-        search.best = problem.shipped._replace(**taller)
+        search.best = workload.shipped._replace(**taller)
         search.settle()
         assert {getattr(search.best, name).block_m for name in SHARING} == {32}
         assert contest.tally.tried == 2  # dh and dx
-        plain = problem.run
+        plain = workload.run
 
         def refuses(product: str, regime: Regime) -> list[torch.Tensor]:
-            if product == "dh" and regime != problem.shipped:
+            if product == "dh" and regime != workload.shipped:
                 raise ValueError("too large")
             return plain(product, regime)
 
-        monkeypatch.setattr(problem, "run", refuses)
+        monkeypatch.setattr(workload, "run", refuses)
         search.settle()
-        assert search.best == problem.shipped
+        assert search.best == workload.shipped
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ def test_choice_is_stored_and_used(stored: Path, tmp_path: Path, monkeypatch: py
     shown = [line for line in result.output.splitlines() if not line.startswith(("stored in", "wrote"))]
     assert max(map(len, shown)) <= 80
     (entry,) = json.loads(stored.read_text())["entries"]
-    assert entry["tiles"]["up"]["block_n"] > problem_of(backward=False).shipped.up.block_n
+    assert entry["tiles"]["up"]["block_n"] > workload_of(backward=False).shipped.up.block_n
     assert entry["found"]["tuned"] == ["up", "down"]
 
     figures = json.loads((tmp_path / "tune.json").read_text())

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import executors
-from executors._base.operator import Arguments, arguments_of
+from executors._base.arguments import arguments_of
 from executors._triton import operator, tuned_file
 from executors._triton import tuned as _tuned
 from executors._triton.configs import FAMILIES, Regime, Tile
@@ -53,8 +53,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Tile]:
 
 def layer_of(inputs: Inputs) -> Layer:
     routing = executors.get("triton").route(inputs.router_logits, inputs.weights)
-    tensors, static = arguments_of(inputs.x, routing.topk_ids, routing.topk_weights, inputs.weights)
-    return operator.layer_of(Arguments(*tensors, *static))
+    given = arguments_of(inputs.x, routing.topk_ids, routing.topk_weights, inputs.weights)
+    return operator.layer_of(given)
 
 
 def key_of(inputs: Inputs) -> Key:

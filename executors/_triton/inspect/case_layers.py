@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from executors._triton.launch.operands import Act
+from executors._base.arguments import Activation
 from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
 from moe_ref.validation import dtype_name
 
@@ -33,7 +33,7 @@ class Layer(NamedTuple):
     top_k: int
     hidden: int
     intermediate: int
-    act: Act
+    act: Activation
     biases: bool = False
     by_columns: bool = False
     scale_input: bool = False
@@ -43,15 +43,15 @@ class Layer(NamedTuple):
     decoded: bool = False
 
 
-SWIGLU = Act("swiglu", 1.0, None, 0.0, "concatenated")
-CLAMPED = Act("swiglu", 1.702, 7.0, 1.0, "interleaved")
+SWIGLU = Activation("swiglu", 1.0, None, 0.0, "concatenated")
+CLAMPED = Activation("swiglu", 1.702, 7.0, 1.0, "interleaved")
 QWEN3 = Layer("qwen3", 128, 8, 2048, 768, SWIGLU)
 GPT_OSS = Layer("gpt-oss", 32, 4, 2880, 2880, CLAMPED, biases=True, by_columns=True)
 GPT_OSS_ROWS = GPT_OSS._replace(name="oss-rows", by_columns=False)
 DEEPSEEK = Layer("deepseek", 256, 8, 7168, 2048, SWIGLU, by_columns=True)  # 15 GB: offsets need 64 bits
-GEGLU = QWEN3._replace(name="geglu", act=SWIGLU._replace(activation="geglu"), biases=True)
-GELU = Layer("gelu", 128, 8, 1040, 528, Act("gelu", 1.0, None, 0.0, ""), biases=True, scale_input=True)
-RELU2 = QWEN3._replace(name="relu2", act=Act("relu2", 1.0, None, 0.0, ""))
+GEGLU = QWEN3._replace(name="geglu", act=SWIGLU._replace(name="geglu"), biases=True)
+GELU = Layer("gelu", 128, 8, 1040, 528, Activation("gelu", 1.0, None, 0.0, ""), biases=True, scale_input=True)
+RELU2 = QWEN3._replace(name="relu2", act=Activation("relu2", 1.0, None, 0.0, ""))
 ODD = Layer("odd", 5, 2, 50, 17, CLAMPED._replace(layout="concatenated"), biases=True)
 
 LORA = QWEN3._replace(name="lora", rank=16)

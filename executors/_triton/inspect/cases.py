@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from executors._base.arguments import Projection
 from executors._base.operator import NAMES
 from executors._triton import configs
 from executors._triton import layer as _layer
@@ -36,9 +37,8 @@ from executors._triton.inspect.case_layers import (
 from executors._triton.inspect.compile import TARGETS, compiling
 from executors._triton.launch import operands as _operands
 from executors._triton.launch.grouping import bounds_of, group
-from executors._triton.launch.operands import Plan
+from executors._triton.launch.operands import Matrices, Plan
 from executors._triton.launch.routing import backward_operator, route
-from executors._triton.layer import Projection
 from moe_ref.types import LORA_FACTORS, MoEConfig, MoEWeights
 
 TF32 = "tf32"  # float32 whose products may round their operands
@@ -228,7 +228,7 @@ def _call(layer: Layer, tokens: int, dtype: str, device: Device, regime: Regime,
     """Forward, or both ways with a gradient of everything; of adapters alone where there are some."""
     absent = partial(torch.empty, dtype=getattr(torch, "float32" if dtype == TF32 else dtype), device="meta")
 
-    def projection(m: int, k: int) -> Projection:
+    def projection(m: int, k: int) -> Projection[Matrices]:
         experts, rank = layer.experts, layer.rank
         stored = absent(experts, k, m).transpose(1, 2) if layer.by_columns else absent(experts, m, k)
         bias = absent(experts, m) if layer.biases else None

@@ -6,11 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
+from executors._base.arguments import Activation
 from executors._triton.configs import Tile
 from executors._triton.kernels.gradients import dz_kernel, input_weights_kernel, sums_kernel
 from executors._triton.kernels.outer import outer_kernel
 from executors._triton.launch.narrow import Narrow
-from executors._triton.launch.operands import Act, Plan, blocks
+from executors._triton.launch.operands import Plan, blocks
 
 SUMMED_ROWS, SUMMED_COLUMNS = 32, 128  # of a bias gradient's program
 ROWS, COLUMNS = 16, 64  # of an elementwise program, at a time; a row tile is no smaller
@@ -23,7 +24,7 @@ def dz(
     weighted: bool,
     dy: Tensor,
     bias: Tensor | None,
-    act: Act,
+    act: Activation,
     plan: Plan,
     *,
     want_dz: bool,
@@ -72,7 +73,7 @@ def dz(
         STORE_WEIGHTS=want_weights,
         HAS_BIAS=bias is not None,
         LAYOUT=act.layout,
-        ACTIVATION=act.activation,
+        ACTIVATION=act.name,
         ALPHA=act.alpha,
         LIMIT=act.limit,
         UP_OFFSET=act.up_offset,

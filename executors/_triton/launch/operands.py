@@ -22,16 +22,6 @@ UNIT = 16  # elements: what Triton must know sizes and strides to be multiples o
 LEAST_RANKS, RANKS = 16, 64  # of an adapter at a time
 
 
-class Act(NamedTuple):
-    """The parts of ``MoEConfig`` that shape the activation."""
-
-    activation: str
-    alpha: float
-    limit: float | None
-    up_offset: float
-    layout: str  # "" where there is no gate
-
-
 class Plan(NamedTuple):
     """How the products of one call run.
 

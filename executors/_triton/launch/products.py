@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from executors._base.arguments import Activation
 from executors._triton import configs
 from executors._triton.configs import Tile
 from executors._triton.kernels.adapters import inner_kernel
@@ -15,7 +16,6 @@ from executors._triton.kernels.products import down_kernel, up_kernel
 from executors._triton.launch.decode import parts_of
 from executors._triton.launch.narrow import Narrow, between
 from executors._triton.launch.operands import (
-    Act,
     Adapter,
     Matrices,
     Plan,
@@ -39,7 +39,7 @@ def up(
     bias: Tensor | None,
     adapter: Adapter | None,
     topk_weights: Tensor | None,
-    act: Act,
+    act: Activation,
     tile: Tile,
     plan: Plan,
     keep_z: bool,
@@ -52,7 +52,7 @@ def up(
     intermediate = both // 2 if act.layout else both
     tile = _storing(x.dtype, beside(adapter, tile, plan), plan)
     widens = between(x.dtype) != x.dtype
-    if act.activation in HALF_AS_WIDE:
+    if act.name in HALF_AS_WIDE:
         widest = configs.FAMILIES[plan.device.family].widened // 2 if widens else 128
         tile = tile._replace(block_n=min(tile.block_n, widest))
     if act.layout == "interleaved" and widens:  # pairs of fp32 spill too
@@ -92,7 +92,7 @@ def up(
             SCALE_INPUT=topk_weights is not None,
             STORE_Z=keep_z,
             LAYOUT=act.layout,
-            ACTIVATION=act.activation,
+            ACTIVATION=act.name,
             ALPHA=act.alpha,
             LIMIT=act.limit,
             UP_OFFSET=act.up_offset,

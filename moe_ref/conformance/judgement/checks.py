@@ -12,7 +12,7 @@ import torch
 from moe_ref.conformance.judgement.call import Inputs, Result, run, to_torch
 from moe_ref.conformance.judgement.choices import admissible
 from moe_ref.conformance.judgement.faults import Fault, changed, copies, different, wrong_form
-from moe_ref.conformance.judgement.gates import Verdict, judge
+from moe_ref.conformance.judgement.gates import CLAUSES, Verdict, judge
 from moe_ref.conformance.judgement.reference import Reference, reference
 from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.poison import poisoned
@@ -22,21 +22,6 @@ from moe_ref.types import PARAMETERS, Routing
 
 if TYPE_CHECKING:
     from executors import Executor
-
-CLAUSES = {  # of an output or a gradient; where inputs have powers, so that fp16's range is passed, E7
-    "y": "C1, E1, E2",
-    "x": "D1",
-    "router_logits": "D1, R5",
-    "topk_weights": "D3, R7",
-    "gate_up_proj": "D1, D2",
-    "down_proj": "D1, D2",
-    "gate_up_proj_bias": "D1, D2",
-    "down_proj_bias": "D1, D2",
-    "gate_up_lora_a": "D1, D2",
-    "gate_up_lora_b": "D1, D2",
-    "down_lora_a": "D1, D2",
-    "down_lora_b": "D1, D2",
-}
 
 
 class ConformanceError(AssertionError):

@@ -5,15 +5,26 @@ The suite, ``compare`` and ``bench`` ask here, each in its own words for what it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from moe_ref.conformance.judgement.call import Inputs, Result
+from moe_ref.conformance.judgement.gates import CLAUSES, Verdict
 from moe_ref.validation import dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# What an executor may raise without ending the judgement of the others.
+RAISED = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError),
+    *(RuntimeError, TypeError, ValueError),
+)
 
 
 class Fault(NamedTuple):
@@ -25,6 +36,39 @@ class Fault(NamedTuple):
     def __str__(self) -> str:
         """Both."""
         return f"{self.clause}: {self.message}"
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """What came of one executor on one input.
+
+    Attributes:
+        verdicts: of y and of each gradient.
+        fault: what no gate measures, such as an exception or a wrong shape, in one line; or "".
+        reason: why it does not take this input; or "".
+        z: by tensor, the errors in error bars of all elements that can err.
+    """
+
+    verdicts: tuple[Verdict, ...] = ()
+    fault: str = ""
+    reason: str = ""
+    z: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def failure(self) -> str:
+        """The first broken clause in a few words, or ""."""
+        broken = [f"{CLAUSES[v.name]}: {v.failure}" for v in self.verdicts if v.failure]
+        return self.fault or (broken[0] if broken else "")
+
+    @property
+    def max_z(self) -> float | None:
+        """The largest error in error bars."""
+        return max((v.max_z for v in self.verdicts), default=None)
+
+
+def raised(error: BaseException) -> Judgement:
+    """The judgement of an executor that raised."""
+    return Judgement(fault="raised " + " ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def copies(inputs: Inputs) -> dict[str, Tensor]:

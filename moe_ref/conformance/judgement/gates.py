@@ -15,6 +15,22 @@ RMS_FROM = 4096  # elements from which the rms gate applies
 GAIN_SDS = 6.0  # gain <error, y> / <y, y>, in its own standard deviations
 
 
+CLAUSES = {  # of an output or a gradient; where inputs have powers, so that fp16's range is passed, E7
+    "y": "C1, E1, E2",
+    "x": "D1",
+    "router_logits": "D1, R5",
+    "topk_weights": "D3, R7",
+    "gate_up_proj": "D1, D2",
+    "down_proj": "D1, D2",
+    "gate_up_proj_bias": "D1, D2",
+    "down_proj_bias": "D1, D2",
+    "gate_up_lora_a": "D1, D2",
+    "gate_up_lora_b": "D1, D2",
+    "down_lora_a": "D1, D2",
+    "down_lora_b": "D1, D2",
+}
+
+
 @dataclass(frozen=True)
 class Verdict:
     """How one output or gradient fared.
