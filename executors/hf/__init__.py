@@ -1,0 +1,17 @@
+"""Experts of transformers models on these executors (extra ``moe-ref[hf]``, transformers 5.2 or later).
+
+    executors.hf.use(model, "auto")  # the experts of a model at hand; says what was switched
+
+or, before a model is made,
+
+    executors.hf.register()
+    model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="moe_auto")
+
+Nothing is downloaded. A module's configuration is found from the flags that its class declares, and from what its gate
+computes; never from ``hidden_act``. What no `MoEConfig` expresses is refused by name.
+"""
+
+from executors.hf.interface import Layer, Switched, register, use
+from executors.hf.module import config_of_experts, is_experts, weights_of
+
+__all__ = ["Layer", "Switched", "config_of_experts", "is_experts", "register", "use", "weights_of"]

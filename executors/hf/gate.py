@@ -1,0 +1,121 @@
+"""Finds which activation a gate computes, by its values alone.
+
+A gate is h(g, u) = (clamp(u, -L, L) + o) a(min(g, L)). It is a straight line in u between the clamps, so L, o and a(g)
+follow from a few of its values; alpha follows from a(g) = g sigmoid(alpha g). What is found so is a guess: the guess
+counts if it agrees with the gate on a grid that reaches far past the clamps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from executors._base.arguments import Activation
+from executors._pipeline import activation
+
+NEAR = 2e-6  # of the largest value around: gates that compute in fp32 are told apart from each other, and no better
+FAR = 1e30  # past every clamp; some gates cast to fp32
+DIGITS = (1, 2, 3, 4, 5, 6, 7, 9, 12)
+GATED, PLAIN = ("swiglu", "geglu", "geglu_tanh"), ("silu", "gelu", "gelu_tanh", "relu2")
+
+Apply = Callable[[Tensor], Tensor]
+
+
+def gate_of(apply: Apply) -> Activation | None:
+    """The activation that a gate computes, or None where there is none of that kind.
+
+    Args:
+        apply: h [n, I] from z [n, 2I], on the CPU, of any I, in float64 or narrower.
+    """
+    layout = _layout(apply)
+    if not layout:
+        return None
+
+    def of_pairs(gate: Tensor, up: Tensor) -> Tensor:
+        return apply(torch.stack([gate, up], dim=-1))[:, 0].double()
+
+    return next((guess for guess in _guesses(of_pairs, layout) if _agrees(apply, guess, 2)), None)
+
+
+def plain_of(apply: Apply) -> Activation | None:
+    """The activation h = act(z) that a function computes, or None.
+
+    Args:
+        apply: h [n, I] from z [n, I].
+    """
+    guesses = (Activation(name, 1.0, None, 0.0, "") for name in PLAIN)
+    return next((guess for guess in guesses if _agrees(apply, guess, 1)), None)
+
+
+def _layout(apply: Apply) -> str:
+    """Which results follow the third number of four: in rows (g0, g1, u0, u1) the first, in (g0, u0, g1, u1) the last.
+
+    "" where it is neither.
+    """
+    z = torch.tensor([[0.5, 0.25, 0.75, 0.375]], dtype=torch.float64)
+    moved = z.clone()
+    moved[0, 2] = 0.8125
+    changed = (apply(z) != apply(moved)).flatten().tolist()
+    return {(True, False): "concatenated", (False, True): "interleaved"}.get(tuple(changed), "")
+
+
+def _guesses(h: Callable[[Tensor, Tensor], Tensor], layout: str) -> Iterator[Activation]:
+    """Activations that agree with the gate at a few points."""
+
+    def at(gate: float, up: float) -> float:
+        return float(h(torch.tensor([gate], dtype=torch.float64), torch.tensor([up], dtype=torch.float64)))
+
+    for gate in (0.5, 0.0625):  # below the clamp of the gate, if one of them is
+        middle, above, below = at(gate, 0.0), at(gate, FAR), at(gate, -FAR)
+        reach = _straight(partial(at, gate), middle)
+        value = (at(gate, reach) - middle) / reach if reach else 0.0
+        if not value or not math.isfinite(value):
+            continue
+        clamped = math.isfinite(above) and above == at(gate, FAR / 2)
+        limit = (above - below) / 2 / value if clamped else None
+        share = value / gate
+        alpha = math.log(share / (1 - share)) / gate if 0 < share < 1 else 1.0
+        for digits in DIGITS:
+            offset = _rounded(middle / value, digits)
+            cut = None if limit is None else _rounded(limit, digits)
+            yield Activation("swiglu", _rounded(alpha, digits), cut, offset, layout)
+        for name in GATED[1:]:
+            yield Activation(name, 1.0, None, 0.0, layout)
+
+
+def _straight(line: Callable[[float], float], start: float) -> float:
+    """The largest power of two up to which the line rises from ``start`` in proportion; 0 where there is none."""
+    for exponent in range(10, -11, -1):
+        up = 2.0**exponent
+        half = line(up / 2) - start
+        if half and abs(line(up) - start - 2 * half) <= NEAR * abs(2 * half):
+            return up
+    return 0.0
+
+
+def _rounded(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}") if abs(value) > NEAR else 0.0
+
+
+def _agrees(apply: Apply, guess: Activation, halves: int) -> bool:
+    """Whether the gate and the guess are equal on a grid, in rows of several numbers."""
+    reach = 4.0 if guess.limit is None else max(4.0, 2 * guess.limit)
+    axis = torch.cat([torch.linspace(-reach, reach, 65), torch.tensor([-60.0, -1e-3, 1e-3, 60.0])]).double()
+    z = torch.cartesian_prod(*[axis] * halves).reshape(-1, 3 * halves)  # rows of several: the layout counts
+    with torch.no_grad():
+        actual, expected = apply(z).double(), activation.forward(z, guess)
+    if actual.shape != expected.shape:
+        return False
+    size = 1 + z.abs().amax(1, keepdim=True) ** halves
+    return bool(((actual - expected).abs() <= NEAR * size).all())
+
+
+def as_config(found: Activation) -> dict[str, Any]:
+    """The fields of ``MoEConfig`` that say it."""
+    fields = {"activation": found.name, "alpha": found.alpha, "limit": found.limit, "up_offset": found.up_offset}
+    return fields | {"gate_up_layout": found.layout or "concatenated"}

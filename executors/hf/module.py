@@ -1,0 +1,76 @@
+"""An experts module of transformers as `MoEWeights`."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from executors._protocol import Unsupported
+from executors.hf.gate import as_config, gate_of, plain_of
+from moe_ref.types import MoEConfig, MoEWeights
+
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # set by transformers' decorator
+FOUND = "_moe_ref_config"  # of a module: what was found for it, once
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether the module's class is one that transformers dispatches (``use_experts_implementation``)."""
+    return all(hasattr(module, flag) for flag in FLAGS) and hasattr(type(module), "_apply_gate")
+
+
+def weights_of(module: nn.Module) -> MoEWeights:
+    """The module's parameters as the layer's, without a copy: a view, made anew at each call.
+
+    Args:
+        module: an experts module, such as ``model.model.layers[0].mlp.experts``.
+
+    Returns:
+        MoEWeights, whose configuration has no ``top_k``: the router is another module. E is what the parameters have,
+        which under expert parallelism is the local number.
+
+    Raises:
+        Unsupported: no `MoEConfig` says what the module computes; or it is no experts module.
+    """
+    config, own = config_of_experts(module), cast("Any", module)
+    up = "gate_up_proj" if own.has_gate else "up_proj"
+    gate_up, down = getattr(own, up), own.down_proj
+    if own.is_transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    gate_up_bias = getattr(own, f"{up}_bias") if own.has_bias else None
+    return MoEWeights(gate_up, down, gate_up_bias, own.down_proj_bias if own.has_bias else None, config=config)
+
+
+def config_of_experts(module: nn.Module) -> MoEConfig:
+    """What the module computes, found at the first call and kept by the module.
+
+    Raises:
+        Unsupported: as `weights_of`.
+    """
+    found = getattr(module, FOUND, None)
+    return _find(module) if found is None else found
+
+
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    reason="executors.hf finds what a gate computes before it is traced: call the model once before it is compiled "
+    "or exported, or switch it by executors.hf.use(model)"
+)
+def _find(module: Any) -> MoEConfig:
+    name = type(module).__name__
+    if not is_experts(module):
+        raise Unsupported(f"module is a {name}: must be an experts module that transformers dispatches")
+    if getattr(module, "has_post_expert_norm", False):
+        raise Unsupported(f"{name}: has_post_expert_norm=True: must be False: no MoEConfig has a norm after an expert")
+    probe = gate_of if module.has_gate else plain_of
+    apply = module._apply_gate if module.has_gate else module.act_fn
+    activation = probe(apply)
+    if activation is None:
+        kind = "gate" if module.has_gate else "activation"
+        raise Unsupported(f"{name}: its {kind} is none of MoEConfig's: see docs/families.md")
+    declared = "concatenated" if module.is_concatenated else "interleaved"
+    if activation.layout not in ("", declared):
+        raise Unsupported(f"{name}: is_concatenated={module.is_concatenated}: but its gate is {activation.layout}")
+    config = MoEConfig(None, **as_config(activation))
+    setattr(module, FOUND, config)
+    return config
