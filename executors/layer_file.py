@@ -13,16 +13,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moe_ref.types import MoEConfig, MoEWeights
+from moe_ref.types import PROJECTIONS, MoEConfig, MoEWeights
 from moe_ref.validation import check_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "moe-ref layer 1"
-REQUIRED = ("x", "router_logits", "gate_up_proj", "down_proj")
+REQUIRED = ("x", "router_logits", *PROJECTIONS)
 OPTIONAL = ("gate_up_proj_bias", "down_proj_bias", "selection_bias")
-PROJECTIONS = ("gate_up_proj", "down_proj")
 BUNDLED = "tiny_gpt_oss_layer.safetensors"
 
 

@@ -24,7 +24,8 @@ Activation = Literal["swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh
 GateUpLayout = Literal["concatenated", "interleaved"]
 
 GATED: tuple[Activation, ...] = ("swiglu", "geglu", "geglu_tanh")
-DENSE = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+PROJECTIONS = ("gate_up_proj", "down_proj")
+DENSE = (*PROJECTIONS, "gate_up_proj_bias", "down_proj_bias")
 LORA_FACTORS = ("gate_up_lora_a", "gate_up_lora_b", "down_lora_a", "down_lora_b")
 PARAMETERS = DENSE + LORA_FACTORS  # what has a gradient; the selection bias has none (D1)
 
@@ -144,7 +145,7 @@ class MoEWeights:
 
     def packed(self) -> dict[str, PackedTensor]:
         """The projections in 4 bits, by name."""
-        projections = {name: getattr(self, name) for name in ("gate_up_proj", "down_proj")}
+        projections = {name: getattr(self, name) for name in PROJECTIONS}
         return {name: value for name, value in projections.items() if isinstance(value, PackedTensor)}
 
     def with_parameters(self, changed: dict[str, Array]) -> MoEWeights:

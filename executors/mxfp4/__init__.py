@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from executors._decode.dense import check_dense, decoded_dtype, name_of
 from executors.mxfp4.quantization import quantized
-from moe_ref.types import MoEConfig, MoEWeights, MXFP4Tensor, PackedTensor
-from moe_ref.validation import DECODED_DTYPES, check_mxfp4, check_quantize_mxfp4, check_weights, dtype_name
+from moe_ref.types import PROJECTIONS, MoEConfig, MoEWeights, MXFP4Tensor
+from moe_ref.validation import DECODED_DTYPES, check_mxfp4, check_quantize_mxfp4, check_weights
 
 __all__ = ["from_blocks", "from_state_dict", "quantize", "quantize_tensor", "to_state_dict"]
 
-PROJECTIONS = ("gate_up_proj", "down_proj")
 BYTES = 16  # of a block
 
 
@@ -110,10 +110,7 @@ def quantize(weights: MoEWeights, *, dtype: torch.dtype | str | None = None) -> 
     """
     check_weights(weights)
     projections = {name: getattr(weights, name) for name in PROJECTIONS}
-    for name, values in projections.items():
-        _check_dense(name, values, dtype)
-    packed = {name: _quantized(name, values, dtype) for name, values in projections.items()}
-    return replace(weights, gate_up_proj=packed["gate_up_proj"], down_proj=packed["down_proj"])
+    return replace(weights, **_quantize(projections, dtype))
 
 
 def quantize_tensor(values: Tensor, *, dtype: torch.dtype | str | None = None) -> MXFP4Tensor:
@@ -122,28 +119,15 @@ def quantize_tensor(values: Tensor, *, dtype: torch.dtype | str | None = None) -
     Raises:
         ValueError, TypeError: as `quantize`.
     """
-    _check_dense("values", values, dtype)
-    return _quantized("values", values, dtype)
+    return _quantize({"values": values}, dtype)["values"]
 
 
-def _quantized(name: str, values: Tensor, dtype: torch.dtype | str | None) -> MXFP4Tensor:
+def _quantize(dense: dict[str, Any], dtype: torch.dtype | str | None) -> dict[str, Any]:
+    for name, values in dense.items():
+        check_dense(name, values)
+        check_quantize_mxfp4(values, decoded_dtype(values, dtype), name)
     with torch.no_grad():
-        return quantized(name, values, _named(dtype, values))
-
-
-def _check_dense(name: str, values: Any, dtype: torch.dtype | str | None) -> None:
-    if isinstance(values, PackedTensor):
-        kind = type(values).__name__
-        raise TypeError(f"{name} is an {kind}: must be a dense tensor, since nothing is quantised twice")
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name} is a {type(values).__module__}.{type(values).__name__}: must be a torch.Tensor")
-    check_quantize_mxfp4(values, _named(dtype, values), name)
-
-
-def _named(dtype: torch.dtype | str | None, values: Tensor) -> Any:
-    if dtype is None:
-        return dtype_name(values)
-    return str(dtype).rpartition(".")[2] if isinstance(dtype, torch.dtype) else dtype
+        return {name: quantized(name, values, decoded_dtype(values, dtype)) for name, values in dense.items()}
 
 
 def _from_blocks(names: tuple[str, str], blocks: Any, scales: Any, dtype: torch.dtype | str) -> MXFP4Tensor:
@@ -153,7 +137,7 @@ def _from_blocks(names: tuple[str, str], blocks: Any, scales: Any, dtype: torch.
             raise TypeError(f"{name} is {found}: must be a torch.Tensor of uint8")
     if blocks.device != scales.device:
         raise ValueError(f"{names[1]}.device={scales.device}: must be {blocks.device}, that of {names[0]}")
-    named = str(dtype).rpartition(".")[2] if isinstance(dtype, torch.dtype) else dtype
+    named = name_of(dtype)
     if named not in DECODED_DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DECODED_DTYPES)}")
     shape = tuple(scales.shape)

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from executors._decode.dense import check_dense, decoded_dtype
 from executors._progress import Progress, check_progress, told
 from executors.nf4.convert import from_linears, from_quant_state, unnest
 from executors.nf4.file import load, save
 from executors.nf4.quantization import quantized
-from executors.nf4.state_dict import DTYPES, from_state_dict, to_state_dict
-from moe_ref.types import MoEWeights, NF4Tensor, PackedTensor, QuantType
-from moe_ref.validation import check_quantize, check_weights, dtype_name
+from executors.nf4.state_dict import from_state_dict, to_state_dict
+from moe_ref.types import PROJECTIONS, MoEWeights, NF4Tensor, QuantType
+from moe_ref.validation import check_quantize, check_weights
 
 __all__ = [
     "from_linears",
@@ -34,8 +35,6 @@ __all__ = [
     "to_state_dict",
     "unnest",
 ]
-
-PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 def quantize(
@@ -74,10 +73,8 @@ def quantize(
     """
     check_weights(weights)
     projections = {name: getattr(weights, name) for name in PROJECTIONS}
-    for name, values in projections.items():
-        _check_dense(name, values)
-    packed = _quantize(projections, quant_type, blocksize, nested, dtype, progress)
-    return replace(weights, gate_up_proj=packed["gate_up_proj"], down_proj=packed["down_proj"])
+    packed: dict[str, Any] = _quantize(projections, quant_type, blocksize, nested, dtype, progress)
+    return replace(weights, **packed)
 
 
 def quantize_tensor(
@@ -102,7 +99,6 @@ def quantize_tensor(
     Raises:
         ValueError, TypeError, ModuleNotFoundError: as `quantize`.
     """
-    _check_dense("values", values)
     return _quantize({"values": values}, quant_type, blocksize, nested, dtype, progress)["values"]
 
 
@@ -114,12 +110,11 @@ def _quantize(
     dtype: torch.dtype | str | None,
     progress: Progress,
 ) -> dict[str, NF4Tensor]:
-    decoded: Any = {name: dtype_name(values) for name, values in dense.items()}
-    if dtype is not None:
-        named = str(dtype).rpartition(".")[2] if isinstance(dtype, torch.dtype) else dtype
-        decoded = dict.fromkeys(dense, named)
     for name, values in dense.items():
-        check_quantize(values, decoded[name], quant_type, blocksize, nested)
+        check_dense(name, values)
+    decoded = {name: decoded_dtype(values, dtype) for name, values in dense.items()}
+    for name, values in dense.items():
+        check_quantize(values, decoded[name], quant_type, blocksize, nested, name)
     check_progress(progress)
     form: dict[str, Any] = {"quant_type": quant_type, "blocksize": int(blocksize), "nested": nested}
     found, before = {}, 0
@@ -133,13 +128,3 @@ def _quantize(
 
 def _from(before: int, tell: Callable[[int], object]) -> Callable[[int], object]:
     return lambda done: tell(before + done)
-
-
-def _check_dense(name: str, values: Any) -> None:
-    if isinstance(values, PackedTensor):
-        kind = type(values).__name__
-        raise TypeError(f"{name} is an {kind}: must be a dense tensor, since nothing is quantised twice")
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name} is a {type(values).__module__}.{type(values).__name__}: must be a torch.Tensor")
-    if dtype_name(values) not in DTYPES:
-        raise TypeError(f"{name}.dtype={dtype_name(values)}: must be one of {', '.join(DTYPES)}")

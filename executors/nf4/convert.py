@@ -13,9 +13,9 @@ from torch import Tensor
 from executors.nf4.codes import CODES, code_table, same_bits
 from moe_ref.types import NF4Tensor
 from moe_ref.validation import check_nf4
+from moe_ref.validation.nf4 import NESTED
 
 QUANT_STATE = ("absmax", "shape", "code", "blocksize", "quant_type", "dtype", "offset", "state2")
-NESTED = ("nested_absmax", "nested_code", "nested_offset")
 SAME = ("shape", "dtype", "quant_type", "blocksize", "nested_blocksize", "device")
 
 

@@ -14,15 +14,14 @@ from torch import Tensor
 from executors.nf4.codes import CODES, code_table, same_bits
 from executors.nf4.convert import bytes_of, check_tensor, join, read_transposed, unnest
 from moe_ref.types import NF4Tensor
-from moe_ref.validation import check_nf4
+from moe_ref.validation import DECODED_DTYPES, check_nf4
+from moe_ref.validation.nf4 import BLOCKSIZES
 
 STATES = {f"quant_state.bitsandbytes__{quant_type}": quant_type for quant_type in CODES}
 PLAIN = ("absmax", "quant_map")
 NESTED = ("nested_absmax", "nested_quant_map")
 ENTRIES = ("quant_type", "blocksize", "dtype", "shape")  # of the JSON object, in the library's order
 NESTED_ENTRIES = ("nested_blocksize", "nested_dtype", "nested_offset")
-DTYPES = ("float32", "bfloat16", "float16")
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def to_state_dict(tensor: NF4Tensor, name: str) -> dict[str, Tensor]:
@@ -187,7 +186,7 @@ def _entries(key: str, value: Any, quant_type: str, *, nested: bool) -> dict[str
     allowed: dict[str, tuple[bool, str]] = {
         "quant_type": (entries["quant_type"] == quant_type, repr(quant_type)),
         "blocksize": (_count(entries["blocksize"]) and entries["blocksize"] in BLOCKSIZES, f"one of {BLOCKSIZES}"),
-        "dtype": (entries["dtype"] in DTYPES, f"one of {', '.join(DTYPES)}"),
+        "dtype": (entries["dtype"] in DECODED_DTYPES, f"one of {', '.join(DECODED_DTYPES)}"),
         "shape": (
             isinstance(entries["shape"], list) and all(_count(n) for n in entries["shape"]),
             "a list of integers, each at least 0",

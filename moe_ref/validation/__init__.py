@@ -23,6 +23,7 @@ from moe_ref.validation.arrays import (
     FLOAT_DTYPES,
     ID_DTYPES,
     check_array,
+    check_bool,
     check_choice,
     check_finite,
     check_integer,
@@ -70,9 +71,7 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
     check_choice("activation", config.activation, get_args(Activation))
     check_choice("gate_up_layout", config.gate_up_layout, get_args(GateUpLayout))
     for name in ("renormalize", "scale_input"):
-        value = getattr(config, name)
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}={short(value)}: must be True or False")
+        check_bool(name, getattr(config, name))
     for name in ("renormalize_eps", "routed_scaling_factor", "alpha", "up_offset"):
         check_finite(name, getattr(config, name))
     if config.renormalize_eps < 0:

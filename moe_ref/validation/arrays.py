@@ -43,6 +43,12 @@ def check_shape(name: str, value: Array, expected: tuple[int, ...], meaning: str
         raise ValueError(f"{name}.shape={tuple(value.shape)}: must be {tuple(expected)}, {meaning}")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Checks that it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={short(value)}: must be True or False")
+
+
 def check_integer(name: str, value: Any) -> None:
     """Checks that it is an integer, and no bool."""
     if isinstance(value, bool) or not isinstance(value, Integral):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_ref.types import MXFP4Tensor
-from moe_ref.validation.arrays import check_array, check_choice, check_shape, short
+from moe_ref.validation.arrays import check_array, check_bool, check_choice, check_shape, short
 from moe_ref.validation.nf4 import DECODED_DTYPES
 
 BYTES = 16  # of a block of 32 codes
@@ -31,8 +31,7 @@ def check_mxfp4(name: str, tensor: Any) -> None:
         raise ValueError(f"{name}.blocks.shape={shape}: must be (..., k / 32, {BYTES}), {BYTES} bytes to a block")
     check_array(f"{name}.scales", tensor.scales, like=blocks, dtypes=("uint8",))
     check_shape(f"{name}.scales", tensor.scales, shape[:-1], "one for each block of codes")
-    if not isinstance(tensor.transposed, bool):
-        raise TypeError(f"{name}.transposed={short(tensor.transposed)}: must be True or False")
+    check_bool(f"{name}.transposed", tensor.transposed)
     if tensor.transposed and len(shape) < 3:
         raise ValueError(f"{name}.transposed=True: must be False for a tensor of shape ({2 * BYTES * shape[0]},)")
 

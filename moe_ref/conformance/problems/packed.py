@@ -11,13 +11,13 @@ from moe_ref import mxfp4
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.nf4 import absmax_of, quantize
 from moe_ref.packed import decode
-from moe_ref.types import MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor
+from moe_ref.types import PROJECTIONS, MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor
 from moe_ref.validation.nf4 import BLOCKSIZES
 
 
 def quantized(weights: MoEWeights, problem: Problem) -> MoEWeights:
     """The weights with both projections in the problem's 4-bit format."""
-    return weights.with_parameters({n: _quantized(getattr(weights, n), problem) for n in ("gate_up_proj", "down_proj")})
+    return weights.with_parameters({n: _quantized(getattr(weights, n), problem) for n in PROJECTIONS})
 
 
 def in_whole_blocks(problem: Problem) -> Problem:
