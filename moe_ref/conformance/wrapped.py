@@ -44,12 +44,7 @@ class Wrapped:
 
     def experts(self, x: Tensor, *, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         """The changed layer, routing done elsewhere."""
-        top_k = topk_ids.shape[-1]
-        rows, ids, slot_weights = (
-            x.reshape(-1, x.shape[-1]),
-            topk_ids.reshape(-1, top_k),
-            topk_weights.reshape(-1, top_k),
-        )
+        rows, ids, slot_weights = (value.reshape(-1, value.shape[-1]) for value in (x, topk_ids, topk_weights))
         change = self.slots or experts
         return change(self.inner, rows, ids, slot_weights, weights).reshape(x.shape)
 
@@ -61,6 +56,12 @@ class Wrapped:
 def experts(inner: Executor, x: Tensor, ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
     """The inner executor, unchanged."""
     return inner.experts(x, topk_ids=ids, topk_weights=topk_weights, weights=weights)
+
+
+def slot_by_slot(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> list[Tensor]:
+    """The inner executor once for each of the K slots: the results [T, H], in at least fp32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return [experts(inner, x, ids[:, k : k + 1], w[:, k : k + 1], weights).to(wide) for k in range(ids.shape[1])]
 
 
 def narrow(topk_weights: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_ref.conformance.mutants._registry import dense_mutant, slot_mutant
-from moe_ref.conformance.wrapped import column_mask, configured, experts
+from moe_ref.conformance.wrapped import column_mask, configured, experts, slot_by_slot
 from moe_ref.types import MoEWeights
 
 if TYPE_CHECKING:
@@ -167,6 +167,5 @@ def weight_on_both_sides(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, wei
     """With scale_input, the weight multiplies the output as well (C3)."""
     if not weights.config.scale_input:
         return experts(inner, x, ids, w, weights)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    parts = [experts(inner, x, ids[:, k : k + 1], w[:, k : k + 1], weights).to(wide) for k in range(ids.shape[1])]
+    parts = slot_by_slot(inner, x, ids, w, weights)
     return torch.stack([part * w[:, k : k + 1].nan_to_num(0.0) for k, part in enumerate(parts)]).sum(0).to(x.dtype)

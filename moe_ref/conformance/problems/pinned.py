@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import MoEConfig
 
 GPT_OSS = MoEConfig(
-    top_k=4,
-    scoring="topk_softmax",
-    alpha=1.702,
-    limit=7.0,
-    up_offset=1.0,
-    gate_up_layout="interleaved",
+    top_k=4, scoring="topk_softmax", alpha=1.702, limit=7.0, up_offset=1.0, gate_up_layout="interleaved"
 )
 DEEPSEEK = MoEConfig(top_k=8, scoring="sigmoid", renormalize=True, routed_scaling_factor=2.5)
+BIASES: dict[str, Any] = {"gate_up_bias": True, "down_bias": True}
+ADAPTERS: dict[str, Any] = {"gate_up_rank": 4, "down_rank": 4}
 
 LARGE = (
     # gpt-oss' own width; few tokens, so that most experts have none
-    Problem(
-        3, 4, 2880, 90, GPT_OSS, "bfloat16", gate_up_bias=True, down_bias=True, weights_layout="transposed", seed=1
-    ),
+    Problem(3, 4, 2880, 90, GPT_OSS, "bfloat16", **BIASES, weights_layout="transposed", seed=1),
     # thousands of tokens: rms gates see a systematic error of 1% here
-    Problem(2048, 9, 32, 33, GPT_OSS, "bfloat16", gate_up_bias=True, down_bias=True, logits="skewed", seed=2),
+    Problem(2048, 9, 32, 33, GPT_OSS, "bfloat16", **BIASES, logits="skewed", seed=2),
     # many experts, not a power of two, long sums over tokens
     Problem(4096, 96, 16, 8, DEEPSEEK, "float32", logits="skewed", seed=3),
 )
@@ -35,30 +32,15 @@ PACKED = (
         64,
         GPT_OSS,
         "bfloat16",
-        gate_up_bias=True,
-        down_bias=True,
-        gate_up_rank=4,
-        down_rank=4,
+        **BIASES,
+        **ADAPTERS,
         quant_type="nf4",
         nested="per expert",
         weights_layout="transposed",
         seed=1,
     ),
     # gpt-oss' checkpoints, with adapters
-    Problem(
-        64,
-        9,
-        64,
-        96,
-        GPT_OSS,
-        "bfloat16",
-        gate_up_bias=True,
-        down_bias=True,
-        gate_up_rank=4,
-        down_rank=4,
-        quant_type="mxfp4",
-        seed=6,
-    ),
+    Problem(64, 9, 64, 96, GPT_OSS, "bfloat16", **BIASES, **ADAPTERS, quant_type="mxfp4", seed=6),
     # MXFP4 in the order in which gpt-oss has its parameters in bf16
     Problem(
         33, 5, 96, 32, GPT_OSS, "float16", gate_up_bias=True, quant_type="mxfp4", weights_layout="transposed", seed=7
@@ -80,127 +62,67 @@ PACKED = (
     Problem(0, 2, 32, 32, MoEConfig(2), "float16", quant_type="mxfp4"),
 )
 
+
+def _in_fp16(sizes: tuple[int, int, int, int], config: MoEConfig, powers: dict[str, int], **more: Any) -> Problem:
+    return Problem(*sizes, config, "float16", powers=tuple(powers.items()), **more)
+
+
 PAST_RANGE = (  # clause E7
     # gpt-oss clamps what is past the range; its other tokens are ordinary
-    Problem(
-        9,
-        5,
-        64,
-        64,
-        GPT_OSS,
-        "float16",
-        gate_up_bias=True,
-        down_bias=True,
-        gate_up_rank=4,
-        down_rank=4,
-        powers=(("x[0]", 12), ("gate_up_proj", 4)),
-        seed=1,
-    ),
-    # the same in its checkpoints' format
-    Problem(
-        9,
-        5,
-        64,
-        64,
-        GPT_OSS,
-        "float16",
-        gate_up_bias=True,
-        quant_type="mxfp4",
-        powers=(("x[0]", 12), ("gate_up_proj", 4)),
-        seed=2,
-    ),
+    _in_fp16((9, 5, 64, 64), GPT_OSS, {"x[0]": 12, "gate_up_proj": 4}, **BIASES, **ADAPTERS, seed=1),
+    # the same in the format of gpt-oss' checkpoints
+    _in_fp16((9, 5, 64, 64), GPT_OSS, {"x[0]": 12, "gate_up_proj": 4}, gate_up_bias=True, quant_type="mxfp4", seed=2),
     # one token's z, h and o among ordinary ones
-    Problem(
-        9,
-        5,
-        32,
-        32,
-        MoEConfig(2),
-        "float16",
-        entry="experts",
-        powers=(("x[0]", 9), ("gate_up_proj", 6), ("topk_weights", -20)),
-        seed=3,
+    _in_fp16(
+        (9, 5, 32, 32), MoEConfig(2), {"x[0]": 9, "gate_up_proj": 6, "topk_weights": -20}, entry="experts", seed=3
     ),
-    # h alone, and o alone, in NF4 with statistics of their own and in FP4 whose blocks straddle experts
-    Problem(
-        33,
-        5,
-        64,
-        32,
+    # h alone in NF4, each expert with its own nested statistics; o alone in FP4, whose blocks straddle experts
+    _in_fp16(
+        (33, 5, 64, 32),
         MoEConfig(2, activation="geglu", routed_scaling_factor=2.0**-14),
-        "float16",
+        {"up": 13, "x": 3},
         quant_type="nf4",
         nested="per expert",
-        powers=(("up", 13), ("x", 3)),
         seed=4,
     ),
-    Problem(
-        33,
-        5,
-        17,
-        50,
+    _in_fp16(
+        (33, 5, 17, 50),
         MoEConfig(2, routed_scaling_factor=2.0**-16),
-        "float16",
+        {"gate_up_proj": 2, "down_proj": 13},
         down_bias=True,
         quant_type="fp4",
-        powers=(("gate_up_proj", 2), ("down_proj", 13)),
         seed=5,
     ),
     # dh and dz, with adapters whose inner gradients pass the range too
-    Problem(
-        7,
-        3,
-        32,
-        64,
+    _in_fp16(
+        (7, 3, 32, 64),
         MoEConfig(2, activation="gelu"),
-        "float16",
-        gate_up_rank=4,
-        down_rank=4,
+        {"x": -4, "gate_up_proj": -5, "gate_up_lora_a": -7, "gate_up_lora_b": -2, "dy": 8, "down_proj": 9},
+        **ADAPTERS,
         lora_dtype="float16",
-        powers=(
-            ("x", -4),
-            ("gate_up_proj", -5),
-            ("gate_up_lora_a", -7),
-            ("gate_up_lora_b", -2),
-            ("dy", 8),
-            ("down_proj", 9),
-        ),
         seed=6,
     ),
     # adapters
-    Problem(
-        4,
-        3,
-        32,
-        32,
+    _in_fp16(
+        (4, 3, 32, 32),
         MoEConfig(2),
-        "float16",
-        gate_up_rank=4,
-        down_rank=4,
-        powers=(("gate_up_lora_a", 14), ("gate_up_lora_b", -14), ("down_lora_a", 14), ("down_lora_b", -14), ("dy", -3)),
+        {"gate_up_lora_a": 14, "gate_up_lora_b": -14, "down_lora_a": 14, "down_lora_b": -14, "dy": -3},
+        **ADAPTERS,
         seed=7,
     ),
     # w x, and with it z
-    Problem(
-        16,
-        3,
-        32,
-        64,
+    _in_fp16(
+        (16, 3, 32, 64),
         MoEConfig(2, scoring="sigmoid", scale_input=True, routed_scaling_factor=2.0**12),
-        "float16",
-        powers=(("x", 5), ("gate_up_proj", -14), ("dy", -9)),
+        {"x": 5, "gate_up_proj": -14, "dy": -9},
         seed=8,
     ),
-    # many rows of an expert, of which some pass the range
-    Problem(
-        2048,
-        9,
-        32,
-        33,
+    # many rows of an expert, some of which pass the range
+    _in_fp16(
+        (2048, 9, 32, 33),
         MoEConfig(4, routed_scaling_factor=2.0**-10),
-        "float16",
+        {"gate_up_proj": 6, "down_proj": 5, "dy": -3},
         logits="skewed",
-        powers=(("gate_up_proj", 6), ("down_proj", 5), ("dy", -3)),
         seed=9,
     ),
 )
