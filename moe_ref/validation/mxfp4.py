@@ -1,4 +1,4 @@
-"""Checks of MXFP4, told in one line: argument, value, what is allowed."""
+"""Checks MXFP4. An error is one line: argument, value, what is allowed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BYTES = 16  # of a block of 32 codes
 
 
 def check_mxfp4(name: str, tensor: Any) -> None:
-    """Checks that the arrays of an `MXFP4Tensor` belong together (M1); reads none of their elements.
+    """Checks that the arrays of an `MXFP4Tensor` fit together (M1); reads none of their elements.
 
     Args:
         name: of the argument.
@@ -37,12 +37,12 @@ def check_mxfp4(name: str, tensor: Any) -> None:
 
 
 def check_quantize_mxfp4(values: Any, dtype: Any, name: str = "values") -> None:
-    """Checks the arguments of ``quantize``; that the values are finite is the caller's promise.
+    """Checks the arguments of ``quantize``. The caller promises that the values are finite.
 
     Args:
-        values: what is quantised.
-        dtype: what it shall decode to.
-        name: of the values.
+        values: the array to quantise.
+        dtype: the dtype to decode to.
+        name: the name of ``values`` in messages.
 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.

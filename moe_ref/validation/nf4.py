@@ -1,4 +1,4 @@
-"""Checks of what is in 4 bits, told in one line: argument, value, what is allowed."""
+"""Checks NF4 and FP4. An error is one line: argument, value, what is allowed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NESTED = ("nested_absmax", "nested_code", "nested_offset")
 
 
 def check_nf4(name: str, tensor: Any) -> None:
-    """Checks that the arrays of an `NF4Tensor` belong together (Q1, Q3, Q5); reads none of their elements.
+    """Checks that the arrays of an `NF4Tensor` fit together (Q1, Q3, Q5); reads none of their elements.
 
     Args:
         name: of the argument.
@@ -71,7 +71,9 @@ def _check_nested(name: str, tensor: NF4Tensor, blocks: int) -> None:
 
 
 def check_quantize(values: Any, dtype: Any, quant_type: Any, blocksize: Any, nested: Any, name: str = "values") -> None:
-    """Checks the arguments of ``quantize``, but not that the values are finite; ``name`` is that of the values.
+    """Checks the arguments of ``quantize``. The caller promises that the values are finite.
+
+    ``name`` is the name of ``values`` in messages.
 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
