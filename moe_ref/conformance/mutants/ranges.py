@@ -1,6 +1,6 @@
-"""Overflow in fp16 on the way to a result that is within its range (E7).
+"""Overflow in fp16 on the way to a result within its range (E7).
 
-Most are the specification that rounds at every site and overflows at one: an intermediate array in fp16.
+Most mutants are the specification, rounding at every site and overflowing at one: an intermediate array in fp16.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def overflows_at(*sites: str) -> Callable[[Callable[[], None]], SlotChange]:
-    """Makes a mutant of a name and its docstring: the specification that overflows at these sites."""
+    """Makes a mutant from a name and a docstring: the specification, overflowing at these sites."""
 
     def add(named: Callable[[], None]) -> SlotChange:
         def change(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
@@ -92,23 +92,23 @@ def weighted_dx_overflows() -> None:
 
 @overflows_at("gate_up_lora_inner", "gate_up_lora_inner_scaled", "down_lora_inner", "down_lora_inner_scaled")
 def adapters_overflow() -> None:
-    """What stands between an adapter's factors is stored in fp16 (E7, E6)."""
+    """The intermediates of an adapter are stored in fp16 (E7, E6)."""
 
 
 @overflows_at("dx_slot_lora", "dx_slot_lora_scaled", "dh_lora", "dh_lora_scaled")
 def adapters_overflow_backward() -> None:
-    """The gradient of what stands between an adapter's factors is stored in fp16 (E7, E6)."""
+    """The gradients of an adapter's intermediates are stored in fp16 (E7, E6)."""
 
 
 @range_mutant
 def slots_in_x_dtype(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The layer once for each slot, each result in x's dtype (E7)."""
+    """The layer runs once for each slot, with each result in x's dtype (E7)."""
     return torch.stack(slot_by_slot(inner, x, ids, w, weights)).sum(0).to(x.dtype)
 
 
 @range_mutant
 def outputs_saturate(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The experts' outputs stop at x's largest number, with no infinity to be seen (E7)."""
+    """The experts' outputs saturate at the largest number of x's dtype and never become infinite (E7)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
     for k in range(ids.shape[1]):

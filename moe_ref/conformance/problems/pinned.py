@@ -1,4 +1,4 @@
-"""Problems that always run: sizes of real layers, many tokens, and an example for each bug that was found."""
+"""Problems that always run: sizes of real layers, many tokens, and one for each bug that was found."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ PACKED = (
     Problem(
         33, 5, 96, 32, GPT_OSS, "float16", gate_up_bias=True, quant_type="mxfp4", weights_layout="transposed", seed=7
     ),
-    # its own width: thousands of blocks, of which nested statistics straddle experts
+    # gpt-oss' own width: thousands of blocks; blocks of nested statistics straddle experts
     Problem(3, 4, 2880, 90, GPT_OSS, "bfloat16", quant_type="nf4", nested="one", down_bias=True, seed=2),
     # thousands of tokens, all experts
     Problem(2048, 9, 32, 32, DEEPSEEK, "float16", quant_type="fp4", blocksize=32, logits="skewed", seed=3),
@@ -68,7 +68,7 @@ def _in_fp16(sizes: tuple[int, int, int, int], config: MoEConfig, powers: dict[s
 
 
 PAST_RANGE = (  # clause E7
-    # gpt-oss clamps what is past the range; its other tokens are ordinary
+    # gpt-oss clamps numbers past the range; the other tokens are ordinary
     _in_fp16((9, 5, 64, 64), GPT_OSS, {"x[0]": 12, "gate_up_proj": 4}, **BIASES, **ADAPTERS, seed=1),
     # the same in the format of gpt-oss' checkpoints
     _in_fp16((9, 5, 64, 64), GPT_OSS, {"x[0]": 12, "gate_up_proj": 4}, gate_up_bias=True, quant_type="mxfp4", seed=2),
@@ -133,9 +133,9 @@ EXAMPLES = (
     Problem(1, 1, 1, 1, MoEConfig(1), batch=True),
     # fp64 routing weights beside fp16 states: two dtypes met in one index_put
     Problem(1, 1, 1, 1, MoEConfig(1), dtype="float16", routing_dtype="float64"),
-    # sigmoid close to 1: s (1 - s) has the error of 1 - s, which its error bar must have too
+    # sigmoid close to 1: s (1 - s) has the error of 1 - s, and its error bar must include it
     Problem(2, 16, 1, 1, MoEConfig(8, scoring="sigmoid"), dtype="float64", routing_dtype="float64"),
-    # equal rows round equally: their errors add up, and error bars must know it
+    # equal rows round equally: their errors add up, and error bars must include that
     Problem(
         9,
         1,
@@ -149,7 +149,7 @@ EXAMPLES = (
     ),
     # equal rows may also round differently, by their place in a tile, where u + 1 nearly cancels
     Problem(8, 8, 17, 1, MoEConfig(1, up_offset=1.0), entry="experts", cut_points=True, x_layout="expanded"),
-    # a true gradient of 3e-11 that fp16 rounds to zero: its gain is -1, and its error bar must know it
+    # a true gradient of 3e-11 that fp16 rounds to zero: its gain is -1, and its error bar must include that
     Problem(1, 2, 1, 1, MoEConfig(1, renormalize=True, renormalize_eps=1e-6), routing_dtype="float16"),
     # a softmax whose other expert is e**-18: its gradient has the relative error of that exponential
     Problem(
@@ -167,7 +167,7 @@ EXAMPLES = (
     Problem(9, 5, 8, 8, MoEConfig(2, scoring="topk_softmax"), broken_logits=3, broken_x=1, seed=4),
     # -inf logits that must be chosen
     Problem(16, 3, 8, 8, MoEConfig(3, scoring="sigmoid", renormalize=True), logits="masked", seed=5),
-    # most experts excused for a broken token: the gain of the rest has not the deviation of the gain of all
+    # most experts excused for a broken token: the gain of the rest has another deviation than the gain of all
     Problem(
         64,
         9,
@@ -182,7 +182,7 @@ EXAMPLES = (
         x_layout="expanded",
         seed=9457635,
     ),
-    # two experts chosen out of a group that has one: all that was chosen is -inf, and the weights are undefined
+    # two experts chosen out of a group that has one: all chosen logits are -inf, and the weights are undefined
     Problem(
         16,
         6,
@@ -193,6 +193,6 @@ EXAMPLES = (
     ),
     # squared ReLU beside an adapter: rounding carries a pre-activation across 0, where no error bar reaches
     Problem(2, 33, 50, 64, MoEConfig(1, activation="relu2"), "bfloat16", entry="experts", gate_up_rank=1, seed=3),
-    # a broken token with scale_input: the gradient of a bias does not show whom the token chose
+    # a broken token with scale_input: the gradient of a bias does not show which expert the token chose
     Problem(1, 16, 1, 1, MoEConfig(1, scale_input=True), down_bias=True, broken_logits=1),
 )
