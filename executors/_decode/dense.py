@@ -1,4 +1,4 @@
-"""What `executors.nf4` and `executors.mxfp4` quantise: dense tensors, and the dtype that these decode to."""
+"""Checks shared by `executors.nf4` and `executors.mxfp4`: what they quantise, and the dtype it decodes to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_ref.validation import dtype_name
 
 
 def check_dense(name: str, values: Any) -> None:
-    """Checks that it is a torch tensor, and not in 4 bits.
+    """Checks that a value is a torch tensor and not in 4 bits.
 
     Raises:
         TypeError: one line naming the argument, what it is, and what it must be.
@@ -25,10 +25,10 @@ def check_dense(name: str, values: Any) -> None:
 
 
 def decoded_dtype(values: Tensor, dtype: torch.dtype | str | None) -> str:
-    """The name of the dtype that is asked for, or that of the values for None."""
+    """The name of ``dtype``; for None, that of the values' dtype."""
     return dtype_name(values) if dtype is None else name_of(dtype)
 
 
 def name_of(dtype: torch.dtype | str) -> str:
-    """The dtype's name: "bfloat16" for torch.bfloat16; what is no dtype stays as it is."""
+    """The dtype's name: "bfloat16" for torch.bfloat16. Anything but a torch.dtype is returned unchanged."""
     return str(dtype).rpartition(".")[2] if isinstance(dtype, torch.dtype) else dtype
