@@ -80,7 +80,7 @@ def to_state_dict(weights: MoEWeights, prefix: str = "") -> dict[str, Tensor]:
     check_weights(weights)
     for name in ("selection_bias", "lora"):
         if getattr(weights, name) is not None:
-            raise ValueError(f"{name} is given: must be None, since that form has no place for it")
+            raise ValueError(f"{name} is given: must be None, since gpt-oss' form cannot hold it")
     state: dict[str, Tensor] = {}
     for name in PROJECTIONS:
         tensor, bias = getattr(weights, name), getattr(weights, f"{name}_bias")

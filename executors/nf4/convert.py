@@ -140,7 +140,7 @@ def _from_linear(linear: Any) -> NF4Tensor:
     state = getattr(linear.weight, "quant_state", None)
     state = getattr(linear, "quant_state", None) if state is None else state  # wrapping loses it, the module keeps it
     if state is None:
-        raise ValueError("weight.quant_state=None: must be quantised (a Linear4bit is when it is moved to a device)")
+        raise ValueError("weight.quant_state=None: must be quantised (moving a Linear4bit to a device does that)")
     return from_quant_state(linear.weight, state)
 
 

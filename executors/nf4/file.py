@@ -94,7 +94,7 @@ def load(
         raise ValueError(f"{path}: must be a safetensors file, but {_one_line(error)}") from error
     noted = name in _noted(path, metadata)
     if transposed is False and noted:
-        raise ValueError(f"{path}: transposed=False: must be True or None, since the file says that {name} is")
+        raise ValueError(f"{path}: transposed=False: must be True or None, since the file lists {name} as transposed")
     try:
         tensor = from_state_dict(state, name, transposed=noted if transposed is None else transposed)
     except (ValueError, TypeError) as error:

@@ -151,7 +151,7 @@ def _check_fields(name: str, fields: set[str]) -> tuple[str, str]:
         raise ValueError(f"'{name}.{field}' is missing: must be there, as '{name}.{states[0]}' is")
     for field in sorted(fields - required - {"", *states}):
         allowed = ", ".join((*PLAIN, *NESTED, *STATES))
-        raise ValueError(f"{f'{name}.{field}'!r} is unknown: must be {name}, or of its fields {allowed}")
+        raise ValueError(f"{f'{name}.{field}'!r} is unknown: must be {name} or one of its fields {allowed}")
     return f"{name}.{states[0]}", STATES[states[0]]
 
 
