@@ -18,7 +18,7 @@ class NotCaptured(RuntimeError):
     """A call cannot be captured in a CUDA graph; the message says why."""
 
 
-class Clock:
+class ColdClock:
     """Times calls between two events, each with nothing of the layer in the L2 cache.
 
     The cache is filled by reading: what a write left there would have to be written back on the call's time.

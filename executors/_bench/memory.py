@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from executors._bench.case import LORA, Case, Row
+from executors._bench.case import LORA, BenchCase, BenchRow
 from executors._bench.contenders import action_of
 from executors._bench.everyone import contenders
 from executors._bench.judge import clear_gradients
-from executors._bench.layers import LAYERS, BenchLayer, Form, with_adapters
+from executors._bench.layers import LAYERS, BenchLayer, Storage, with_adapters
 from executors._bench.routing import batch
 from executors._bench.truth import judged_tokens
 from executors._compare.memory import peak_of
@@ -38,7 +38,7 @@ FORMATS: dict[str, tuple[type[PackedTensor], tuple[str, ...]]] = {  # and what i
 
 
 def add_peaks(
-    layer: BenchLayer, cases: list[Case], *, device: str, seed: int, rank: int, tell: Callable[[str], None]
+    layer: BenchLayer, cases: list[BenchCase], *, device: str, seed: int, rank: int, tell: Callable[[str], None]
 ) -> None:
     """Measures every row that was timed; where that cannot be done, the row gets the reason.
 
@@ -50,7 +50,7 @@ def add_peaks(
         rank: of adapters, in the cases that have them.
         tell: called with what is being done.
     """
-    rows: dict[str, list[tuple[Case, Row]]] = {}
+    rows: dict[str, list[tuple[BenchCase, BenchRow]]] = {}
     for case in cases:
         for row in case.rows:
             if row.seconds and not row.interpreted:
@@ -124,7 +124,7 @@ def _save(layer: BenchLayer, file: Path) -> dict[str, Any]:
     return {
         "layer": shape.name,
         "sizes": {key: getattr(shape, key) for key in SIZES},
-        "form": asdict(layer.form),
+        "form": asdict(layer.storage),
         "packed": packed,
         "trained": list(layer.parameters),
     }
@@ -141,7 +141,7 @@ def _load(file: Path, spec: dict[str, Any]) -> BenchLayer:
     parameters = {name: torch.nn.Parameter(arrays.pop(name)) for name in spec["trained"]}
     shape = replace(LAYERS[spec["layer"]], **spec["sizes"])
     frozen.update(arrays)
-    return BenchLayer(shape, parameters, frozen, Form(**spec["form"]))
+    return BenchLayer(shape, parameters, frozen, Storage(**spec["form"]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import matplotlib as mpl
 import numpy as np
 
-from executors._bench.case import Case, Row
+from executors._bench.case import BenchCase, BenchRow
 from executors._bench.measure import Spread
 from executors._bench.table import DIRECTIONS, MIB
 from executors._compare import plot as plot_of_one_layer
@@ -31,10 +31,10 @@ GREY = "#cccccc"
 MEMORY = "memory"  # in place of a routing, in the last column
 DECODED = (("all experts decoded", "--"), ("active experts decoded", ":"))
 
-Places = Callable[[Case, Row], Spread | None]
+Places = Callable[[BenchCase, BenchRow], Spread | None]
 
 
-def plot(path: Path, cases: list[Case], title: str) -> None:
+def plot(path: Path, cases: list[BenchCase], title: str) -> None:
     """Writes the picture, whole or not at all: a row for each layer and direction, a column for each routing."""
     panels = {key: list(group) for key, group in groupby(cases, _key)}
     lines = list(dict.fromkeys((name, direction) for name, direction, _ in panels))
@@ -76,27 +76,27 @@ def plot(path: Path, cases: list[Case], title: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _reference(cases: list[Case]) -> str:
+def _reference(cases: list[BenchCase]) -> str:
     """Whom a row of panels compares with."""
     if all(case.stack_row() for case in cases):
         return cases[0].stack
     return "the fastest peer"
 
 
-def _ratio_of(cases: list[Case]) -> Places:
+def _ratio_of(cases: list[BenchCase]) -> Places:
     if all(case.stack_row() for case in cases):
-        return Case.stack_ratio
-    return Case.ratio
+        return BenchCase.stack_ratio
+    return BenchCase.ratio
 
 
-def _limits(cases: list[Case]) -> tuple[float, float]:
+def _limits(cases: list[BenchCase]) -> tuple[float, float]:
     """Of the ratio's axis: everything in sight, and at least from 0.45 to 2.2."""
     ratio_of = _ratio_of(cases)
     found = [ratio for case in cases for row in case.rows if (ratio := ratio_of(case, row))]
     return min([0.45, *(r.low / 1.2 for r in found)]), max([2.2, *(r.high * 1.2 for r in found)])
 
 
-def _speed_panel(ax: Axes, cases: list[Case], names: list[str], limits: tuple[float, float]) -> None:
+def _speed_panel(ax: Axes, cases: list[BenchCase], names: list[str], limits: tuple[float, float]) -> None:
     for place, case in enumerate(cases):
         control = case.control()
         if control is not None:
@@ -111,7 +111,7 @@ def _speed_panel(ax: Axes, cases: list[Case], names: list[str], limits: tuple[fl
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-def _memory_panel(ax: Axes, cases: list[Case], names: list[str]) -> None:
+def _memory_panel(ax: Axes, cases: list[BenchCase], names: list[str]) -> None:
     for place, case in enumerate(cases):
         for size, (label, style) in zip(reversed(case.decoded()), DECODED, strict=True):
             ax.plot(
@@ -127,11 +127,11 @@ def _memory_panel(ax: Axes, cases: list[Case], names: list[str]) -> None:
     ax.set_title("peak memory of a call, MiB\nabove layer and input", fontsize=9)
 
 
-def _peak(case: Case, row: Row) -> Spread | None:
+def _peak(case: BenchCase, row: BenchRow) -> Spread | None:
     return None if not row.peak else Spread(*[row.peak / MIB] * 3)
 
 
-def _points(ax: Axes, cases: list[Case], names: list[str], value_of: Places) -> None:
+def _points(ax: Axes, cases: list[BenchCase], names: list[str], value_of: Places) -> None:
     """All contenders side by side at each T."""
     places = np.arange(len(cases), dtype=float)
     step = WIDEST / max(len(names), 1)
@@ -154,5 +154,5 @@ def _points(ax: Axes, cases: list[Case], names: list[str], value_of: Places) -> 
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _key(case: Case) -> tuple[str, str, str]:
+def _key(case: BenchCase) -> tuple[str, str, str]:
     return case.shape.name, case.direction, case.routing

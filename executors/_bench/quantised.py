@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from executors._bench.layers import BenchLayer, Form
+from executors._bench.layers import BenchLayer, Storage
 from executors._bench.mxfp4 import in_mxfp4
 from executors.nf4 import quantize_tensor
 from moe_ref.nf4 import NESTED_BLOCKSIZE
@@ -92,7 +92,7 @@ def quantised(layer: BenchLayer, how: Quantisation, progress: Callable[[int, int
         quantise = _by_us if bitsandbytes_version() is None else _by_bitsandbytes
         packed[name] = quantise(stack, how, tell)
     packed.update(stacks)
-    return BenchLayer(layer.shape, {}, packed, Form(how.weight_bytes, frozen=True))
+    return BenchLayer(layer.shape, {}, packed, Storage(how.weight_bytes, frozen=True))
 
 
 def _by_us(stack: Tensor, how: Quantisation, progress: Callable[[int, int], None]) -> NF4Tensor:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from executors._bench.case import DENSE_WEIGHTS, FORWARD, LORA, WITH_BACKWARD, Case, Row
+from executors._bench.case import DENSE_WEIGHTS, FORWARD, LORA, WITH_BACKWARD, BenchCase, BenchRow
 from executors._bench.ceilings import Ceilings
 from executors._bench.measure import is_no_result, spread
 from executors._bench.peers import gnf4, kt
@@ -109,9 +109,9 @@ _INTERPRETED = ("[in brackets]: interpreted kernels, whose times are no measurem
 _ROOF = ("roof: share of the ceiling of products (P) or of reading (R), the larger",)
 
 
-def notes(cases: list[Case]) -> list[str]:
+def notes(cases: list[BenchCase]) -> list[str]:
     """Why contenders did not run, what failed, and what could not be measured, each once."""
-    places: dict[tuple[str, str, str], list[Case]] = {}
+    places: dict[tuple[str, str, str], list[BenchCase]] = {}
     for case in cases:
         for row in case.rows:
             for what, why in _remarks(row):
@@ -120,7 +120,7 @@ def notes(cases: list[Case]) -> list[str]:
     return [f"{what} ({_where(found, of_layer[name])}): {why}" for (what, name, why), found in places.items()]
 
 
-def _remarks(row: Row) -> list[tuple[str, str]]:
+def _remarks(row: BenchRow) -> list[tuple[str, str]]:
     """What is to be said of a row, and why."""
     remarks = [
         ("not run", row.reason),
@@ -133,7 +133,7 @@ def _remarks(row: Row) -> list[tuple[str, str]]:
     return [(what, why) for what, why in remarks if why]
 
 
-def _where(found: list[Case], of_layer: list[Case]) -> str:
+def _where(found: list[BenchCase], of_layer: list[BenchCase]) -> str:
     """The layer, and which of its cases if not all."""
     places = [found[0].shape.name]
     for direction in dict.fromkeys(case.direction for case in found):
@@ -186,7 +186,7 @@ def commit() -> str | None:
     return head + "+" if head and git("status", "--porcelain", "--untracked-files=no") else head
 
 
-def _case(case: Case, ceilings: Ceilings) -> dict[str, Any]:
+def _case(case: BenchCase, ceilings: Ceilings) -> dict[str, Any]:
     best, control, shape = case.best_peer(), case.control(), case.shape
     active, stack = case.decoded()
     return {
@@ -202,7 +202,7 @@ def _case(case: Case, ceilings: Ceilings) -> dict[str, Any]:
         "load": asdict(case.load) | {"active": case.active},
         "flops": case.flops,
         "bytes": case.bytes_moved,
-        "form": asdict(case.form),
+        "form": asdict(case.storage),
         "decoded_bytes": {"active": active, "stack": stack},
         "best_peer": best.name if best else None,
         "stack": case.stack if case.stack_row() else None,
@@ -213,7 +213,7 @@ def _case(case: Case, ceilings: Ceilings) -> dict[str, Any]:
     }
 
 
-def _contender(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
+def _contender(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> dict[str, Any]:
     judgement, ratio, control = row.judgement, case.ratio(row), case.control()
     against_stack, against_dense = case.stack_ratio(row), case.dense_ratio(row)
     found: dict[str, Any] = {
@@ -249,7 +249,7 @@ def _contender(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
     return found
 
 
-def _graph(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
+def _graph(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> dict[str, Any]:
     """What came of a call captured in a CUDA graph."""
     if not row.graph:
         return {"reason": row.no_graph, "seconds": []}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
-from executors._bench.case import FORWARD, LORA, WITH_BACKWARD, Case, Row
+from executors._bench.case import FORWARD, LORA, WITH_BACKWARD, BenchCase, BenchRow
 from executors._bench.ceilings import Ceilings
 from executors._bench.measure import spread
 from executors._bench.plot import COLOURS, MARKERS
@@ -26,7 +26,7 @@ from matplotlib.ticker import FuncFormatter
 IN_A_GRAPH = " in a graph"
 
 
-def plot(path: Path, cases: list[Case], ceilings: Ceilings, title: str) -> None:
+def plot(path: Path, cases: list[BenchCase], ceilings: Ceilings, title: str) -> None:
     """Writes the picture, whole or not at all: a row for each layer, for the first routing that was measured.
 
     Args:
@@ -64,7 +64,7 @@ def plot(path: Path, cases: list[Case], ceilings: Ceilings, title: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _speed_panel(ax: Axes, cases: list[Case], names: list[str], ceilings: Ceilings) -> None:
+def _speed_panel(ax: Axes, cases: list[BenchCase], names: list[str], ceilings: Ceilings) -> None:
     """TFLOP/s by T under the product's ceiling and under the roof of both ceilings."""
     if not cases:
         ax.set_axis_off()
@@ -79,14 +79,14 @@ def _speed_panel(ax: Axes, cases: list[Case], names: list[str], ceilings: Ceilin
     _finish(ax, cases)
 
 
-def _decode_panel(ax: Axes, cases: list[Case], names: list[str], ceilings: Ceilings) -> None:
+def _decode_panel(ax: Axes, cases: list[BenchCase], names: list[str], ceilings: Ceilings) -> None:
     """The share of the copy's bandwidth: calls as they are, and in a graph."""
     if not cases:
         ax.set_axis_off()
         return
     ax.axhline(1.0, color="black", linewidth=1.0)
 
-    def share(case: Case, seconds: list[float]) -> float:
+    def share(case: BenchCase, seconds: list[float]) -> float:
         return rates(case, spread(seconds))[1] / ceilings.copy_gbs
 
     _lines(ax, cases, names, lambda case, row: share(case, row.seconds))
@@ -105,7 +105,9 @@ def _decode_panel(ax: Axes, cases: list[Case], names: list[str], ceilings: Ceili
     _finish(ax, cases)
 
 
-def _lines(ax: Axes, cases: list[Case], names: list[str], value_of: Callable[[Case, Row], float]) -> None:
+def _lines(
+    ax: Axes, cases: list[BenchCase], names: list[str], value_of: Callable[[BenchCase, BenchRow], float]
+) -> None:
     """A line for each contender that was timed; interpreted ones are crosses: no measurement."""
     for number, name in enumerate(names):
         rows = [(place, case, row) for place, case in enumerate(cases) for row in case.rows if row.name == name]
@@ -126,7 +128,7 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _finish(ax: Axes, cases: list[Case]) -> None:
+def _finish(ax: Axes, cases: list[BenchCase]) -> None:
     ax.set_xticks(range(len(cases)), [f"T={case.tokens}" for case in cases], fontsize=9)
     ax.set_xlim(-0.3, len(cases) - 0.7)
     ax.tick_params(axis="y", labelsize=9)

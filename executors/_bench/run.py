@@ -9,7 +9,7 @@ from itertools import groupby
 
 import torch
 
-from executors._bench.case import FORWARD, LORA, Case, Row
+from executors._bench.case import FORWARD, LORA, BenchCase, BenchRow
 from executors._bench.ceilings import Ceilings, measure_ceilings
 from executors._bench.contenders import Contender, action_of, our_contenders
 from executors._bench.cuda import launches
@@ -40,7 +40,7 @@ class Findings:
     """
 
     ceilings: Ceilings
-    cases: list[Case] = field(default_factory=list)
+    cases: list[BenchCase] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     complete: bool = False
 
@@ -108,7 +108,7 @@ def _add_launches(settings: Settings, found: Findings, show: Show) -> None:
 def run_layer(
     settings: Settings,
     plain: BenchLayer,
-    cases: list[Case],
+    cases: list[BenchCase],
     say: Callable[[str], None],
     in_time: Callable[[], bool],
     keep: Callable[[], None],
@@ -117,7 +117,7 @@ def run_layer(
     layers = dict.fromkeys(settings.directions, plain)
     if LORA in layers:
         layers[LORA] = with_adapters(plain, settings.lora_rank, settings.seed)
-    theirs = {layer.form: everyone_else(layer, settings.without) for layer in layers.values()}
+    theirs = {layer.storage: everyone_else(layer, settings.without) for layer in layers.values()}
     for contender in (c for found in theirs.values() for c in found):
         if contender.prepare is not None:
             say(f"preparing {contender.name}")
@@ -134,13 +134,13 @@ def run_layer(
             def tell(what: str, where: str = f"T={tokens} {routing} {direction}") -> None:
                 say(f"{where}: {what}")
 
-            key = routing, layer.form.rank, len(given.judged)
+            key = routing, layer.storage.rank, len(given.judged)
             if key not in truths:  # the judged tokens are the same for every T
                 tell("sampling error bars")
                 both = any(r == routing and d != FORWARD for r, d in settings.pairs())
                 truths[key] = sample_truth(layer, given, both, settings.seed)
             ours = our_contenders(layer, given, list(settings.names), settings.interpreted)
-            found = ours + theirs[layer.form]
+            found = ours + theirs[layer.storage]
             cases.append(measure_case(settings, layer, given, truths[key], routing, direction, found, tell))
             keep()
     if settings.memory and not settings.gpu:  # there it is measured beside the times
@@ -173,13 +173,13 @@ def measure_case(
     everyone: list[Contender],
     tell: Callable[[str], None],
     refused: Callable[[list[str]], dict[str, str]] = lambda names: {},
-) -> Case:
+) -> BenchCase:
     """Judges all contenders, then times those that are right, in turn.
 
     ``refused`` is told who is right, and says who is not to be timed, and why.
     """
     tokens, backward, shape = given.x.shape[0], direction != FORWARD, layer.shape
-    rows = [Row(c.name, c.ours, c.why_not(tokens, backward), interpreted=c.interpreted) for c in everyone]
+    rows = [BenchRow(c.name, c.ours, c.why_not(tokens, backward), interpreted=c.interpreted) for c in everyone]
     actions: dict[str, Callable[[], None]] = {}
     for row, contender in zip(rows, everyone, strict=True):
         if row.reason or contender.call is None:
@@ -195,7 +195,9 @@ def measure_case(
         actions.pop(name)
         next(row for row in rows if row.name == name).untimed = why
     active = int(torch.unique(given.topk_ids).numel())
-    case = Case(shape, tokens, routing, direction, load(given.topk_ids, shape), active, rows, form=layer.form)
+    case = BenchCase(
+        shape, tokens, routing, direction, load(given.topk_ids, shape), active, rows, storage=layer.storage
+    )
     case.stack = STACK if settings.quantisation else ""
     case.gpu = settings.gpu
 

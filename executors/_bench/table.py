@@ -9,7 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from executors._bench.case import FORWARD, LORA, WITH_BACKWARD, Case, Row
+from executors._bench.case import FORWARD, LORA, WITH_BACKWARD, BenchCase, BenchRow
 from executors._bench.ceilings import Ceilings
 from executors._bench.measure import Spread, is_no_result, spread
 
@@ -19,25 +19,25 @@ MILLISECONDS = 1000.0
 MIB = 2**20
 DIRECTIONS = {FORWARD: "forward", WITH_BACKWARD: "forward + backward", LORA: "forward + backward with adapters"}
 
-Column = tuple[str, Callable[[Case, Row], str]]
+Column = tuple[str, Callable[[BenchCase, BenchRow], str]]
 
 
-def tables(cases: list[Case], ceilings: Ceilings) -> list[tuple[str, Table]]:
+def tables(cases: list[BenchCase], ceilings: Ceilings) -> list[tuple[str, Table]]:
     """A title and a table for each layer, routing and direction."""
 
-    def key(case: Case) -> tuple[str, str, str]:
+    def key(case: BenchCase) -> tuple[str, str, str]:
         return case.shape.name, case.routing, case.direction
 
     grouped = (list(group) for _, group in groupby(cases, key))
     return [(title(group), table(group, ceilings)) for group in grouped]
 
 
-def title(cases: list[Case]) -> str:
+def title(cases: list[BenchCase]) -> str:
     """Two lines on the layer and on the load, or three."""
     shape, first = cases[0].shape, cases[0]
     cut = f" (H and I cut by {shape.cut})" if shape.cut > 1 else ""
-    frozen = ", base frozen" if first.backward and first.form.frozen else ""
-    rank = f" of rank {first.form.rank}" if first.form.rank else ""
+    frozen = ", base frozen" if first.backward and first.storage.frozen else ""
+    rank = f" of rank {first.storage.rank}" if first.storage.rank else ""
     loads = ", ".join(f"{c.load.max_over_mean:.1f}" for c in cases)
     end = "\n" if first.stack else "; "
     return (
@@ -46,7 +46,7 @@ def title(cases: list[Case]) -> str:
     )
 
 
-def table(cases: list[Case], ceilings: Ceilings) -> Table:
+def table(cases: list[BenchCase], ceilings: Ceilings) -> Table:
     """A row for each T and contender; who did not run stands with the reason."""
     columns = _columns(cases, ceilings)
     out = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
@@ -71,7 +71,7 @@ def table(cases: list[Case], ceilings: Ceilings) -> Table:
     return out
 
 
-def _columns(cases: list[Case], ceilings: Ceilings) -> list[Column]:
+def _columns(cases: list[BenchCase], ceilings: Ceilings) -> list[Column]:
     """What a table shows; the names of the columns tell them apart."""
     rows = [row for case in cases for row in case.rows]
     columns: list[Column] = [
@@ -108,7 +108,7 @@ def _columns(cases: list[Case], ceilings: Ceilings) -> list[Column]:
     return [*columns, tflops, gbs]
 
 
-def _cells(case: Case, row: Row, columns: list[Column]) -> list[str]:
+def _cells(case: BenchCase, row: BenchRow, columns: list[Column]) -> list[str]:
     name = escape(row.name)
     if row.reason:
         return [f"[dim]{name}[/dim]", *_only({"ms": "[dim]not run[/dim]"}, columns)]
@@ -122,7 +122,7 @@ def _cells(case: Case, row: Row, columns: list[Column]) -> list[str]:
     return [name, *(cell(case, row) for _, cell in columns)]
 
 
-def _again(case: Case) -> dict[str, str]:
+def _again(case: BenchCase) -> dict[str, str]:
     """The second times of the reference."""
     control = case.control()
     if control is None:
@@ -136,7 +136,7 @@ def _again(case: Case) -> dict[str, str]:
     }
 
 
-def _in_a_graph(case: Case, row: Row, ceilings: Ceilings) -> dict[str, str]:
+def _in_a_graph(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> dict[str, str]:
     """The times of a call captured in a CUDA graph."""
     time, ratio, of_dense = spread(row.graph), case.graph_ratio(row), case.dense_graph_ratio(row)
     return {
@@ -157,17 +157,17 @@ def _only(cells: dict[str, str], columns: list[Column]) -> list[str]:
     return [cells.get(name, "") for name, _ in columns]
 
 
-def rates(case: Case, time: Spread) -> tuple[float, float]:
+def rates(case: BenchCase, time: Spread) -> tuple[float, float]:
     """TFLOP/s and GB/s at the median."""
     return case.flops / time.median / 1e12, case.bytes_moved / time.median / 1e9
 
 
-def _max_z(row: Row) -> str:
+def _max_z(row: BenchRow) -> str:
     z = row.judgement.max_z if row.judgement else None
     return "" if z is None else f"{min(z, 9999.0):.1f}"
 
 
-def _ratio(case: Case, ratio: Spread | None, itself: bool, name: str) -> str:
+def _ratio(case: BenchCase, ratio: Spread | None, itself: bool, name: str) -> str:
     if ratio is None:
         return ""
     if itself:
@@ -178,18 +178,18 @@ def _ratio(case: Case, ratio: Spread | None, itself: bool, name: str) -> str:
     return f"{'~' if unsure else ''}{ratio.median:.{digits}f}"
 
 
-def _tflops(case: Case, time: Spread, ceilings: Ceilings) -> str:
+def _tflops(case: BenchCase, time: Spread, ceilings: Ceilings) -> str:
     tflops, _ = rates(case, time)
     return f"{_short(tflops)} {tflops / ceilings.tflops:4.0%}"
 
 
-def _gbs(case: Case, time: Spread, ceilings: Ceilings) -> str:
+def _gbs(case: BenchCase, time: Spread, ceilings: Ceilings) -> str:
     _, gbs = rates(case, time)
     ceiling = ceilings.copy_gbs if case.gpu else ceilings.gbs
     return f"{gbs:.{0 if gbs >= 10 else 1}f} {gbs / ceiling:4.0%}"
 
 
-def _roof(case: Case, row: Row, ceilings: Ceilings) -> str:
+def _roof(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> str:
     """The larger share of the two ceilings."""
     tflops, gbs = rates(case, spread(row.seconds))
     share, what = max((tflops / ceilings.tflops, "P"), (gbs / ceilings.gbs, "R"))

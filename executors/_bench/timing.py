@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from executors._bench import cuda as bench_cuda
-from executors._bench.case import FORWARD, LORA, Case, Row
+from executors._bench.case import FORWARD, LORA, BenchCase, BenchRow
 from executors._bench.measure import MIN_ROUNDS, Clock, time_rounds, warm_seconds, warm_up
 from executors._compare.memory import peak_of
 
@@ -47,7 +47,7 @@ class Timing:
 
 
 def time_case(
-    case: Case, actions: dict[str, Action], timing: Timing, after: Action, tell: Callable[[str], None]
+    case: BenchCase, actions: dict[str, Action], timing: Timing, after: Action, tell: Callable[[str], None]
 ) -> None:
     """Times the actions in turn, and fills in the rows of the same names.
 
@@ -76,7 +76,7 @@ def time_case(
     entries = {name: actions[name] for name in warm}
     if case.reference:
         entries[case.reference + AGAIN] = actions[case.reference]
-    clock: Clock | None = bench_cuda.Clock(timing.device) if timing.gpu else None
+    clock: Clock | None = bench_cuda.ColdClock(timing.device) if timing.gpu else None
     if not timing.gpu and case.direction != FORWARD:  # whose memory is large, and given back after each call
         clock = partial(warm_seconds, after=after)
     times = _rounds(entries, timing, after, tell, clock) if entries else {}
@@ -88,9 +88,9 @@ def time_case(
 
 
 def _tell_more(
-    case: Case,
+    case: BenchCase,
     actions: dict[str, Action],
-    rows: dict[str, Row],
+    rows: dict[str, BenchRow],
     timing: Timing,
     after: Action,
     tell: Callable[[str], None],
@@ -110,12 +110,12 @@ def _tell_more(
         except bench_cuda.NotCaptured as error:
             rows[name].no_graph = str(error)
     if replays:
-        found = _rounds(replays, timing, lambda: None, tell, bench_cuda.Clock(timing.device, queued=True))
+        found = _rounds(replays, timing, lambda: None, tell, bench_cuda.ColdClock(timing.device, queued=True))
         for name, times in found.items():
             rows[name].graph = times
 
 
-def is_captured(case: Case) -> bool:
+def is_captured(case: BenchCase) -> bool:
     """Whether calls are captured in a graph: a server's decoding, and fine-tuning, to take Python's part away."""
     return case.direction == LORA or (case.direction == FORWARD and case.tokens <= DECODE)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import matplotlib as mpl
 import numpy as np
 
-from executors._compare.run import LABELS, Row
+from executors._compare.run import LABELS, CompareRow
 from moe_ref.conformance.judgement.gates import MAX_Z
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # 
 EDGES = np.linspace(-9, 9, 73)
 
 
-def plot(path: Path, rows: list[Row], title: str) -> None:
+def plot(path: Path, rows: list[CompareRow], title: str) -> None:
     """Writes the picture, whole or not at all."""
     ran = [row for row in rows if row.judgement is not None and row.judgement.z]
     tensors = [name for name in LABELS if any(name in row.judgement.z for row in ran if row.judgement)]
@@ -43,7 +43,7 @@ def plot(path: Path, rows: list[Row], title: str) -> None:
     os.replace(temporary, path)
 
 
-def _errors(axes: list[Axes], tensors: list[str], ran: list[Row]) -> None:
+def _errors(axes: list[Axes], tensors: list[str], ran: list[CompareRow]) -> None:
     for ax, name in zip(axes, tensors, strict=False):
         most = 1
         for row, colour in zip(ran, _colours(ran), strict=True):
@@ -67,7 +67,7 @@ def _errors(axes: list[Axes], tensors: list[str], ran: list[Row]) -> None:
     axes[-1].set_xlabel("z = (actual - exact) / error bar; grey: beyond the limit of 6")
 
 
-def _times(ax: Axes, ran: list[Row]) -> None:
+def _times(ax: Axes, ran: list[CompareRow]) -> None:
     height = 0.38
     for index, (row, colour) in enumerate(zip(ran, _colours(ran), strict=True)):
         for shift, what, alpha in ((-height / 2, "forward", 1.0), (height / 2, "forward_backward", 0.55)):
@@ -78,7 +78,7 @@ def _times(ax: Axes, ran: list[Row]) -> None:
     _finish(ax, ran, "median time of a call (ms)\ndark: forward; light: with backward")
 
 
-def _memory(ax: Axes, ran: list[Row]) -> None:
+def _memory(ax: Axes, ran: list[CompareRow]) -> None:
     for index, (row, colour) in enumerate(zip(ran, _colours(ran), strict=True)):
         if row.peak_mib is not None:
             ax.barh(index, row.peak_mib, 0.5, color=colour)
@@ -86,7 +86,7 @@ def _memory(ax: Axes, ran: list[Row]) -> None:
     _finish(ax, ran, "peak memory, with backward (MiB)")
 
 
-def _finish(ax: Axes, ran: list[Row], label: str) -> None:
+def _finish(ax: Axes, ran: list[CompareRow], label: str) -> None:
     names = [f"{textwrap.fill(row.name, 20)}\n{'FAIL' if row.failed else 'pass'}" for row in ran]
     ax.set_yticks(range(len(ran)), names, fontsize=9)
     ax.set_ylim(max(len(ran), 3) - 0.4, -0.6)
@@ -96,5 +96,5 @@ def _finish(ax: Axes, ran: list[Row], label: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _colours(ran: list[Row]) -> list[str]:
+def _colours(ran: list[CompareRow]) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(len(ran))]

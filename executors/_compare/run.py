@@ -30,7 +30,7 @@ LABELS = {
 
 
 @dataclass(eq=False)
-class Row:
+class CompareRow:
     """What came of one executor.
 
     Attributes:
@@ -80,7 +80,7 @@ def compare(
     seed: int,
     tokens: int | None,
     progress: Callable[[str], None],
-) -> list[Row]:
+) -> list[CompareRow]:
     """Judges and measures executors.
 
     Args:
@@ -93,7 +93,7 @@ def compare(
         progress: called with a line on what is being done.
     """
     reasons = {row.name: row.reason for row in executors.explain(truth.inputs.x, truth.inputs.weights)}
-    rows = [Row(name, reason=reasons[name]) for name in names]
+    rows = [CompareRow(name, reason=reasons[name]) for name in names]
     by_name = {row.name: row for row in rows}
     running = [row for row in rows if not row.reason]
     for row in running:

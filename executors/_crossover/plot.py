@@ -11,9 +11,9 @@ import matplotlib as mpl
 from executors._bench.measure import Spread
 from executors._compare import report
 from executors._compare.plot import COLOURS
-from executors._crossover.points import DECODED, Curve
+from executors._crossover.points import DECODED, CrossoverCurve
 from executors._crossover.report import DIRECTIONS
-from executors._crossover.run import Plan
+from executors._crossover.run import CrossoverPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ MARKERS = "osD^"
 GREY = "#666666"
 
 
-def plot(path: Path, curves: list[Curve], plan: Plan) -> None:
+def plot(path: Path, curves: list[CrossoverCurve], plan: CrossoverPlan) -> None:
     """Writes the picture, whole or not at all: a row for each layer, a column for each direction."""
     layers = list(dict.fromkeys(curve.shape.name for curve in curves))
     directions = list(dict.fromkeys(curve.direction for curve in curves))
@@ -64,20 +64,22 @@ def plot(path: Path, curves: list[Curve], plan: Plan) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _title(plan: Plan) -> str:
+def _title(plan: CrossoverPlan) -> str:
     found = report.machine()
     where = found["gpu"] if plan.device.startswith("cuda") else found["processor"]
     means = "\ninterpreted kernels: times mean nothing" if plan.interpreted else ""
     return f"{where}, torch {found['torch']}, Triton {found['triton']}; {plan.routing} routing{means}"
 
 
-def _limits(curves: list[Curve]) -> tuple[float, float]:
+def _limits(curves: list[CrossoverCurve]) -> tuple[float, float]:
     """Of the ratio's axis: everything in sight, and at least from 0.45 to 2.2."""
     found = [ratio for curve in curves for name in (DECODED, "bf16") for ratio in _line(curve, name)[1]]
     return min([0.45, *(r.low / 1.2 for r in found)]), max([2.2, *(r.high * 1.2 for r in found)])
 
 
-def _panel(ax: Axes, curves: list[Curve], formats: list[str], plan: Plan, limits: tuple[float, float]) -> None:
+def _panel(
+    ax: Axes, curves: list[CrossoverCurve], formats: list[str], plan: CrossoverPlan, limits: tuple[float, float]
+) -> None:
     ax.axhline(1.0, color="black", linewidth=0.8)
     ax.axvline(
         plan.rule.rows, color=GREY, linewidth=1.0, linestyle="--", label=f"the rule now: {plan.rule.rows:g} rows"
@@ -110,6 +112,6 @@ def _panel(ax: Axes, curves: list[Curve], formats: list[str], plan: Plan, limits
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _line(curve: Curve, name: str) -> tuple[list[float], list[Spread]]:
+def _line(curve: CrossoverCurve, name: str) -> tuple[list[float], list[Spread]]:
     found = [(point.rows, ratio) for point in curve.points if (ratio := point.ratio(name))]
     return [rows for rows, _ in found], [ratio for _, ratio in found]

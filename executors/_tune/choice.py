@@ -137,12 +137,12 @@ def as_json(choice: Choice) -> dict[str, Any]:
         "tiles": vars(choice.tally),
         "shipped": {name: getattr(choice.shipped, name)._asdict() for name in choice.products},
         "seconds": {name: duel._asdict() for name, duel in choice.duels.items()},
-        "entry": as_entry(choice.key, choice.chosen, told(choice)),
+        "entry": as_entry(choice.key, choice.chosen, figures(choice)),
     }
 
 
-def told(choice: Choice) -> dict[str, Any]:
-    """What stands beside an entry: who reads the file may want to know."""
+def figures(choice: Choice) -> dict[str, Any]:
+    """The figures that are stored beside an entry."""
     old, new = (_median(times) for times in choice.duels[LAYER])
     return {
         "tokens": choice.tokens,

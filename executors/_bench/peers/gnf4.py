@@ -57,7 +57,7 @@ def refusal(layer: BenchLayer) -> str:
     if gnf4_version() is None:
         return f"{DISTRIBUTION} is not installed"
     if _is_mxfp4(layer):
-        return "it has MXFP4 without adapters" if layer.form.rank else ""
+        return "it has MXFP4 without adapters" if layer.storage.rank else ""
     up = layer.frozen["gate_up_proj"]
     assert isinstance(up, NF4Tensor)
     if up.quant_type != "nf4" or up.blocksize != BLOCKSIZE or up.nested_absmax is not None:

@@ -70,7 +70,7 @@ def loops_of(layer: BenchLayer, prefix: str, decoders: dict[str, list[Decode]]) 
         pairs = [_linears(layer, name, decoders[f"{name}_proj"]) for name in ("gate_up", "down")]
         return list(zip(*pairs, strict=True))
 
-    once = None if layer.form.rank else built()  # adapters: views, whose gradients belong to one call
+    once = None if layer.storage.rank else built()  # adapters: views, whose gradients belong to one call
     config, sizes = layer.shape.config, Sizes(layer.shape.experts)
     calls: dict[str, Callable[[Batch], Tensor]] = {
         LOOP: lambda batch: loop(batch, once or built(), config),
