@@ -69,14 +69,14 @@ class Shape:
         assert self.config.top_k is not None
         return self.config.top_k
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """E, K, H and I by their letters."""
-        return {"E": self.experts, "K": self.top_k, "H": self.hidden, "I": self.intermediate}
+    def as_json(self) -> dict[str, Any]:
+        """Name and sizes."""
+        sizes = {"E": self.experts, "K": self.top_k, "H": self.hidden, "I": self.intermediate}
+        return {"layer": self.name, **sizes, "cut": self.cut}
 
     def __str__(self) -> str:
         cut = f" (H and I cut by {self.cut})" if self.cut > 1 else ""
-        return f"{self.name}{cut}: {', '.join(f'{letter}={size}' for letter, size in self.sizes.items())}"
+        return f"{self.name}{cut}: E={self.experts}, K={self.top_k}, H={self.hidden}, I={self.intermediate}"
 
     @property
     def expert_matrices(self) -> int:

@@ -28,8 +28,8 @@ WHERE = {FORWARD: "forward", WITH_BACKWARD: "with backward", LORA: "with adapter
 def machine(settings: Settings) -> list[str]:
     """The machine, the weights where they are not dense, and who takes part."""
     found = report.machine()
-    where = found["gpu"] if settings.device.startswith("cuda") else found["processor"]
-    lines = [f"{where}, {found['threads']} threads, torch {found['torch']}; {_named(PREFIX, 'transformers')}"]
+    chip = report.chip(settings.device)
+    lines = [f"{chip}, {found['threads']} threads, torch {found['torch']}; {_named(PREFIX, 'transformers')}"]
     if settings.quantisation:
         mxfp4 = settings.quantisation.quant_type == MXFP4
         decoder = "torch: decodes with torch" if mxfp4 else _named("bnb:", "bitsandbytes")
@@ -187,15 +187,10 @@ def commit() -> str | None:
 
 
 def _case(case: BenchCase, ceilings: Ceilings) -> dict[str, Any]:
-    best, control, shape = case.best_peer(), case.control(), case.shape
+    best, control = case.best_peer(), case.control()
     active, stack = case.decoded()
     return {
-        "layer": shape.name,
-        "E": shape.experts,
-        "K": shape.top_k,
-        "H": shape.hidden,
-        "I": shape.intermediate,
-        "cut": shape.cut,
+        **case.shape.as_json(),
         "T": case.tokens,
         "routing": case.routing,
         "direction": case.direction,

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
 
 from executors._bench.case import FORWARD, LORA, WITH_BACKWARD, BenchCase, BenchRow
 from executors._bench.ceilings import Ceilings
+from executors._bench.figure import AS_IT_IS, COLOURS, MARKERS, finish, panels, tidy
 from executors._bench.measure import spread
-from executors._bench.plot import COLOURS, MARKERS
 from executors._bench.table import DIRECTIONS, rates
 from executors._bench.timing import DECODE
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter
 
 IN_A_GRAPH = " in a graph"
 
 
 def plot(path: Path, cases: list[BenchCase], ceilings: Ceilings, title: str) -> None:
-    """Writes the picture, whole or not at all: a row for each layer, for the first routing that was measured.
+    """Writes the picture: a row for each layer, for the first routing that was measured.
 
     Args:
         path: the file.
@@ -39,9 +32,7 @@ def plot(path: Path, cases: list[BenchCase], ceilings: Ceilings, title: str) -> 
     cases = [case for case in cases if case.routing == routing]
     layers = list(dict.fromkeys(case.shape.name for case in cases))
     names = list(dict.fromkeys(row.name for case in cases for row in case.rows if row.seconds))
-    figure, axes = plt.subplots(
-        len(layers), 3, figsize=(13.0, 1.6 + 3.2 * len(layers)), dpi=130, layout="constrained", squeeze=False
-    )
+    figure, axes = panels(len(layers), 3, (13.0, 1.6 + 3.2 * len(layers)))
     for line, layer in zip(axes, layers, strict=True):
         own = [case for case in cases if case.shape.name == layer]
         backward = WITH_BACKWARD if any(case.direction == WITH_BACKWARD for case in own) else LORA
@@ -51,17 +42,7 @@ def plot(path: Path, cases: list[BenchCase], ceilings: Ceilings, title: str) -> 
             ax.set_title(f"{layer}, {DIRECTIONS[direction]}\nTFLOP/s, {routing} routing", fontsize=9)
         _decode_panel(line[2], [c for c in own if c.direction == FORWARD and c.tokens <= DECODE], names, ceilings)
         line[2].set_title(f"{layer}, forward, T up to {DECODE}\nshare of a large copy's GB/s", fontsize=9)
-    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if handles:
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    figure.suptitle(title, fontsize=10)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        plt.close(figure)
-        temporary.unlink(missing_ok=True)
+    finish(figure, axes, title, 4, path)
 
 
 def _speed_panel(ax: Axes, cases: list[BenchCase], names: list[str], ceilings: Ceilings) -> None:
@@ -75,7 +56,7 @@ def _speed_panel(ax: Axes, cases: list[BenchCase], names: list[str], ceilings: C
     ax.plot(places, roof, color="black", linewidth=1.0, linestyle="--", label="roof: that product, or the copy's bytes")
     _lines(ax, cases, names, lambda case, row: rates(case, spread(row.seconds))[0])
     ax.set_ylim(0.0, 1.1 * ceilings.tflops)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_major_formatter(AS_IT_IS)
     _finish(ax, cases)
 
 
@@ -131,7 +112,4 @@ def _style(number: int) -> dict[str, Any]:
 def _finish(ax: Axes, cases: list[BenchCase]) -> None:
     ax.set_xticks(range(len(cases)), [f"T={case.tokens}" for case in cases], fontsize=9)
     ax.set_xlim(-0.3, len(cases) - 0.7)
-    ax.tick_params(axis="y", labelsize=9)
-    ax.grid(axis="y", color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax, "y")

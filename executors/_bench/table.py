@@ -34,14 +34,13 @@ def tables(cases: list[BenchCase], ceilings: Ceilings) -> list[tuple[str, Table]
 
 def title(cases: list[BenchCase]) -> str:
     """Two lines on the layer and on the load, or three."""
-    shape, first = cases[0].shape, cases[0]
-    cut = f" (H and I cut by {shape.cut})" if shape.cut > 1 else ""
+    first = cases[0]
     frozen = ", base frozen" if first.backward and first.storage.frozen else ""
     rank = f" of rank {first.storage.rank}" if first.storage.rank else ""
     loads = ", ".join(f"{c.load.max_over_mean:.1f}" for c in cases)
     end = "\n" if first.stack else "; "
     return (
-        f"{shape.name}{cut}: E={shape.experts}, K={shape.top_k}, H={shape.hidden}, I={shape.intermediate}, bfloat16\n"
+        f"{first.shape}, bfloat16\n"
         f"{DIRECTIONS[first.direction]}{rank}{frozen}, {first.routing} routing{end}busiest expert / mean: {loads}"
     )
 
@@ -77,7 +76,7 @@ def _columns(cases: list[BenchCase], ceilings: Ceilings) -> list[Column]:
     columns: list[Column] = [
         ("max z", lambda case, row: _max_z(row)),
         ("ms", lambda case, row: _short(MILLISECONDS * spread(row.seconds).median)),
-        ("+-", lambda case, row: _relative(spread(row.seconds))),
+        ("+-", lambda case, row: relative(spread(row.seconds))),
     ]
     best: Column = ("x best", lambda case, row: _ratio(case, case.ratio(row), row is case.best_peer(), "best"))
     memory: list[Column] = [("MiB", lambda case, row: "?" if row.peak is None else _short(row.peak / MIB))]
@@ -130,7 +129,7 @@ def _again(case: BenchCase) -> dict[str, str]:
     time = spread(case.again)
     return {
         "ms": _short(MILLISECONDS * time.median),
-        "+-": _relative(time),
+        "+-": relative(time),
         "x best": f"{control.median:.2f}",
         "10-90%": _range(control),
     }
@@ -141,7 +140,7 @@ def _in_a_graph(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> dict[str,
     time, ratio, of_dense = spread(row.graph), case.graph_ratio(row), case.dense_graph_ratio(row)
     return {
         "ms": _short(MILLISECONDS * time.median),
-        "+-": _relative(time),
+        "+-": relative(time),
         "x best": f"{ratio.median:.2f}" if ratio else "",
         "x bf16": f"{of_dense.median:.2f}" if of_dense else "",
         "TFLOP/s": _tflops(case, time, ceilings),
@@ -196,7 +195,8 @@ def _roof(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> str:
     return f"{share:.0%} {what}" if share >= 0.01 else f"{share:.1%} {what}"
 
 
-def _relative(time: Spread) -> str:
+def relative(time: Spread) -> str:
+    """Half of what lies between the 10th and 90th percentile, over the median."""
     return f"{min((time.high - time.low) / 2 / time.median, 9.99):.0%}"
 
 

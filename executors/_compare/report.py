@@ -95,6 +95,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def chip(device: str) -> str:
+    """The GPU, or the processor where the device is none."""
+    return machine()["gpu" if device.startswith("cuda") else "processor"]
+
+
 def version_of(distribution: str) -> str | None:
     """The installed version of a package, or None."""
     try:

@@ -14,12 +14,12 @@ from rich.table import Table
 from executors._bench.case import LORA
 from executors._bench.measure import Spread, spread
 from executors._bench.report import commit as commit_of_git
+from executors._bench.table import MILLISECONDS, relative
 from executors._compare import report
 from executors._crossover.points import DECODED, FUSED, CrossoverCurve, CrossoverPoint, Loss, best_bound, loss
 from executors._crossover.run import CrossoverPlan
 
 SCHEMA = 1
-MILLISECONDS = 1000.0
 WAYS = (FUSED, DECODED, "torch", "bf16")
 DIRECTIONS = {"forward": "forward", LORA: "forward + backward with adapters, base frozen"}
 MEANINGLESS = "interpreted: times mean nothing, and nothing is suggested"
@@ -27,10 +27,8 @@ MEANINGLESS = "interpreted: times mean nothing, and nothing is suggested"
 
 def heading(plan: CrossoverPlan) -> list[str]:
     """What holds for all tables."""
-    found = report.machine()
-    where = found["processor"] if torch.device(plan.device).type == "cpu" else found["gpu"]
     return [
-        f"{where}, torch {found['torch']}, Triton {found['triton']}; {plan.routing} routing",
+        conditions(plan),
         f"the rule of {plan.family} at present: fused up to {plan.rule.rows:g} rows per expert,",
         plan.rule.basis,
         "rows: mean of an expert. Times in ms: grouped_nf4[fused], [decoded], [torch],",
@@ -41,12 +39,15 @@ def heading(plan: CrossoverPlan) -> list[str]:
     ]
 
 
+def conditions(plan: CrossoverPlan) -> str:
+    """The machine and the routing, in one line."""
+    found = report.machine()
+    return f"{report.chip(plan.device)}, torch {found['torch']}, Triton {found['triton']}; {plan.routing} routing"
+
+
 def title(curve: CrossoverCurve) -> str:
     """Two lines on the layer and the direction."""
-    shape = curve.shape
-    cut = f" (H and I cut by {shape.cut})" if shape.cut > 1 else ""
-    sizes = f"E={shape.experts}, K={shape.top_k}, H={shape.hidden}, I={shape.intermediate}"
-    return f"{shape.name}{cut}: {sizes}\n{curve.weights}, {DIRECTIONS[curve.direction]}"
+    return f"{curve.shape}\n{curve.weights}, {DIRECTIONS[curve.direction]}"
 
 
 def table(curve: CrossoverCurve, interpreted: bool) -> Table:
@@ -135,15 +136,9 @@ def as_json(
 
 
 def _curve(curve: CrossoverCurve, interpreted: bool) -> dict[str, Any]:
-    shape = curve.shape
     won, lost = (None, None) if interpreted else curve.crossover()
     return {
-        "layer": shape.name,
-        "E": shape.experts,
-        "K": shape.top_k,
-        "H": shape.hidden,
-        "I": shape.intermediate,
-        "cut": shape.cut,
+        **curve.shape.as_json(),
         "weights": curve.weights,
         "direction": curve.direction,
         "complete": curve.complete,
@@ -190,7 +185,7 @@ def _times(point: CrossoverPoint, way: str, interpreted: bool) -> list[str]:
     text = f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
     if interpreted:
         return [f"[{text}]", ""]
-    return [text, f"{min((time.high - time.low) / 2 / time.median, 9.99):.0%}"]
+    return [text, relative(time)]
 
 
 def _ratio(point: CrossoverPoint, interpreted: bool) -> list[str]:
