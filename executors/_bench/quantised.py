@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from typing import Any, Final, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from executors._bench.layers import BenchLayer, Storage
 from executors._bench.mxfp4 import in_mxfp4
+from executors._compare.report import version_of
 from executors.nf4 import quantize_tensor
 from moe_ref.nf4 import NESTED_BLOCKSIZE
 from moe_ref.types import NF4Tensor, PackedTensor
@@ -24,6 +25,8 @@ MX_BLOCKSIZE = 32
 
 QuantType = Literal["nf4", "fp4", "mxfp4"]
 QUANT_TYPES: tuple[QuantType, ...] = ("nf4", "fp4", "mxfp4")
+
+bitsandbytes_version = partial(version_of, "bitsandbytes")  # None where it is not installed
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,6 @@ class Quantisation:
     def __str__(self) -> str:
         nested = ", nested statistics" if self.nested else ""
         return f"{self.quant_type}, blocks of {self.blocksize}{nested}"
-
-
-def bitsandbytes_version() -> str | None:
-    """The version of bitsandbytes, or None where it is not installed."""
-    try:
-        return version("bitsandbytes")
-    except PackageNotFoundError:
-        return None
 
 
 def quantised(layer: BenchLayer, how: Quantisation, progress: Callable[[int, int], None]) -> BenchLayer:

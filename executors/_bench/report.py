@@ -29,25 +29,22 @@ def machine(settings: Settings) -> list[str]:
     """The machine, the weights where they are not dense, and who takes part."""
     found = report.machine()
     chip = report.chip(settings.device)
-    lines = [f"{chip}, {found['threads']} threads, torch {found['torch']}; {_named(PREFIX, 'transformers')}"]
+    transformers = _named(PREFIX, "transformers", peers_version())
+    lines = [f"{chip}, {found['threads']} threads, torch {found['torch']}; {transformers}"]
     if settings.quantisation:
-        mxfp4 = settings.quantisation.quant_type == MXFP4
-        decoder = "torch: decodes with torch" if mxfp4 else _named("bnb:", "bitsandbytes")
+        bitsandbytes = _named("bnb:", "bitsandbytes", bitsandbytes_version())
+        decoder = "torch: decodes with torch" if settings.quantisation.quant_type == MXFP4 else bitsandbytes
         lines.append(f"weights: {settings.quantisation}; {decoder}")
-        if settings.gpu:
-            lines.append(f"Triton {report.version_of('triton')}; {_named(gnf4.NAME, gnf4.DISTRIBUTION)}")
-    elif settings.gpu:
-        lines.append(f"Triton {report.version_of('triton')}; {_named(NAME, DISTRIBUTION)}")
-    elif kt.kt_version():
-        lines.append(f"{_named(kt.NAME, kt.DISTRIBUTION)}, {kt.kt_variant()} variant")
+    if settings.gpu:
+        own = (gnf4.NAME, gnf4.DISTRIBUTION, gnf4.gnf4_version())
+        peer = own if settings.quantisation else (NAME, DISTRIBUTION, liger_version())
+        lines.append(f"Triton {found['triton']}; {_named(*peer)}")
+    elif kt.kt_version() and not settings.quantisation:
+        lines.append(f"{_named(kt.NAME, kt.DISTRIBUTION, kt.kt_version())}, {kt.kt_variant()} variant")
     return lines
 
 
-def _named(prefix: str, package: str) -> str:
-    versions = {"transformers": peers_version, "bitsandbytes": bitsandbytes_version}
-    versions |= {DISTRIBUTION: liger_version, gnf4.DISTRIBUTION: gnf4.gnf4_version}
-    versions[kt.DISTRIBUTION] = kt.kt_version
-    version = versions[package]()
+def _named(prefix: str, package: str, version: str | None) -> str:
     return f"{prefix} is {package} {version}" if version else f"{package} is not installed: no peers"
 
 

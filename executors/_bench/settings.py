@@ -127,30 +127,6 @@ def known_peers() -> list[str]:
     return [*(PREFIX + name for name in IMPLEMENTATIONS), *products, *stacks, *loops]
 
 
-def known_routings() -> list[str]:
-    """The kinds of routing."""
-    return list(KINDS)
-
-
-def default_tokens(device: str) -> tuple[int, ...]:
-    """T where none is asked for."""
-    return _of(DEFAULT_TOKENS, device)
-
-
-def default_layers(device: str) -> tuple[str, ...]:
-    """The layers where none is asked for."""
-    return _of(DEFAULT_LAYERS, device)
-
-
-def default_seconds(device: str) -> float:
-    """How long a case is timed where nothing is said of it."""
-    return _of(DEFAULT_SECONDS, device)
-
-
-def _of(by_device: dict[str, Value], device: str) -> Value:
+def default(by_device: dict[str, Value], device: str) -> Value:
+    """What holds on a device where nothing is asked for, such as of `DEFAULT_TOKENS`."""
     return by_device.get(torch.device(device).type, by_device["cpu"])
-
-
-def known_layers() -> list[str]:
-    """The names of the layers."""
-    return list(LAYERS)

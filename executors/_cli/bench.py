@@ -17,7 +17,9 @@ from executors._bench import run as benchmark
 from executors._bench import settings as known
 from executors._bench import table as bench_table
 from executors._bench.case import LORA
+from executors._bench.layers import LAYERS
 from executors._bench.measure import MIN_ROUNDS
+from executors._bench.routing import KINDS
 from executors._cli.options import (
     DeviceOption,
     InterpretedOption,
@@ -102,12 +104,14 @@ class BenchOptions:
         on_gpu = torch.device(self.device).type == "cuda"
         return known.Settings(
             names=self._names(),
-            layers=checked("--layer", self.layer, known.known_layers()) or known.default_layers(self.device),
-            tokens=tuple(dict.fromkeys(self.tokens)) if self.tokens else known.default_tokens(self.device),
-            routings=checked("--routing", self.routing, known.known_routings()),
+            layers=checked("--layer", self.layer, tuple(LAYERS)) or known.default(known.DEFAULT_LAYERS, self.device),
+            tokens=tuple(dict.fromkeys(self.tokens))
+            if self.tokens
+            else known.default(known.DEFAULT_TOKENS, self.device),
+            routings=checked("--routing", self.routing, KINDS),
             directions=checked("--direction", self.direction, possible) or possible,
             scale=self.scale,
-            seconds=known.default_seconds(self.device) if self.seconds is None else self.seconds,
+            seconds=known.default(known.DEFAULT_SECONDS, self.device) if self.seconds is None else self.seconds,
             device=self.device,
             seed=self.seed,
             load=os.getloadavg()[0],

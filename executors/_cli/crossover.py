@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from executors._bench import settings as known
+from executors._bench import layers as bench_layers
+from executors._bench.routing import KINDS
 from executors._cli.options import (
     GpuOption,
     InterpretedOption,
@@ -76,9 +77,9 @@ class CrossoverOptions:
         """The plan, checked, with the defaults for what was not asked for."""
         with needing_triton("crossover needs"):
             from executors._crossover import run
-        checked("--routing", [self.routing], known.known_routings())
+        checked("--routing", [self.routing], KINDS)
         return run.CrossoverPlan(
-            layers=checked("--layer", self.layer, known.known_layers()) or LAYERS,
+            layers=checked("--layer", self.layer, tuple(bench_layers.LAYERS)) or LAYERS,
             formats=checked("--weights", self.weights, list(run.FORMATS)) or run.DEFAULT_FORMATS,
             directions=checked("--direction", self.direction, run.DIRECTIONS) or run.DIRECTIONS,
             rows=tuple(sorted(set(self.rows or ROWS))),

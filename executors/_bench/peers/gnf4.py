@@ -9,8 +9,8 @@ those of the sorted loop. Signatures as its own documentation of 0.51.0 tells th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from executors._bench.contenders import Contender
 from executors._bench.layers import LORA_SCALING, BenchLayer
 from executors._bench.peers.loops import Sizes, activate, on_sorted
 from executors._bench.routing import Batch
+from executors._compare.report import version_of
 from moe_ref.types import MXFP4Tensor, NF4Tensor
 
 NAME = "gnf4"
@@ -29,13 +30,7 @@ NF4_FUNCTION, MXFP4_FUNCTION = ("nf4_qlora", "fused_grouped_lora"), ("mxfp4_grou
 
 Product = Callable[[str, Tensor, list[int], list[int]], Tensor]  # projection, rows, sizes of groups, their experts
 
-
-def gnf4_version() -> str | None:
-    """The version of grouped-nf4-gemm, or None where it is not installed."""
-    try:
-        return version(DISTRIBUTION)
-    except PackageNotFoundError:
-        return None
+gnf4_version = partial(version_of, DISTRIBUTION)  # None where it is not installed
 
 
 def gnf4_peers(layer: BenchLayer) -> list[Contender]:

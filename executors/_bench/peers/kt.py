@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import ModuleSpec
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from torch import Tensor
 from executors._bench.contenders import Contender
 from executors._bench.layers import BenchLayer
 from executors._bench.routing import Batch
+from executors._compare.report import version_of
 
 NAME = "kt-kernel"
 DISTRIBUTION, PACKAGE, LOADER = "kt-kernel", "kt_kernel", "_cpu_detect.py"
@@ -43,10 +43,7 @@ STDOUT = 1
 
 def kt_version() -> str | None:
     """The version of kt-kernel, or None where it is not installed."""
-    try:
-        return version(DISTRIBUTION) if find_spec(PACKAGE) else None
-    except PackageNotFoundError:
-        return None
+    return version_of(DISTRIBUTION) if find_spec(PACKAGE) else None
 
 
 def kt_variant() -> str | None:

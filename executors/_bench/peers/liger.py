@@ -7,8 +7,8 @@ call with many tokens comes before all others. It waits for the GPU once in a fo
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -19,18 +19,13 @@ from executors._bench.contenders import Contender, action_of
 from executors._bench.judge import clear_gradients
 from executors._bench.layers import BenchLayer
 from executors._bench.routing import Batch, batch
+from executors._compare.report import version_of
 
 NAME = "liger"
 DISTRIBUTION = "liger-kernel"
 TUNED_AT = 4096  # tokens
 
-
-def liger_version() -> str | None:
-    """The version of liger-kernel, or None where it is not installed."""
-    try:
-        return version(DISTRIBUTION)
-    except PackageNotFoundError:
-        return None
+liger_version = partial(version_of, DISTRIBUTION)  # None where it is not installed
 
 
 def liger_peers(layer: BenchLayer) -> list[Contender]:
