@@ -144,22 +144,14 @@ def run_layer(
             cases.append(measure_case(settings, layer, given, truths[key], routing, direction, found, tell))
             keep()
     if settings.memory and not settings.gpu:  # there it is measured beside the times
-        add_peaks(
-            plain,
-            cases[first:],
-            device=settings.device,
-            seed=settings.seed,
-            rank=settings.lora_rank,
-            tell=say,
-        )
+        device, seed, rank = settings.device, settings.seed, settings.lora_rank
+        add_peaks(plain, cases[first:], device=device, seed=seed, rank=rank, tell=say)
 
 
 def _make_layer(settings: Settings, name: str, say: Callable[[str], None]) -> BenchLayer:
     how = settings.quantisation
     shape = sized(name, settings.scale, settings.device, how.blocksize if how else MULTIPLE)
-    layer = random_layer(
-        shape, settings.device, settings.seed, lambda i, e: say(f"drawing weights of expert {i} of {e}")
-    )
+    layer = random_layer(shape, settings.device, settings.seed, lambda i, e: say(f"drawing expert {i} of {e}"))
     return layer if how is None else quantised(layer, how, lambda i, e: say(f"quantising expert {i} of {e}"))
 
 
@@ -176,30 +168,25 @@ def measure_case(
 ) -> BenchCase:
     """Judges all contenders, then times those that are right, in turn.
 
-    ``refused`` is told who is right, and says who is not to be timed, and why.
+    ``refused`` is called with the names of those that are right. It returns the names of those that must not be timed,
+    each with the reason.
     """
-    tokens, backward, shape = given.x.shape[0], direction != FORWARD, layer.shape
-    rows = [BenchRow(c.name, c.ours, c.why_not(tokens, backward), interpreted=c.interpreted) for c in everyone]
-    actions: dict[str, Callable[[], None]] = {}
-    for row, contender in zip(rows, everyone, strict=True):
-        if row.reason or contender.call is None:
-            continue
-        tell(f"judging {row.name}")
-        judgement = judge_contender(contender.call, layer, given, truth, backward)
-        row.reason = judgement.reason
-        if not row.reason:
-            row.judgement = judgement
-            if not row.failed:
-                actions[row.name] = action_of(contender.call, given, direction)
+    rows, actions = _judge_all(layer, given, truth, direction, everyone, tell)
     for name, why in refused(list(actions)).items():
         actions.pop(name)
         next(row for row in rows if row.name == name).untimed = why
-    active = int(torch.unique(given.topk_ids).numel())
     case = BenchCase(
-        shape, tokens, routing, direction, load(given.topk_ids, shape), active, rows, storage=layer.storage
+        layer.shape,
+        given.x.shape[0],
+        routing,
+        direction,
+        load(given.topk_ids, layer.shape),
+        int(torch.unique(given.topk_ids).numel()),
+        rows,
+        storage=layer.storage,
+        stack=STACK if settings.quantisation else "",
+        gpu=settings.gpu,
     )
-    case.stack = STACK if settings.quantisation else ""
-    case.gpu = settings.gpu
 
     def after() -> None:
         clear_gradients(layer, given)
@@ -213,3 +200,30 @@ def measure_case(
         )
         time_case(case, actions, timing, after, tell)
     return case
+
+
+def _judge_all(
+    layer: BenchLayer,
+    given: Batch,
+    truth: Truth,
+    direction: str,
+    everyone: list[Contender],
+    tell: Callable[[str], None],
+) -> tuple[list[BenchRow], dict[str, Callable[[], None]]]:
+    """A row for each contender, and the calls of those that are right."""
+    tokens, backward = given.x.shape[0], direction != FORWARD
+    rows, actions = [], {}
+    for contender in everyone:
+        name, call = contender.name, contender.call
+        row = BenchRow(name, contender.ours, contender.why_not(tokens, backward), interpreted=contender.interpreted)
+        rows.append(row)
+        if row.reason or call is None:
+            continue
+        tell(f"judging {name}")
+        judgement = judge_contender(call, layer, given, truth, backward)
+        row.reason = judgement.reason
+        if not row.reason:
+            row.judgement = judgement
+            if not row.failed:
+                actions[name] = action_of(call, given, direction)
+    return rows, actions
