@@ -7,7 +7,6 @@ The layer is written once, as it is kept, and each process reads it. How it meas
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,10 +25,10 @@ from executors._bench.judge import clear_gradients
 from executors._bench.layers import LAYERS, BenchLayer, Storage, with_adapters
 from executors._bench.routing import batch
 from executors._bench.truth import judged_tokens
+from executors._compare.measure import in_a_process
 from executors._compare.memory import peak_of
 from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
 
-TIMEOUT_S = 600
 SIZES = ("hidden", "intermediate", "cut", "transposed")
 FORMATS: dict[str, tuple[type[PackedTensor], tuple[str, ...]]] = {  # and what is no array of them
     "NF4Tensor": (NF4Tensor, ("shape", "dtype", "quant_type", "blocksize", "nested_blocksize", "transposed")),
@@ -73,15 +72,8 @@ def add_peaks(
 
 def _in_a_process(spec: Path, name: str) -> list[int] | str:
     """The peaks, or why there are none."""
-    command = [sys.executable, "-m", "executors._bench.memory", str(spec), name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return f"took longer than {TIMEOUT_S} s"
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return said[-1]
-    return json.loads(done.stdout.splitlines()[-1])
+    peaks, reason = in_a_process("executors._bench.memory", str(spec), name)
+    return reason or peaks
 
 
 def main(spec_file: str, name: str) -> None:

@@ -7,11 +7,11 @@ from rich.markup import escape
 from rich.table import Table
 
 import executors
+from executors._cli import options as cli
 from executors._cli.bench import bench
 from executors._cli.compare import compare
 from executors._cli.crossover import crossover
 from executors._cli.kernels import kernels
-from executors._cli.options import WIDTH, DeviceOption, FileArgument, load, new_console
 from executors._cli.tune import tune
 
 app = typer.Typer(
@@ -32,20 +32,20 @@ def list_executors() -> None:
 
 
 @app.command()
-def explain(file: FileArgument = None, device: DeviceOption = "cpu") -> None:
+def explain(file: cli.FileArgument = None, device: cli.DeviceOption = "cpu") -> None:
     """Says which executors can take a layer.
 
     One row for each executor, with the reason why not; then what "auto" would choose, and why.
     """
-    layer = load(file, device)
+    layer = cli.load(file, device)
     _print_rows(executors.explain(layer.x, layer.weights))
     try:
         auto = executors.get("auto")
         chosen, why = auto.choose(layer.x, layer.weights)  # type: ignore[attr-defined]
     except (executors.Unavailable, executors.Unsupported) as error:
-        new_console().print(f"auto: {escape(str(error))}")
+        cli.new_console().print(f"auto: {escape(str(error))}")
     else:
-        new_console().print(f"auto chooses {chosen}: {escape(why)}")
+        cli.new_console().print(f"auto chooses {chosen}: {escape(why)}")
 
 
 for command in (compare, bench, crossover, kernels, tune):
@@ -54,7 +54,7 @@ for command in (compare, bench, crossover, kernels, tune):
 
 def _print_rows(rows: list[executors.Explanation], *, kinds: bool = False) -> None:
     """Prints a table; with ``kinds`` it has the weights that each executor takes."""
-    out = Table(width=WIDTH)
+    out = Table(width=cli.WIDTH)
     out.add_column("executor", no_wrap=True)
     out.add_column("usable", no_wrap=True)
     out.add_column("from", no_wrap=True)
@@ -65,4 +65,4 @@ def _print_rows(rows: list[executors.Explanation], *, kinds: bool = False) -> No
         usable = "[green]yes[/green]" if row.usable else "[red]no[/red]"
         weights = [", ".join(row.weights)] if kinds else []
         out.add_row(row.name, usable, escape(row.source), *weights, escape(row.reason or row.note))
-    new_console().print(out)
+    cli.new_console().print(out)

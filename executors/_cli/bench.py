@@ -20,24 +20,7 @@ from executors._bench.case import LORA
 from executors._bench.layers import LAYERS
 from executors._bench.measure import MIN_ROUNDS
 from executors._bench.routing import KINDS
-from executors._cli.options import (
-    DeviceOption,
-    InterpretedOption,
-    LimitOption,
-    RoundsOption,
-    ScaleOption,
-    SeedOption,
-    check_device,
-    checked,
-    chosen_names,
-    make_folder,
-    new_console,
-    print_written,
-    progress_bar,
-    refuse,
-    with_options,
-    within,
-)
+from executors._cli import options as cli
 from executors._compare.files import write_json
 
 DEFAULT_RANK = 16
@@ -52,7 +35,7 @@ class BenchOptions:
     )
     tokens: Annotated[
         list[int] | None,
-        typer.Option(callback=within(1), help="T; repeatable. Default: 1, 8, 64, 512; on a GPU also 4096, 32768."),
+        typer.Option(callback=cli.within(1), help="T; repeatable. Default: 1, 8, 64, 512; on a GPU also 4096, 32768."),
     ] = None
     routing: Annotated[
         list[str] | None,
@@ -65,7 +48,7 @@ class BenchOptions:
     weights: Annotated[str, typer.Option(help="dense (bf16), or in 4 bits: nf4, fp4 or mxfp4.")] = known.DENSE
     nested: Annotated[bool, typer.Option("--nested", help="Quantise the scales of nf4 and fp4 too.")] = False
     lora_rank: Annotated[
-        int | None, typer.Option(callback=within(0), help="Of the adapters in 4 bits; 0: none. Default: 16.")
+        int | None, typer.Option(callback=cli.within(0), help="Of the adapters in 4 bits; 0: none. Default: 16.")
     ] = None
     memory: Annotated[
         bool | None,
@@ -83,36 +66,35 @@ class BenchOptions:
     without: Annotated[
         list[str] | None, typer.Option("--without", metavar="NAME", help="Leave out this peer; repeatable.")
     ] = None
-    scale: ScaleOption = 1
+    scale: cli.ScaleOption = 1
     seconds: Annotated[
-        float | None, typer.Option(callback=within(0), help="How long each case is timed. Default: 10; on a GPU 0.5.")
+        float | None, typer.Option(callback=cli.within(0), help="How long a case is timed. Default: 10; on a GPU 0.5.")
     ] = None
-    rounds: RoundsOption = MIN_ROUNDS
-    limit: LimitOption = None
-    interpreted: InterpretedOption = False
+    rounds: cli.RoundsOption = MIN_ROUNDS
+    limit: cli.LimitOption = None
+    interpreted: cli.InterpretedOption = False
     out: Annotated[Path, typer.Option(help="Folder for bench.json and the pictures.")] = Path("bench-results")
-    device: DeviceOption = "cpu"
-    seed: SeedOption = 0
+    device: cli.DeviceOption = "cpu"
+    seed: cli.SeedOption = 0
 
     def settings(self) -> known.Settings:
         """The settings, checked, with the defaults for what was not asked for."""
-        check_device(self.device)
-        checked("--weights", [self.weights], known.WEIGHTS)
+        device = self.device
+        cli.check_device(device)
+        cli.checked("--weights", [self.weights], known.WEIGHTS)
         self._check_4_bits()
         in_4_bits, rank = self.weights != known.DENSE, DEFAULT_RANK if self.lora_rank is None else self.lora_rank
         possible = known.DIRECTIONS_IN_4_BITS if rank and in_4_bits else known.DIRECTIONS
-        on_gpu = torch.device(self.device).type == "cuda"
+        on_gpu = torch.device(device).type == "cuda"
         return known.Settings(
             names=self._names(),
-            layers=checked("--layer", self.layer, tuple(LAYERS)) or known.default(known.DEFAULT_LAYERS, self.device),
-            tokens=tuple(dict.fromkeys(self.tokens))
-            if self.tokens
-            else known.default(known.DEFAULT_TOKENS, self.device),
-            routings=checked("--routing", self.routing, KINDS),
-            directions=checked("--direction", self.direction, possible) or possible,
+            layers=cli.checked("--layer", self.layer, tuple(LAYERS)) or known.default(known.DEFAULT_LAYERS, device),
+            tokens=tuple(dict.fromkeys(self.tokens or known.default(known.DEFAULT_TOKENS, device))),
+            routings=cli.checked("--routing", self.routing, KINDS),
+            directions=cli.checked("--direction", self.direction, possible) or possible,
             scale=self.scale,
-            seconds=known.default(known.DEFAULT_SECONDS, self.device) if self.seconds is None else self.seconds,
-            device=self.device,
+            seconds=known.default(known.DEFAULT_SECONDS, device) if self.seconds is None else self.seconds,
+            device=device,
             seed=self.seed,
             load=os.getloadavg()[0],
             weights=self.weights,
@@ -122,30 +104,30 @@ class BenchOptions:
             rounds=self.rounds,
             limit=self.limit,
             interpreted=self.interpreted,
-            without=checked("--without", self.without, known.known_peers()) or (),
+            without=cli.checked("--without", self.without, known.known_peers()) or (),
         )
 
     def _names(self) -> tuple[str, ...]:
         """Our contenders: those asked for, or all that take such weights."""
         if not self.executor:
-            return tuple(known.default_names(chosen_names(None), self.weights, self.device, self.interpreted))
+            return tuple(known.default_names(cli.chosen_names(None), self.weights, self.device, self.interpreted))
         ways = [] if self.weights == known.DENSE else variants.known()
-        chosen_names([name for name in self.executor if name not in ways])
+        cli.chosen_names([name for name in self.executor if name not in ways])
         return tuple(dict.fromkeys(self.executor))
 
     def _check_4_bits(self) -> None:
         """Refuses options for 4 bits where weights are dense, and adapters of rank 0."""
         adapted = LORA in (self.direction or [])
         if self.nested and self.weights not in ("nf4", "fp4"):
-            refuse("--nested: must go with --weights nf4 or fp4")
+            cli.refuse("--nested: must go with --weights nf4 or fp4")
         given = {f"--lora-rank {self.lora_rank}": self.lora_rank is not None, "--direction lora": adapted}
         for option in (option for option, is_given in given.items() if is_given and self.weights == known.DENSE):
-            refuse(f"{option}: must go with --weights nf4, fp4 or mxfp4")
+            cli.refuse(f"{option}: must go with --weights nf4, fp4 or mxfp4")
         if adapted and self.lora_rank == 0:
-            refuse("--lora-rank 0: must be at least 1 with --direction lora")
+            cli.refuse("--lora-rank 0: must be at least 1 with --direction lora")
 
 
-@with_options(BenchOptions)
+@cli.with_options(BenchOptions)
 def bench(options: BenchOptions) -> None:
     """Times executors and their peers on layers of real models.
 
@@ -164,24 +146,24 @@ def bench(options: BenchOptions) -> None:
     arguments.
     """
     settings, out = options.settings(), options.out
-    make_folder(out)
+    cli.make_folder(out)
     started = time.monotonic()
 
     def keep(found: benchmark.Findings) -> None:
         write_json(out / "bench.json", report.as_json(settings, found, time.monotonic() - started))
 
-    with progress_bar() as show:
+    with cli.progress_bar() as show:
         found = benchmark.run(settings, show, keep)
     keep(found)
     _print(settings, found)
-    print_written(out, ["bench.json", *_plot(out, found, settings)], started)
+    cli.print_written(out, ["bench.json", *_plot(out, found, settings)], started)
     rows = [row for case in found.cases for row in case.rows if row.ours]
     if any(row.failed or (row.reason and options.executor) for row in rows):
         raise typer.Exit(1)
 
 
 def _print(settings: known.Settings, found: benchmark.Findings) -> None:
-    console = new_console()
+    console = cli.new_console()
     console.print(escape("\n".join(report.heading(settings, found.ceilings))))
     for title, table in bench_table.tables(found.cases, found.ceilings):
         console.print(escape(f"\n{title}"))

@@ -10,20 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from executors._cli.options import (
-    LARGEST_SEED,
-    DeviceOption,
-    FileArgument,
-    chosen_names,
-    load,
-    make_folder,
-    new_console,
-    print_written,
-    progress_bar,
-    refuse,
-    with_options,
-    within,
-)
+from executors._cli import options as cli
 from executors._compare import report
 from executors._compare import run as comparison
 from executors._compare.files import write_json
@@ -35,21 +22,21 @@ from executors.layer_file import first_tokens
 class CompareOptions:
     """What can be asked of a comparison."""
 
-    file: FileArgument = None
+    file: cli.FileArgument = None
     executor: Annotated[
         list[str] | None,
         typer.Option("--executor", metavar="NAME", help="Only this one; repeatable. Default: all but auto."),
     ] = None
     out: Annotated[Path, typer.Option(help="Folder for compare.json and compare.png.")] = Path("compare-results")
-    device: DeviceOption = "cpu"
-    tokens: Annotated[int | None, typer.Option(callback=within(1), help="Only the layer's first N tokens.")] = None
-    repeats: Annotated[int, typer.Option(callback=within(1), help="Timed calls of each executor.")] = 10
+    device: cli.DeviceOption = "cpu"
+    tokens: Annotated[int | None, typer.Option(callback=cli.within(1), help="Only the layer's first N tokens.")] = None
+    repeats: Annotated[int, typer.Option(callback=cli.within(1), help="Timed calls of each executor.")] = 10
     seed: Annotated[
-        int, typer.Option(callback=within(0, LARGEST_SEED), help="Seed of the upstream gradient and of the samples.")
+        int, typer.Option(callback=cli.check_seed, help="Seed of the upstream gradient and of the samples.")
     ] = 0
 
 
-@with_options(CompareOptions)
+@cli.with_options(CompareOptions)
 def compare(options: CompareOptions) -> None:
     """Judges and times every executor on a layer.
 
@@ -57,14 +44,14 @@ def compare(options: CompareOptions) -> None:
     compare.json and compare.png. "auto" is left out: it is one of the others. Exit status: 0 if all that ran passed, 1
     if one failed or an executor asked for by name cannot run, 2 for bad arguments.
     """
-    names = chosen_names(options.executor)
-    make_folder(options.out)
-    given = first_tokens(load(options.file, options.device), options.tokens)
+    names = cli.chosen_names(options.executor)
+    cli.make_folder(options.out)
+    given = first_tokens(cli.load(options.file, options.device), options.tokens)
     layer = with_clear_choice(given)
     if not len(layer.x):
-        refuse("router_logits: must have a token for which only one choice of experts is right")
+        cli.refuse("router_logits: must have a token for which only one choice of experts is right")
     started, seed, tokens, repeats = time.monotonic(), options.seed, options.tokens, options.repeats
-    with progress_bar() as show:
+    with cli.progress_bar() as show:
         truth = exact_answer(layer, seed, lambda done, total: show("sampling error bars", done, total))
         rows = comparison.compare(layer, truth, names, repeats, seed, tokens, lambda text: show(text, 0, 0))
     heading = report.heading(layer, truth, comparison.display(layer.path))
@@ -72,13 +59,13 @@ def compare(options: CompareOptions) -> None:
     arguments = {"device": options.device, "tokens": tokens, "repeats": repeats, "seed": seed}
     write_json(options.out / "compare.json", report.as_json(layer, truth, rows, arguments))
     _plot(options.out / "compare.png", rows, heading)
-    print_written(options.out, ["compare.json", "compare.png"], started)
+    cli.print_written(options.out, ["compare.json", "compare.png"], started)
     if any(row.failed or (row.reason and options.executor) for row in rows):
         raise typer.Exit(1)
 
 
 def _print(heading: str, rows: list[comparison.CompareRow], left_out: int) -> None:
-    console = new_console()
+    console = cli.new_console()
     console.print(escape(heading))
     console.print(report.table(rows))
     if left_out:

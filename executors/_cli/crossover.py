@@ -12,25 +12,7 @@ from rich.markup import escape
 
 from executors._bench import layers as bench_layers
 from executors._bench.routing import KINDS
-from executors._cli.options import (
-    GpuOption,
-    InterpretedOption,
-    LimitOption,
-    RoundsOption,
-    ScaleOption,
-    SeedOption,
-    check_gpu,
-    checked,
-    make_folder,
-    needing_triton,
-    new_console,
-    print_lines,
-    print_written,
-    progress_bar,
-    refuse,
-    with_options,
-    within,
-)
+from executors._cli import options as cli
 from executors._compare.files import write_json
 
 if TYPE_CHECKING:
@@ -56,32 +38,32 @@ class CrossoverOptions:
     ] = None
     rows: Annotated[
         list[int] | None,
-        typer.Option(callback=within(1), help="Mean rows per expert, S/E; repeatable. Default: 1, 2, 4, ... 1024."),
+        typer.Option(callback=cli.within(1), help="Mean rows per expert, S/E; repeatable. Default: 1, 2, 4, ... 1024."),
     ] = None
     direction: Annotated[
         list[str] | None,
         typer.Option(help="forward, or lora (with backward and adapters); repeatable. Default: both."),
     ] = None
     routing: Annotated[str, typer.Option(help="real, uniform or skewed.")] = "real"
-    seconds: Annotated[float, typer.Option(callback=within(0), help="How long each point is timed.")] = SECONDS
-    rounds: RoundsOption = 7
-    limit: LimitOption = None
-    scale: ScaleOption = 1
-    interpreted: InterpretedOption = False
+    seconds: Annotated[float, typer.Option(callback=cli.within(0), help="How long each point is timed.")] = SECONDS
+    rounds: cli.RoundsOption = 7
+    limit: cli.LimitOption = None
+    scale: cli.ScaleOption = 1
+    interpreted: cli.InterpretedOption = False
     out: Annotated[Path, typer.Option(help="Folder for crossover.json and crossover.png.")] = Path("crossover-results")
     commit: Annotated[str | None, typer.Option(metavar="TEXT", help="Of this code, where git cannot tell.")] = None
-    device: GpuOption = None
-    seed: SeedOption = 0
+    device: cli.GpuOption = None
+    seed: cli.SeedOption = 0
 
     def plan(self) -> CrossoverPlan:
         """The plan, checked, with the defaults for what was not asked for."""
-        with needing_triton("crossover needs"):
+        with cli.needing_triton("crossover needs"):
             from executors._crossover import run
-        checked("--routing", [self.routing], KINDS)
+        cli.checked("--routing", [self.routing], KINDS)
         return run.CrossoverPlan(
-            layers=checked("--layer", self.layer, tuple(bench_layers.LAYERS)) or LAYERS,
-            formats=checked("--weights", self.weights, list(run.FORMATS)) or run.DEFAULT_FORMATS,
-            directions=checked("--direction", self.direction, run.DIRECTIONS) or run.DIRECTIONS,
+            layers=cli.checked("--layer", self.layer, tuple(bench_layers.LAYERS)) or LAYERS,
+            formats=cli.checked("--weights", self.weights, list(run.FORMATS)) or run.DEFAULT_FORMATS,
+            directions=cli.checked("--direction", self.direction, run.DIRECTIONS) or run.DIRECTIONS,
             rows=tuple(sorted(set(self.rows or ROWS))),
             routing=self.routing,
             seconds=self.seconds,
@@ -99,14 +81,14 @@ class CrossoverOptions:
         from executors._triton.device import INTERPRETED
 
         if self.interpreted and not INTERPRETED:
-            refuse("--interpreted: must go with TRITON_INTERPRET=1")
+            cli.refuse("--interpreted: must go with TRITON_INTERPRET=1")
         if INTERPRETED and not self.interpreted:
-            refuse("TRITON_INTERPRET=1: must go with --interpreted, since times mean nothing then")
+            cli.refuse("TRITON_INTERPRET=1: must go with --interpreted, since times mean nothing then")
         otherwise = "crossover needs a GPU; TRITON_INTERPRET=1 and --interpreted go through it without one"
-        return check_gpu(self.device, INTERPRETED, otherwise)
+        return cli.check_gpu(self.device, INTERPRETED, otherwise)
 
 
-@with_options(CrossoverOptions)
+@cli.with_options(CrossoverOptions)
 def crossover(options: CrossoverOptions) -> None:
     """Measures up to how many rows fused decoding pays.
 
@@ -120,17 +102,17 @@ def crossover(options: CrossoverOptions) -> None:
     plan, out = options.plan(), options.out
     from executors._crossover import report, run
 
-    make_folder(out)
+    cli.make_folder(out)
     started = time.monotonic()
 
     def keep(curves: list[CrossoverCurve], left_out: list[str], complete: bool) -> None:
         seconds = time.monotonic() - started
         write_json(out / "crossover.json", report.as_json(plan, curves, left_out, complete, options.commit, seconds))
 
-    with progress_bar() as show:
+    with cli.progress_bar() as show:
         curves, left_out = run.run(plan, show, keep)
     _print(plan, curves, left_out)
-    print_written(out, ["crossover.json", *_plot(out, plan, curves)], started)
+    cli.print_written(out, ["crossover.json", *_plot(out, plan, curves)], started)
     if any(point.failure for curve in curves for point in curve.points):
         raise typer.Exit(1)
 
@@ -138,13 +120,13 @@ def crossover(options: CrossoverOptions) -> None:
 def _print(plan: CrossoverPlan, curves: list[CrossoverCurve], left_out: list[str]) -> None:
     from executors._crossover import report
 
-    console = new_console()
+    console = cli.new_console()
     console.print(escape("\n".join(report.heading(plan))))
     for curve in curves:
         console.print(escape(f"\n{report.title(curve)}"))
         console.print(report.table(curve, plan.interpreted))
-        print_lines([report.found(curve, plan.interpreted)])
-    print_lines([*left_out, *report.remarks(curves), "", *report.suggestion(plan, curves)])
+        cli.print_lines([report.found(curve, plan.interpreted)])
+    cli.print_lines([*left_out, *report.remarks(curves), "", *report.suggestion(plan, curves)])
 
 
 def _plot(out: Path, plan: CrossoverPlan, curves: list[CrossoverCurve]) -> list[str]:

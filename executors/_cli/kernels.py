@@ -12,16 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import executors
-from executors._cli.options import (
-    JsonOption,
-    checked,
-    needing_triton,
-    new_console,
-    print_lines,
-    progress_bar,
-    refuse,
-    with_options,
-)
+from executors._cli import options as cli
 from executors._compare.files import write_json
 
 if TYPE_CHECKING:
@@ -108,20 +99,20 @@ class KernelsOptions:
     largest: Annotated[
         bool, typer.Option("--largest", help="Only the products' largest tiles, the nearest to their limits.")
     ] = False
-    json: JsonOption = None
+    json: cli.JsonOption = None
 
     def targets(self) -> dict[str, tuple[str, ...]]:
         """The dtypes to compile for, by target."""
-        with needing_triton("kernels need"):
+        with cli.needing_triton("kernels need"):
             from executors._triton.inspect.compile import TARGETS
-        targets = checked("--target", self.target, list(TARGETS)) or DEFAULT_TARGETS
-        dtypes = checked("--dtype", self.dtype, (*DTYPES, ALL))
+        targets = cli.checked("--target", self.target, list(TARGETS)) or DEFAULT_TARGETS
+        dtypes = cli.checked("--dtype", self.dtype, (*DTYPES, ALL))
         if "sm75" in targets and dtypes and "bfloat16" in dtypes:
-            refuse("--dtype bfloat16: sm75 has none")
+            cli.refuse("--dtype bfloat16: sm75 has none")
         return {target: _dtypes(target, dtypes) for target in targets}
 
 
-@with_options(KernelsOptions)
+@cli.with_options(KernelsOptions)
 def kernels(options: KernelsOptions) -> None:
     """Compiles the Triton kernels, and shows what they take.
 
@@ -137,7 +128,7 @@ def kernels(options: KernelsOptions) -> None:
         everything[target] = {"family": family, "shared": shared, "kernels": [as_json(row) for row in rows]}
     if options.json is not None:
         write_json(options.json, {"schema": SCHEMA, "targets": everything})
-        print_lines([f"wrote {options.json}"])
+        cli.print_lines([f"wrote {options.json}"])
     if failed:
         raise typer.Exit(1)
 
@@ -153,7 +144,7 @@ def _family(target: str) -> tuple[str, int]:
 
 def _print(target: str, rows: list[KernelRow], shared: int) -> bool:
     """Prints the table of a target, and whether anything is wrong there."""
-    console, wrong = new_console(), faults(target, rows, shared)
+    console, wrong = cli.new_console(), faults(target, rows, shared)
     console.print(f"\n{target}: {len(rows)} kernels")
     console.print(table(rows, shared))
     console.print(NOTES.format(shared=shared // KIB, target=target), style="dim")
@@ -175,14 +166,14 @@ def compile_rows(target: str, dtypes: tuple[str, ...], largest: bool) -> list[Ke
     from executors._triton.inspect.cases import compile_kernels
     from executors._triton.inspect.resources import resources_of
 
-    with progress_bar() as show:
+    with cli.progress_bar() as show:
         try:
             found = compile_kernels(
                 target, dtypes, lambda done, total: show(f"compiling for {target}", done, total), largest
             )
             resources = resources_of([kernel.compiled for kernel in found])
         except executors.Unavailable as error:
-            refuse(str(error))
+            cli.refuse(str(error))
     return [KernelRow(*pair) for pair in zip(found, resources, strict=True)]
 
 

@@ -61,6 +61,9 @@ def within(least: float, most: float = math.inf) -> Callable[..., Any]:
     return check
 
 
+check_seed = within(0, LARGEST_SEED)
+
+
 def _in_a_folder(path: Path | None) -> Path | None:
     if path is not None and not path.parent.is_dir():
         refuse(f"--json {path}: must be in a folder that exists")
@@ -80,7 +83,7 @@ LimitOption = Annotated[
 ]
 RoundsOption = Annotated[int, typer.Option(callback=within(1), help="Least number of timed rounds.")]
 ScaleOption = Annotated[int, typer.Option(callback=within(1), help="Divides H and I, for a quick look.")]
-SeedOption = Annotated[int, typer.Option(callback=within(0, LARGEST_SEED), help="Seed of weights and inputs.")]
+SeedOption = Annotated[int, typer.Option(callback=check_seed, help="Seed of weights and inputs.")]
 FileArgument = Annotated[
     Path | None, typer.Argument(metavar="FILE", help="A layer file (docs/layer-file.md); default: the bundled layer.")
 ]

@@ -15,20 +15,7 @@ from rich.markup import escape
 from executors._bench.layers import LAYERS, Shape
 from executors._bench.routing import KINDS
 from executors._bench.settings import DIRECTIONS
-from executors._cli.options import (
-    GpuOption,
-    JsonOption,
-    SeedOption,
-    check_gpu,
-    checked,
-    needing_triton,
-    new_console,
-    print_lines,
-    progress_bar,
-    refuse,
-    with_options,
-    within,
-)
+from executors._cli import options as cli
 from executors._compare import report
 from executors._compare.files import write_json
 from moe_ref.types import GATED, MoEConfig
@@ -48,33 +35,35 @@ class TuneOptions:
     """What can be asked of a search."""
 
     layer: Annotated[str | None, typer.Option(metavar="NAME", help=f"A model's layer: {', '.join(LAYERS)}.")] = None
-    experts: Annotated[int | None, typer.Option(callback=within(1), help="E, of a layer without a name.")] = None
-    top_k: Annotated[int | None, typer.Option(callback=within(1), help="K.")] = None
-    hidden: Annotated[int | None, typer.Option(callback=within(1), help="H.")] = None
-    intermediate: Annotated[int | None, typer.Option(callback=within(1), help="I.")] = None
+    experts: Annotated[int | None, typer.Option(callback=cli.within(1), help="E, of a layer without a name.")] = None
+    top_k: Annotated[int | None, typer.Option(callback=cli.within(1), help="K.")] = None
+    hidden: Annotated[int | None, typer.Option(callback=cli.within(1), help="H.")] = None
+    intermediate: Annotated[int | None, typer.Option(callback=cli.within(1), help="I.")] = None
     activation: Annotated[str, typer.Option(help=f"{', '.join(GATED)}.")] = "swiglu"
     layout: Annotated[str, typer.Option(help="Of gate and up: concatenated or interleaved.")] = "concatenated"
     transposed: Annotated[bool, typer.Option("--transposed", help="Stored as (E, H, 2I) and (E, I, H).")] = False
-    rank: Annotated[int, typer.Option(callback=within(0), help="Of adapters beside frozen weights; 0: none.")] = 0
+    rank: Annotated[int, typer.Option(callback=cli.within(0), help="Of adapters beside frozen weights; 0: none.")] = 0
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16"
     direction: Annotated[str, typer.Option(help="forward or forward_backward.")] = "forward_backward"
-    tokens: Annotated[list[int] | None, typer.Option(callback=within(1), help="T; repeatable. Default: 4096.")] = None
+    tokens: Annotated[list[int] | None, typer.Option(callback=cli.within(1), help="T; repeatable. Default: 4096.")] = (
+        None
+    )
     routing: Annotated[str, typer.Option(help="real, uniform or skewed.")] = "real"
-    seconds: Annotated[float, typer.Option(callback=within(0), help="How long to search, for all T together.")] = 120.0
+    seconds: Annotated[float, typer.Option(callback=cli.within(0), help="Of the search, for all T together.")] = 120.0
     file: Annotated[Path | None, typer.Option(help="Store the choice there; default: where tuned=True looks.")] = None
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Store nothing.")] = False
-    json: JsonOption = None
-    device: GpuOption = None
-    seed: SeedOption = 0
+    json: cli.JsonOption = None
+    device: cli.GpuOption = None
+    seed: cli.SeedOption = 0
 
     def settings(self) -> TuneSettings:
         """The settings, checked."""
         device, shape = self._device(), self._shape()
         from executors._tune.run import TuneSettings
 
-        checked("--dtype", [self.dtype], DTYPES)
-        checked("--direction", [self.direction], DIRECTIONS)
-        checked("--routing", [self.routing], KINDS)
+        cli.checked("--dtype", [self.dtype], DTYPES)
+        cli.checked("--direction", [self.direction], DIRECTIONS)
+        cli.checked("--routing", [self.routing], KINDS)
         return TuneSettings(
             shape=shape,
             dtype=self.dtype,
@@ -88,13 +77,13 @@ class TuneOptions:
         )
 
     def _device(self) -> str:
-        with needing_triton("tune needs"):
+        with cli.needing_triton("tune needs"):
             from executors._triton import interpreter
             from executors._triton.device import INTERPRETED
         if INTERPRETED:
             interpreter.mend()
         otherwise = "tune needs a GPU; TRITON_INTERPRET=1 goes through it without one, and its choice means nothing"
-        return check_gpu(self.device, INTERPRETED, otherwise)
+        return cli.check_gpu(self.device, INTERPRETED, otherwise)
 
     def _shape(self) -> Shape:
         sizes = (self.experts, self.top_k, self.hidden, self.intermediate)
@@ -103,17 +92,17 @@ class TuneOptions:
         if self.layer is not None:
             for option, value in given.items():
                 if value is not None:
-                    refuse(f"{option} {value}: must be left out with --layer {self.layer}")
-            checked("--layer", [self.layer], list(LAYERS))
+                    cli.refuse(f"{option} {value}: must be left out with --layer {self.layer}")
+            cli.checked("--layer", [self.layer], list(LAYERS))
             return LAYERS[self.layer]
         missing = [option for option, value in given.items() if value is None]
         if missing:
-            refuse(f"{missing[0]}: must be given, as {', '.join(options)}, or --layer NAME instead of them")
-        checked("--activation", [self.activation], GATED)
-        checked("--layout", [self.layout], LAYOUTS)
+            cli.refuse(f"{missing[0]}: must be given, as {', '.join(options)}, or --layer NAME instead of them")
+        cli.checked("--activation", [self.activation], GATED)
+        cli.checked("--layout", [self.layout], LAYOUTS)
         experts, top_k, hidden, intermediate = (value or 0 for value in sizes)
         if top_k > experts:
-            refuse(f"--top-k {top_k}: must be at most --experts {experts}")
+            cli.refuse(f"--top-k {top_k}: must be at most --experts {experts}")
         config = MoEConfig(top_k, activation=self.activation, gate_up_layout=self.layout)  # type: ignore[arg-type]
         return Shape("unnamed", experts, hidden, intermediate, config, transposed=self.transposed)
 
@@ -125,12 +114,12 @@ class TuneOptions:
         for count in dict.fromkeys(self.tokens or [DEFAULT_TOKENS]):
             bucket = bucket_of(count * shape.top_k, shape.experts)
             if bucket in seen:
-                refuse(f"--tokens {count}: must be left out, as one choice serves it and --tokens {seen[bucket]}")
+                cli.refuse(f"--tokens {count}: must be left out, as one choice serves it and --tokens {seen[bucket]}")
             seen[bucket] = count
         return tuple(seen.values())
 
 
-@with_options(TuneOptions)
+@cli.with_options(TuneOptions)
 def tune(options: TuneOptions) -> None:
     """Searches for faster tiles of the Triton kernels.
 
@@ -158,16 +147,16 @@ def _choices(settings: TuneSettings) -> Iterator[Choice]:
     from executors._tune import choice as tune_choice
     from executors._tune import run
 
-    console, device = new_console(), device_name(torch.device(settings.device))
+    console, device = cli.new_console(), device_name(torch.device(settings.device))
     console.print(escape(f"{settings.shape}, {settings.dtype}, {settings.direction}, {device}"))
-    with progress_bar() as show:
+    with cli.progress_bar() as show:
         layer = run.draw(settings, show)
     for tokens in settings.tokens:
         try:
-            with progress_bar() as show:
+            with cli.progress_bar() as show:
                 choice = run.search(settings, layer, tokens, show)
         except run.SearchFailed as error:
-            refuse(str(error))
+            cli.refuse(str(error))
         console.print(f"\n{escape(tune_choice.heading(choice))}")
         console.print(tune_choice.table(choice))
         if not choice.changed:
@@ -186,15 +175,15 @@ def _store(file: Path | None, choice: Choice) -> bool:
     try:
         aside = tuned_file.save(path, choice.key, choice.chosen, figures(choice))
     except OSError as error:
-        print_lines([json.dumps(tuned_file.as_entry(choice.key, choice.chosen, figures(choice)))])
+        cli.print_lines([json.dumps(tuned_file.as_entry(choice.key, choice.chosen, figures(choice)))])
         typer.echo(f"error: {path}: cannot be written: {error.strerror}; the choice is printed above", err=True)
         return False
     if aside is not None:
-        print_lines([f"{path} could not be understood; its content was moved to {aside}"])
+        cli.print_lines([f"{path} could not be understood; its content was moved to {aside}"])
     use = 'used by executors.get("triton", tuned=True)'
     if path != tuned.default_path():
         use += f" from {tuned.default_path()} only"
-    print_lines([f"stored in {path}; {use}"])
+    cli.print_lines([f"stored in {path}; {use}"])
     return True
 
 
@@ -203,4 +192,4 @@ def _write_json(path: Path, settings: TuneSettings, choices: list[Choice]) -> No
 
     content = {"schema": SCHEMA, "machine": report.machine(), "arguments": settings.as_json()}
     write_json(path, content | {"choices": [as_json(choice) for choice in choices]})
-    print_lines([f"wrote {path}"])
+    cli.print_lines([f"wrote {path}"])

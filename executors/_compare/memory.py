@@ -19,7 +19,7 @@ import torch
 import executors
 from executors import Executor
 from executors._compare.judge import inputs_for, unjudged
-from executors._compare.measure import forward_backward
+from executors._compare.measure import clear_gradients, forward_backward
 from executors.layer_file import first_tokens, load_layer
 from moe_ref.conformance.judgement.call import Inputs, call
 
@@ -33,7 +33,7 @@ def main(name: str, path: str, seed: str, device: str, tokens: str) -> None:
     executor = executors.get(name)
     layer = first_tokens(load_layer(Path(path), device), int(tokens) or None)
     inputs = inputs_for(executor, unjudged(layer, int(seed)))
-    peak = peak_of(lambda: _act(executor, inputs), lambda: _drop_gradients(inputs), device)
+    peak = peak_of(lambda: _act(executor, inputs), lambda: clear_gradients(inputs), device)
     print(json.dumps({"peak_mib": peak / MIB}))
 
 
@@ -77,11 +77,6 @@ def _resident_peak(action: Callable[[], None], clear: Callable[[], None]) -> int
     before = _status("VmRSS")
     action()
     return max(0, _status("VmHWM") - before)
-
-
-def _drop_gradients(inputs: Inputs) -> None:
-    for leaf in inputs.tensors().values():
-        leaf.grad = None
 
 
 def _status(key: str) -> int:

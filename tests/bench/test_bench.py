@@ -1,7 +1,7 @@
 """The benchmark: who takes part, what is judged, what is written. Small layers, and no timed assertion."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,12 @@ from executors._bench.truth import sample_truth
 from executors._cli.app import app
 from moe_ref import routed_experts
 from moe_ref.conformance.judgement.gates import Verdict
-from moe_ref.conformance.mutants import mutants
 
 pytestmark = pytest.mark.usefixtures("one_thread", "known_ceilings")
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = ("--scale", 32, "--tokens", 1, "--tokens", 4, "--seconds", 0.0)
 MIXTRAL = ("--routing", "real", "--layer", "mixtral-8x7b")
-
-
-@pytest.fixture
-def one_percent_more() -> Iterator[str]:
-    name = "one_percent_more"
-    executors.register(name, lambda: mutants(executors.get("native"))[name])
-    yield name
-    executors.unregister(name)
 
 
 def layer_of(name: str) -> BenchLayer:

@@ -38,15 +38,6 @@ def layer(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def one_percent_more() -> Iterator[str]:
-    """A wrong executor, for as long as the test runs."""
-    name = "one_percent_more"
-    executors.register(name, lambda: mutants(executors.get("native"))[name])
-    yield name
-    executors.unregister(name)
-
-
-@pytest.fixture
 def unavailable() -> Iterator[str]:
     """An executor that this machine cannot run."""
 

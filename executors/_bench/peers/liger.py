@@ -36,7 +36,7 @@ def liger_peers(layer: BenchLayer) -> list[Contender]:
     if reason := _refusal(layer):
         return [Contender(NAME, False, reason=reason)]
     try:
-        function = _function()
+        function = import_module("liger_kernel.ops").LigerFusedMoEFunction
     except (ImportError, AttributeError) as error:
         return [Contender(NAME, False, reason=f"not in this {DISTRIBUTION}: {' '.join(str(error).split())}")]
     return [peer(layer, function)]
@@ -73,7 +73,3 @@ def _refusal(layer: BenchLayer) -> str:
     if shape.transposed:
         return "it would copy transposed stacks in every call"
     return ""
-
-
-def _function() -> Any:
-    return import_module("liger_kernel.ops").LigerFusedMoEFunction
