@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from executors._bench.contenders import Contender
-from executors._bench.layers import BenchLayer, Shape, Storage
+from executors._bench.layers import BenchLayer, Storage
 from executors._bench.peers.loops import Decode, loops_of
 from executors._decode import decode_expert
 from executors.mxfp4 import quantize_tensor
@@ -38,12 +38,7 @@ def in_mxfp4(layer: BenchLayer, weight_bytes: float, progress: Callable[[int, in
         progress(index + 1, layer.shape.experts)
     frozen: dict[str, Tensor | PackedTensor] = {name: _stacked(found) for name, found in parts.items()}
     frozen.update(stacks)
-    return BenchLayer(stored(layer.shape), {}, frozen, Storage(weight_bytes, frozen=True))
-
-
-def stored(shape: Shape) -> Shape:
-    """The layer as MXFP4 stores it."""
-    return replace(shape, transposed=False)
+    return BenchLayer(replace(layer.shape, transposed=False), {}, frozen, Storage(weight_bytes, frozen=True))
 
 
 def _stacked(parts: list[MXFP4Tensor]) -> MXFP4Tensor:

@@ -44,25 +44,19 @@ def plot(path: Path, cases: list[BenchCase], title: str) -> None:
                 axes[i, j].set_title(f"{layer}, {DIRECTIONS[direction]}\n{column} routing", fontsize=9)
             else:
                 axes[i, j].set_axis_off()
-        axes[i, 0].set_ylabel(f"times as fast as\n{_reference(row)}", fontsize=9)
+        axes[i, 0].set_ylabel(f"times as fast as\n{_comparison(row)[0]}", fontsize=9)
     finish(figure, axes, title, min(4, 2 * len(columns)), path)
 
 
-def _reference(cases: list[BenchCase]) -> str:
-    """Whom a row of panels compares with."""
+def _comparison(cases: list[BenchCase]) -> tuple[str, Places]:
+    """Whom a row of panels compares with, and the ratio to it."""
     if all(case.stack_row() for case in cases):
-        return cases[0].stack
-    return "the fastest peer"
-
-
-def _ratio_of(cases: list[BenchCase]) -> Places:
-    if all(case.stack_row() for case in cases):
-        return BenchCase.stack_ratio
-    return BenchCase.ratio
+        return cases[0].stack, BenchCase.stack_ratio
+    return "the fastest peer", BenchCase.ratio
 
 
 def _limits(cases: list[BenchCase]) -> tuple[float, float]:
-    ratio_of = _ratio_of(cases)
+    _, ratio_of = _comparison(cases)
     return ratio_limits([ratio for case in cases for row in case.rows if (ratio := ratio_of(case, row))])
 
 
@@ -74,7 +68,7 @@ def _speed_panel(ax: Axes, cases: list[BenchCase], names: list[str], limits: tup
             label = "a contender against itself (no result)" if place == 0 else None
             ax.fill_between([place - 0.46, place + 0.46], 1 / within, within, color=GREY, linewidth=0, label=label)
     ax.axhline(1.0, color="black", linewidth=0.8)
-    _points(ax, cases, names, _ratio_of(cases))
+    _points(ax, cases, names, _comparison(cases)[1])
     ax.set_yticks(TICKS)
     ax.set_ylim(*limits)
     ax.yaxis.set_major_formatter(AS_IT_IS)

@@ -9,7 +9,7 @@ from typing import Any
 
 from executors._bench.case import DENSE_WEIGHTS, FORWARD, LORA, WITH_BACKWARD, BenchCase, BenchRow
 from executors._bench.ceilings import Ceilings
-from executors._bench.measure import is_no_result, spread
+from executors._bench.measure import Spread, is_no_result, spread
 from executors._bench.peers import gnf4, kt
 from executors._bench.peers.bitsandbytes import STACK
 from executors._bench.peers.liger import DISTRIBUTION, NAME, liger_version
@@ -207,7 +207,6 @@ def _case(case: BenchCase, ceilings: Ceilings) -> dict[str, Any]:
 
 def _contender(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> dict[str, Any]:
     judgement, ratio, control = row.judgement, case.ratio(row), case.control()
-    against_stack, against_dense = case.stack_ratio(row), case.dense_ratio(row)
     found: dict[str, Any] = {
         "name": row.name,
         "ours": row.ours,
@@ -222,39 +221,33 @@ def _contender(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> dict[str, 
         "launches": row.launches,
     }
     if row.seconds and not row.interpreted:
-        time = spread(row.seconds)
-        tflops, gbs = rates(case, time)
-        found |= {
-            "time": asdict(time),
-            "times_best": asdict(ratio) if ratio else None,
-            "times_stack": asdict(against_stack) if against_stack else None,
-            "times_bf16": asdict(against_dense) if against_dense else None,
-            "no_result": is_no_result(ratio, control) if ratio and control else None,
-            "tflops": tflops,
-            "gbs": gbs,
-            "of_product": tflops / ceilings.tflops,
-            "of_bandwidth": gbs / ceilings.gbs,
-            "of_copy": gbs / ceilings.copy_gbs,
-        }
-    if row.graph or row.no_graph:
-        found["graph"] = _graph(case, row, ceilings)
+        found |= _speed(case, row.seconds, ratio, case.dense_ratio(row), ceilings)
+        found["times_stack"] = _spread(case.stack_ratio(row))
+        found["no_result"] = is_no_result(ratio, control) if ratio and control else None
+        found["of_bandwidth"] = found["gbs"] / ceilings.gbs
+    if row.graph:  # captured in a CUDA graph
+        speed = _speed(case, row.graph, case.graph_ratio(row), case.dense_graph_ratio(row), ceilings)
+        found["graph"] = {"reason": "", "seconds": row.graph} | speed
+    elif row.no_graph:
+        found["graph"] = {"reason": row.no_graph, "seconds": []}
     return found
 
 
-def _graph(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> dict[str, Any]:
-    """What came of a call captured in a CUDA graph."""
-    if not row.graph:
-        return {"reason": row.no_graph, "seconds": []}
-    time, ratio, against_dense = spread(row.graph), case.graph_ratio(row), case.dense_graph_ratio(row)
+def _speed(
+    case: BenchCase, seconds: list[float], to_best: Spread | None, to_bf16: Spread | None, ceilings: Ceilings
+) -> dict[str, Any]:
+    time = spread(seconds)
     tflops, gbs = rates(case, time)
     return {
-        "reason": "",
-        "seconds": row.graph,
         "time": asdict(time),
-        "times_best": asdict(ratio) if ratio else None,
-        "times_bf16": asdict(against_dense) if against_dense else None,
+        "times_best": _spread(to_best),
+        "times_bf16": _spread(to_bf16),
         "tflops": tflops,
         "gbs": gbs,
         "of_product": tflops / ceilings.tflops,
         "of_copy": gbs / ceilings.copy_gbs,
     }
+
+
+def _spread(found: Spread | None) -> dict[str, float] | None:
+    return asdict(found) if found else None

@@ -72,12 +72,8 @@ def _decode_panel(ax: Axes, cases: list[BenchCase], names: list[str], ceilings: 
 
     _lines(ax, cases, names, lambda case, row: share(case, row.seconds))
     for number, name in enumerate(names):
-        found = [
-            (place, share(case, row.graph))
-            for place, case in enumerate(cases)
-            for row in case.rows
-            if row.name == name and row.graph
-        ]
+        rows = [(place, case, row) for place, case in enumerate(cases) for row in case.rows if row.name == name]
+        found = [(place, share(case, row.graph)) for place, case, row in rows if row.graph]
         if found:
             style = _style(number) | {"linestyle": ":", "markerfacecolor": "white"}
             ax.plot(*zip(*found, strict=True), **style, label=name + IN_A_GRAPH)
