@@ -130,20 +130,20 @@ class BenchCase:
         return next((row for row in self.rows if row.name == self.stack and row.seconds), None)
 
     def stack_ratio(self, row: BenchRow) -> Spread | None:
-        """How many times as fast as the one that decodes the whole stack."""
+        """How many times as fast as `stack_row`."""
         return _times_as_fast(row, self.stack_row())
 
     def dense_row(self) -> BenchRow | None:
-        """Our kernels on weights that were decoded once and for all, where they were timed: what 4 bits must beat."""
+        """Our kernels on weights that were decoded beforehand, if they were timed: what 4 bits must beat."""
         timed = (row for row in self.rows if row.seconds and not row.interpreted)
         return next((row for row in timed if row.name == DENSE_WEIGHTS), None)
 
     def dense_ratio(self, row: BenchRow) -> Spread | None:
-        """How many times as fast as that."""
+        """How many times as fast as `dense_row`."""
         return _times_as_fast(row, self.dense_row())
 
     def dense_graph_ratio(self, row: BenchRow) -> Spread | None:
-        """How many times as fast as that, both in a graph."""
+        """How many times as fast as `dense_row`, both in a graph."""
         dense = self.dense_row()
         return spread(ratios(dense.graph, row.graph)) if dense is not None and dense.graph and row.graph else None
 

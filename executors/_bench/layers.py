@@ -13,9 +13,9 @@ from torch import Tensor
 from moe_ref.types import LORA_FACTORS, ExpertLoRA, MoEConfig, MoEWeights, PackedTensor
 
 MULTIPLE = 16  # sizes stay a multiple of this: grouped products want rows of 16 bytes
-CPU_CUT = {"deepseek-v3": 4}  # what a CPU cannot hold
+CPU_CUT = {"deepseek-v3": 4}  # H and I are divided by this on a CPU, whose memory does not hold the layer
 LORA_SCALING = 2.0  # lora_alpha = 2 r
-BIAS_DEVIATION = LORA_DEVIATION = 0.1  # of a bias; of what stands in a row of B, all of it together
+BIAS_DEVIATION = LORA_DEVIATION = 0.1  # of a bias; of the norm of a row of B
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ class BenchLayer:
         shape: its sizes.
         parameters: what is trained, by name: leaves.
         frozen: what is not, by name.
-        storage: how the weights are kept.
-        decoded: the projections in 4 bits as dense stacks, once somebody has asked for them.
+        storage: of the weights.
+        decoded: dense copies of the projections in 4 bits, made at their first use.
     """
 
     shape: Shape
@@ -205,9 +205,9 @@ class BenchLayer:
 
 
 def sized(name: str, scale: int, device: str, multiple: int = MULTIPLE) -> Shape:
-    """The layer of that name, with H and I divided by ``scale``, and on a CPU by what it cannot hold.
+    """The layer of that name, with H and I divided by ``scale``, and on a CPU by `CPU_CUT` too.
 
-    What was divided is rounded up to a multiple of ``multiple``.
+    Quotients are rounded up to a multiple of ``multiple``.
     """
     shape = LAYERS[name]
     cut = scale * (CPU_CUT.get(name, 1) if torch.device(device).type == "cpu" else 1)

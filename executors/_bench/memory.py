@@ -1,7 +1,7 @@
 """Peak memory of contenders: ``python -m executors._bench.memory SPEC NAME``, a process for each of them.
 
-The layer is written once, as it is kept, and each process reads it. How it measures is told in
-`executors._compare.memory`; one process takes all cases of a layer in turn.
+The layer is written once, in its storage form, and each process reads it. A process measures all cases of a layer in
+turn. `executors._compare.memory` says how it measures.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from executors._compare.memory import peak_of
 from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
 
 SIZES = ("hidden", "intermediate", "cut", "transposed")
-FORMATS: dict[str, tuple[type[PackedTensor], tuple[str, ...]]] = {  # and what is no array of them
+FORMATS: dict[str, tuple[type[PackedTensor], tuple[str, ...]]] = {  # the class, and its fields that are no arrays
     "NF4Tensor": (NF4Tensor, ("shape", "dtype", "quant_type", "blocksize", "nested_blocksize", "transposed")),
     "MXFP4Tensor": (MXFP4Tensor, ("dtype", "transposed")),
 }
@@ -39,7 +39,7 @@ FORMATS: dict[str, tuple[type[PackedTensor], tuple[str, ...]]] = {  # and what i
 def add_peaks(
     layer: BenchLayer, cases: list[BenchCase], *, device: str, seed: int, rank: int, tell: Callable[[str], None]
 ) -> None:
-    """Measures every row that was timed; where that cannot be done, the row gets the reason.
+    """Measures every row that was timed. Where that fails, the row gets the reason.
 
     Args:
         layer: without adapters.
@@ -101,7 +101,7 @@ def _peak(layer: BenchLayer, name: str, tokens: int, routing: str, direction: st
 
 
 def _save(layer: BenchLayer, file: Path) -> dict[str, Any]:
-    """Writes all arrays, and tells what is no array."""
+    """Writes all arrays, and returns everything else."""
     arrays: dict[str, Tensor] = {}
     packed: dict[str, Any] = {}
     for name, value in (layer.frozen | layer.parameters).items():

@@ -21,8 +21,8 @@ PREFIX = "torch:"  # of the loops: torch decodes
 def in_mxfp4(layer: BenchLayer, weight_bytes: float, progress: Callable[[int, int], None]) -> BenchLayer:
     """The layer with both projections in MXFP4, and nothing in it trained.
 
-    Blocks run along the dimension that is summed over, which is the last in memory, whatever order the layer's dense
-    stacks have: so gpt-oss' checkpoints have it, and there is no other order.
+    Blocks run along the dimension that is summed over. That is the last one in memory, as in gpt-oss' checkpoints,
+    whatever the order of the layer's dense stacks.
 
     Args:
         layer: with dense projections.

@@ -35,7 +35,7 @@ class Quantisation:
 
     Attributes:
         quant_type: "nf4", "fp4" or "mxfp4".
-        nested: whether the scales are quantised too; those of MXFP4 are bytes as they are.
+        nested: whether the scales are quantised too; those of MXFP4 always have one byte.
     """
 
     quant_type: QuantType
@@ -66,7 +66,7 @@ class Quantisation:
 def quantised(layer: BenchLayer, how: Quantisation, progress: Callable[[int, int], None]) -> BenchLayer:
     """The layer with both projections in 4 bits, and nothing in it trained.
 
-    bitsandbytes quantises, or where it is not installed `executors.nf4`; `executors.mxfp4` its own format.
+    bitsandbytes quantises to NF4 and FP4, or `executors.nf4` where it is not installed; `executors.mxfp4` to MXFP4.
 
     Args:
         layer: with dense projections.
@@ -96,7 +96,7 @@ def _by_us(stack: Tensor, how: Quantisation, progress: Callable[[int, int], None
 
 
 def _by_bitsandbytes(stack: Tensor, how: Quantisation, progress: Callable[[int, int], None]) -> NF4Tensor:
-    """One expert after the other, which gives the bytes of the whole stack: no block straddles two experts."""
+    """Quantises expert by expert. The bytes are those of the whole stack: no block straddles two experts."""
     assert how.quant_type != MXFP4
     functional = _functional()
     parts = []

@@ -1,4 +1,4 @@
-"""What holds for all of the benchmark's tables, and its JSON for programs."""
+"""The heading and the notes of the benchmark's tables, and its JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from executors._bench.table import rates
 from executors._compare import report
 
 SCHEMA = 1
-BUSY = 0.5  # processes that were running or waiting, over the last minute, from which the reader is warned
+BUSY = 0.5  # load average from which the reader is warned
 WHERE = {FORWARD: "forward", WITH_BACKWARD: "with backward", LORA: "with adapters"}
 
 
@@ -49,7 +49,7 @@ def _named(prefix: str, package: str, version: str | None) -> str:
 
 
 def heading(settings: Settings, ceilings: Ceilings) -> list[str]:
-    """What holds for all tables."""
+    """The lines above all tables."""
     busy = f"other work ran here before (load {settings.load:.1f}): do not trust the times"
     return [
         *machine(settings),
@@ -65,25 +65,25 @@ def heading(settings: Settings, ceilings: Ceilings) -> list[str]:
 
 
 _RATIOS = (
-    "x best: how many times as fast as the fastest that is not ours; median, 10th and",
-    "90th percentile over the rounds. ~: no result, a contender differs as much from",
-    "itself: it is timed twice in each round, see 'again'",
+    "x best: speed over that of the best peer; median, 10th and 90th percentile over",
+    "the rounds. The best peer is timed twice in each round (see 'again'); the",
+    "difference is the noise. ~: no result, the ratio lies within the noise",
 )
 _RATIOS_IN_4_BITS = (
-    "x best: how many times as fast as the fastest that is not ours. x stack: as",
+    "x best: speed over that of the best peer. x stack: over that of",
     f"{STACK}, which decodes the whole stack in every call. Medians over",
-    "the rounds. 10-90%: percentiles of x stack, or where there is none of x best.",
+    "the rounds. 10-90%: percentiles of x stack, or of x best where there is none.",
 )
-_BEST = "x best: times as fast as the fastest that is not ours, median over the rounds"
-_BF16 = f"x bf16: as {DENSE_WEIGHTS}, our kernels on weights decoded before (medians)"
+_BEST = "x best: speed over that of the best peer, median over the rounds"
+_BF16 = f"x bf16: over that of {DENSE_WEIGHTS}, our kernels on decoded weights (medians)"
 _RATIOS_TO_BF16 = (
     *_RATIOS_IN_4_BITS[:1],
     f"{STACK}, which decodes the whole stack in every call.",
     _BF16,
 )
 _NO_RESULT = (
-    "~: no result, a contender differs as much from itself: the fastest is timed",
-    "twice in each round, see 'again'",
+    "The best peer is timed twice in each round (see 'again'); the difference is the",
+    "noise. ~: no result, the ratio lies within the noise",
 )
 
 
@@ -91,7 +91,7 @@ def _ratios(settings: Settings) -> tuple[str, ...]:
     if not settings.quantisation:
         return _RATIOS
     dense = settings.gpu and DENSE_WEIGHTS in settings.names
-    if settings.quantisation.quant_type == MXFP4:  # which nobody decodes as a whole stack
+    if settings.quantisation.quant_type == MXFP4:  # no peer decodes its whole stack
         return (_BEST, *((_BF16,) if dense else ()), *_NO_RESULT)
     return (*(_RATIOS_TO_BF16 if dense else _RATIOS_IN_4_BITS), *_NO_RESULT)
 
@@ -107,7 +107,7 @@ _ROOF = ("roof: share of the ceiling of products (P) or of reading (R), the larg
 
 
 def notes(cases: list[BenchCase]) -> list[str]:
-    """Why contenders did not run, what failed, and what could not be measured, each once."""
+    """Remarks on all rows, each once: not run, failed, or not measured, and why."""
     places: dict[tuple[str, str, str], list[BenchCase]] = {}
     for case in cases:
         for row in case.rows:
@@ -118,7 +118,7 @@ def notes(cases: list[BenchCase]) -> list[str]:
 
 
 def _remarks(row: BenchRow) -> list[tuple[str, str]]:
-    """What is to be said of a row, and why."""
+    """Remarks on a row, each with its reason."""
     remarks = [
         ("not run", row.reason),
         ("not timed", row.untimed),

@@ -24,7 +24,7 @@ def plot(path: Path, cases: list[BenchCase], ceilings: Ceilings, title: str) -> 
 
     Args:
         path: the file.
-        cases: those of adapters have a panel where there are no others with backward.
+        cases: those with adapters have a panel only where no others have backward.
         ceilings: the machine's.
         title: above all.
     """

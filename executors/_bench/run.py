@@ -87,7 +87,7 @@ def run(settings: Settings, show: Show, keep: Keep) -> Findings:
 
 
 def _add_launches(settings: Settings, found: Findings, show: Show) -> None:
-    """Counts the kernels of every call that was timed: last of all, since a profiler slows what comes after it."""
+    """Counts the kernels of every call that was timed. It comes last: a profiler slows what runs after it."""
     for name, of_layer in groupby(found.cases, lambda case: case.shape.name):
         plain = _make_layer(settings, name, lambda _: None)
         for case in of_layer:
@@ -113,7 +113,7 @@ def run_layer(
     in_time: Callable[[], bool],
     keep: Callable[[], None],
 ) -> None:
-    """Measures all cases of one layer, and appends them."""
+    """Measures all cases of one layer, and appends them to ``cases``."""
     layers = dict.fromkeys(settings.directions, plain)
     if LORA in layers:
         layers[LORA] = with_adapters(plain, settings.lora_rank, settings.seed)
@@ -143,7 +143,7 @@ def run_layer(
             found = ours + theirs[layer.storage]
             cases.append(measure_case(settings, layer, given, truths[key], routing, direction, found, tell))
             keep()
-    if settings.memory and not settings.gpu:  # there it is measured beside the times
+    if settings.memory and not settings.gpu:  # on a GPU it is measured beside the times
         device, seed, rank = settings.device, settings.seed, settings.lora_rank
         add_peaks(plain, cases[first:], device=device, seed=seed, rank=rank, tell=say)
 

@@ -46,7 +46,7 @@ def title(cases: list[BenchCase]) -> str:
 
 
 def table(cases: list[BenchCase], ceilings: Ceilings) -> Table:
-    """A row for each T and contender; who did not run stands with the reason."""
+    """A row for each T and contender."""
     columns = _columns(cases, ceilings)
     out = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     out.add_column("T", justify="right", no_wrap=True)
@@ -71,7 +71,7 @@ def table(cases: list[BenchCase], ceilings: Ceilings) -> Table:
 
 
 def _columns(cases: list[BenchCase], ceilings: Ceilings) -> list[Column]:
-    """What a table shows; the names of the columns tell them apart."""
+    """The columns of a table: name, and text of a row."""
     rows = [row for case in cases for row in case.rows]
     columns: list[Column] = [
         ("max z", lambda case, row: _max_z(row)),

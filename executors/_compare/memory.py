@@ -2,8 +2,8 @@
 
 On a GPU: the allocator's peak. On a CPU: how far the peak resident set of the second call passes the resident set
 before it. The first call is not counted: it loads code and fills caches of compiled kernels (for bf16 products that is
-80 MiB, whatever the layer). Before the second one the heap is given back, or what the first call freed would be used
-again unseen; and large blocks are mapped one by one, so that the resident set follows what is allocated.
+80 MiB, whatever the layer). Before the second call the heap is given back to the system; otherwise that call could use
+again what the first one freed, unseen. Large blocks are mapped one by one, so the resident set follows allocations.
 """
 
 from __future__ import annotations

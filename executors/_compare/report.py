@@ -25,7 +25,7 @@ LONGEST_NAME = 20
 
 
 def table(rows: list[CompareRow]) -> Table:
-    """One row for each executor, in 80 columns; what could not run stands with its reason."""
+    """One row for each executor, in 80 columns. A row that did not run has the reason."""
     out = Table(width=80)
     out.add_column("executor", overflow="fold", max_width=LONGEST_NAME)
     out.add_column("verdict", ratio=1)

@@ -149,7 +149,7 @@ def sizes(layer: Layer) -> dict[str, int]:
 
 
 def display(path: Path) -> str:
-    """The path as short as it stays clear."""
+    """The path relative to this folder, or the name of a file elsewhere."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:

@@ -1,4 +1,4 @@
-"""What was measured of the two ways of decoding, which is faster where, and the rule that loses least."""
+"""Measurements of the two ways of decoding, where each is faster, and the rule that loses least."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class CrossoverPoint:
 
     @property
     def winner(self) -> str:
-        """The faster way, or "" where it is no result: a contender differs as much from itself."""
+        """The faster way, or "" where the ratio lies within the noise of a contender against itself."""
         ratio, control = self.ratio(), self.control()
         if ratio is None or (control is not None and is_no_result(ratio, control)) or ratio.median == 1.0:
             return ""

@@ -1,4 +1,4 @@
-"""What a measurement of the crossover tells: tables in 80 columns, the rule it suggests, and JSON."""
+"""The report of a crossover: tables in 80 columns, the suggested rule, and JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEANINGLESS = "interpreted: times mean nothing, and nothing is suggested"
 
 
 def heading(plan: CrossoverPlan) -> list[str]:
-    """What holds for all tables."""
+    """The lines above all tables."""
     return [
         conditions(plan),
         f"the rule of {plan.family} at present: fused up to {plan.rule.rows:g} rows per expert,",
@@ -34,7 +34,7 @@ def heading(plan: CrossoverPlan) -> list[str]:
         "rows: mean of an expert. Times in ms: grouped_nf4[fused], [decoded], [torch],",
         "and triton in bf16 on weights decoded before. +-: half of what lies between",
         "the 10th and 90th percentile. ratio: decoded over fused, median over the",
-        "rounds. '~': no result, a contender differs as much from itself",
+        "rounds. '~': no result, the ratio lies within the noise",
         *([MEANINGLESS] if plan.interpreted else []),
     ]
 

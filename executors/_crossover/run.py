@@ -55,7 +55,7 @@ class CrossoverPlan:
         device: where.
         seed: of weights, inputs and the order of calls.
         rank: of the adapters.
-        interpreted: whether the kernels are interpreted, so that times mean nothing.
+        interpreted: whether the kernels are interpreted; their times are no measurement.
     """
 
     layers: tuple[str, ...]
@@ -74,16 +74,16 @@ class CrossoverPlan:
 
     @property
     def family(self) -> str:
-        """Of the device: the rule's name."""
+        """The device's family, which names its rule."""
         return device_of(torch.device(self.device)).family
 
     @property
     def rule(self) -> decode_rule.Rule:
-        """The present one."""
+        """The present rule."""
         return decode_rule.RULES[self.family]
 
     def settings(self, weights: str) -> Settings:
-        """As the benchmark takes them."""
+        """The benchmark's settings for a format."""
         how = FORMATS[weights]
         return Settings(
             tuple(CONTENDERS.values()),
@@ -209,7 +209,7 @@ def _point(case: BenchCase) -> CrossoverPoint:
 
 
 def difference(layer: BenchLayer, given: Batch, pair: list[Contender], backward: bool) -> str:
-    """Where the two ways differ by more than rounding, or ""; all tokens and gradients, of which few are judged."""
+    """The results in which the two ways differ by more than rounding, or "". All tokens count, not only judged ones."""
     try:
         found, expected = (_results(layer, given, own, backward) for own in pair)
     except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""One choice of tiles: searched for, confirmed on the whole layer, and what is told of it."""
+"""One choice of tiles: its search, its confirmation on the whole layer, and its report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from executors._tune.contest import Contest, Duel, GpuClock, Tally, host_clock
 from executors._tune.problem import LAYER, Problem
 from executors._tune.search import Search, text_of
 
-ROUNDS = 15  # of a duel; interpreted, times mean nothing, and one does
+ROUNDS = 15  # of a duel; one where kernels are interpreted
 CONFIRMING = 3  # times as many rounds for the whole layer
 MS = 1000
 

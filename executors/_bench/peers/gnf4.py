@@ -3,7 +3,7 @@
 It has NF4 in blocks of 64 with plain scales, gradients for the rows, and adapters (``nf4_qlora.fused_grouped_lora``);
 and MXFP4 forward (``mxfp4_grouped.gemm_mxfp4_grouped``). Both take bytes with the dimension that is summed over last,
 rows sorted by expert, and the sizes of groups on the host; so sorting, activation, biases and the sum over slots are
-those of the sorted loop. Signatures as its own documentation of 0.51.0 tells them.
+those of the sorted loop. Signatures are those of its documentation of 0.51.0.
 """
 
 from __future__ import annotations
