@@ -21,7 +21,7 @@ from executors._cli.app import app
 from executors._cli.options import new_console
 from executors._crossover import plot, report
 from executors._crossover import run as crossover_run
-from executors._crossover.points import Curve, Loss, Point, best_bound, loss
+from executors._crossover.points import CrossoverCurve, CrossoverPoint, Loss, best_bound, loss
 from executors._triton.device import INTERPRETED
 
 pytestmark = [
@@ -37,22 +37,22 @@ def run(out: Path, *arguments: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in ("crossover", "--out", out, *arguments)])
 
 
-def point(rows: float, ratio: float, noise: float = 1.02, **fields: Any) -> Point:
+def point(rows: float, ratio: float, noise: float = 1.02, **fields: Any) -> CrossoverPoint:
     """Decoded takes ``ratio`` times as long as fused; a contender differs from itself by ``noise``."""
     fused = [1e-3 * rows * factor for factor in (1.0, 1.01, 0.99)]
     seconds = {"fused": fused, "decoded": [ratio * s for s in fused], "torch": [3 * s for s in fused]}
     again = [s * n for s, n in zip(fused, (1.0, noise, 1 / noise), strict=True)]
     seconds["bf16"] = [2 * s for s in fused]
-    return Point(rows, int(4 * rows), seconds, "fused", again, {"fused": 1.5}, **fields)
+    return CrossoverPoint(rows, int(4 * rows), seconds, "fused", again, {"fused": 1.5}, **fields)
 
 
-def curve(ratios: dict[float, float], **fields: Any) -> Curve:
+def curve(ratios: dict[float, float], **fields: Any) -> CrossoverCurve:
     points = [point(rows, ratio) for rows, ratio in ratios.items()]
     values = {"shape": LAYERS["gpt-oss-20b"], "weights": "nf4", "direction": "forward", "bound": 6.0, "complete": True}
-    return Curve(points=points, **(values | fields))
+    return CrossoverCurve(points=points, **(values | fields))
 
 
-def plan(**fields: Any) -> crossover_run.Plan:
+def plan(**fields: Any) -> crossover_run.CrossoverPlan:
     values: dict[str, Any] = {
         "layers": ("gpt-oss-20b", "qwen3-30b-a3b"),
         "formats": crossover_run.DEFAULT_FORMATS,
@@ -68,7 +68,7 @@ def plan(**fields: Any) -> crossover_run.Plan:
         "rank": 16,
         "interpreted": False,
     }
-    return crossover_run.Plan(**(values | fields))
+    return crossover_run.CrossoverPlan(**(values | fields))
 
 
 def test_a_way_wins_only_outside_the_noise() -> None:
@@ -76,7 +76,7 @@ def test_a_way_wins_only_outside_the_noise() -> None:
     assert point(4, 0.7).winner == "decoded"
     assert point(4, 1.5, noise=2.0).winner == ""
     assert point(4, 0.7, noise=2.0).winner == ""
-    assert Point(4, 16, {"fused": [1.0]}).winner == ""
+    assert CrossoverPoint(4, 16, {"fused": [1.0]}).winner == ""
 
 
 def test_crossover_is_where_fused_won_last_before_decoded_wins() -> None:
