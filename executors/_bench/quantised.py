@@ -133,10 +133,7 @@ def quant_state(tensor: NF4Tensor) -> Any:
     nested = None
     if tensor.nested_absmax is not None:
         nested = functional.QuantState(
-            absmax=tensor.nested_absmax,
-            code=tensor.nested_code,
-            blocksize=tensor.nested_blocksize,
-            dtype=torch.float32,
+            absmax=tensor.nested_absmax, code=tensor.nested_code, blocksize=tensor.nested_blocksize, dtype=torch.float32
         )
     return functional.QuantState(
         absmax=tensor.absmax,

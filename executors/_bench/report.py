@@ -76,11 +76,7 @@ _RATIOS_IN_4_BITS = (
 )
 _BEST = "x best: speed over that of the best peer, median over the rounds"
 _BF16 = f"x bf16: over that of {DENSE_WEIGHTS}, our kernels on decoded weights (medians)"
-_RATIOS_TO_BF16 = (
-    *_RATIOS_IN_4_BITS[:1],
-    f"{STACK}, which decodes the whole stack in every call.",
-    _BF16,
-)
+_RATIOS_TO_BF16 = (*_RATIOS_IN_4_BITS[:1], f"{STACK}, which decodes the whole stack in every call.", _BF16)
 _NO_RESULT = (
     "The best peer is timed twice in each round (see 'again'); the difference is the",
     "noise. ~: no result, the ratio lies within the noise",

@@ -124,12 +124,5 @@ def _rounds(
     actions: dict[str, Action], timing: Timing, after: Action, tell: Callable[[str], None], clock: Clock | None
 ) -> dict[str, list[float]]:
     return time_rounds(
-        actions,
-        after,
-        timing.device,
-        timing.seconds,
-        timing.seed,
-        lambda n: tell(f"round {n}"),
-        timing.rounds,
-        clock,
+        actions, after, timing.device, timing.seconds, timing.seed, lambda n: tell(f"round {n}"), timing.rounds, clock
     )

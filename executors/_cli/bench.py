@@ -42,8 +42,7 @@ class BenchOptions:
         typer.Option(help="real, uniform or skewed; repeatable. Default: real; dense and forward, all three."),
     ] = None
     direction: Annotated[
-        list[str] | None,
-        typer.Option(help="forward, forward_backward or (in 4 bits) lora; repeatable. Default: all."),
+        list[str] | None, typer.Option(help="forward, forward_backward or (in 4 bits) lora; repeatable. Default: all.")
     ] = None
     weights: Annotated[str, typer.Option(help="dense (bf16), or in 4 bits: nf4, fp4 or mxfp4.")] = known.DENSE
     nested: Annotated[bool, typer.Option("--nested", help="Quantise the scales of nf4 and fp4 too.")] = False
@@ -51,8 +50,7 @@ class BenchOptions:
         int | None, typer.Option(callback=cli.within(0), help="Of the adapters in 4 bits; 0: none. Default: 16.")
     ] = None
     memory: Annotated[
-        bool | None,
-        typer.Option("--memory/--no-memory", help="Measure peak memory. Default: in 4 bits, and on a GPU."),
+        bool | None, typer.Option("--memory/--no-memory", help="Measure peak memory. Default: in 4 bits, and on a GPU.")
     ] = None
     executor: Annotated[
         list[str] | None,

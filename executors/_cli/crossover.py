@@ -41,8 +41,7 @@ class CrossoverOptions:
         typer.Option(callback=cli.within(1), help="Mean rows per expert, S/E; repeatable. Default: 1, 2, 4, ... 1024."),
     ] = None
     direction: Annotated[
-        list[str] | None,
-        typer.Option(help="forward, or lora (with backward and adapters); repeatable. Default: both."),
+        list[str] | None, typer.Option(help="forward, or lora (with backward and adapters); repeatable. Default: both.")
     ] = None
     routing: Annotated[str, typer.Option(help="real, uniform or skewed.")] = "real"
     seconds: Annotated[float, typer.Option(callback=cli.within(0), help="How long each point is timed.")] = SECONDS

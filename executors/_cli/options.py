@@ -183,11 +183,7 @@ def print_written(out: Path, names: Sequence[str], started: float) -> None:
 def progress_bar() -> Iterator:  # type: ignore[type-arg]
     """A progress bar on stderr, shown only on a terminal, and only once the work has taken two seconds."""
     bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
     )
     task = bar.add_task("", total=None)
     started = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def save(figure: Figure, path: Path) -> None:
 def _errors(axes: list[Axes], tensors: list[str], ran: list[CompareRow]) -> None:
     for ax, name in zip(axes, tensors, strict=False):
         most = 1
-        for row, colour in zip(ran, _colours(ran), strict=True):
+        for row, colour in zip(ran, cycle(COLOURS), strict=False):
             if row.judgement is None or name not in row.judgement.z:
                 continue
             z = row.judgement.z[name]
@@ -67,7 +68,7 @@ def _errors(axes: list[Axes], tensors: list[str], ran: list[CompareRow]) -> None
 
 def _times(ax: Axes, ran: list[CompareRow]) -> None:
     height = 0.38
-    for index, (row, colour) in enumerate(zip(ran, _colours(ran), strict=True)):
+    for index, (row, colour) in enumerate(zip(ran, cycle(COLOURS), strict=False)):
         for shift, what, alpha in ((-height / 2, "forward", 1.0), (height / 2, "forward_backward", 0.55)):
             value = row.milliseconds(what)
             if value is not None:
@@ -77,7 +78,7 @@ def _times(ax: Axes, ran: list[CompareRow]) -> None:
 
 
 def _memory(ax: Axes, ran: list[CompareRow]) -> None:
-    for index, (row, colour) in enumerate(zip(ran, _colours(ran), strict=True)):
+    for index, (row, colour) in enumerate(zip(ran, cycle(COLOURS), strict=False)):
         if row.peak_mib is not None:
             ax.barh(index, row.peak_mib, 0.5, color=colour)
             ax.text(row.peak_mib, index, f" {row.peak_mib:.1f}", va="center", fontsize=8)
@@ -92,7 +93,3 @@ def _finish(ax: Axes, ran: list[CompareRow], label: str) -> None:
     ax.set_xlim(0, 1.25 * longest if math.isfinite(longest) and longest > 0 else 1.0)
     ax.set_xlabel(label)
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def _colours(ran: list[CompareRow]) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(ran))]

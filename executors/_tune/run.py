@@ -25,29 +25,17 @@ class SearchFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """What is tuned.
-
-    Attributes:
-        shape: the layer.
-        dtype: of x and the weights, by name.
-        direction: `FORWARD` or `WITH_BACKWARD`.
-        tokens: T, one search for each.
-        routing: how tokens are spread.
-        seconds: of all searches together.
-        device: where.
-        seed: of weights and inputs.
-        rank: of adapters beside frozen weights; 0 is none.
-    """
+    """What is tuned, where, and for how long."""
 
     shape: Shape
     dtype: str
     direction: str
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...]  # T, one search for each
     routing: str
-    seconds: float
+    seconds: float  # of all searches together
     device: str
-    seed: int
-    rank: int
+    seed: int  # of weights and inputs
+    rank: int  # of adapters beside frozen weights; 0 is none
 
     def as_json(self) -> dict[str, Any]:
         """The arguments in JSON."""
