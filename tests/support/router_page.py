@@ -34,9 +34,13 @@ as its block calls it. They give it random and adversarial logits: large, tiny, 
 The experts must be the rule's. Where keys are equal within a few bits of float32, the specification takes the lower id,
 and a router any. The weights must lie within error bars.
 
-Two things are not compared. Many routers leave the order of a token's experts open. In bf16 models, some routers round
-logits, scores or weights to bf16; the specification starts from the logits that the router returns, and rounds no
-score.
+Three things are not compared:
+
+- Below about -87 a sigmoid underflows in float32. A router that divides by the plain sum of such scores returns NaN,
+  and one that adds an epsilon may return 0. The specification gives the weights of the exact scores.
+- Many routers leave the order of a token's experts open.
+- In bf16 models, some routers round logits, scores or weights to bf16. The specification starts from the logits that
+  the router returns, and rounds no score.
 
 ## Rules
 
