@@ -21,6 +21,7 @@ from executors._bench.layers import LAYERS
 from executors._bench.measure import MIN_ROUNDS
 from executors._bench.routing import KINDS
 from executors._cli import options as cli
+from executors._cli.bench_model import ModelSettings, bench_model
 from executors._compare.files import write_json
 
 DEFAULT_RANK = 16
@@ -33,6 +34,18 @@ class BenchOptions:
     layer: Annotated[list[str] | None, typer.Option("--layer", metavar="NAME", help="A model's layer; repeatable.")] = (
         None
     )
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLASS_OR_DIR",
+            help="Instead of layers: the first MoE block of a model class of transformers, or of a folder with a "
+            "config.json, with random weights; on every way to run its experts.",
+        ),
+    ] = None
+    set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NUMBER", help="With --model: change its configuration; repeatable."),
+    ] = None
     tokens: Annotated[
         list[int] | None,
         typer.Option(callback=cli.within(1), help="T; repeatable. Default: 1, 8, 64, 512; on a GPU also 4096, 32768."),
@@ -105,6 +118,23 @@ class BenchOptions:
             without=cli.checked("--without", self.without, known.known_peers()) or (),
         )
 
+    def model_settings(self, model: str) -> ModelSettings:
+        """The settings of a whole block, checked."""
+        cli.check_device(self.device)
+        others = {"--layer": self.layer, "--routing": self.routing, "--without": self.without}
+        for option in [name for name, value in others.items() if value] + ["--weights"] * (self.weights != known.DENSE):
+            cli.refuse(f"{option}: must be left out with --model")
+        return ModelSettings(
+            model=model,
+            changes=tuple(self.set or ()),
+            tokens=tuple(dict.fromkeys(self.tokens or known.default(known.DEFAULT_TOKENS, self.device))),
+            directions=cli.checked("--direction", self.direction, known.DIRECTIONS) or known.DIRECTIONS,
+            names=self._names(),
+            seconds=known.default(known.DEFAULT_SECONDS, self.device) if self.seconds is None else self.seconds,
+            device=self.device,
+            seed=self.seed,
+        )
+
     def _names(self) -> tuple[str, ...]:
         """Our contenders: those asked for, or all that take such weights."""
         if not self.executor:
@@ -140,9 +170,20 @@ def bench(options: BenchOptions) -> None:
     On a GPU calls are timed by events from a cold cache. Those of up to 64 tokens and those with adapters are timed in
     a CUDA graph too, launches are counted, and roofline.png shows how far from the machine's ceilings all of them are.
 
+    With --model it times a whole block of a transformers model instead: router, experts and what stands beside them.
+    The experts run on transformers' eager, grouped_mm and batched_mm, and on executors. Each is judged first, on what
+    the block gives to its experts: an output or gradient may be four times as far from a wider copy as eager's, at
+    most.
+
     Exit status: 0 if all executors passed, 1 if one failed or an executor asked for by name cannot run, 2 for bad
     arguments.
     """
+    if options.model is not None:
+        if not bench_model(options.model_settings(options.model), options.out):
+            raise typer.Exit(1)
+        return
+    if options.set:
+        cli.refuse(f"--set {options.set[0]}: must go with --model")
     settings, out = options.settings(), options.out
     cli.make_folder(out)
     started = time.monotonic()

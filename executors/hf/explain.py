@@ -61,15 +61,16 @@ def explain_model(model: nn.Module, executor: str = "auto", device: str = "cpu")
     return [Row(tuple(names), *fate) for fate, names in found.items()]
 
 
-def meta_model(name: str) -> nn.Module:
+def meta_model(name: str, changes: dict[str, Any] | None = None) -> nn.Module:
     """A model without memory.
 
     Args:
         name: a folder with a config.json, or a model class of transformers, such as "MixtralForCausalLM", which gets
             its default configuration.
+        changes: of the configuration, such as {"num_local_experts": 8}; a text configuration within it gets them too.
 
     Raises:
-        ValueError: it is neither, or transformers cannot make the model.
+        ValueError: it is neither, one of ``changes`` is no field, or transformers cannot make the model.
     """
     if Path(name).is_dir():
         try:
@@ -85,6 +86,12 @@ def meta_model(name: str) -> nn.Module:
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class):
             raise ValueError(f"model={name!r}: must be a folder, or a model class of transformers")
         config = kind.config_class()
+    for field, value in (changes or {}).items():
+        owners = [own for own in {id(c): c for c in (config, config.get_text_config())}.values() if hasattr(own, field)]
+        if not owners:
+            raise ValueError(f"model={name}: {field}={value}: must be a field of its configuration")
+        for own in owners:
+            setattr(own, field, value)
     try:
         with torch.device("meta"):
             return kind(config)

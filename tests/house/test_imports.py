@@ -34,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "mxfp4": {"_decode", "_progress"},
     "hf": PIPELINE | {"_registry"},
     "_compare": FACE | {"layer_file"},
-    "_bench": FACE | {"layer_file", "nf4", "mxfp4", "_decode", "_compare"},
+    "_bench": FACE | {"layer_file", "hf", "nf4", "mxfp4", "_decode", "_compare"},
     "_tune": FACE | {"_base", "_triton", "_bench"},
     "_crossover": FACE | {"_triton", "_compare", "_bench", "_tune"},
     "_cli": FACE | {"layer_file", "hf", "_triton", "_compare", "_bench", "_tune", "_crossover"},
