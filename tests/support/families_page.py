@@ -34,17 +34,17 @@ FORMS = {
 TEXT = """\
 # Families of transformers
 
-`executors.hf` ([executors.md](executors.md)) runs the experts of every family that transformers dispatches, but for two
-that this page refuses. `python tests/support/families_page.py` makes the page from a tiny random model of each family on
-a CPU: transformers {transformers}, torch {torch}.
+`executors.hf` runs the experts of every family that transformers dispatches, but for two that this page refuses.
+`python tests/support/families_page.py` makes the page from a tiny random model of each family on a CPU: transformers
+{transformers}, torch {torch}.
 
-A number is an error against the same model in float64 on transformers' own loop: the 2-norm of the difference, relative.
-"Logits" are those of the whole model in fp32 (its last hidden states, where it has no head). "Gradients" is the largest
-error of a parameter's gradient there. "Experts in bf16" is the output of one experts module. The number in brackets is
-that of transformers' own loop; for fp32 it is the largest of three runs, two of which were moved by an ulp. The pair
-says whether the executor (`native`) adds anything to the error that the model has anyway: it does not. Where gradients
-are far off in both, a sum cancels outside of the experts. The choice of experts and their weights is the router's, which
-stays transformers' own.
+A number is an error against the same model in float64 on transformers' own loop: the 2-norm of the difference,
+relative. "Logits" are those of the whole model in fp32 (its last hidden states, where it has no head). "Gradients" is
+the largest error of a parameter's gradient there. "Experts in bf16" is the output of one experts module. The number in
+brackets is that of transformers' own loop; for fp32 it is the largest of three runs, two of which were moved by an ulp.
+The pair says whether the executor (`native`) adds anything to the error that the model has anyway: it does not. Where
+gradients are far off in both, a sum cancels outside of the experts. The choice of experts and their weights is the
+router's, which stays transformers' own.
 
 {served}
 
