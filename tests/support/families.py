@@ -116,3 +116,9 @@ def build(family: Family, seed: int = 0) -> PreTrainedModel:
 def experts_of(model: nn.Module, family: Family) -> dict[str, nn.Module]:
     """The family's experts modules in a model, by name."""
     return {name: module for name, module in model.named_modules() if type(module).__name__ == family.experts}
+
+
+def named(name: str) -> Family:
+    """The only class of a family."""
+    (found,) = (family for family in families() if family.name == name)
+    return found
