@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -63,8 +64,8 @@ def find_config(module: Any) -> MoEConfig:
         Unsupported: as `weights_of`.
     """
     vars(module).pop(FOUND, None)
-    with torch.device("cpu"):  # a model may be made on another, or on none
-        config = _probed(module)
+    with ThreadPoolExecutor(1) as other:  # in a thread of its own no mode is on: no device, no tracer, no autocast
+        config = other.submit(_probed, module).result()
     setattr(module, FOUND, config)
     return config
 
