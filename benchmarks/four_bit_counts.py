@@ -35,7 +35,7 @@ class Device(NamedTuple):
     Attributes:
         name: of the product.
         multiprocessors, lanes, clock: of the clock, Hz; a multiprocessor issues for so many lanes in each cycle.
-        products: flop/s of large bf16 products; of sm75 fp16 without tensor cores, which Triton has not there.
+        products: flop/s of large bf16 products; on sm75 of fp16 without tensor cores, which Triton does not use there.
         bandwidth: bytes/s.
     """
 

@@ -13,34 +13,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moe_ref.types import MoEConfig, MoEWeights
+from moe_ref.types import PROJECTIONS, MoEConfig, MoEWeights
 from moe_ref.validation import check_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "moe-ref layer 1"
-REQUIRED = ("x", "router_logits", "gate_up_proj", "down_proj")
+REQUIRED = ("x", "router_logits", *PROJECTIONS)
 OPTIONAL = ("gate_up_proj_bias", "down_proj_bias", "selection_bias")
-PROJECTIONS = ("gate_up_proj", "down_proj")
 BUNDLED = "tiny_gpt_oss_layer.safetensors"
 
 
 class BadLayerFile(ValueError):
-    """A file that is no layer; the message names the file, what is wrong, and what is allowed, in one line."""
+    """A file that is not a layer. The message is one line: the file, what is wrong, and what is allowed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer with input for it.
+    """A layer with an input.
 
     Attributes:
         path: the file.
-        sha256: of the file.
-        source: one sentence on where it comes from.
+        sha256: hash of the file.
+        source: one sentence on the origin of the layer.
         x: [T, H] hidden states, in the projections' dtype.
         router_logits: [T, E].
-        weights: projections in the canonical shapes; views where the file stores them transposed.
+        weights: projections in canonical shapes; views if the file stores them transposed.
     """
 
     path: Path
@@ -52,10 +51,10 @@ class Layer:
 
 
 def bundled_layer() -> Path:
-    """The bundled layer: beside the package in a wheel, in data/ in a checkout.
+    """The path of the bundled layer: inside the package in a wheel, in data/ in a checkout.
 
     Raises:
-        BadLayerFile: it is in neither place.
+        BadLayerFile: the layer is in neither place.
     """
     package = Path(__file__).parent
     candidates = (package / "data" / BUNDLED, package.parent / "data" / BUNDLED)
@@ -70,10 +69,10 @@ def load_layer(path: Path, device: str = "cpu") -> Layer:
 
     Args:
         path: a safetensors file of the documented form.
-        device: where the tensors go.
+        device: the device for the tensors.
 
     Raises:
-        BadLayerFile: it is not of that form; one line says why.
+        BadLayerFile: the file does not have that form; one line says why.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -98,7 +97,7 @@ def load_layer(path: Path, device: str = "cpu") -> Layer:
 
 
 def first_tokens(layer: Layer, tokens: int | None) -> Layer:
-    """The layer with only its first tokens; all of them for None."""
+    """The layer with only its first ``tokens`` tokens, or with all for None."""
     if tokens is None:
         return layer
     return replace(layer, x=layer.x[:tokens], router_logits=layer.router_logits[:tokens])
@@ -119,11 +118,11 @@ def save_layer(
         x: [T, H].
         router_logits: [T, E].
         weights: the layer's parameters and configuration.
-        source: one sentence on where the layer comes from.
+        source: one sentence on the origin of the layer.
         transposed: projections to store with their last two axes swapped.
 
     Raises:
-        ValueError, TypeError: the arguments make no layer.
+        ValueError, TypeError: the arguments do not make a layer.
     """
     check_inputs(x, router_logits, weights)
     if x.ndim != 2:
@@ -163,7 +162,7 @@ def _metadata(path: Path, metadata: dict[str, str], key: str) -> Any:
     text = metadata.get(key, "")
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, lists thousands deep
+    except (ValueError, RecursionError):  # not JSON, thousands of digits, lists nested thousands deep
         raise BadLayerFile(f"{path}: metadata {key}={text!r:.60}: must be JSON") from None
 
 
@@ -209,7 +208,7 @@ def _check_layer(path: Path, x: Tensor, router_logits: Tensor, weights: MoEWeigh
 
 
 def _shown(name: str) -> str:
-    """A name from a file, on one line and not too long."""
+    """A name from a file for a message: one line, cut if it is long."""
     return name if name.isidentifier() and len(name) <= 60 else f"{name!r:.60}"
 
 

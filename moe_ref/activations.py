@@ -69,9 +69,10 @@ def activation_vjp(
 
 
 class Curve(NamedTuple):
-    """An activation and its derivative at each element, and how far each errs for unit roundoff 1.
+    """An activation and its derivative at each element, and the error of each for unit roundoff 1.
 
-    A difference of nearly equal terms errs as its terms do: 1 + erf(g) for very negative g, 1 - sigmoid(g) for large g.
+    A difference of nearly equal terms has the error of its terms: 1 + erf(g) for very negative g, 1 - sigmoid(g) for
+    large g.
     """
 
     value: Array

@@ -29,7 +29,7 @@ def sum_slots(
 def combine_vjp(
     topk_weights: Float[Array, "*#samples T K"], dy: Float[Array, "*#samples T H"], rounding: Rounding = EXACT
 ) -> Float[Array, "*#samples S H"]:
-    """The gradient of the experts' outputs, w dy. That of the weights is `dot` of outputs and dy, unweighted (D3)."""
+    """The gradient w dy of the experts' outputs. The weights' gradient is `dot` of outputs and unweighted dy (D3)."""
     xp = array_namespace(topk_weights, dy)
     upstream = xp.repeat(dy, topk_weights.shape[-1], axis=-2)
     slot_weights = xp.reshape(topk_weights, (*topk_weights.shape[:-2], -1, 1))
@@ -39,7 +39,7 @@ def combine_vjp(
 def dot(
     left: Float[Array, "*#samples S H"], right: Float[Array, "*#samples S H"], rounding: Rounding = EXACT
 ) -> Float[Array, "*#samples S 1"]:
-    """The products of rows with rows: the gradient of each slot's weight (D3)."""
+    """The dot product of each pair of rows: the gradient of each slot's weight (D3)."""
     xp = array_namespace(left, right)
     terms = left * right
     total = xp.sum(terms, axis=-1, keepdims=True)

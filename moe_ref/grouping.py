@@ -1,4 +1,4 @@
-"""Slots sorted by expert (clause G1), and the two moves between token order and expert order."""
+"""Sorts slots by expert (clause G1), and moves rows between token order and expert order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_ref.types import Grouping
 
 
 def is_slot(topk_ids: Int[Array, "T K"], num_experts: int) -> Bool[Array, "T K"]:
-    """False for empty slots: ids outside [0, E), as expert parallelism marks foreign experts (R7)."""
+    """False for empty slots, whose ids are outside [0, E): so expert parallelism marks foreign experts (R7)."""
     return (topk_ids >= 0) & (topk_ids < num_experts)
 
 

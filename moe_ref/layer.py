@@ -152,7 +152,7 @@ def moe_vjp(
     dy: Float[Array, "*batch H"],
     rounding: Rounding = EXACT,
 ) -> tuple[Float[Array, "*batch H"], MoEGradients]:
-    """`moe` and the gradients of <dy, moe(...)>, in float64.
+    """Returns y of `moe` and the gradients of <dy, y>, in float64.
 
     Args:
         x: as for `moe_ref.moe`.
@@ -183,7 +183,7 @@ def routed_experts_vjp(
     dy: Float[Array, "*batch H"],
     rounding: Rounding = EXACT,
 ) -> tuple[Float[Array, "*batch H"], MoEGradients]:
-    """`routed_experts` and the gradients of <dy, routed_experts(...)>, in float64.
+    """Returns y of `routed_experts` and the gradients of <dy, y>, in float64.
 
     Args:
         x: as for `moe_ref.routed_experts`.

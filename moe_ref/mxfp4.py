@@ -1,6 +1,6 @@
-"""Numbers in 4 bits, bit for bit: MXFP4, the format of gpt-oss' checkpoints (clause M1).
+"""MXFP4, the format of gpt-oss' checkpoints, bit for bit: decoding and quantising (clause M1).
 
-A number is a code of e2m1 (sign, two bits of exponent, one of mantissa) times a power of two that 32 of them share.
+A number is an e2m1 code (sign, two bits of exponent, one of mantissa) times a power of two that 32 codes share.
 Source: OCP Microscaling Formats (MX) 1.0, sections 5 and 6.3.
 """
 
@@ -14,22 +14,22 @@ from moe_ref.types import MXFP4Tensor
 from moe_ref.validation import check_mxfp4, check_quantize_mxfp4
 
 POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1_CODE = (*POSITIVE, *(-number for number in POSITIVE))  # -0 among them
+E2M1_CODE = (*POSITIVE, *(-number for number in POSITIVE))  # with -0
 BLOCKSIZE = 32
 BIAS = 127  # of exponents
-NAN = 255  # the exponent that says so
+NAN = 255  # the exponent of NaN
 LARGEST_EXPONENT = 2  # of a code: 6 is 1.5 * 2**2
 
 
 def unpack(blocks: UInt8[Array, "*rows bytes"]) -> UInt8[Array, "*rows 2*bytes"]:
-    """Codes from bytes, the low nibble first."""
+    """Unpacks bytes into codes, the low nibble first."""
     xp = array_namespace(blocks)
     pairs = xp.stack([blocks & 15, blocks >> 4], axis=-1)
     return xp.reshape(pairs, (*blocks.shape[:-1], 2 * blocks.shape[-1]))
 
 
 def pack(codes: UInt8[Array, "*rows 2*bytes"]) -> UInt8[Array, "*rows bytes"]:
-    """Bytes from codes, the low nibble first."""
+    """Packs codes into bytes, the low nibble first."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
@@ -42,9 +42,10 @@ def scale_of(scales: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def decode(tensor: MXFP4Tensor) -> Array:
-    """All numbers, of ``tensor.shape``: in fp32, each one a number of ``tensor.dtype``.
+    """Decodes all numbers: ``tensor.shape``, in fp32, each representable in ``tensor.dtype``.
 
-    A code times its scale, rounded once, to nearest: in bf16 and fp32 exact, or infinite where the format's range ends.
+    A number is a code times its scale, rounded once, to nearest. In bf16 and fp32 it is exact, or infinite past the
+    format's range.
 
     Args:
         tensor: of any shape.
@@ -57,7 +58,7 @@ def decode(tensor: MXFP4Tensor) -> Array:
 
 
 def decode_expert(tensor: MXFP4Tensor, index: int) -> Float[Array, "m k"]:
-    """One expert of a projection (E, m, k), as `decode` gives it, without decoding the others."""
+    """Decodes one expert of a projection (E, m, k), as `decode` does, and none of the others."""
     return _decode(tensor.blocks[index, ...], tensor.scales[index, ...], tensor)
 
 
@@ -75,13 +76,13 @@ def _decode(blocks: UInt8[Array, "*rows g 16"], scales: UInt8[Array, "*rows g"],
 def quantize(values: Float[Array, "*rows k"], *, dtype: str = "bfloat16") -> MXFP4Tensor:
     """Quantises numbers along their last dimension.
 
-    A block's scale is the power of two that brings its largest magnitude to between 4 and 8; numbers then go to the
-    nearest code, to the one with an even mantissa of two that are equally near, and what is beyond 6 to 6. A block of
+    The scale of a block is the power of two that brings its largest magnitude to between 4 and 8. Each number then gets
+    the nearest code; of two equally near codes, the one with an even mantissa; beyond 6, the code of 6. A block of
     zeros gets the smallest scale. Source: OCP Microscaling Formats 1.0, section 6.3.
 
     Args:
         values: finite, fp32 or narrower; the last dimension a multiple of 32.
-        dtype: what it shall decode to: "float32", "bfloat16" or "float16".
+        dtype: the dtype to decode to: "float32", "bfloat16" or "float16".
 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
@@ -101,7 +102,7 @@ def quantize(values: Float[Array, "*rows k"], *, dtype: str = "bfloat16") -> MXF
 
 
 def _nearest(magnitudes: Float[Array, "*shape"]) -> Array:
-    """The code nearest to each number that is not negative; of two that are equally near, the even one."""
+    """The code nearest to each non-negative number; of two equally near codes, the even one."""
     xp = array_namespace(magnitudes)
     found = xp.zeros(magnitudes.shape, dtype=xp.int32, device=device(magnitudes))
     for code in range(1, len(POSITIVE)):

@@ -1,7 +1,7 @@
-"""Numbers in 4 bits, bit for bit: bitsandbytes' NF4 and FP4 (clauses Q1 to Q5).
+"""bitsandbytes' NF4 and FP4, bit for bit: decoding and quantising (clauses Q1 to Q5).
 
-Decoding has one right answer, to the last bit, and this is it. Sources: Dettmers et al. 2023 (arXiv:2305.14314) for NF4
-and for statistics that are quantised themselves; Dettmers et al. 2022 (arXiv:2110.02861) for their 8-bit code.
+Decoding has one right answer, to the last bit, and this module gives it. Sources: Dettmers et al. 2023
+(arXiv:2305.14314) for NF4 and nested statistics; Dettmers et al. 2022 (arXiv:2110.02861) for their 8-bit code.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ NF4_CODE = (
     0.7229568362236023,
     1.0,
 )
-# Sign, then magnitude: 0, a subnormal and six more, in twelfths. Code 8 is 0 too, and not -0.
+# A sign, then a magnitude in twelfths: 0, a subnormal number, and six more. Code 8 is 0 too, not -0.
 FP4_CODE = tuple(n / 12 for n in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
 CODES: dict[QuantType, tuple[float, ...]] = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 NESTED_BLOCKSIZE = 256
-SMALLEST_ABSMAX = 1e-38  # a block is scaled as if its absmax were no smaller (Q4)
+SMALLEST_ABSMAX = 1e-38  # no block is divided by less (Q4)
 
 
 def unpack(packed: UInt8[Array, " bytes"], count: int) -> UInt8[Array, " count"]:
-    """Codes from bytes, the high nibble first (Q1).
+    """Unpacks bytes into codes, the high nibble first (Q1).
 
     Args:
         packed: two codes to a byte.
-        count: how many codes there are: twice as many as bytes, or one less.
+        count: number of codes: twice the number of bytes, or one less.
     """
     xp = array_namespace(packed)
     return xp.reshape(xp.stack([packed >> 4, packed & 15], axis=-1), (-1,))[:count]
 
 
 def pack(codes: UInt8[Array, " count"], last: int) -> UInt8[Array, " bytes"]:
-    """Bytes from codes, the high nibble first (Q1); ``last`` fills up an odd last byte."""
+    """Packs codes into bytes, the high nibble first (Q1); ``last`` fills an odd last byte."""
     xp = array_namespace(codes)
     if codes.shape[0] % 2:
         codes = xp.concat([codes, xp.asarray([last], dtype=xp.uint8, device=device(codes))])
@@ -68,7 +68,7 @@ def absmax_of(tensor: NF4Tensor) -> Float[Array, " blocks"]:
 
 
 def decode(tensor: NF4Tensor) -> Array:
-    """All numbers, of ``tensor.shape``: in fp32, each one a number of ``tensor.dtype`` (Q2).
+    """Decodes all numbers: ``tensor.shape``, in fp32, each representable in ``tensor.dtype`` (Q2).
 
     Args:
         tensor: of any shape.
@@ -81,7 +81,7 @@ def decode(tensor: NF4Tensor) -> Array:
 
 
 def decode_expert(tensor: NF4Tensor, index: int) -> Float[Array, "m k"]:
-    """One expert of a projection (E, m, k), as `decode` gives it, without decoding the others."""
+    """Decodes one expert of a projection (E, m, k), as `decode` does, and none of the others."""
     size = tensor.size // tensor.shape[0]
     return _laid_out(_decode(tensor, index * size, (index + 1) * size), tensor, tensor.stored_shape[1:])
 
@@ -93,9 +93,9 @@ def _laid_out(values: Float[Array, " count"], tensor: NF4Tensor, stored_shape: t
 
 
 def _decode(tensor: NF4Tensor, start: int, stop: int) -> Float[Array, " count"]:
-    """The numbers from ``start`` to ``stop`` in the order in which they are stored.
+    """Decodes the numbers from ``start`` to ``stop``, in storage order.
 
-    One product in fp32, then one rounding to the tensor's dtype (Q2).
+    Each is one product in fp32, then rounded once to the tensor's dtype (Q2).
     """
     xp = array_namespace(tensor.packed)
     where = device(tensor.packed)
@@ -110,7 +110,7 @@ def _decode(tensor: NF4Tensor, start: int, stop: int) -> Float[Array, " count"]:
 
 
 def _absmax(tensor: NF4Tensor, first: int, stop: int) -> Float[Array, " blocks"]:
-    """The scales of the blocks from ``first`` to ``stop``: a product and then a sum, both rounded to fp32 (Q3)."""
+    """The scales of the blocks from ``first`` to ``stop``: a product and then a sum, each rounded to fp32 (Q3)."""
     absmax = tensor.absmax[first:stop]
     if tensor.nested_absmax is None:
         return absmax
@@ -127,17 +127,17 @@ def _absmax(tensor: NF4Tensor, first: int, stop: int) -> Float[Array, " blocks"]
 def quantize(
     values: Array, *, dtype: str, quant_type: QuantType = "nf4", blocksize: int = 64, nested: bool = False
 ) -> NF4Tensor:
-    """Quantises numbers in the order in which they stand (Q4).
+    """Quantises an array in row-major order (Q4).
 
-    A block's numbers are multiplied by 1 / absmax, rounded to fp32, and take the nearest code. A number exactly between
-    two codes takes the lower; a block of zeros decodes to zeros.
+    The numbers of a block are multiplied by 1 / absmax, rounded to fp32, and get the nearest code. A number halfway
+    between two codes gets the lower one. A block of zeros decodes to zeros.
 
     Args:
         values: finite, of any shape, fp32, or narrower.
-        dtype: what it shall decode to: "float32", "bfloat16" or "float16".
+        dtype: the dtype to decode to: "float32", "bfloat16" or "float16".
         quant_type: "nf4" or "fp4".
         blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
-        nested: whether absmax is quantised too, to 8 bits, in one segment.
+        nested: whether absmax is quantised too: to 8 bits, in one segment.
 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
@@ -156,7 +156,7 @@ def quantize(
 
 
 def _with_nested_absmax(tensor: NF4Tensor) -> NF4Tensor:
-    """The tensor with absmax quantised to 8 bits: its mean taken off, then by blocks, with `dynamic_code`."""
+    """Quantises absmax to 8 bits: subtracts its mean, then quantises block by block with `dynamic_code`."""
     absmax = tensor.absmax
     xp, where = array_namespace(absmax), device(absmax)
     mean = xp.sum(xp.astype(absmax, xp.float64)) / max(1, absmax.shape[0])
@@ -176,8 +176,8 @@ def _with_nested_absmax(tensor: NF4Tensor) -> NF4Tensor:
 def dynamic_code() -> tuple[float, ...]:
     """The 256 numbers of the 8-bit code of nested statistics, in increasing order.
 
-    Behind the sign, a run of zeros says the power of ten, and the bits that are left divide the interval from 0.1 to 1
-    evenly; a number is the middle of its part. 0 and 1 are added. Source: Dettmers 2016 (arXiv:1511.04561).
+    A code is a sign, then a run of zeros that gives the power of ten, then bits that divide the interval from 0.1 to 1
+    evenly. Its number is the middle of its part. 0 and 1 are added. Source: Dettmers 2016 (arXiv:1511.04561).
     """
     positive = []
     for bits in range(7):
@@ -187,7 +187,7 @@ def dynamic_code() -> tuple[float, ...]:
 
 
 def _scaled(flat: Float[Array, " count"], blocksize: int) -> tuple[Float[Array, " count"], Float[Array, " blocks"]]:
-    """Numbers divided by the largest magnitude of their block, and those magnitudes."""
+    """Divides numbers by the largest magnitude of their block; returns quotients and magnitudes."""
     xp = array_namespace(flat)
     count = flat.shape[0]
     filled = xp.zeros((-count % blocksize,), dtype=xp.float32, device=device(flat))
@@ -198,7 +198,7 @@ def _scaled(flat: Float[Array, " count"], blocksize: int) -> tuple[Float[Array, 
 
 
 def _nearest(scaled: Float[Array, " count"], code: tuple[float, ...]) -> Array:
-    """The code nearest to each number; of two that are equally near, that of the lower number."""
+    """The code nearest to each number; of two equally near codes, that of the lower number."""
     xp = array_namespace(scaled)
     where = device(scaled)
     numbers = sorted(set(code))

@@ -1,6 +1,6 @@
-"""Pseudo-random numbers without a state: each depends on a key, a value and perhaps a place, and on nothing else.
+"""Stateless pseudo-random numbers: each depends only on a key, a value and, if asked for, a position.
 
-So they are the same however an array is split, in whatever order its parts come, and in however many threads.
+So splitting an array, reordering its parts or using more threads changes no number.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from zlib import crc32
 
 import numpy as np
 
-BLOCK = 1 << 14  # numbers mixed at once: they stay in a core's cache
-STRIDE = np.uint32(0x9E3779B1)  # odd, so that the places of one row differ
-SPARE = np.uint64(20)  # bits at the end of a float64's mantissa that do not count
+BLOCK = 1 << 14  # numbers mixed at once: they fit in a core's cache
+STRIDE = np.uint32(0x9E3779B1)  # odd, so that the positions of one row differ
+SPARE = np.uint64(20)  # last bits of a float64's mantissa, which are ignored
 HALF = np.uint64(1 << 19)
 
 
@@ -21,13 +21,13 @@ def keys_of(seed: int, site: str, first: int, count: int) -> np.ndarray:
     """Keys of a site.
 
     Args:
-        seed: of all sites.
-        site: its name.
+        seed: the seed of all sites.
+        site: the name of the site.
         first: number of the first sample.
-        count: how many samples.
+        count: number of samples.
 
     Returns:
-        [count] uint32, read-only: the same for a sample wherever a chunk of samples begins.
+        [count] uint32, read-only. The key of a sample does not depend on where its chunk begins.
     """
     generator = np.random.default_rng([seed, crc32(site.encode())])
     keys = generator.integers(0, 2**32, first + count, dtype=np.uint32)[first:]
@@ -38,8 +38,8 @@ def keys_of(seed: int, site: str, first: int, count: int) -> np.ndarray:
 def uniform_of(value: np.ndarray, keys: np.ndarray, placed: np.ndarray, size: float = 1.0) -> np.ndarray:
     """Numbers in [-size, size), one for each key and element.
 
-    They depend on the key and on the leading 32 bits of the value's mantissa: equal values get equal numbers, and v the
-    same as -v and 2v. The last 20 bits do not count, so that values equal but for float64's own rounding stay equal.
+    They depend on the key and on the leading 32 bits of the value's mantissa. So equal values get equal numbers, and v,
+    -v and 2v get the same number. The last 20 bits are ignored, so that float64's own rounding makes no difference.
 
     The mixing is lowbias32 (Wellons, "Prospecting for hash functions", 2018). It has 32 bits because processors mix
     many such numbers at once; AVX2 has no product of 64 bits.
@@ -47,8 +47,8 @@ def uniform_of(value: np.ndarray, keys: np.ndarray, placed: np.ndarray, size: fl
     Args:
         value: [N or 1, ...] float64.
         keys: [N] uint32.
-        placed: [N] bool: in these rows the numbers depend on an element's place too, so that equal values get others.
-        size: of the numbers.
+        placed: [N] bool: rows in which numbers also depend on the position, so that equal values get different numbers.
+        size: the bound of the numbers.
 
     Returns:
         [N, ...] float64.
@@ -69,7 +69,7 @@ def uniform_of(value: np.ndarray, keys: np.ndarray, placed: np.ndarray, size: fl
 
 
 def _mix(bits: np.ndarray, keys: np.ndarray, strides: np.ndarray, left: int, out: np.ndarray) -> None:
-    """Fills ``out`` with whole numbers in [-2**31, 2**31); its own memory serves for what is between."""
+    """Fills ``out`` with whole numbers in [-2**31, 2**31); ``out`` also holds an intermediate array."""
     leading = out.view(np.uint64)[: len(bits)]
     np.add(bits, HALF, out=leading)
     np.right_shift(leading, SPARE, out=leading)

@@ -1,7 +1,7 @@
 """Number formats and rounding policies.
 
-The specification's functions take a ``rounding`` policy and call it by name wherever an implementation may round
-(clause E2), so that one code path gives the exact answer, the low-precision twin, and the error bars:
+The specification's functions take a ``rounding`` policy and call it wherever an implementation may round (clause E2).
+So one code path gives the exact answer, the low-precision twin, and the error bars:
 
 - `Exact` returns every value as it is;
 - `Nearest` rounds to nearest even: the low-precision twin of an honest implementation;
@@ -45,7 +45,7 @@ class Format:
 
     @property
     def smallest_normal(self) -> float:
-        """Below this number the spacing is constant: rounding errs by up to u * smallest_normal."""
+        """Below this number the spacing is constant, and rounding errs by up to u * smallest_normal."""
         return 2.0**self.min_exponent
 
     @property
@@ -66,17 +66,17 @@ FORMATS = {
 
 
 def accumulator(dtype: str) -> Format:
-    """The format in which sums of products of ``dtype`` accumulate at the least (E2): fp32, or fp64 for fp64."""
+    """The least precise format in which sums of products of ``dtype`` accumulate (E2): fp32, or fp64 for fp64."""
     return FORMATS["float64" if dtype == "float64" else "float32"]
 
 
 def round_to_nearest(value: Array, dtype: str, overflows: bool = True) -> Array:
-    """Rounds float64 to the nearest number of another format, ties to even. Stays float64.
+    """Rounds float64 to the nearest number of another format, ties to even. The result is float64.
 
     Args:
         value: float64 array of any shape.
         dtype: "float64", "float32", "bfloat16" or "float16".
-        overflows: whether what is past the format's range becomes infinite; else it keeps the format's precision.
+        overflows: whether numbers past the format's range become infinite; if not, they keep the format's precision.
     """
     fmt = FORMATS[dtype]
     if dtype == "float64":
@@ -96,10 +96,10 @@ def round_to_nearest(value: Array, dtype: str, overflows: bool = True) -> Array:
 
 @runtime_checkable
 class Rounding(Protocol):
-    """What the specification calls wherever an implementation may round."""
+    """The policy that the specification calls wherever an implementation may round."""
 
     def store(self, site: str, value: Array) -> Array:
-        """A value that may be rounded to x's dtype: one of the sites of clause E2."""
+        """A value that may be rounded to x's dtype, at one of the sites of clause E2."""
 
     def accumulate(self, site: str, value: Array, sd: Callable[[], Array]) -> Array:
         """A value computed in the accumulator's precision, whose error there has deviation u * ``sd()``."""
@@ -125,8 +125,8 @@ class Nearest:
     """Rounds to nearest even: at storage sites to ``dtype``, at sums to its accumulator (`accumulator`).
 
     Attributes:
-        dtype: of x.
-        overflows: the storage sites at which what is past the range of ``dtype`` becomes infinite; None for all.
+        dtype: x's dtype.
+        overflows: the storage sites at which numbers past the range of ``dtype`` become infinite; None for all.
     """
 
     dtype: str
@@ -145,18 +145,19 @@ class Nearest:
 class Perturbed:
     """Adds pseudo-random errors at one kind of site, in units of ``scale``.
 
-    Rounding is deterministic: equal values err equally, and v errs as -v and 2v do, relatively. So in every even sample
-    the error is a hash of the value's mantissa, the site and the sample: where many tokens are equal, errors add up.
-    But equal sums may also be added in different orders, by their place in a tile. So in every odd sample the error
-    depends on the element's position too, and equal values err independently. An implementation may do either.
+    Rounding is deterministic: equal values have equal errors, and v, -v and 2v have the same relative error. So in
+    every even sample the error is a hash of the value's mantissa, the site and the sample. Where many tokens are equal,
+    errors add up. But an implementation may also add equal sums in different orders, by their position in a tile. So in
+    every odd sample the error also depends on the element's position, and equal values err independently. An
+    implementation may do either.
 
-    Every array that passes through carries a leading axis of samples, of length 1 until the first error reaches it
-    and of length ``samples`` from there on, so that all samples are computed at once.
+    Every array carries a leading axis of samples, so that all samples are computed at once. Its length is 1 until the
+    first error reaches the array, and ``samples`` from there on.
 
     Attributes:
         kind: "storage" (errors uniform in +-max(|v|, floor)) or "accumulation" (errors of deviation ``sd()``).
         samples: length of the leading axis.
-        seed: of all samples.
+        seed: the seed of all samples.
         first: number of the first sample.
         floor: the storage format's smallest normal number, below which its errors are absolute.
         scale: size of the errors; small, so that the answer depends on them linearly.
@@ -196,13 +197,13 @@ class Perturbed:
 
 def _at_least(floor: float, value: np.ndarray) -> np.ndarray:
     """The value itself, or +-``floor`` where it is smaller."""
-    if np.min(np.abs(value), initial=math.inf) >= floor:  # mostly, and much faster
+    if np.min(np.abs(value), initial=math.inf) >= floor:  # the usual case, and much faster
         return value
     return np.copysign(np.maximum(np.abs(value), floor), value)
 
 
 def _like(given: Array, value: np.ndarray) -> Array:
-    """NumPy's array in the namespace and on the device of another one."""
+    """Converts a NumPy array to the namespace and device of ``given``."""
     return value if isinstance(given, np.ndarray) else array_namespace(given).asarray(value, device=device(given))
 
 
@@ -229,9 +230,10 @@ def sum_last(rounding: Rounding, site: str, terms: Array) -> Array:
 def sum_sd(total: Array, squares: Array, length: int) -> Array:
     """Deviation, for u = 1, of a sum of n terms t in some order, each of its partial sums s rounded.
 
-    Each rounding has variance s**2 / 3, so that of the sum is a third of all s**2. Terms of random signs walk: their
-    s**2 add up to (n / 2) sum(t**2). Terms of one sign climb to the total S: theirs add up to (n / 3) S**2. The sum of
-    both covers what lies between, and orders in which the partial sums stray farther than on average.
+    Each rounding has variance s**2 / 3, so the variance of the sum is a third of all s**2. With terms of random signs
+    the partial sums are a random walk, and their s**2 add up to (n / 2) sum(t**2). With terms of one sign they climb to
+    the total S, and their s**2 add up to (n / 3) S**2. The sum of both covers the cases between, and orders in which
+    the partial sums stray farther than on average.
 
     Args:
         total: S.

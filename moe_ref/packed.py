@@ -1,4 +1,4 @@
-"""Numbers in 4 bits, of whatever format: clauses Q1 to Q5 by `moe_ref.nf4`, M1 by `moe_ref.mxfp4`."""
+"""Decodes 4 bits of any format: `moe_ref.nf4` has clauses Q1 to Q5, `moe_ref.mxfp4` has M1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_ref.validation.arrays import short
 
 
 def decode(tensor: PackedTensor) -> Array:
-    """All numbers, of ``tensor.shape``: in fp32, each one a number of ``tensor.dtype``.
+    """Decodes all numbers: ``tensor.shape``, in fp32, each representable in ``tensor.dtype``.
 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
@@ -20,7 +20,7 @@ def decode(tensor: PackedTensor) -> Array:
 
 
 def decode_expert(tensor: PackedTensor, index: int) -> Float[Array, "m k"]:
-    """One expert of a projection (E, m, k), as `decode` gives it, without decoding the others."""
+    """Decodes one expert of a projection (E, m, k), as `decode` does, and none of the others."""
     if isinstance(tensor, MXFP4Tensor):
         return mxfp4.decode_expert(tensor, index)
     return nf4.decode_expert(tensor, index)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Projections in 4 bits: what `moe_ref.types` offers of them."""
+"""Projections in 4 bits. Import them from `moe_ref.types`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Own = TypeVar("Own", bound="PackedTensor")
 
 
 class PackedTensor:
-    """Numbers in 4 bits, which stand where a projection stands and are frozen: nothing differentiates them.
+    """A tensor in 4 bits that replaces a projection. It is frozen: nothing differentiates it.
 
-    A transposed view is a flag, since nobody could tell the order of the bytes from a shape.
+    A transposed view is a flag, because a shape does not tell the order of the bytes.
     """
 
     NAMES: ClassVar[tuple[str, ...]]  # of its arrays, the codes first
 
-    if TYPE_CHECKING:  # fields or properties of those that inherit
+    if TYPE_CHECKING:  # fields or properties of the subclasses
 
         @property
         def shape(self) -> tuple[int, ...]:
-            """As it is read."""
+            """The shape as it is read."""
 
         @property
         def dtype(self) -> str:
@@ -41,12 +41,12 @@ class PackedTensor:
 
     @property
     def ndim(self) -> int:
-        """How many dimensions it has."""
+        """The number of dimensions."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements."""
         return prod(self.shape)
 
     @property
@@ -56,12 +56,12 @@ class PackedTensor:
 
     @property
     def device(self) -> Any:
-        """Where its bytes are."""
+        """The device of its bytes."""
         return getattr(self.codes, "device", "cpu")
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape in the order in which it is stored."""
+        """The shape as it is stored."""
         return _swapped(self.shape) if self.transposed else tuple(self.shape)
 
     def transpose(self: Own, first: int, second: int) -> Own:
@@ -78,36 +78,36 @@ class PackedTensor:
         raise NotImplementedError
 
     def arrays(self) -> dict[str, Array]:
-        """Its arrays, by name, without those that it does not have."""
+        """Its arrays by name, without those that are None."""
         return {name: getattr(self, name) for name in self.NAMES if getattr(self, name) is not None}
 
     def map(self: Own, change: Callable[[Array], Array]) -> Own:
-        """The same numbers with every array moved: to another device, or to another library."""
+        """The same numbers with every array moved to another device or library."""
         return replace(self, **{name: change(array) for name, array in self.arrays().items()})  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, eq=False)
 class NF4Tensor(PackedTensor):
-    """Numbers in 4 bits, in bitsandbytes' format and with its bytes as they are (clauses Q1 to Q5).
+    """A tensor in 4 bits, in bitsandbytes' format with bitsandbytes' bytes (clauses Q1 to Q5).
 
-    It stands where a projection stands, and is frozen: nothing differentiates it. `moe_ref.nf4` decodes it. B blocks of
-    ``blocksize`` codes run over the flattened tensor *as it is stored*; a block may straddle rows and experts, and the
-    last may be partial. Source: Dettmers et al. 2023 (arXiv:2305.14314).
+    It replaces a projection and is frozen: nothing differentiates it. `moe_ref.nf4` decodes it. B blocks of
+    ``blocksize`` codes run over the flattened tensor *as it is stored*. A block may straddle rows and experts; the last
+    block may be partial. Source: Dettmers et al. 2023 (arXiv:2305.14314).
 
     Attributes:
         packed: two codes to a byte, the high nibble first; an odd last code stands alone in the last byte.
         absmax: the scale of each block; with nested statistics, its 8-bit code.
-        nested_absmax: the scale of each ``nested_blocksize`` codes in absmax, of one segment after the other; None
-            where absmax is plain, like the next two.
-        nested_code: what an 8-bit code stands for (bitsandbytes' ``nested_quant_map``).
-        nested_offset: added last. A scalar is one segment; of shape (E,), each expert has a segment of its own (Q5).
-        shape: as it is read: (E, J, H) or (E, H, I) for a projection.
+        nested_absmax: the scale of each ``nested_blocksize`` codes in absmax, segment by segment. This and the next two
+            are None where absmax is plain.
+        nested_code: the number of each 8-bit code (bitsandbytes' ``nested_quant_map``).
+        nested_offset: added last. A scalar means one segment; shape (E,) means one segment for each expert (Q5).
+        shape: the shape as it is read: (E, J, H) or (E, H, I) for a projection.
         dtype: the name of the dtype that it decodes to, "float32", "bfloat16" or "float16".
-        quant_type: "nf4" or "fp4": which 16 numbers the codes stand for.
+        quant_type: "nf4" or "fp4": the table of the 16 codes.
         blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
         nested_blocksize: 256 in bitsandbytes.
-        transposed: whether the bytes hold the tensor with its last two dimensions swapped, as models store it that
-            keep (E, H, 2I). Nobody can tell that from a shape.
+        transposed: whether the bytes hold the tensor with its last two dimensions swapped, as in models that store
+            (E, H, 2I). A shape does not tell.
     """
 
     packed: UInt8[Array, " bytes"] = field(repr=False)
@@ -127,7 +127,7 @@ class NF4Tensor(PackedTensor):
 
     @property
     def segments(self) -> int:
-        """How many nested statistics there are, each with an offset of its own; 1 for plain ones."""
+        """The number of segments of nested statistics, each with its own offset; 1 for plain statistics."""
         return self.nested_offset.shape[0] if self.nested_offset is not None and self.nested_offset.ndim else 1
 
     def _turned(self) -> NF4Tensor:
@@ -136,10 +136,10 @@ class NF4Tensor(PackedTensor):
 
 @dataclass(frozen=True, eq=False)
 class MXFP4Tensor(PackedTensor):
-    """Numbers in 4 bits, in the format of gpt-oss' checkpoints and with their bytes as they are (clause M1).
+    """A tensor in 4 bits, in the format of gpt-oss' checkpoints with the checkpoint's bytes (clause M1).
 
-    It stands where a projection stands, and is frozen: nothing differentiates it. `moe_ref.mxfp4` decodes it. 32 codes
-    next to each other along the last stored dimension have one scale, a power of two. Sources: OCP Microscaling Formats
+    It replaces a projection and is frozen: nothing differentiates it. `moe_ref.mxfp4` decodes it. 32 neighbouring codes
+    along the last stored dimension share one scale, a power of two. Sources: OCP Microscaling Formats
     1.0, section 5; gpt-oss, whose ``*_blocks`` and ``*_scales`` these are. (Trap: gpt-oss stores (E, 2I, H) here, with
     the input dimension last, although its parameter in bf16 is (E, H, 2I).)
 
@@ -160,7 +160,7 @@ class MXFP4Tensor(PackedTensor):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As it is read: (E, J, H) or (E, H, I) for a projection."""
+        """The shape as it is read: (E, J, H) or (E, H, I) for a projection."""
         *rows, groups, size = self.blocks.shape
         stored = (*rows, 2 * groups * size)
         return _swapped(stored) if self.transposed else stored

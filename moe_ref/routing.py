@@ -1,6 +1,6 @@
 """From router_logits to the chosen experts and their weights (clauses R1 to R5), and its backward pass.
 
-The choice of ids has no gradient, the weights of the chosen have (clause D1).
+The choice of experts has no gradient; the weights of the chosen experts have one (clause D1).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def route(
     Args:
         router_logits: any float dtype, read exactly.
         config: ``top_k`` must be set.
-        selection_bias: any float dtype; moves the choice only, never the weight (R3).
+        selection_bias: any float dtype; changes the choice only, never the weight (R3).
         rounding: rounding policy.
 
     Returns:
@@ -45,9 +45,9 @@ def route(
 def choose(
     logits: Float[Array, "T E"], config: MoEConfig, selection_bias: Float[Array, " E"] | None = None
 ) -> Int[Array, "T K"]:
-    """Ids by (key descending, id ascending), within the best groups (R2).
+    """Chooses ids by (key descending, id ascending), within the best groups (R2).
 
-    A NaN counts as the smallest key: such a row has NaN weights anyway, and its ids are in range and distinct.
+    A NaN counts as the smallest key. Its row has NaN weights anyway; the ids are in range and distinct.
     """
     assert config.top_k is not None
     keys = choice_keys(logits, config, selection_bias)
@@ -57,16 +57,17 @@ def choose(
 
 
 def keys_are_rounded(config: MoEConfig, selection_bias: Array | None) -> bool:
-    """Whether the keys come out of arithmetic, so that implementations may differ in their last bits (R2)."""
+    """Whether keys are computed with rounding, so that implementations may differ in their last bits (R2)."""
     return selection_bias is not None or config.num_groups > 1
 
 
 def choice_keys(
     logits: Float[Array, "T E"], config: MoEConfig, selection_bias: Float[Array, " E"] | None = None
 ) -> Float[Array, "T E"]:
-    """What experts are chosen by: the logit, which orders as every scoring does; with a bias or groups score + bias.
+    """The keys by which experts are chosen: the logits; with a bias or groups, score + bias.
 
-    The score of "topk_softmax" is the logit. A logit of -inf or NaN has key -inf, whatever its bias (R4).
+    Every scoring orders experts as the logits do. The score of "topk_softmax" is the logit. A logit of -inf or NaN has
+    key -inf, whatever its bias (R4).
     """
     xp = array_namespace(logits)
     lowest = xp.full_like(logits, -math.inf)
@@ -95,7 +96,7 @@ def group_keys(keys: Float[Array, "T E"], config: MoEConfig) -> Float[Array, "T 
 
 
 def choose_groups(keys: Float[Array, "T G"], config: MoEConfig) -> Bool[Array, "T G"]:
-    """Which groups are kept: the ``topk_groups`` largest keys, the lower group of equals."""
+    """Which groups are kept: those with the ``topk_groups`` largest keys; of equal keys, the lower group."""
     xp = array_namespace(keys)
     groups = xp.arange(config.num_groups, device=device(keys))
     chosen = _largest(keys, config.topk_groups)
@@ -103,7 +104,7 @@ def choose_groups(keys: Float[Array, "T G"], config: MoEConfig) -> Bool[Array, "
 
 
 def keys_of_groups(keys: Float[Array, "T E"], kept: Bool[Array, "T G"]) -> Float[Array, "T E"]:
-    """The keys, with -inf for experts outside the groups that are kept."""
+    """The keys, with -inf for experts outside the kept groups."""
     xp = array_namespace(keys)
     members = xp.repeat(kept, keys.shape[-1] // kept.shape[-1], axis=-1)
     return xp.where(members, keys, xp.full_like(keys, -math.inf))
@@ -114,7 +115,7 @@ def _largest(keys: Array, count: int) -> Array:
 
 
 def broken_rows(logits: Float[Array, "*#samples T E"], config: MoEConfig) -> Bool[Array, "*#samples T"]:
-    """Rows whose weights are undefined: any NaN; for the softmax kinds also any +inf, or nothing but -inf (R4)."""
+    """Rows with undefined weights: those with a NaN or, under either softmax, a +inf or nothing but -inf (R4)."""
     xp = array_namespace(logits)
     broken = xp.any(xp.isnan(logits), axis=-1)
     if config.scoring == "sigmoid":
@@ -125,7 +126,7 @@ def broken_rows(logits: Float[Array, "*#samples T E"], config: MoEConfig) -> Boo
 def undefined_rows(
     logits: Float[Array, "*#samples T E"], topk_ids: Int[Array, "T K"], config: MoEConfig
 ) -> Bool[Array, "*#samples T"]:
-    """Broken rows; and for "topk_softmax" those in which all that is chosen is -inf, which takes groups (R4)."""
+    """Broken rows and, under "topk_softmax", rows whose chosen logits are all -inf, which only groups cause (R4)."""
     xp = array_namespace(logits)
     broken = broken_rows(logits, config)
     if config.scoring != "topk_softmax":
@@ -173,7 +174,7 @@ def sigmoid(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """1 / (1 + exp(-v)), without overflow on either side."""
     xp = array_namespace(value)
     positive = value >= 0
-    small = xp.exp(xp.where(positive, -value, value))  # not -|v|: autograd takes the derivative of |v| at 0 for 0
+    small = xp.exp(xp.where(positive, -value, value))  # not -|v|: autograd's derivative of |v| at 0 is 0
     return xp.where(positive, xp.ones_like(small), small) / (1 + small)
 
 
@@ -191,7 +192,7 @@ def take_chosen(values: Float[Array, "*#samples T E"], topk_ids: Int[Array, "T K
 def put_chosen(
     values: Float[Array, "*#samples T K"], topk_ids: Int[Array, "T K"], num_experts: int
 ) -> Float[Array, "*#samples T E"]:
-    """The transpose of `take_chosen`: zero but at [t, topk_ids[t, k]]."""
+    """The transpose of `take_chosen`: zero except at [t, topk_ids[t, k]]."""
     xp = array_namespace(values)
     experts = xp.arange(num_experts, device=device(values))
     total = xp.zeros((*values.shape[:-1], num_experts), dtype=values.dtype, device=device(values))
@@ -225,7 +226,7 @@ def route_vjp(
             d_chosen = softmax_vjp(softmax(chosen, rounding), d_scores, rounding)
         else:
             d_chosen = d_scores * sigmoid(chosen) * sigmoid(-chosen)
-            magnitude = xp.abs(d_scores) * sigmoid(chosen)  # an implementation may form s (1 - s)
+            magnitude = xp.abs(d_scores) * sigmoid(chosen)  # an implementation may compute s (1 - s)
             d_chosen = rounding.accumulate("d_router_logits", d_chosen, lambda: magnitude)
         d_logits = put_chosen(d_chosen, topk_ids, logits.shape[-1])
     return xp.where(broken, xp.full_like(d_logits, math.nan), d_logits)
@@ -234,7 +235,7 @@ def route_vjp(
 def softmax_vjp(
     p: Float[Array, "*#samples T N"], dp: Float[Array, "*#samples T N"], rounding: Rounding = EXACT
 ) -> Float[Array, "*#samples T N"]:
-    """Gradient d logits = p (dp - <p, dp>): a difference of nearly equal terms, whose error is that of the terms."""
+    """Gradient d logits = p (dp - <p, dp>). The terms nearly cancel; the error is that of the terms."""
     xp = array_namespace(p, dp)
     terms = p * dp
     d_logits = terms - p * xp.sum(terms, axis=-1, keepdims=True)

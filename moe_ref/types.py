@@ -1,7 +1,6 @@
 """What the specification and the executors exchange: configuration, weights, routing, grouping, gradients.
 
-The dataclasses only hold; checking lives in `moe_ref.validation`, because tracing and pytrees rebuild such objects
-with odd leaves.
+The dataclasses check nothing, because tracing and pytrees rebuild them with odd leaves; `moe_ref.validation` checks.
 
 Sizes, everywhere: T tokens, E experts, K experts chosen per token (``top_k``), S = T*K slots, H hidden, I intermediate.
 """
@@ -24,9 +23,10 @@ Activation = Literal["swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh
 GateUpLayout = Literal["concatenated", "interleaved"]
 
 GATED: tuple[Activation, ...] = ("swiglu", "geglu", "geglu_tanh")
-DENSE = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+PROJECTIONS = ("gate_up_proj", "down_proj")
+DENSE = (*PROJECTIONS, "gate_up_proj_bias", "down_proj_bias")
 LORA_FACTORS = ("gate_up_lora_a", "gate_up_lora_b", "down_lora_a", "down_lora_b")
-PARAMETERS = DENSE + LORA_FACTORS  # what has a gradient; the selection bias has none (D1)
+PARAMETERS = DENSE + LORA_FACTORS  # they have gradients; the selection bias has none (D1)
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,15 @@ class ExpertLoRA:
 class MoEWeights:
     """A thin view of a layer's parameters: build it per call, free of copies.
 
-    The projections may be views of any strides: a model that stores (E, H, 2I) passes ``.transpose(1, 2)``. J is 2I
-    for gated activations and I for the others. Each projection is an array, or in 4 bits an
-    `NF4Tensor` or an `MXFP4Tensor`.
+    The projections may be views of any strides: a model that stores (E, H, 2I) passes ``.transpose(1, 2)``. J is 2I for
+    gated activations and I for the others. Each projection is an array or, in 4 bits, an `NF4Tensor` or `MXFP4Tensor`.
     """
 
     gate_up_proj: Float[Array, "E J H"]  # or in 4 bits
     down_proj: Float[Array, "E H I"]  # or in 4 bits
     gate_up_proj_bias: Float[Array, "E J"] | None = None
     down_proj_bias: Float[Array, "E H"] | None = None
-    selection_bias: Float[Array, " E"] | None = None  # moves the choice only, never the weight (R3)
+    selection_bias: Float[Array, " E"] | None = None  # changes the choice only, never the weight (R3)
     lora: ExpertLoRA | None = None
     _: KW_ONLY
     config: MoEConfig
@@ -132,9 +131,9 @@ class MoEWeights:
         return self.down_proj.shape[2]
 
     def parameters(self) -> dict[str, Array]:
-        """What has a gradient, by name (those of `PARAMETERS` that the layer has), each with E in front.
+        """The `PARAMETERS` that the layer has, by name, each with E in front: these have gradients.
 
-        A projection in 4 bits has none and is not among them: see `packed`.
+        A projection in 4 bits has no gradient and is left out: see `packed`.
         """
         found = {name: getattr(self, name) for name in DENSE}
         found |= {name: getattr(self.lora, name, None) for name in LORA_FACTORS}
@@ -144,25 +143,25 @@ class MoEWeights:
 
     def packed(self) -> dict[str, PackedTensor]:
         """The projections in 4 bits, by name."""
-        projections = {name: getattr(self, name) for name in ("gate_up_proj", "down_proj")}
+        projections = {name: getattr(self, name) for name in PROJECTIONS}
         return {name: value for name, value in projections.items() if isinstance(value, PackedTensor)}
 
     def with_parameters(self, changed: dict[str, Array]) -> MoEWeights:
-        """The same layer with other arrays for some of its `parameters`, or others for what is `packed`."""
+        """The same layer with some of its `parameters` or `packed` projections replaced."""
         dense = {name: value for name, value in changed.items() if name in DENSE}
         factors = {name: value for name, value in changed.items() if name in LORA_FACTORS}
         lora = replace(self.lora, **factors) if self.lora is not None else None
         return replace(self, **dense, lora=lora)
 
     def map(self, change: Callable[[Array], Array]) -> MoEWeights:
-        """The same layer with every array changed, the selection bias included; what is in 4 bits stays as it is."""
+        """The same layer with every array changed, also the selection bias, but no projection in 4 bits."""
         changed = self.with_parameters({name: change(value) for name, value in self.parameters().items()})
         return replace(changed, selection_bias=None if self.selection_bias is None else change(self.selection_bias))
 
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Which experts a token goes to, ordered by (key descending, id ascending), and with what weight."""
+    """The experts of each token, ordered by (key descending, id ascending), and their weights."""
 
     topk_ids: Int[Array, "T K"]
     topk_weights: Float[Array, "*#samples T K"]
@@ -176,7 +175,7 @@ class Grouping:
     ``grouped_mm(offs=)``, transformers, scattermoe and megablocks take *inclusive ends* of length E.)
     """
 
-    order: Int[Array, " S"]  # order[i] is the slot that stands in row i; slot s belongs to token s // K
+    order: Int[Array, " S"]  # order[i] is the slot in row i; slot s belongs to token s // K
     inverse: Int[Array, " S"]  # inverse[order[i]] == i
     group_sizes: Int[Array, " E"]  # rows of each expert; sums to the number of slots that name an expert
     group_offsets: Int[Array, " E+1"]  # expert e has rows group_offsets[e] .. group_offsets[e + 1] - 1
@@ -184,12 +183,12 @@ class Grouping:
 
 @dataclass(frozen=True, eq=False)
 class MoEGradients:
-    """Gradients of <dy, y>, each in the shape of what it belongs to; None for what the layer does not have."""
+    """Gradients of <dy, y>, each in the shape of its argument; None for arguments that the layer does not have."""
 
     x: Array
-    router_logits: Array | None  # None where the caller brought the routing
+    router_logits: Array | None  # None if the caller gave the routing
     topk_weights: Array
-    gate_up_proj: Array | None = None  # None in 4 bits, which are frozen
+    gate_up_proj: Array | None = None  # None for frozen projections in 4 bits
     down_proj: Array | None = None
     gate_up_proj_bias: Array | None = None
     down_proj_bias: Array | None = None

@@ -18,7 +18,7 @@ from random_nf4 import decoded, equal_bits, in_torch, tensors
 
 
 def many_blocks() -> NF4Tensor:
-    """Three experts of 300 nested scales each, under one offset: the second begins within a nested block."""
+    """Three experts of 300 nested scales each, with one offset: the second begins inside a nested block."""
     rng = np.random.default_rng(0)
     static = {"shape": (3, 300, 32), "dtype": "bfloat16", "blocksize": 32}
     scales = rng.integers(0, 256, 900, dtype=np.uint8), np.float32([1, 2, 3, 4])
@@ -27,7 +27,7 @@ def many_blocks() -> NF4Tensor:
 
 
 def partial_last_block() -> NF4Tensor:
-    """More codes than are decoded at a time, and a last block of its own scale, which ends early."""
+    """More codes than one piece, and a last block that ends early and has its own scale."""
     codes = np.random.default_rng(1).integers(0, 256, 4511, dtype=np.uint8)
     return NF4Tensor(codes, np.arange(1, 142, dtype=np.float32), shape=(1, 1, 9021), dtype="float32")
 
@@ -45,7 +45,7 @@ SIGN = NF4Tensor(EIGHTS, np.float32([0.64042264]), shape=(1, 1, 31), dtype="floa
 
 @pytest.fixture(scope="module", params=["kernel", "kernel without vectors", "table"])
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """How 4 bits are decoded: as this processor does, as one without AVX-512 does, and without the library."""
+    """The ways to decode 4 bits: on this processor, as on one without AVX-512, and without the library."""
     operator = _decode_kernel.operator()
     if request.param != "kernel without vectors":
         yield request.param
@@ -68,7 +68,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
 @example(NEGATIVE)
 @example(SIGN)
 def test_experts_are_decoded_to_the_last_bit(way: str, tensor: NF4Tensor) -> None:
-    """Q1, Q2, Q3, Q5, Q6: one expert at a time, and several whose numbers only the device knows, in any order."""
+    """Q1, Q2, Q3, Q5, Q6: one expert at a time, and several in any order, whose ids only the device knows."""
     right, given_ = decoded(tensor), in_torch(tensor)
     experts = torch.arange(tensor.shape[0]).flip(0)
     by_table = mock.patch.object(_decode, "decode_blocks", no_kernel if way == "table" else _decode.decode_blocks)

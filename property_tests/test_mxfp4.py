@@ -1,4 +1,4 @@
-"""Quantising to MXFP4 (M1): the nearest code by brute force, and in torch, piece by piece, the specification's bits."""
+"""Quantising to MXFP4 (M1): the nearest code by brute force; in torch, piece by piece, the specification's bits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dense(draw: st.DrawFn) -> Tensor:
 
 @given(values=dense())
 def test_the_nearest_code_by_brute_force(values: Tensor) -> None:
-    """M1: no code is nearer, of two that are equally near it is the even one; all in exact arithmetic."""
+    """M1: no code is nearer; of two equally near codes it is the even one. The arithmetic is exact."""
     numbers = values.double().numpy()
     found = specification.quantize(np.ascontiguousarray(values.float().numpy()))
     scales = np.repeat(specification.scale_of(found.scales), specification.BLOCKSIZE, axis=-1)

@@ -1,6 +1,6 @@
-"""NF4 and FP4 (clauses Q1 to Q5): decoding is a loop of one line, whatever the shape, and experts stay apart.
+"""NF4 and FP4 (clauses Q1 to Q5): decoding equals a loop of one line for every shape, and experts stay separate.
 
-That bitsandbytes agrees is in test_nf4_library.py.
+test_nf4_library.py tests that bitsandbytes agrees.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def test_numpy_and_torch_decode_alike(tensor: NF4Tensor) -> None:
 
 @given(tensor=tensors(segments=True, ranks=(3,)))
 def test_an_expert_decodes_alone_as_among_the_others(tensor: NF4Tensor) -> None:
-    """Q1, Q5: blocks, bytes and nested blocks may straddle experts, and segments may not."""
+    """Q1, Q5: blocks, bytes and nested blocks may straddle experts; segments may not."""
     whole = decoded(tensor)
     with np.errstate(all="ignore"):
         alone = np.stack([decode_expert(tensor, e) for e in range(tensor.shape[0])])
@@ -72,7 +72,7 @@ def test_packing_loses_nothing(count: int, last: int, seed: int) -> None:
 
 @given(tensor=tensors(segments=True, ranks=(3,)))
 def test_segments_are_experts_on_their_own(tensor: NF4Tensor) -> None:
-    """Q5: with an offset for each expert, each has its own nested blocks; and its plain absmax joins exactly."""
+    """Q5: with an offset for each expert, each has its own nested blocks, and its plain absmax joins exactly."""
     experts = tensor.shape[0]
     own = tensor.size // experts
     if own % tensor.blocksize:
@@ -95,7 +95,7 @@ def test_segments_are_experts_on_their_own(tensor: NF4Tensor) -> None:
 @example(experts=2, own=20, seed=0)  # two blocks, alone and joined, but not the same two
 @example(experts=2, own=64, seed=0)
 def test_joining_is_exact_only_for_multiples_of_blocksize(experts: int, own: int, seed: int) -> None:
-    """Q5: else the arrays do not fit, or fit and mean something else."""
+    """Q5: otherwise the arrays do not fit, or they fit and mean something else."""
     rng = np.random.default_rng(seed)
     blocks = ceil(own / 32)
     packed = rng.choice(np.array([0x12, 0x9A, 0xEF], dtype=np.uint8), (experts, ceil(own / 2)))  # no code of zero

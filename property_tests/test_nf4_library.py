@@ -2,8 +2,8 @@
 
 Where it is wrong, or its answer depends on the processor, elements are excused by name. Each excuse has a pinned
 example of that name in tests/executors/test_nf4_differences.py and a section in docs/known-differences.md. On
-processors that were not measured it may be wrong in other ways: tests of its compiled functions then skip, and tell
-what was seen. What is asserted of us, and of its path in PyTorch, holds on all of them.
+processors that were not measured the library may be wrong in other ways: tests of its compiled functions then skip and
+report what they saw. What the tests assert of moe-ref, and of the library's path in PyTorch, holds on all processors.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def library() -> Iterator[Any]:
 
 
 def excused(tensor: NF4Tensor, device: str) -> dict[str, np.ndarray]:
-    """By reason: which elements, as they are stored, the library may decode wrongly."""
+    """The elements, in storage order, that the library may decode wrongly, by reason."""
     size, blocksize, width = tensor.size, tensor.blocksize, tensor.stored_shape[-1]
     place = np.arange(size)
     looked_up = place // width * (width // blocksize) + place % width // blocksize
@@ -58,7 +58,7 @@ def excused(tensor: NF4Tensor, device: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("device", DEVICES)
 @given(tensor=tensors())
 def test_decoding_equals_the_library(library: Any, device: str, tensor: NF4Tensor) -> None:
-    """Q2, Q3, Q6: bit for bit, but for what is excused; of FP4's code 8 the sign is (negative_zero_of_fp4)."""
+    """Q2, Q3, Q6: bit for bit, except excused elements and the sign of FP4's code 8 (negative_zero_of_fp4)."""
     assume(tensor.packed.shape[0] > 1)  # the library takes it for transposed: a_first_dimension_of_1
     theirs = library_decodes(library, tensor, device)
     ours = as_stored(tensor)
@@ -73,7 +73,7 @@ def test_decoding_equals_the_library(library: Any, device: str, tensor: NF4Tenso
 
 @given(tensor=tensors().filter(lambda tensor: tensor.stored_shape[-1] % 2 == 1))
 def test_decoding_equals_the_librarys_path_in_pytorch(library: Any, tensor: NF4Tensor) -> None:
-    """Q1, Q2, Q3: rows of odd length are decoded there, on every processor; bit for bit, and nothing is excused."""
+    """Q1, Q2, Q3: that path also decodes rows of odd length, on every processor, bit for bit; nothing is excused."""
     assume(tensor.packed.shape[0] > 1)
     ours, theirs = as_stored(tensor), library_decodes(library, tensor)
     places = np.nonzero(~equal_bits(ours, theirs))[0][:5]
@@ -82,7 +82,7 @@ def test_decoding_equals_the_librarys_path_in_pytorch(library: Any, tensor: NF4T
 
 @st.composite
 def inputs(draw: st.DrawFn, blocksize: int, largest: int) -> np.ndarray:
-    """Numbers in fp32 with zeros, ties, and numbers near to them; their blocks have scales from 2**-largest on."""
+    """Numbers in fp32 with zeros, ties, and numbers near ties, in blocks with scales from 2**-largest on."""
     count = draw(st.one_of(st.integers(1, 9), st.integers(1, 5 * blocksize)), label="count")
     power = draw(st.integers(-largest, largest), label="power of two")
     factor = draw(st.sampled_from([1.0, 0.75, 1.37]), label="factor")
@@ -104,8 +104,8 @@ def test_quantizing_equals_the_library(
 ) -> None:
     """Q4: NF4 bit for bit in full blocks; tails and FP4 by the values they stand for, away from ties.
 
-    Away is: after scaling, farther from each midpoint m of two values than AWAY_FROM_TIES * m. There no value is nearer
-    than ours.
+    A number is away from ties if, after scaling, it is farther than AWAY_FROM_TIES * m from each midpoint m of two
+    values. There no value is nearer than ours.
     """
     x = torch.tensor(data.draw(inputs(blocksize, LARGEST[device]), label="values"), device=device)
     x = x.to(getattr(torch, dtype))
@@ -137,7 +137,7 @@ def test_quantizing_equals_the_library(
 def test_nested_statistics_are_no_worse_than_the_librarys(
     library: Any, device: str, blocks: int, power: int, seed: int
 ) -> None:
-    """Q3, Q4: the same mean but for the order of the sum; the nearest 8-bit code, where the library strays by a step.
+    """Q3, Q4: the same mean, except for the order of the sum; our 8-bit code is nearest, the library's within a step.
 
     A step is 2**-15 of the nested scale: the library looks numbers up in a table (nearest_8_bit_code).
     """

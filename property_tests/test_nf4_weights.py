@@ -60,7 +60,7 @@ def same_bits(found: NF4Tensor, expected: NF4Tensor) -> None:
 def test_bits_are_the_specifications(
     values: Tensor, quant_type: str, blocksize: int, nested: bool, dtype: str, piece: int
 ) -> None:
-    """Q4, in the order in which the numbers are stored, in pieces of any size."""
+    """Q4, in storage order, in pieces of any size."""
     form = {"quant_type": quant_type, "blocksize": blocksize, "nested": nested, "dtype": dtype}
     before, quantization.PIECES["cpu"] = quantization.PIECES["cpu"], piece
     try:

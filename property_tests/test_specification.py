@@ -23,7 +23,7 @@ STEP = 1e-7  # so small that no pre-activation crosses the clamp, whose margin i
 
 
 def sound(problem: Problem) -> Problem:
-    """In float64, everything differentiable, nothing broken, one right choice of experts."""
+    """Problems in float64 with everything differentiable, nothing broken, and one right choice of experts."""
     return with_one_choice(
         replace(
             problem,
@@ -50,7 +50,7 @@ def in_torch(arrays: Arrays) -> tuple[dict[str, torch.Tensor], MoEWeights]:
 
 
 def agree(problem: Problem, results: dict[str, np.ndarray]) -> None:
-    """Within the error bars of float64, which are far inside 1e-12 of the sum of the terms' sizes."""
+    """Demands the error bars of float64, which are far below 1e-12 of the sum of the terms' sizes."""
     bars = reference(problem).bars
     for name, value in results.items():
         verdict = judge(name, value, bars[name], "float64", "float64")

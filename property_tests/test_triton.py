@@ -32,7 +32,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 MOST_TOKENS = 10**6 if torch.cuda.is_available() else 256
 WIDE = MoEConfig(2, limit=1.0, up_offset=1.0, gate_up_layout="interleaved")
 
-# What must never be left to chance: each of them in one dtype, whatever the seed.
+# These features must not depend on chance: each is tested in one dtype, whatever the seed.
 ALWAYS = {
     "empty experts": Problem(5, 33, 16, 8, MoEConfig(1)),
     "ties": Problem(17, 33, 16, 8, MoEConfig(8, scoring="sigmoid"), logits="ties"),
@@ -68,7 +68,7 @@ def dense(executor: executors.Executor) -> st.SearchStrategy[Problem]:
 
 
 def drawn(share: int) -> settings:
-    """One of so many of the profile's examples."""
+    """The profile with 1 / ``share`` of its examples."""
     return settings(PROFILE, max_examples=max(1, PROFILE.max_examples // share))
 
 

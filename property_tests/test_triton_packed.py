@@ -1,6 +1,6 @@
-"""The kernels that read 4 bits, both ways: decoded in the products and before them, judged as every executor is.
+"""The kernels that read 4 bits, on both paths: decoding in the products and before them, judged as every executor is.
 
-NF4, FP4, plain and nested, and MXFP4. Where the kernels are interpreted fewer problems are drawn.
+The formats are NF4 and FP4, plain and nested, and MXFP4. Interpreted kernels get fewer problems.
 """
 
 from dataclasses import replace
@@ -32,7 +32,7 @@ MOST = 10**6 if torch.cuda.is_available() else 40_000  # numbers of x and a proj
 
 both_paths = pytest.mark.parametrize("executor", PATHS.values(), ids=PATHS)
 
-# What must never be left to chance: gpt-oss' form both ways in memory, every kind of statistics, rows within bytes.
+# These must not depend on chance: gpt-oss' form in both storage orders, every kind of statistics, rows within bytes.
 GPT_OSS = replace(pinned.GPT_OSS, top_k=2)
 BASE = Problem(17, 5, 64, 96, GPT_OSS, "bfloat16", gate_up_bias=True, down_bias=True)
 ALWAYS = {
@@ -59,7 +59,7 @@ ALWAYS = {
 
 
 def drawn(share: int) -> settings:
-    """One of so many of the profile's examples."""
+    """The profile with 1 / ``share`` of its examples."""
     return settings(PROFILE, max_examples=max(1, PROFILE.max_examples // share))
 
 

@@ -1,7 +1,7 @@
-"""4-bit experts to numbers, bit for bit as clauses Q1 to Q3 and M1 have them. Nothing here waits for a GPU.
+"""Decodes 4-bit experts, bit for bit as clauses Q1 to Q3 and M1 say. Nothing here waits for a GPU.
 
-Two ways give the same bits: a table of byte values, on any device, and bitsandbytes' kernel for its own formats, on a
-CPU, which is four times as fast (`executors._decode.bitsandbytes`).
+Two paths give the same bits: a table of byte values on any device; and on a CPU bitsandbytes' kernel for its own
+formats, which is four times as fast (`executors._decode.bitsandbytes`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SMALLEST, NAN = 0x00400000, 0x7FC00000  # bits of 2**-127, which is subnormal, a
 
 
 def decode_expert(tensor: PackedTensor, index: int) -> Tensor:
-    """[m, k] One expert of [E, m, k]: of the others only what shares a block with it is decoded."""
+    """[m, k] Decodes one expert of [E, m, k], and of the others only what shares a block with it."""
     if isinstance(tensor, MXFP4Tensor):
         return _decode_mxfp4(tensor.blocks[index], tensor.scales[index], tensor)
     assert isinstance(tensor, NF4Tensor)
@@ -35,7 +35,7 @@ def decode_expert(tensor: PackedTensor, index: int) -> Tensor:
 
 
 def decode_experts(tensor: PackedTensor, experts: Tensor) -> Tensor:
-    """[n, m, k] Several experts of [E, m, k], whose numbers [n] only the device knows."""
+    """[n, m, k] Decodes several experts of [E, m, k], whose ids [n] only the device knows."""
     if isinstance(tensor, MXFP4Tensor):
         return _decode_mxfp4(tensor.blocks.index_select(0, experts), tensor.scales.index_select(0, experts), tensor)
     assert isinstance(tensor, NF4Tensor)
@@ -54,7 +54,7 @@ def decode_experts(tensor: PackedTensor, experts: Tensor) -> Tensor:
 
 
 def _decode_mxfp4(blocks: Tensor, scales: Tensor, tensor: MXFP4Tensor) -> Tensor:
-    """[..., m, k] from blocks [..., k / 32, 16] and their scales, in the tensor's order."""
+    """[..., m, k] Decodes blocks [..., k / 32, 16] with their scales, in the tensor's order."""
     size = prod(tensor.shape[1:])
     numbers = torch.empty(*blocks.shape[:-3], size, dtype=getattr(torch, tensor.dtype), device=blocks.device)
     table = table_of(tensor.quant_type, blocks.device)
@@ -91,7 +91,7 @@ def _absmax_between(tensor: NF4Tensor, first: int, last: int) -> Tensor:
 
 
 def absmax_of(tensor: NF4Tensor, blocks: Tensor) -> Tensor:
-    """[n] The scales of some blocks: with nested statistics a product and then a sum, each rounded to fp32 (Q3)."""
+    """[n] The scales of some blocks. Nested ones are a product and then a sum, each rounded to fp32 (Q3)."""
     absmax: Tensor = tensor.absmax.index_select(0, blocks)
     if tensor.nested_code is None or tensor.nested_absmax is None or tensor.nested_offset is None:
         return absmax
@@ -103,7 +103,7 @@ def absmax_of(tensor: NF4Tensor, blocks: Tensor) -> Tensor:
 
 
 def _decode(codes: Tensor, scales: Tensor, tensor: NF4Tensor) -> Tensor:
-    """[n] The numbers of whole blocks, and of a last one that may end early."""
+    """[n] Decodes whole blocks and a last block that may end early."""
     whole = codes.shape[0] * 2 // tensor.blocksize
     bytes_of_whole = whole * tensor.blocksize // 2
     fast = decode_blocks(codes[:bytes_of_whole], scales[:whole], tensor)
@@ -119,6 +119,6 @@ def _decode(codes: Tensor, scales: Tensor, tensor: NF4Tensor) -> Tensor:
 
 
 def _laid_out(numbers: Tensor, tensor: PackedTensor) -> Tensor:
-    """[n] or [experts, n] in the shape of a projection, as a view."""
+    """A view of [n] or [experts, n] in the shape of a projection."""
     stored = numbers.view(*numbers.shape[:-1], *tensor.stored_shape[1:])
     return stored.transpose(-1, -2) if tensor.transposed else stored

@@ -1,8 +1,9 @@
-"""bitsandbytes' CPU kernel, where it is installed and has been seen to be right.
+"""bitsandbytes' CPU kernel, where it is installed and proved right.
 
-Before a format's first use a probe is decoded and compared with the table's bits (Q6; `executors._decode.probe`). The
-kernel is always given one row for each block, never rows that blocks straddle, and blocks of at most 1024; scales so
-small that a bf16 result would be subnormal are kept from it. Why: docs/known-differences.md.
+Before a format's first use the kernel decodes a probe, which must have the table's bits (Q6;
+`executors._decode.probe`). The kernel always gets one row for each block, never rows that blocks straddle, and blocks
+of at most 1024. It never gets scales so small that a bf16 result would be subnormal. docs/known-differences.md says
+why.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from torch import Tensor
 from executors._decode.probe import is_exact
 from moe_ref.types import MoEWeights, MXFP4Tensor, NF4Tensor
 
-LONGEST_BLOCK = 1024  # longer ones take another way in the library
-SMALLEST_SCALE = 2.0**-118  # from here on no product with a code is subnormal: the smallest code but 0 is 2**-7.6
-BLOCKSIZES = [32, 64, 128, 256, 512, LONGEST_BLOCK]  # that the kernel is given
+LONGEST_BLOCK = 1024  # longer ones take another path in the library
+SMALLEST_SCALE = 2.0**-118  # from here on no product with a code is subnormal: the smallest code above 0 is 2**-7.6
+BLOCKSIZES = [32, 64, 128, 256, 512, LONGEST_BLOCK]  # of the blocks that the kernel gets
 
 
 def decode_blocks(codes: Tensor, scales: Tensor, tensor: NF4Tensor) -> Tensor | None:
-    """[n] The numbers of whole blocks by the kernel, or None where it cannot be used.
+    """[n] Decodes whole blocks with the kernel; None where the kernel cannot be used.
 
     Args:
         codes: [n / 2] bytes of whole blocks.
         scales: [n / blocksize] fp32.
-        tensor: tells the format.
+        tensor: gives the format.
     """
     if codes.device.type != "cpu" or not codes.shape[0] or not is_right(tensor.quant_type, tensor.dtype):
         return None
@@ -40,13 +41,13 @@ def decode_blocks(codes: Tensor, scales: Tensor, tensor: NF4Tensor) -> Tensor | 
 
 @cache
 def is_right(quant_type: str, dtype: str) -> bool:
-    """Whether the kernel is installed, and a probe comes out of it as out of the table, bit for bit."""
+    """Whether the kernel is installed and decodes a probe to the table's bits."""
     return operator() is not None and is_exact(_kernel, quant_type, dtype, BLOCKSIZES)
 
 
 @cache
 def operator() -> Any:
-    """The library's operator, or None where it cannot be had."""
+    """The library's operator, or None where it is not available."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.addFilter(_is_news)
     try:
@@ -59,12 +60,12 @@ def operator() -> Any:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not that the library found no fused product for CPUs, of which nothing here makes use."""
+    """False for the message that the library found no fused product for CPUs, which nothing here uses."""
     return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 
 
 def slow_note(x: Tensor, weights: MoEWeights) -> str:
-    """Why a call on a CPU decodes by the table, or ""."""
+    """The reason why a call on a CPU decodes by the table, or ""."""
     if x.device.type != "cpu":
         return ""
     packed = weights.packed()
@@ -89,5 +90,5 @@ def _kernel(codes: Tensor, scales: Tensor, blocksize: int, quant_type: str, dtyp
 
 
 def _any_tiny(scales: Tensor) -> bool:
-    """Whether a scale is tiny, of either sign, but not 0, whose products are exact."""
+    """Whether a scale of either sign is tiny but not 0: products with 0 are exact."""
     return bool(((scales.abs() < SMALLEST_SCALE) & (scales != 0)).any())

@@ -1,4 +1,4 @@
-"""Which way projections in 4 bits take: names and measures that executors share."""
+"""The paths of projections in 4 bits: names and measures that executors share."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ Path = Literal["auto", "fused", "decoded", "torch"]
 
 
 def mean_rows(x: Tensor, weights: MoEWeights) -> float | None:
-    """The mean rows of an expert, S / E; None where only ``topk_ids`` would tell K."""
+    """The mean number of rows of an expert, S / E; None where only ``topk_ids`` give K."""
     top_k = weights.config.top_k
     return None if top_k is None else x.numel() // x.shape[-1] * top_k / weights.num_experts

@@ -1,8 +1,8 @@
-"""Whether a kernel decodes 4 bits as the table does, to the last bit: asked once for each format, before its first use.
+"""Tests, before a format's first use, whether a kernel decodes 4 bits as the table does, to the last bit.
 
-The probe has what kernels were seen to get wrong, or could: every code at every place of a block, whatever vector or
-remainder that is in; every length of a block; one block, a few, and many; scales of both signs, ties of the rounding,
-products that only two roundings get right, zeros of both signs, what is subnormal or too large, infinity and NaN.
+The probe has what kernels got wrong, or could get wrong: every code at every position of a block, in a vector or in a
+remainder; every length of a block; one block, a few, and many; scales of both signs, ties of the rounding, products
+that only two roundings get right, zeros of both signs, subnormal and too large numbers, infinity and NaN.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from executors._decode.table import decode_codes, table_of
 
-BLOCKS = 256  # so that every byte comes to every place
+BLOCKS = 256  # so that every byte is at every position
 COUNTS = (1, 3, BLOCKS)
-STEP = 37  # from a byte to the next one; odd, so that a block has many different ones
+STEP = 37  # from one byte to the next; odd, so that a block has many different bytes
 TIES = (1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11)  # of ±1, rounded to bf16, and to fp16
 TWO_ROUNDINGS = {  # a product of these and a code, rounded to fp32, is a tie of bf16 or fp16; the exact one is not
     "nf4": tuple(map(float.fromhex, ("0x1.00d0eap+0", "0x1.0020fep+0"))),
@@ -30,13 +30,13 @@ Kernel = Callable[[Tensor, Tensor, int, str, torch.dtype], Tensor]  # codes, sca
 
 
 def is_exact(kernel: Kernel, quant_type: str, dtype: str, blocksizes: list[int]) -> bool:
-    """Whether the kernel and the table give the same bits: the sign of a zero counts, one NaN is as good as another.
+    """Whether the kernel and the table give the same bits. The sign of a zero counts; all NaN are equal.
 
     Args:
         kernel: decodes [n / 2] bytes with [n / blocksize] scales to [n] numbers.
         quant_type: "nf4" or "fp4".
-        dtype: of the numbers.
-        blocksizes: that the kernel is ever given.
+        dtype: dtype of the numbers.
+        blocksizes: all that the kernel may get.
     """
     table, scales = table_of(quant_type, "cpu"), probe_scales(quant_type, dtype)
     for blocksize in blocksizes:
@@ -52,7 +52,7 @@ def is_exact(kernel: Kernel, quant_type: str, dtype: str, blocksizes: list[int])
 
 
 def probe_scales(quant_type: str, dtype: str) -> Tensor:
-    """[256] fp32, the first few of them plain: those are decoded alone too."""
+    """[256] fp32. The first few are ordinary: the probe also decodes these alone."""
     low, high = POWERS[dtype]
     parts = [1.0, 1.37, *TIES, *TWO_ROUNDINGS[quant_type]]
     powers = [round(low + (high - low) * step / 14) for step in range(15)]

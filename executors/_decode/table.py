@@ -1,4 +1,4 @@
-"""4-bit codes to numbers by a table of what each byte stands for: on any device, and right on all of them."""
+"""Decodes 4-bit codes by a table of each byte's two numbers, correctly on every device."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ CODES = {
     "mxfp4": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
 }
 LOW_FIRST = ("mxfp4",)  # the low nibble is the first number
-PIECES = {"cpu": 2**19}  # bytes decoded at a time, on the way they take twelve times the room: a cache's worth
-PIECE = 2**23  # on a GPU: few launches, 100 MB
+PIECES = {"cpu": 2**19}  # bytes decoded at a time: twelve times that fit in a cache
+PIECE = 2**23  # on a GPU: few launches, 100 MB of memory
 
 
 def table_of(quant_type: str, device: torch.device | str) -> Tensor:
-    """[256, 2] fp32: the two numbers of each byte in their order (Q1, M1)."""
+    """[256, 2] fp32: the two numbers of each byte, in order (Q1, M1)."""
     numbers = CODES[quant_type]
     if torch.device(device).type == "cpu":
         codes = torch.tensor(numbers, dtype=torch.float32)
-    else:  # made on the device: a copy from the host would wait for it
+    else:  # made on the device: a copy from the host would wait for the device
         codes = torch.cat([torch.full((1,), number, dtype=torch.float32, device=device) for number in numbers])
     pair = [codes.repeat_interleave(16), codes.repeat(16)]  # of the high nibble, and of the low one
     return torch.stack(pair[::-1] if quant_type in LOW_FIRST else pair, dim=1)
 
 
 def decode_codes(codes: Tensor, scales: Tensor, blocksize: int, table: Tensor, out: Tensor) -> None:
-    """Decodes blocks, of which the last may end early.
+    """Decodes blocks; the last may end early.
 
-    One product in fp32, then one rounding to ``out``'s dtype (Q2).
+    Each number is one product in fp32, then rounded once to ``out``'s dtype (Q2).
 
     Args:
         codes: [n] bytes.
         scales: [ceil(2 n / blocksize)] fp32.
-        blocksize: codes of a block.
-        table: of `table_of`.
-        out: [2 n], or one less where the last code is filling; written.
+        blocksize: codes per block.
+        table: from `table_of`.
+        out: [2 n], or one less if the last code is padding; written.
     """
     pairs = table.view(torch.int64).view(-1)  # gathers one word for each byte
     step = PIECES.get(codes.device.type, PIECE)  # whole blocks: these sizes are powers of two
@@ -68,13 +68,13 @@ def decode_codes(codes: Tensor, scales: Tensor, blocksize: int, table: Tensor, o
 
 
 def decode_elements(packed: Tensor, scales: Tensor, places: Tensor, table: Tensor, out: Tensor) -> None:
-    """Decodes numbers one by one, wherever they stand: for experts that share blocks.
+    """Decodes numbers one by one, at any positions, for experts that share blocks.
 
     Args:
-        packed: [bytes] all of them.
-        scales: [n] fp32, of each number's block.
-        places: [n] of the numbers among all.
-        table: of `table_of`.
+        packed: [bytes], all bytes of the tensor.
+        scales: [n] fp32, the scale of each number's block.
+        places: [n] positions of the numbers in the tensor.
+        table: from `table_of`.
         out: [n], written.
     """
     low = places % 2

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from executors._base.arguments import arguments_of
 from executors._base.operator import NAMES
-from executors._bench.layers import BenchLayer, Form
+from executors._bench.layers import BenchLayer, Storage
 from executors._bench.routing import Batch
 from executors._triton import layer, operator
 from executors._triton import tuned as _tuned
@@ -66,13 +66,13 @@ class Workload:
         given = arguments_of(batch.x, batch.topk_ids, batch.topk_weights, owner.weights())
         given = given.with_tensors([narrowed(tensor) for tensor in given.tensors()])
         self.layer = operator.layer_of(given._replace(topk_weights=batch.topk_weights.detach()))
-        self.dy, self.backward, self.form = batch.dy.to(dtype), backward, owner.form
+        self.dy, self.backward, self.storage = batch.dy.to(dtype), backward, owner.storage
         self.key: Key = _tuned.key_of(self.layer, operator.precision_of(self.layer))
         self.shipped: Regime = operator.shipped_regime(self.layer)
         self.device = device_of(self.layer.x.device)
         self.shared = FAMILIES[self.device.family].shared
-        self.needs = needs_of(self.layer, owner.form)
-        inner = ("inner",) if owner.form.rank else ()
+        self.needs = needs_of(self.layer, owner.storage)
+        inner = ("inner",) if owner.storage.rank else ()
         self.products = ("up", "down", *(("dh", "dx", "outer") if backward else ()), *inner)
         self.groups: Callable[[int], Groups] = cache(self._groups)
 
@@ -109,7 +109,7 @@ class Workload:
 
     def _run_outer(self, plan: Plan) -> list[Tensor]:
         own, known = self.layer, self._known
-        part = "lora_a" if self.form.rank else "proj"
+        part = "lora_a" if self.storage.rank else "proj"
         wanted = {name: name in (f"gate_up_{part}", f"down_{part}") for name in NAMES}
         found = layer.down_gradients(own, plan, known.h, self.dy, known.of_down, wanted)
         return list((found | layer.up_gradients(own, plan, known.dz, known.of_up, wanted)).values())
@@ -151,16 +151,16 @@ class Workload:
         own, up, down, plan = self.layer, self.layer.up, self.layer.down, self.plan(self.shipped)
         _, z = layer.activations(own, plan, keep_z=True)
         of_down = of_up = None
-        if self.form.rank:
+        if self.storage.rank:
             of_down = layer.inner_gradient(Narrow(self.dy), down, plan, of_tokens=True)
         dh = layer.activation_gradient(own, plan, self.dy, of_down)
         dz, h, _ = layer.preactivation_gradient(own, plan, dh, z, self.dy)
-        if self.form.rank:
+        if self.storage.rank:
             of_up = layer.inner_gradient(by_rows(dz, own.dtype, plan), up, plan, of_tokens=False)
         return Backward(dz, h, of_down, of_up)
 
 
-def needs_of(own: layer.Layer, form: Form) -> dict[str, bool]:
+def needs_of(own: layer.Layer, storage: Storage) -> dict[str, bool]:
     """Which gradients a training step wants: beside adapters, none of other weights."""
     there = {
         f"{prefix}_{name}": getattr(projection, field) is not None
@@ -168,5 +168,5 @@ def needs_of(own: layer.Layer, form: Form) -> dict[str, bool]:
         for name, field in (("proj", "matrices"), ("proj_bias", "bias"), ("lora_a", "lora_a"), ("lora_b", "lora_b"))
     }
     return {
-        name: name in ("x", "topk_weights") or (there[name] and ("lora" in name or not form.rank)) for name in NAMES
+        name: name in ("x", "topk_weights") or (there[name] and ("lora" in name or not storage.rank)) for name in NAMES
     }

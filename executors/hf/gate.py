@@ -57,9 +57,9 @@ def _layout(apply: Apply) -> str:
 
     "" where it is neither.
     """
-    z = torch.tensor([[0.5, 0.25, 0.75, 0.375]], dtype=torch.float64)
+    z = torch.tensor([[0.5, 0.25, 0.75, 0.375]], dtype=torch.float64) / 16  # below every clamp
     moved = z.clone()
-    moved[0, 2] = 0.8125
+    moved[0, 2] *= 1.25
     changed = (apply(z) != apply(moved)).flatten().tolist()
     return {(True, False): "concatenated", (False, True): "interleaved"}.get(tuple(changed), "")
 

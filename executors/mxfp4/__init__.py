@@ -1,7 +1,7 @@
 """Weights in MXFP4, the format of gpt-oss' checkpoints: take over, quantise, save (docs/mxfp4-weights.md).
 
-Nothing is copied on the way in or out: `from_blocks` and `from_state_dict` keep a checkpoint's bytes, and
-`to_state_dict` gives them back. What cannot be taken over exactly is refused. The bits are those of clause M1.
+`from_blocks` and `from_state_dict` keep a checkpoint's bytes, and `to_state_dict` returns them; none of these copies.
+They refuse what they cannot take over exactly. The bits are those of clause M1.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from executors._decode.dense import check_dense, decoded_dtype, name_of
 from executors.mxfp4.quantization import quantized
-from moe_ref.types import MoEConfig, MoEWeights, MXFP4Tensor, PackedTensor
-from moe_ref.validation import DECODED_DTYPES, check_mxfp4, check_quantize_mxfp4, check_weights, dtype_name
+from moe_ref.types import PROJECTIONS, MoEConfig, MoEWeights, MXFP4Tensor
+from moe_ref.validation import DECODED_DTYPES, check_mxfp4, check_quantize_mxfp4, check_weights
 
 __all__ = ["from_blocks", "from_state_dict", "quantize", "quantize_tensor", "to_state_dict"]
 
-PROJECTIONS = ("gate_up_proj", "down_proj")
-BYTES = 16  # of a block
+BYTES = 16  # per block
 
 
 def from_blocks(blocks: Tensor, scales: Tensor, *, dtype: torch.dtype | str = "bfloat16") -> MXFP4Tensor:
-    """A tensor from a checkpoint's bytes, without a copy.
+    """Makes a tensor from a checkpoint's bytes, without a copy.
 
     Args:
-        blocks: uint8, [..., k / 32, 16] as gpt-oss ships them, or [..., k / 2] as transformers' own experts keep them:
-            as many dimensions as the scales.
+        blocks: uint8, [..., k / 32, 16] as in gpt-oss, or [..., k / 2], with as many dimensions as the scales, as in
+            transformers' own experts.
         scales: uint8, [..., k / 32].
-        dtype: fp32, bf16 or fp16, what it decodes to, as a torch.dtype or its name.
+        dtype: the dtype to decode to: fp32, bf16 or fp16, as a torch.dtype or its name.
 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
@@ -41,17 +41,17 @@ def from_blocks(blocks: Tensor, scales: Tensor, *, dtype: torch.dtype | str = "b
 def from_state_dict(
     state: Mapping[str, Tensor], *, config: MoEConfig, prefix: str = "", dtype: torch.dtype | str = "bfloat16"
 ) -> MoEWeights:
-    """A layer from the entries of gpt-oss' checkpoints, with their bytes as they are.
+    """Reads a layer from the entries of gpt-oss' checkpoints, with the same bytes.
 
-    They are ``gate_up_proj_blocks`` [E, 2I, H / 32, 16] and ``gate_up_proj_scales`` [E, 2I, H / 32], the same of
+    The entries are ``gate_up_proj_blocks`` [E, 2I, H / 32, 16] and ``gate_up_proj_scales`` [E, 2I, H / 32], the same of
     ``down_proj`` [E, H, I / 32, ...], and, where the layer has them, ``gate_up_proj_bias`` [E, 2I] and
     ``down_proj_bias`` [E, H]. Source: openai/gpt-oss-20b; transformers, ``integrations/mxfp4.py``.
 
     Args:
-        state: a state dict, of which only these entries are read; it is not changed.
+        state: a state dict; only these entries are read, and nothing is changed.
         config: the layer's configuration; gpt-oss' own is in docs/mxfp4-weights.md.
-        prefix: what stands before those names, such as "model.layers.0.mlp.experts.".
-        dtype: fp32, bf16 or fp16, what the projections decode to, and x's dtype.
+        prefix: the prefix of those names, such as "model.layers.0.mlp.experts.".
+        dtype: the dtype that the projections decode to, also x's dtype: fp32, bf16 or fp16.
 
     Raises:
         ValueError, TypeError: one line naming the key or the field, its value, and what is allowed.
@@ -70,16 +70,17 @@ def from_state_dict(
 
 
 def to_state_dict(weights: MoEWeights, prefix: str = "") -> dict[str, Tensor]:
-    """The layer's projections and biases under the names that `from_state_dict` reads, without a copy.
+    """Returns projections and biases under the names that `from_state_dict` reads, without a copy.
 
     Raises:
-        ValueError, TypeError: one line naming what that form has no place for: projections that are not in MXFP4, or in
-            the other order; adapters; a selection bias.
+        ValueError, TypeError: one line naming what that form cannot hold: projections that are not in MXFP4 or are in
+        the
+            other order; adapters; a selection bias.
     """
     check_weights(weights)
     for name in ("selection_bias", "lora"):
         if getattr(weights, name) is not None:
-            raise ValueError(f"{name} is given: must be None, since that form has no place for it")
+            raise ValueError(f"{name} is given: must be None, since gpt-oss' form cannot hold it")
     state: dict[str, Tensor] = {}
     for name in PROJECTIONS:
         tensor, bias = getattr(weights, name), getattr(weights, f"{name}_bias")
@@ -93,57 +94,41 @@ def to_state_dict(weights: MoEWeights, prefix: str = "") -> dict[str, Tensor]:
 
 
 def quantize(weights: MoEWeights, *, dtype: torch.dtype | str | None = None) -> MoEWeights:
-    """The layer with both projections in MXFP4, and everything else as it is (clause M1).
+    """Quantises both projections of a layer to MXFP4 and keeps everything else (clause M1).
 
-    Blocks run along the input dimension, H of gate_up_proj and I of down_proj, in whatever order the projections are
-    stored: checkpoints have no other. On the device of the weights, in pieces: beside the result it needs tens of
-    megabytes on a CPU, and a few hundred elsewhere. The result holds no gradient.
+    Blocks run along the input dimension, H of gate_up_proj and I of down_proj, however the projections are stored:
+    checkpoints have no other order. It works on the device of the weights, in pieces. Beside the result it needs tens
+    of megabytes on a CPU and a few hundred elsewhere. The result holds no gradient.
 
     Args:
         weights: projections [E, 2I, H] (or [E, I, H]) and [E, H, I] in fp32, bf16 or fp16, of any strides; finite;
             H and I multiples of 32.
-        dtype: fp32, bf16 or fp16, what it decodes to, as a torch.dtype or its name; default: the projections' own.
+        dtype: the dtype to decode to: fp32, bf16 or fp16, as a torch.dtype or its name; default: the projections' own.
 
     Raises:
-        ValueError, TypeError: one line naming the argument, its value, and what is allowed; among them a projection
+        ValueError, TypeError: one line naming the argument, its value, and what is allowed; also for a projection
             that is in 4 bits already, or has NaN or infinite elements.
     """
     check_weights(weights)
     projections = {name: getattr(weights, name) for name in PROJECTIONS}
-    for name, values in projections.items():
-        _check_dense(name, values, dtype)
-    packed = {name: _quantized(name, values, dtype) for name, values in projections.items()}
-    return replace(weights, gate_up_proj=packed["gate_up_proj"], down_proj=packed["down_proj"])
+    return replace(weights, **_quantize(projections, dtype))
 
 
 def quantize_tensor(values: Tensor, *, dtype: torch.dtype | str | None = None) -> MXFP4Tensor:
-    """One tensor in MXFP4, in blocks along its last dimension, as `quantize` does it.
+    """Quantises one tensor to MXFP4, in blocks along its last dimension, as `quantize` does.
 
     Raises:
         ValueError, TypeError: as `quantize`.
     """
-    _check_dense("values", values, dtype)
-    return _quantized("values", values, dtype)
+    return _quantize({"values": values}, dtype)["values"]
 
 
-def _quantized(name: str, values: Tensor, dtype: torch.dtype | str | None) -> MXFP4Tensor:
+def _quantize(dense: dict[str, Any], dtype: torch.dtype | str | None) -> dict[str, Any]:
+    for name, values in dense.items():
+        check_dense(name, values)
+        check_quantize_mxfp4(values, decoded_dtype(values, dtype), name)
     with torch.no_grad():
-        return quantized(name, values, _named(dtype, values))
-
-
-def _check_dense(name: str, values: Any, dtype: torch.dtype | str | None) -> None:
-    if isinstance(values, PackedTensor):
-        kind = type(values).__name__
-        raise TypeError(f"{name} is an {kind}: must be a dense tensor, since nothing is quantised twice")
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name} is a {type(values).__module__}.{type(values).__name__}: must be a torch.Tensor")
-    check_quantize_mxfp4(values, _named(dtype, values), name)
-
-
-def _named(dtype: torch.dtype | str | None, values: Tensor) -> Any:
-    if dtype is None:
-        return dtype_name(values)
-    return str(dtype).rpartition(".")[2] if isinstance(dtype, torch.dtype) else dtype
+        return {name: quantized(name, values, decoded_dtype(values, dtype)) for name, values in dense.items()}
 
 
 def _from_blocks(names: tuple[str, str], blocks: Any, scales: Any, dtype: torch.dtype | str) -> MXFP4Tensor:
@@ -153,7 +138,7 @@ def _from_blocks(names: tuple[str, str], blocks: Any, scales: Any, dtype: torch.
             raise TypeError(f"{name} is {found}: must be a torch.Tensor of uint8")
     if blocks.device != scales.device:
         raise ValueError(f"{names[1]}.device={scales.device}: must be {blocks.device}, that of {names[0]}")
-    named = str(dtype).rpartition(".")[2] if isinstance(dtype, torch.dtype) else dtype
+    named = name_of(dtype)
     if named not in DECODED_DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DECODED_DTYPES)}")
     shape = tuple(scales.shape)

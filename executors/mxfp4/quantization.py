@@ -1,4 +1,4 @@
-"""Numbers to MXFP4, piece by piece, with the bits of clause M1. Nothing here knows of layers."""
+"""Quantises numbers to MXFP4, piece by piece, with the bits of clause M1. Nothing here knows of layers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from moe_ref.types import MXFP4Tensor
 BLOCKSIZE = 32
 LARGEST_EXPONENT = 2  # of a code: 6 is 1.5 * 2**2
 BIAS, LARGEST_SCALE = 127, 254
-# Codes 1 to 7 begin here: those with an even mantissa at the midpoint itself, the others beyond it.
+# Where codes 1 to 7 begin: codes with an even mantissa at the midpoint itself (True), the others beyond it.
 MIDPOINTS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
-PIECES = {"cpu": 2**20}  # numbers at a time: about fifteen times as many bytes
+PIECES = {"cpu": 2**20}  # numbers at a time; they take about fifteen times as many bytes
 PIECE_ELSEWHERE = 2**24
 
 
 def quantized(name: str, values: Tensor, dtype: Any) -> MXFP4Tensor:
-    """The numbers in 4 bits, in blocks along their last dimension; the arguments are checked already.
+    """Quantises numbers in blocks along their last dimension; the arguments are already checked.
 
     Args:
-        name: of the argument, for the message.
+        name: name of the argument, for the message.
         values: fp32, bf16 or fp16, of any strides.
-        dtype: the name of the dtype that it decodes to.
+        dtype: name of the dtype to decode to.
 
     Raises:
         ValueError: a number is NaN or infinite.
@@ -39,7 +39,7 @@ def quantized(name: str, values: Tensor, dtype: Any) -> MXFP4Tensor:
 
 
 def _fill(name: str, values: Tensor, blocks: Tensor, scales: Tensor) -> None:
-    """Writes blocks and scales of a piece of rows after the other; of many dimensions, one of the first at a time."""
+    """Writes blocks and scales, one piece of rows at a time; with more dimensions, one index of the first at a time."""
     if values.ndim > 2:
         for parts in zip(values, blocks, scales, strict=True):
             _fill(name, *parts)
@@ -53,7 +53,7 @@ def _fill(name: str, values: Tensor, blocks: Tensor, scales: Tensor) -> None:
 
 
 def _codes(name: str, values: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, k / 32, 16] and [n, k / 32] of numbers [n, k]."""
+    """Quantises numbers [n, k] to blocks [n, k / 32, 16] and scales [n, k / 32]."""
     groups = values.to(torch.float32).reshape(values.shape[0], -1, BLOCKSIZE)
     largest = groups.abs().amax(dim=-1)
     if not torch.isfinite(largest).all():
@@ -61,7 +61,7 @@ def _codes(name: str, values: Tensor) -> tuple[Tensor, Tensor]:
     exponents = torch.frexp(largest).exponent  # largest = m * 2**exponent with 0.5 <= m < 1
     scales = (exponents - 1 - LARGEST_EXPONENT + BIAS).clamp_(0, LARGEST_SCALE).masked_fill_(largest == 0, 0)
     inverse = ((2 * BIAS - scales) << 23).view(torch.float32)  # 2**(127 - scale): no scale reaches 254
-    magnitudes = groups.abs() * inverse[..., None]  # exact, but for subnormal numbers, far below the first midpoint
+    magnitudes = groups.abs() * inverse[..., None]  # exact, except subnormal numbers far below the first midpoint
     codes = (groups < 0).to(torch.uint8) << 3
     for midpoint, to_upper in MIDPOINTS:
         codes += magnitudes >= midpoint if to_upper else magnitudes > midpoint

@@ -1,4 +1,4 @@
-"""What the codes of 4-bit tensors and of their 8-bit statistics stand for, and what tells two tables apart."""
+"""The numbers of 4-bit codes and of the 8-bit codes of nested statistics, and a comparison of tables."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def code_table(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
 def dynamic_code(device: torch.device | str = "cpu") -> Tensor:
     """[256] fp32: the numbers of nested statistics, in increasing order.
 
-    Seven decades, from the lowest; the n-th has 2**n numbers of each sign, the middles of equal parts of 0.1 to 1 times
-    its power of ten. Between the signs stands 0, and at the end 1. Source: Dettmers 2016 (arXiv:1511.04561). Other
-    programs build it in fp32, so that some entries differ in the last bit: every tensor carries its own.
+    There are seven decades, from the lowest. The n-th has 2**n numbers of each sign: the middles of equal parts of 0.1
+    to 1, times its power of ten. 0 is between the signs, 1 at the end. Source: Dettmers 2016 (arXiv:1511.04561). Other
+    programs build the table in fp32, so that some entries differ in the last bit. So every tensor carries its own.
     """
     above: list[float] = []
     for decade in range(7):

@@ -1,4 +1,4 @@
-"""Tensors that bitsandbytes quantised, taken over with their bytes as they are, and joined where that is exact (Q5)."""
+"""Takes over tensors that bitsandbytes quantised, with the same bytes, and joins them where that is exact (Q5)."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch import Tensor
 from executors.nf4.codes import CODES, code_table, same_bits
 from moe_ref.types import NF4Tensor
 from moe_ref.validation import check_nf4
+from moe_ref.validation.nf4 import NESTED
 
 QUANT_STATE = ("absmax", "shape", "code", "blocksize", "quant_type", "dtype", "offset", "state2")
-NESTED = ("nested_absmax", "nested_code", "nested_offset")
 SAME = ("shape", "dtype", "quant_type", "blocksize", "nested_blocksize", "device")
 
 
 def from_quant_state(packed: Tensor, quant_state: Any, *, transposed: bool = False) -> NF4Tensor:
-    """A tensor that bitsandbytes quantised, without a copy: its bytes, and its ``QuantState``.
+    """Takes over a tensor that bitsandbytes quantised, from its bytes and its ``QuantState``, without a copy.
 
-    Of the state, which is not changed, only the attributes are read: bitsandbytes need not be there.
+    Only attributes of the state are read, and the state is not changed. bitsandbytes need not be installed.
 
     Args:
         packed: the codes, contiguous, of any shape and dtype: bitsandbytes packs them into ``quant_storage``.
         quant_state: a ``bitsandbytes.functional.QuantState``, with or without nested statistics.
         transposed: whether the state's shape, which is that of the stored bytes, is (E, H, 2I), and the tensor is to
-            be read as (E, 2I, H). Nobody can tell that from a shape.
+            be read as (E, 2I, H). A shape does not tell.
 
     Raises:
-        ValueError, TypeError: one line naming what is wrong, and what is allowed; among them codes that stand for
-            other numbers than NF4's or FP4's, and weights that were repacked for inference on a CPU.
+        ValueError, TypeError: one line naming what is wrong, and what is allowed; also for codes with other numbers
+            than NF4's or FP4's, and for weights that were repacked for inference on a CPU.
     """
-    if hasattr(quant_state, "packing_format_for_cpu"):  # False: bytes are back in order, but absmax stays rounded
+    if hasattr(quant_state, "packing_format_for_cpu"):  # even False: bytes are in order again, absmax stays rounded
         raise ValueError(
             f"quant_state.packing_format_for_cpu={quant_state.packing_format_for_cpu}: must not be there: bitsandbytes "
             "repacked these weights for inference on a CPU, and rounded their absmax to bfloat16 (load them anew)"
@@ -69,7 +69,7 @@ def from_quant_state(packed: Tensor, quant_state: Any, *, transposed: bool = Fal
 
 
 def shown(value: Any) -> str:
-    """A value in a message: one line, cut where it is long."""
+    """A value for a message: one line, cut if it is long."""
     return f"{' '.join(repr(value).split()):.60}"
 
 
@@ -87,7 +87,7 @@ def _with_state2(tensor: NF4Tensor, offset: Tensor, state2: Any) -> NF4Tensor:
 
 
 def bytes_of(name: str, packed: Any) -> Tensor:
-    """[bytes] uint8, the same memory, as a plain tensor (which has no gradient, being of integers)."""
+    """[bytes] uint8: the same memory as a plain tensor (integers have no gradient)."""
     if not isinstance(packed, Tensor):
         raise TypeError(f"{name}={shown(packed)}: must be a torch.Tensor")
     plain = packed.as_subclass(Tensor)
@@ -108,13 +108,13 @@ def read_transposed(tensor: NF4Tensor, transposed: bool) -> NF4Tensor:
 def from_linears(linears: Iterable[Any]) -> NF4Tensor:
     """One projection (E, out, in) from one quantised linear layer per expert, in their order.
 
-    The bytes are joined as they are. That is exact only where each expert's numbers are a multiple of blocksize: else
-    blocks would straddle experts (Q5). Nested statistics become a segment per expert, each with its own offset. Biases
-    are not read.
+    The bytes are joined unchanged. That is exact only if the numbers of each expert are a multiple of blocksize;
+    otherwise blocks would straddle experts (Q5). Nested statistics become one segment per expert, each with its own
+    offset. Biases are not read.
 
     Args:
-        linears: ``bitsandbytes.nn.Linear4bit`` modules, or pairs (packed, QuantState); alike in shape, dtype,
-            quant_type, blocksize, device, and in having nested statistics.
+        linears: ``bitsandbytes.nn.Linear4bit`` modules, or pairs (packed, QuantState); they must agree in
+            shape, dtype, quant_type, blocksize, device, and in having nested statistics.
 
     Raises:
         ValueError, TypeError: one line naming the expert by its index, the reason, and what is allowed.
@@ -138,21 +138,21 @@ def _from_linear(linear: Any) -> NF4Tensor:
     if not hasattr(linear, "weight"):
         raise TypeError(f"{shown(linear)} has no weight: must be a Linear4bit, or a pair (packed, QuantState)")
     state = getattr(linear.weight, "quant_state", None)
-    state = getattr(linear, "quant_state", None) if state is None else state  # lost by wrapping, kept by the module
+    state = getattr(linear, "quant_state", None) if state is None else state  # wrapping loses it, the module keeps it
     if state is None:
-        raise ValueError("weight.quant_state=None: must be quantised (a Linear4bit is when it is moved to a device)")
+        raise ValueError("weight.quant_state=None: must be quantised (moving a Linear4bit to a device does that)")
     return from_quant_state(linear.weight, state)
 
 
 def join(tensors: Sequence[NF4Tensor], name: Callable[[int], str]) -> NF4Tensor:
-    """[E, ...] Experts that are alike, under a new first dimension; the first expert's bytes, if it is the only one.
+    """[E, ...] Joins experts of one form under a new first dimension; a single expert keeps its bytes without a copy.
 
     Args:
-        tensors: of one segment each, checked, not transposed; at least one.
-        name: what to call an expert in a message, by its index.
+        tensors: at least one, each of one segment, checked, not transposed.
+        name: gives the name of an expert in a message, by its index.
 
     Raises:
-        ValueError: they are not alike, or joining them would not be exact.
+        ValueError: the experts differ in form, or joining them would not be exact.
     """
     first = tensors[0]
     for index, tensor in enumerate(tensors):
@@ -192,10 +192,10 @@ def _check_alike(name: str, tensor: NF4Tensor, first_name: str, first: NF4Tensor
 
 
 def unnest(tensor: NF4Tensor) -> NF4Tensor:
-    """The same numbers, bit for bit, with plain statistics: absmax decoded to fp32 (Q3, Q5); bytes are not copied.
+    """Decodes nested absmax to plain fp32: the same numbers, bit for bit (Q3, Q5). The codes are not copied.
 
     Args:
-        tensor: of any shape, with nested statistics of one or of several segments; plain ones come back as they are.
+        tensor: of any shape, with nested statistics in any number of segments. Plain statistics stay unchanged.
 
     Raises:
         ValueError, TypeError: one line naming the field, its value, and what is allowed.
@@ -209,7 +209,7 @@ def unnest(tensor: NF4Tensor) -> NF4Tensor:
     nested_blocks = ceil(blocks / tensor.nested_blocksize)
     scales = nested_absmax.reshape(segments, nested_blocks).repeat_interleave(tensor.nested_blocksize, dim=1)
     codes = tensor.absmax.reshape(segments, blocks).int()
-    products = code[codes] * scales[:, :blocks]  # rounded to fp32 here, and again by the sum
+    products = code[codes] * scales[:, :blocks]  # rounded to fp32 here, and again in the sum
     absmax = products + offset.reshape(-1, 1)
     return replace(tensor, absmax=absmax.reshape(-1), nested_absmax=None, nested_code=None, nested_offset=None)
 

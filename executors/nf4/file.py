@@ -17,16 +17,16 @@ from executors.nf4.convert import shown
 from executors.nf4.state_dict import fields_by_expert, from_state_dict, to_state_dict
 from moe_ref.types import MoEWeights, NF4Tensor
 
-TRANSPOSED = "transposed"  # metadata: a JSON list of the names that are read transposed
+TRANSPOSED = "transposed"  # metadata: a JSON list of the names of transposed tensors
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, NF4Tensor | Tensor]) -> None:
     """Writes a safetensors file, whole or not at all.
 
     Args:
-        path: the file; one that is there already is replaced.
-        tensors: by name: 4-bit tensors, whose entries are those of `to_state_dict`, and any others. Which of them are
-            read transposed is noted in the file's metadata, for `load`.
+        path: the file; an existing one is replaced.
+        tensors: by name: 4-bit tensors, whose entries are those of `to_state_dict`, and any other tensors. The file's
+            metadata lists those that are read transposed, for `load`.
 
     Raises:
         ValueError, TypeError: one line naming the entry, and what is allowed.
@@ -60,14 +60,14 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, NF4Tensor | Tensor]
 def load(
     path: str | os.PathLike[str], name: str, *, transposed: bool | None = None, device: torch.device | str = "cpu"
 ) -> NF4Tensor:
-    """Reads one 4-bit tensor, and nothing else, from a safetensors file.
+    """Reads one 4-bit tensor, and only that, from a safetensors file.
 
     Args:
-        path: a file of `save`, or any other with bitsandbytes' entries.
+        path: a file from `save`, or any other file with bitsandbytes' entries.
         name: as for `from_state_dict`; "{}" stands for the number of an expert.
-        transposed: whether it is read transposed. None: as the file notes it, which only those of `save` do; others
-            are read as they are stored.
-        device: where its bytes go.
+        transposed: whether the tensor is read transposed. None: as the metadata says, which only `save` writes; other
+            files are read as stored.
+        device: the device for its bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -94,7 +94,7 @@ def load(
         raise ValueError(f"{path}: must be a safetensors file, but {_one_line(error)}") from error
     noted = name in _noted(path, metadata)
     if transposed is False and noted:
-        raise ValueError(f"{path}: transposed=False: must be True or None, since the file says that {name} is")
+        raise ValueError(f"{path}: transposed=False: must be True or None, since the file lists {name} as transposed")
     try:
         tensor = from_state_dict(state, name, transposed=noted if transposed is None else transposed)
     except (ValueError, TypeError) as error:
@@ -114,7 +114,7 @@ def _noted(path: Any, metadata: dict[str, str]) -> list[str]:
 
 
 def _apart(entries: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries on the CPU, contiguous, each with memory of its own, as safetensors wants them."""
+    """The entries as safetensors requires them: on the CPU, contiguous, without shared memory."""
     seen: set[int] = set()
     found = {}
     for key, value in entries.items():

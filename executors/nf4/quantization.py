@@ -1,4 +1,4 @@
-"""Numbers to 4 bits, piece by piece, with the bits of clause Q4. Nothing here knows of layers."""
+"""Quantises numbers to 4 bits, piece by piece, with the bits of clause Q4. Nothing here knows of layers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from executors.nf4.codes import CODES, dynamic_code
 from moe_ref.types import NF4Tensor
 
 NESTED_BLOCKSIZE = 256
-SMALLEST_ABSMAX = 1e-38  # a block is scaled as if its absmax were no smaller
-PIECES = {"cpu": 2**21}  # numbers at a time, a multiple of every blocksize: about ten times as many bytes
+SMALLEST_ABSMAX = 1e-38  # no block is divided by less
+PIECES = {"cpu": 2**21}  # numbers at a time, a multiple of every blocksize; they take about ten times as many bytes
 PIECE_ELSEWHERE = 2**24
 
 
@@ -30,16 +30,16 @@ def quantized(
     nested: bool,
     done: Callable[[int], object],
 ) -> NF4Tensor:
-    """The numbers in 4 bits, in the order in which they are stored; the arguments are checked already.
+    """Quantises numbers in storage order; the arguments are already checked.
 
     Args:
-        name: of the argument, for the message.
+        name: name of the argument, for the message.
         values: fp32, bf16 or fp16, of any shape and strides.
-        dtype: the name of the dtype that it decodes to.
+        dtype: name of the dtype to decode to.
         quant_type: "nf4" or "fp4".
         blocksize: one that the format allows.
         nested: whether absmax is quantised too.
-        done: told how many numbers of this tensor are quantised, after each piece.
+        done: called after each piece with how many numbers of this tensor are quantised.
 
     Raises:
         ValueError: a number is NaN or infinite.
@@ -71,14 +71,14 @@ def quantized(
 
 
 def in_storage_order(values: Tensor) -> tuple[Tensor, bool]:
-    """The tensor as memory has it, and whether that is with its last two dimensions swapped."""
+    """The tensor as it is stored, and whether that swaps its last two dimensions."""
     if values.ndim >= 2 and not values.is_contiguous() and values.transpose(-2, -1).is_contiguous():
         return values.transpose(-2, -1), True
     return values, False
 
 
 def elements(values: Tensor, start: int, stop: int) -> Tensor:
-    """[stop - start] of the flattened tensor; of one that is not contiguous, only these are copied."""
+    """[stop - start] of the flattened tensor. If the tensor is not contiguous, only these elements are copied."""
     if values.is_contiguous():
         return values.view(-1)[start:stop]
     if values.ndim == 1:
@@ -96,9 +96,9 @@ def elements(values: Tensor, start: int, stop: int) -> Tensor:
 
 
 def scaled_blocks(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """([blocks, blocksize], [blocks]) fp32: numbers divided by the largest magnitude of their block, and those.
+    """([blocks, blocksize], [blocks]) fp32: numbers divided by the largest magnitude of their block, and these.
 
-    Zeros fill the last block up. What rounding has put beyond -1 or 1 has their codes.
+    Zeros pad the last block. Numbers that rounding puts beyond -1 or 1 get the codes of -1 or 1.
     """
     filling = -flat.shape[0] % blocksize
     wide = flat.to(torch.float32)
@@ -111,9 +111,9 @@ def scaled_blocks(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 def packed_codes(scaled: Tensor, quant_type: str) -> Tensor:
     """The nearest codes of an even number of numbers, two to a byte, the high nibble first.
 
-    A number's code is that of -1 plus, for each midpoint that the number is above, the step to the next code, modulo
-    256; one that is on a midpoint is not above it. On a CPU these 15 vectorised comparisons take a third of the time
-    of `torch.bucketize`.
+    A number starts with the code of -1. For each midpoint below the number, the step to the next code is added, modulo
+    256; a number on a midpoint is not above it. On a CPU these 15 vectorised comparisons take a third of the time of
+    `torch.bucketize`.
     """
     code, steps, midpoints = ladder(quant_type)
     codes = torch.full((scaled.numel(),), code, dtype=torch.uint8, device=scaled.device)
@@ -129,14 +129,14 @@ def ladder(quant_type: str) -> tuple[int, list[int], list[float]]:
     """The lowest number's code, the steps from one number's code to the next (modulo 256), and the midpoints."""
     table = CODES[quant_type]
     numbers = sorted(set(table))
-    codes = [table.index(number) for number in numbers]  # of two codes for 0, the lower
+    codes = [table.index(number) for number in numbers]  # the lower of two codes for 0
     rounded = torch.tensor(numbers, dtype=torch.float32)
     midpoints = (rounded[1:] + rounded[:-1]) / 2.0
     return codes[0], [(b - a) % 256 for a, b in pairwise(codes)], midpoints.tolist()
 
 
 def with_nested_absmax(tensor: NF4Tensor) -> NF4Tensor:
-    """The tensor with absmax in 8 bits: without its mean (summed in fp64), in blocks of 256, in one segment."""
+    """Quantises absmax to 8 bits: subtracts its mean (summed in fp64), in blocks of 256, in one segment."""
     absmax: Tensor = tensor.absmax
     offset = (absmax.to(torch.float64).sum() / max(1, absmax.shape[0])).to(torch.float32)
     scaled, nested_absmax = scaled_blocks(absmax - offset, NESTED_BLOCKSIZE)

@@ -1,4 +1,4 @@
-"""4-bit tensors as entries of a state dict, with the keys and the bytes that bitsandbytes writes."""
+"""Writes and reads 4-bit tensors as entries of a state dict, with bitsandbytes' keys and bytes."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ from torch import Tensor
 from executors.nf4.codes import CODES, code_table, same_bits
 from executors.nf4.convert import bytes_of, check_tensor, join, read_transposed, unnest
 from moe_ref.types import NF4Tensor
-from moe_ref.validation import check_nf4
+from moe_ref.validation import DECODED_DTYPES, check_nf4
+from moe_ref.validation.nf4 import BLOCKSIZES
 
 STATES = {f"quant_state.bitsandbytes__{quant_type}": quant_type for quant_type in CODES}
 PLAIN = ("absmax", "quant_map")
 NESTED = ("nested_absmax", "nested_quant_map")
 ENTRIES = ("quant_type", "blocksize", "dtype", "shape")  # of the JSON object, in the library's order
 NESTED_ENTRIES = ("nested_blocksize", "nested_dtype", "nested_offset")
-DTYPES = ("float32", "bfloat16", "float16")
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def to_state_dict(tensor: NF4Tensor, name: str) -> dict[str, Tensor]:
-    """A tensor as bitsandbytes writes it: the entries that the hook of its parametrization puts into a state dict.
+    """Writes a tensor as bitsandbytes does: the entries that its parametrization's hook puts into a state dict.
 
-    They are ``name`` [bytes, 1] uint8, ``name.absmax``, ``name.quant_map`` [16], with nested statistics also
+    The entries are ``name`` [bytes, 1] uint8, ``name.absmax``, ``name.quant_map`` [16], with nested statistics also
     ``name.nested_absmax`` and ``name.nested_quant_map`` [256], and ``name.quant_state.bitsandbytes__nf4`` (or
     ``__fp4``), JSON as bytes: quant_type, blocksize, dtype, shape, and nested_blocksize, nested_dtype, nested_offset.
-    Nothing is copied but the tables. Source: bitsandbytes 0.50.2, ``nn/parametrize.py`` and ``QuantState.as_dict``.
+    Only the tables are copied. Source: bitsandbytes 0.50.2, ``nn/parametrize.py`` and ``QuantState.as_dict``.
 
-    That form has one nested offset and no flag for transposed reading. So the statistics of a tensor with several
-    segments are written plain, which is exact (`unnest`), and the shape is that of the bytes as they are stored:
-    whoever reads it back says ``transposed=True``.
+    This form has one nested offset and no flag for transposed reading. So the statistics of a tensor with several
+    segments are written plain, which is exact (`unnest`), and the shape is the stored shape: to read a transposed
+    tensor back, pass ``transposed=True``.
 
     Raises:
         ValueError, TypeError: one line naming the field, its value, and what is allowed.
@@ -57,7 +56,7 @@ def to_state_dict(tensor: NF4Tensor, name: str) -> dict[str, Tensor]:
     arrays = tensor.arrays()
     if "nested_absmax" in arrays:
         found[f"{name}.nested_absmax"] = arrays["nested_absmax"]
-        found[f"{name}.nested_quant_map"] = arrays["nested_code"].clone()  # tensors of one file share no memory
+        found[f"{name}.nested_quant_map"] = arrays["nested_code"].clone()  # tensors in one file may not share memory
         entries |= {"nested_blocksize": int(tensor.nested_blocksize), "nested_dtype": "float32"}
         entries["nested_offset"] = arrays["nested_offset"].item()
     text = json.dumps(entries).encode()
@@ -66,15 +65,15 @@ def to_state_dict(tensor: NF4Tensor, name: str) -> dict[str, Tensor]:
 
 
 def from_state_dict(state: Mapping[str, Tensor], name: str, *, transposed: bool = False) -> NF4Tensor:
-    """A tensor from the entries that bitsandbytes writes, with their bytes as they are.
+    """Reads a tensor from the entries that bitsandbytes writes, with the same bytes.
 
     Args:
-        state: a state dict, of which only ``name`` and what begins with ``name.`` is read; it is not changed.
-        name: of a stack, such as "experts.gate_up_proj", whose entries are taken without a copy; or, with "{}" for the
-            number of an expert, of linear layers, such as "experts.gate_up_projs.{}.weight": these are counted from 0
-            without a gap, and joined as `from_linears` does it.
-        transposed: whether the stored shape is (E, H, 2I), and the tensor is to be read as (E, 2I, H). Nobody can tell
-            that from a shape.
+        state: a state dict; only ``name`` and keys that begin with ``name.`` are read, and nothing is changed.
+        name: the name of a stack, such as "experts.gate_up_proj", whose entries are taken without a copy; or of linear
+            layers, with "{}" for the expert's number, such as "experts.gate_up_projs.{}.weight". These are counted
+            from 0 without a gap and joined as in `from_linears`.
+        transposed: whether the stored shape is (E, H, 2I), and the tensor is to be read as (E, 2I, H). A shape does not
+            tell.
 
     Raises:
         ValueError, TypeError: one line naming the key, its value, and what is allowed. Nothing is returned in part.
@@ -94,7 +93,7 @@ def from_state_dict(state: Mapping[str, Tensor], name: str, *, transposed: bool 
 
 
 def fields_by_expert(keys: Iterable[str], name: str) -> dict[int | None, set[str]]:
-    """For each expert that ``name`` stands for (None if it names a stack), the fields there are; "" are the bytes."""
+    """The fields of each expert that ``name`` matches (None if it names a stack); "" is the field of the bytes."""
     if not isinstance(name, str) or name.count("{}") > 1:
         raise ValueError(f"name={name!r:.60}: must be text, with {{}} at most once, for the expert's number")
     pattern = re.escape(name).replace(re.escape("{}"), "(?P<expert>0|[1-9][0-9]*)")
@@ -109,7 +108,7 @@ def fields_by_expert(keys: Iterable[str], name: str) -> dict[int | None, set[str
 
 
 def _read(state: Mapping[str, Tensor], name: str, fields: set[str]) -> NF4Tensor:
-    """One tensor, of one segment, in the order in which it is stored."""
+    """Reads one tensor, of one segment, in storage order."""
     state_key, quant_type = _check_fields(name, fields)
     entries = _entries(state_key, state[state_key], quant_type, nested=NESTED[0] in fields)
     shape, blocksize = tuple(entries["shape"]), entries["blocksize"]
@@ -139,7 +138,7 @@ def _read(state: Mapping[str, Tensor], name: str, fields: set[str]) -> NF4Tensor
 
 
 def _check_fields(name: str, fields: set[str]) -> tuple[str, str]:
-    """The key of the JSON object, and the quant_type that it names."""
+    """Checks the fields; returns the key of the JSON object and the quant_type in that key."""
     states = sorted(fields & STATES.keys())
     if "" not in fields:
         raise ValueError(f"{name!r} is missing: must be there, with the bytes of the 4-bit tensor")
@@ -152,12 +151,12 @@ def _check_fields(name: str, fields: set[str]) -> tuple[str, str]:
         raise ValueError(f"'{name}.{field}' is missing: must be there, as '{name}.{states[0]}' is")
     for field in sorted(fields - required - {"", *states}):
         allowed = ", ".join((*PLAIN, *NESTED, *STATES))
-        raise ValueError(f"{f'{name}.{field}'!r} is unknown: must be {name}, or of its fields {allowed}")
+        raise ValueError(f"{f'{name}.{field}'!r} is unknown: must be {name} or one of its fields {allowed}")
     return f"{name}.{states[0]}", STATES[states[0]]
 
 
 def _array(state: Mapping[str, Tensor], key: str, dtype: torch.dtype, count: int) -> Tensor:
-    """[count] One entry, as a plain tensor; finite if it is of floats."""
+    """[count] Reads one entry as a plain tensor; floats must be finite."""
     value = state[key]
     if not isinstance(value, Tensor) or value.dtype != dtype:
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -171,14 +170,14 @@ def _array(state: Mapping[str, Tensor], key: str, dtype: torch.dtype, count: int
 
 
 def _entries(key: str, value: Any, quant_type: str, *, nested: bool) -> dict[str, Any]:
-    """The JSON object, of which every entry is checked."""
+    """Reads the JSON object and checks every entry."""
     if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.ndim != 1:
         shown = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{key} is {shown}: must be uint8 (bytes,), JSON")
     text = bytes(value.tolist())
     try:
         entries = json.loads(text)
-    except (ValueError, RecursionError):  # no UTF-8, no JSON, numbers of thousands of digits, lists thousands deep
+    except (ValueError, RecursionError):  # not UTF-8 or JSON, thousands of digits, lists nested thousands deep
         raise ValueError(f"{key}={text!r:.60}: must be JSON") from None
     required = (*ENTRIES, *(NESTED_ENTRIES if nested else ()))
     if not isinstance(entries, dict) or set(entries) != set(required):
@@ -187,7 +186,7 @@ def _entries(key: str, value: Any, quant_type: str, *, nested: bool) -> dict[str
     allowed: dict[str, tuple[bool, str]] = {
         "quant_type": (entries["quant_type"] == quant_type, repr(quant_type)),
         "blocksize": (_count(entries["blocksize"]) and entries["blocksize"] in BLOCKSIZES, f"one of {BLOCKSIZES}"),
-        "dtype": (entries["dtype"] in DTYPES, f"one of {', '.join(DTYPES)}"),
+        "dtype": (entries["dtype"] in DECODED_DTYPES, f"one of {', '.join(DECODED_DTYPES)}"),
         "shape": (
             isinstance(entries["shape"], list) and all(_count(n) for n in entries["shape"]),
             "a list of integers, each at least 0",
@@ -211,7 +210,7 @@ def _count(value: Any) -> bool:
 
 
 def _in_fp32(value: Any) -> bool:
-    """Whether it is a number whose nearest in fp32 is finite."""
+    """Whether the value is a number that fp32 rounds to a finite one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2.0**128:
         return False
     return isfinite(torch.tensor(float(value), dtype=torch.float32).item())

@@ -1,7 +1,7 @@
-"""The conformance suite that anyone can turn on their own executor.
+"""The conformance suite, which anyone can run on their own executor.
 
-- `problem`, `strategies`: whole problems, drawn by Hypothesis; `pinned`: those that always run;
-- `checks`, `gates`, `exact`, `laws`, `errors`: what is demanded;
-- `mutants`, `honest`: what must be rejected, and what must be accepted;
-- `suite`, `plugin`, `profiles`: the tests and how pytest finds them.
+- `suite`, `plugin`, `profiles`: the tests, and how pytest finds them;
+- `problems`: whole problems, drawn by Hypothesis or pinned;
+- `judgement`: the reference, and what the suite demands of an executor;
+- `mutants`, `honest`: executors that the suite must reject, and executors that it must accept.
 """

@@ -1,4 +1,4 @@
-"""Right executors that round elsewhere or add in another order. The suite must accept every one of them."""
+"""Right executors that round elsewhere or add in another order. The suite must accept all of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def honest_variants(inner: Executor) -> dict[str, Wrapped]:
-    """Every honest variant, by name: those that can have the kinds of weights that the executor takes."""
+    """The honest variants by name, for the kinds of weights that the executor takes."""
     changes = [weight_before_down_projection, rounded_at_every_site]
     if "dense" in inner.capabilities.weights:
         changes += [fp32_throughout, features_reversed]
@@ -30,7 +30,7 @@ def honest_variants(inner: Executor) -> dict[str, Wrapped]:
 
 
 def fp32_throughout(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """Rounds nothing but the result: x and the projections are widened first."""
+    """Rounds only the result: widens x and the projections first."""
     wide = torch.promote_types(x.dtype, torch.float32)
     widened = replace(weights, gate_up_proj=weights.gate_up_proj.to(wide), down_proj=weights.down_proj.to(wide))
     return experts(inner, x.to(wide), ids, w, widened).to(x.dtype)
@@ -45,7 +45,7 @@ def features_reversed(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weight
 
 
 def weight_before_down_projection(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """A loop of plain torch, every step rounded to x's dtype, with the routing weight on h (or on x, with C3)."""
+    """A plain torch loop that rounds every step to x's dtype and puts the routing weight on h (on x, with C3)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
     config, lora = weights.config, weights.lora
@@ -71,7 +71,7 @@ def weight_before_down_projection(inner: Executor, x: Tensor, ids: Tensor, w: Te
 
 
 def _adapted(rows: Tensor, own: dict[str, Tensor], name: str, scaling: float) -> Tensor | float:
-    """scaling (rows A^T) B^T, the factors in x's dtype where that is theirs, else in at least fp32."""
+    """scaling (rows A^T) B^T: factors of x's dtype keep that dtype; others are widened to at least fp32."""
     if f"{name}_lora_a" not in own:
         return 0.0
     a, b = own[f"{name}_lora_a"], own[f"{name}_lora_b"]
@@ -98,12 +98,12 @@ def _gelu(gate: Tensor, config: MoEConfig) -> Tensor:
 
 
 def rounded_at_every_site(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The specification itself, rounding to nearest wherever it may, and overflowing nowhere (E7)."""
+    """The specification, rounding to nearest wherever it may and overflowing nowhere (E7)."""
     return specified(x, ids, w, weights, Nearest(dtype_name(x), overflows=frozenset()))
 
 
 def specified(x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, rounding: Rounding) -> Tensor:
-    """The specification as an executor: forward and backward pass with a rounding policy."""
+    """Runs the specification as an executor, forward and backward, with a rounding policy."""
     parameters = weights.parameters()
     return _Twin.apply(x, ids, w, weights, rounding, *parameters.values())  # type: ignore[no-untyped-call]
 

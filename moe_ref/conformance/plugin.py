@@ -1,6 +1,6 @@
-"""The pytest plugin: ``--executor NAME`` chooses whom the suite judges.
+"""The pytest plugin: ``--executor NAME`` chooses the executor that the suite judges.
 
-Nothing is imported before the option is used, so that having moe-ref installed costs other test runs nothing.
+It imports nothing before the option is used, so an installed moe-ref costs other test runs nothing.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="NAME",
         dest="moe_ref_executors",
-        help="executor that the suite judges; repeatable (default: all that are usable here, but interpreted ones)",
+        help="executor that the suite judges; repeatable (default: all usable ones that are not interpreted)",
     )
     group.addoption(
         "--executor-device",
         default="cpu",
         metavar="DEVICE",
         dest="moe_ref_device",
-        help="device on which it is judged (default: cpu)",
+        help="device on which the suite judges (default: cpu)",
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuses unknown and unusable executors at the start; loads the profile ``dev`` unless another is asked for."""
+    """Refuses unknown and unusable executors at the start; loads profile ``dev`` unless another is requested."""
     from_suite = config.getoption("--hypothesis-profile", default=None) in ("dev", "nightly")
     names = config.getoption("moe_ref_executors")
     if names or from_suite:
@@ -111,7 +111,7 @@ def conformance_device(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Says aloud what a chosen executor declared not to offer, so that a pass is not mistaken for more than it is."""
+    """Lists what a judged executor declares not to offer, so that nobody reads too much into a pass."""
     names = config.getoption("moe_ref_executors") or config.stash.get(_JUDGED, [])
     if not names:
         return

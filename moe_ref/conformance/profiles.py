@@ -1,4 +1,4 @@
-"""Hypothesis profiles: how long and how reproducibly the suite looks.
+"""Hypothesis profiles: how long and how reproducibly the suite searches.
 
 - ``dev``: under a minute for one executor; the database keeps failing examples.
 - ``ci``: the same examples on every run, no database.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 
-# Drawing is cheap; sampling error bars is not, and must not count as slow data generation.
+# Sampling error bars is slow and must not count as slow data generation; drawing is cheap.
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 PROFILES = {
@@ -27,11 +27,11 @@ PROFILES = {
 
 
 def current() -> settings:
-    """The active profile if it is one of these by name, else ``dev``: what the suite's tests are decorated with."""
+    """The profile that decorates the suite's tests: the active one if its name is listed here, else ``dev``."""
     return PROFILES.get(settings.get_current_profile_name(), PROFILES["dev"])
 
 
 def register() -> None:
-    """Makes the profiles known to Hypothesis under their names."""
+    """Registers the profiles with Hypothesis under their names."""
     for name, profile in PROFILES.items():
         settings.register_profile(name, profile)

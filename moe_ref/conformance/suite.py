@@ -1,11 +1,11 @@
-"""The conformance suite: what every executor must pass.
+"""The conformance suite, which every executor must pass.
 
 Run it on an installed package, from anywhere::
 
     pytest --pyargs moe_ref.conformance.suite --executor native --executor mine
 
-or collect it from a test file of your own, with ``from moe_ref.conformance.suite import *``. The fixtures ``executor``
-and ``conformance_device`` come from the pytest plugin.
+or collect it from your own test file with ``from moe_ref.conformance.suite import *``. The pytest plugin provides the
+fixtures ``executor`` and ``conformance_device``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ __all__ = [
 @PROFILE
 @given(data=st.data())
 def test_matches_specification(executor: Executor, conformance_device: str, data: st.DataObject) -> None:
-    """Routing, output and all gradients lie within their error bars; NaN stays where it belongs; inputs stay.
+    """Routing, output and all gradients lie within error bars; NaN stays where it belongs; inputs stay unchanged.
 
     T1, T2; R1, R2, R3, R4, R5, R6, R7; G1; E1, E2, E3, E4, E6; C1, C3; D1, D2, D3.
     """
@@ -67,7 +67,7 @@ def test_matches_specification(executor: Executor, conformance_device: str, data
 
 @pytest.mark.parametrize("problem", PINNED, ids=lambda p: f"T{p.tokens}-E{p.experts}-{p.dtype}{p.quant_type}")
 def test_pinned_problems(executor: Executor, conformance_device: str, problem: Problem) -> None:
-    """Many tokens, the sizes of real layers, what passes fp16's range, and every bug that was found (E3, E7, R4)."""
+    """Many tokens, sizes of real layers, numbers past fp16's range, and every bug that was found (E3, E7, R4)."""
     _skip_undeclared(executor, problem)
     check_problem(executor, problem, conformance_device)
 
@@ -75,7 +75,7 @@ def test_pinned_problems(executor: Executor, conformance_device: str, problem: P
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("case", RANGES)
 def test_ranges(executor: Executor, conformance_device: str, case: str, kind: str) -> None:
-    """What passes fp16's range on the way, site by site, gives results that are exact where they are within it (E7)."""
+    """Numbers that pass fp16's range on the way, site by site, still give exact results within the range (E7)."""
     lacking = check_range(executor, case, kind, conformance_device)
     if lacking:
         pytest.skip(lacking)
@@ -84,7 +84,7 @@ def test_ranges(executor: Executor, conformance_device: str, case: str, kind: st
 @LAW_PROFILE
 @given(data=st.data())
 def test_past_the_range(executor: Executor, conformance_device: str, data: st.DataObject) -> None:
-    """E7: no overflow in fp16 on the way to results that are within its range."""
+    """E7: nothing overflows in fp16 on the way to results within its range."""
     if "float16" not in executor.capabilities.dtypes:
         pytest.skip(f"{executor.name} does not declare float16")
     problem = applicable(executor, data.draw(problems_past_range(executor), label="problem"))
@@ -106,14 +106,14 @@ def test_laws(executor: Executor, conformance_device: str, law: str, data: st.Da
 @PROFILE
 @given(data=st.data())
 def test_repeatable(executor: Executor, conformance_device: str, data: st.DataObject) -> None:
-    """C1: bitwise equal from run to run, forward and backward."""
+    """C1: runs are bitwise equal, forward and backward."""
     check_repeatable(executor, data.draw(problems_for(executor), label="problem"), conformance_device)
 
 
 @PROFILE
 @given(data=st.data())
 def test_batch_invariance(executor: Executor, conformance_device: str, data: st.DataObject) -> None:
-    """C2: if declared, a token's output never depends on other tokens, to the last bit."""
+    """C2: if the executor declares it, no bit of a token's output depends on other tokens."""
     if not executor.capabilities.batch_invariant:
         pytest.skip(f"{executor.name} does not declare batch invariance")
     check_batch_invariance(executor, data.draw(problems_for(executor), label="problem"), conformance_device)
@@ -133,19 +133,19 @@ def test_exact_cases(executor: Executor, conformance_device: str, case: str, dty
     ("quant_type", "nested"), [*product(get_args(QuantType), ("", "one", "per expert")), ("mxfp4", "")]
 )
 def test_every_code(executor: Executor, conformance_device: str, quant_type: str, nested: str, dtype: str) -> None:
-    """4-bit weights are decoded to the last bit, whatever the products may round (Q1, Q2, Q3, Q5, M1)."""
+    """4-bit weights are decoded to the last bit, however the products round (Q1, Q2, Q3, Q5, M1)."""
     lacking = check_every_code(executor, quant_type, nested, dtype, conformance_device)
     if lacking:
         pytest.skip(lacking)
 
 
 def test_bad_input_is_refused_in_one_line(executor: Executor, conformance_device: str) -> None:
-    """A ValueError or TypeError that names the argument, its value, and what is allowed (T1, R8)."""
+    """The executor raises a ValueError or TypeError with the argument, its value, and what is allowed (T1, R8)."""
     check_errors(executor, conformance_device)
 
 
 def test_undeclared_weights_are_refused(executor: Executor, conformance_device: str) -> None:
-    """Unsupported, for dense projections or those in 4 bits that the executor does not take: nothing silent."""
+    """Undeclared kinds of projections, dense or in 4 bits, raise Unsupported and are never taken silently."""
     check_undeclared_weights(executor, conformance_device)
 
 

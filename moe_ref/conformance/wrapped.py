@@ -1,4 +1,4 @@
-"""An executor made of another one, by a change of what it is given or returns: the stuff of mutants and variants."""
+"""Makes mutants and honest variants: changes the inputs or outputs of another executor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LayerChange = Callable[["Executor", Tensor, Tensor, MoEWeights], Tensor]
 
 @dataclass(frozen=True)
 class Wrapped:
-    """An executor made of another one. It routes by the specification and offers no ``route``."""
+    """An executor made from another one. It routes by the specification and offers no ``route``."""
 
     name: str
     inner: Executor
@@ -30,11 +30,11 @@ class Wrapped:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Those of the inner executor."""
+        """The inner executor's capabilities."""
         return self.inner.capabilities
 
     def __call__(self, x: Tensor, router_logits: Tensor, weights: MoEWeights) -> Tensor:
-        """The changed layer, on flat tokens."""
+        """Runs the changed layer on flat tokens."""
         rows, logits = x.reshape(-1, x.shape[-1]), router_logits.reshape(-1, weights.num_experts)
         if self.layer is not None:
             return self.layer(self.inner, rows, logits, weights).reshape(x.shape)
@@ -43,38 +43,39 @@ class Wrapped:
         return y.reshape(x.shape)
 
     def experts(self, x: Tensor, *, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
-        """The changed layer, routing done elsewhere."""
-        top_k = topk_ids.shape[-1]
-        rows, ids, slot_weights = (
-            x.reshape(-1, x.shape[-1]),
-            topk_ids.reshape(-1, top_k),
-            topk_weights.reshape(-1, top_k),
-        )
+        """Runs the changed layer with given routing."""
+        rows, ids, slot_weights = (value.reshape(-1, value.shape[-1]) for value in (x, topk_ids, topk_weights))
         change = self.slots or experts
         return change(self.inner, rows, ids, slot_weights, weights).reshape(x.shape)
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:
-        """As the inner executor's."""
+        """Checks as the inner executor does."""
         self.inner.check(x, weights)
 
 
 def experts(inner: Executor, x: Tensor, ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
-    """The inner executor, unchanged."""
+    """Runs the inner executor, unchanged."""
     return inner.experts(x, topk_ids=ids, topk_weights=topk_weights, weights=weights)
 
 
+def slot_by_slot(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> list[Tensor]:
+    """Runs the inner executor once for each of the K slots; returns K results [T, H], in at least fp32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return [experts(inner, x, ids[:, k : k + 1], w[:, k : k + 1], weights).to(wide) for k in range(ids.shape[1])]
+
+
 def narrow(topk_weights: Tensor, x: Tensor) -> Tensor:
-    """Weights of the specification in the dtype that an executor would give them."""
+    """Rounds the specification's weights to the dtype that an executor would give them."""
     return topk_weights.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def configured(weights: MoEWeights, **changes: Any) -> MoEWeights:
-    """The layer with another configuration."""
+    """The layer with a changed configuration."""
     return replace(weights, config=replace(weights.config, **changes))
 
 
 def column_mask(value: Tensor) -> Tensor:
-    """Ones, and a zero in the last place."""
+    """Ones, with a zero in the last column."""
     mask = torch.ones_like(value)
     mask[..., -1:] = 0
     return mask

@@ -1,4 +1,4 @@
-"""Bad input, told in one line: argument, value, what is allowed. The specification and every executor share it.
+"""Refuses bad input in one line: argument, value, what is allowed. The specification and every executor share it.
 
 Nothing here reads an array's elements, so nothing here waits for a GPU.
 """
@@ -23,6 +23,7 @@ from moe_ref.validation.arrays import (
     FLOAT_DTYPES,
     ID_DTYPES,
     check_array,
+    check_bool,
     check_choice,
     check_finite,
     check_integer,
@@ -70,9 +71,7 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
     check_choice("activation", config.activation, get_args(Activation))
     check_choice("gate_up_layout", config.gate_up_layout, get_args(GateUpLayout))
     for name in ("renormalize", "scale_input"):
-        value = getattr(config, name)
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}={short(value)}: must be True or False")
+        check_bool(name, getattr(config, name))
     for name in ("renormalize_eps", "routed_scaling_factor", "alpha", "up_offset"):
         check_finite(name, getattr(config, name))
     if config.renormalize_eps < 0:
@@ -86,7 +85,7 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
 
 
 def _check_activation(config: MoEConfig) -> None:
-    """The fields of the clamped form belong to swiglu, a layout to gated activations."""
+    """Only swiglu has the fields of the clamped form; only gated activations have a layout."""
     if config.activation != "swiglu":
         for name, plain in (("alpha", 1.0), ("limit", None), ("up_offset", 0.0)):
             if getattr(config, name) != plain:
@@ -117,7 +116,7 @@ def _check_groups(config: MoEConfig, num_experts: int | None) -> None:
 
 
 def check_weights(weights: MoEWeights) -> None:
-    """Checks shapes, dtypes and devices of a layer's parameters, and its configuration.
+    """Checks the shapes, dtypes and devices of a layer's parameters, and its configuration.
 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
@@ -247,7 +246,7 @@ def check_router_logits(router_logits: Array, weights: MoEWeights) -> None:
 
 
 def check_experts_inputs(x: Array, topk_ids: Array, topk_weights: Array, weights: MoEWeights) -> None:
-    """Checks the arguments of ``routed_experts(x, topk_ids, topk_weights, weights)``; ids themselves are free (R7).
+    """Checks the arguments of ``routed_experts(x, topk_ids, topk_weights, weights)``; ids may have any value (R7).
 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.

@@ -1,4 +1,4 @@
-"""Checks of single arguments, told in one line: argument, value, what is allowed."""
+"""Checks single arguments. An error is one line: argument, value, what is allowed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dtype_name(array: Array) -> str:
 def check_array(
     name: str, value: Any, like: tuple[str, Array] | None = None, dtypes: tuple[str, ...] = FLOAT_DTYPES
 ) -> None:
-    """Checks that it is an array, its dtype, and that library and device are those of ``like``, (name, array)."""
+    """Checks that the value is an array of an allowed dtype, with the library and device of ``like``, (name, array)."""
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(f"{name}={short(value)}: must be an array")
     if dtype_name(value) not in dtypes:
@@ -38,19 +38,25 @@ def check_array(
 
 
 def check_shape(name: str, value: Array, expected: tuple[int, ...], meaning: str) -> None:
-    """Checks a shape, whose meaning is told."""
+    """Checks a shape; ``meaning`` explains it in the message."""
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name}.shape={tuple(value.shape)}: must be {tuple(expected)}, {meaning}")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Checks that the value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={short(value)}: must be True or False")
+
+
 def check_integer(name: str, value: Any) -> None:
-    """Checks that it is an integer, and no bool."""
+    """Checks that the value is an integer and not a bool."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={short(value)}: must be an integer")
 
 
 def check_finite(name: str, value: Any) -> None:
-    """Checks that it is a finite number."""
+    """Checks that the value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
         raise TypeError(f"{name}={short(value)}: must be a float or int")
     if not -math.inf < value < math.inf:
@@ -58,7 +64,7 @@ def check_finite(name: str, value: Any) -> None:
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Checks that it is one of several texts."""
+    """Checks that the value is one of several strings."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}={short(value)}: must be one of {', '.join(map(repr, allowed))}")
 
@@ -66,7 +72,7 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 def _of_one_library(first: Array, second: Array) -> bool:
     arrays = [value.codes if isinstance(value, PackedTensor) else value for value in (first, second)]
     if all(hasattr(array, "requires_grad") for array in arrays):
-        return True  # torch's; torch.compile cannot look at the class of a torch.nn.Parameter
+        return True  # torch.compile cannot look at the class of a torch.nn.Parameter
     return library_of(first) == library_of(second)
 
 
@@ -77,11 +83,11 @@ def library_of(value: Array) -> str:
 
 
 def device_of(value: Array) -> Any:
-    """Its device; the CPU where it has none to tell."""
+    """The device of an array; the CPU if the array has no such attribute."""
     return getattr(value, "device", "cpu")
 
 
 def short(value: Any) -> str:
-    """A value in a message: one line, cut where it is long."""
+    """A value for a message: one line, cut if it is long."""
     text = repr(value).replace("\n", " ")
     return text if len(text) <= 60 else text[:57] + "..."

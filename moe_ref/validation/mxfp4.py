@@ -1,18 +1,18 @@
-"""Checks of MXFP4, told in one line: argument, value, what is allowed."""
+"""Checks MXFP4. An error is one line: argument, value, what is allowed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from moe_ref.types import MXFP4Tensor
-from moe_ref.validation.arrays import check_array, check_choice, check_shape, short
+from moe_ref.validation.arrays import check_array, check_bool, check_choice, check_shape, short
 from moe_ref.validation.nf4 import DECODED_DTYPES
 
 BYTES = 16  # of a block of 32 codes
 
 
 def check_mxfp4(name: str, tensor: Any) -> None:
-    """Checks that the arrays of an `MXFP4Tensor` belong together (M1); reads none of their elements.
+    """Checks that the arrays of an `MXFP4Tensor` fit together (M1); reads none of their elements.
 
     Args:
         name: of the argument.
@@ -31,19 +31,18 @@ def check_mxfp4(name: str, tensor: Any) -> None:
         raise ValueError(f"{name}.blocks.shape={shape}: must be (..., k / 32, {BYTES}), {BYTES} bytes to a block")
     check_array(f"{name}.scales", tensor.scales, like=blocks, dtypes=("uint8",))
     check_shape(f"{name}.scales", tensor.scales, shape[:-1], "one for each block of codes")
-    if not isinstance(tensor.transposed, bool):
-        raise TypeError(f"{name}.transposed={short(tensor.transposed)}: must be True or False")
+    check_bool(f"{name}.transposed", tensor.transposed)
     if tensor.transposed and len(shape) < 3:
         raise ValueError(f"{name}.transposed=True: must be False for a tensor of shape ({2 * BYTES * shape[0]},)")
 
 
 def check_quantize_mxfp4(values: Any, dtype: Any, name: str = "values") -> None:
-    """Checks the arguments of ``quantize``; that the values are finite is the caller's promise.
+    """Checks the arguments of ``quantize``. The caller promises that the values are finite.
 
     Args:
-        values: what is quantised.
-        dtype: what it shall decode to.
-        name: of the values.
+        values: the array to quantise.
+        dtype: the dtype to decode to.
+        name: the name of ``values`` in messages.
 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.

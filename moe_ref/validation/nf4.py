@@ -1,4 +1,4 @@
-"""Checks of what is in 4 bits, told in one line: argument, value, what is allowed."""
+"""Checks NF4 and FP4. An error is one line: argument, value, what is allowed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from moe_ref._typing import Array
 from moe_ref.types import NF4Tensor, QuantType
-from moe_ref.validation.arrays import check_array, check_choice, check_integer, check_shape, short
+from moe_ref.validation.arrays import check_array, check_bool, check_choice, check_integer, check_shape, short
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DECODED_DTYPES = ("float32", "bfloat16", "float16")
@@ -15,7 +15,7 @@ NESTED = ("nested_absmax", "nested_code", "nested_offset")
 
 
 def check_nf4(name: str, tensor: Any) -> None:
-    """Checks that the arrays of an `NF4Tensor` belong together (Q1, Q3, Q5); reads none of their elements.
+    """Checks that the arrays of an `NF4Tensor` fit together (Q1, Q3, Q5); reads none of their elements.
 
     Args:
         name: of the argument.
@@ -30,8 +30,7 @@ def check_nf4(name: str, tensor: Any) -> None:
     shape = tensor.shape
     if not isinstance(shape, tuple) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
         raise TypeError(f"{name}.shape={short(shape)}: must be a tuple of integers, each at least 0")
-    if not isinstance(tensor.transposed, bool):
-        raise TypeError(f"{name}.transposed={short(tensor.transposed)}: must be True or False")
+    check_bool(f"{name}.transposed", tensor.transposed)
     if tensor.transposed and len(shape) < 2:
         raise ValueError(f"{name}.transposed=True: must be False for a tensor of shape {shape}")
     size, packed = tensor.size, (f"{name}.packed", tensor.packed)
@@ -71,16 +70,17 @@ def _check_nested(name: str, tensor: NF4Tensor, blocks: int) -> None:
     check_shape(f"{name}.nested_absmax", tensor.nested_absmax, (segments * per_segment,), meaning)
 
 
-def check_quantize(values: Any, dtype: Any, quant_type: Any, blocksize: Any, nested: Any) -> None:
-    """Checks the arguments of ``quantize``; that the values are finite is the caller's promise.
+def check_quantize(values: Any, dtype: Any, quant_type: Any, blocksize: Any, nested: Any, name: str = "values") -> None:
+    """Checks the arguments of ``quantize``. The caller promises that the values are finite.
+
+    ``name`` is the name of ``values`` in messages.
 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
-    check_array("values", values, dtypes=DECODED_DTYPES)
+    check_array(name, values, dtypes=DECODED_DTYPES)
     _check_format("", dtype, quant_type, blocksize)
-    if not isinstance(nested, bool):
-        raise TypeError(f"nested={short(nested)}: must be True or False")
+    check_bool("nested", nested)
 
 
 def _check_format(prefix: str, dtype: Any, quant_type: Any, blocksize: Any) -> None:

@@ -71,7 +71,7 @@ def test_the_specification_chooses_right(config: MoEConfig) -> None:
 
 @pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid"])
 def test_executors_choose_right_where_keys_tie(scoring: str) -> None:
-    """R2: fp32 against float64, on logits of few values."""
+    """R2: fp32 against float64, on logits with few distinct values."""
     rng = np.random.default_rng(1)
     config = MoEConfig(3, scoring, num_groups=4, topk_groups=2, group_score="top2_sum")
     logits, bias = rng.integers(-2, 3, (2000, 16)).astype(float), rng.choice([0.0, 0.25, 1.0], 16)
@@ -99,7 +99,7 @@ def test_problems_with_margins_have_them() -> None:
 
 
 class Otherwise:
-    """Chooses another one of the right choices, or a wrong one."""
+    """Chooses another right choice, or a wrong one."""
 
     name = "otherwise"
 

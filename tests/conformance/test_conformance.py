@@ -1,4 +1,4 @@
-"""The suite's own parts: problems, poison, and that each check can fail."""
+"""The parts of the suite: problems, poison, and checks, each of which can fail."""
 
 import math
 from dataclasses import dataclass, replace
@@ -85,7 +85,7 @@ def test_numbers_are_representable_in_their_dtypes(dtype: str) -> None:
 
 @pytest.mark.parametrize("limit", [0.5, 1.0])
 def test_no_gradient_hangs_on_a_preactivation_at_the_limit(limit: float) -> None:
-    """The derivative jumps at the limit, so rounding must not be able to carry a pre-activation across."""
+    """Rounding must not be able to carry a pre-activation across the limit, where the derivative jumps."""
     problem = replace(PROBLEM, dtype="bfloat16", gate_up_bias=True, config=replace(PROBLEM.config, limit=limit))
     arrays = build(problem)
     w, u = arrays.weights, FORMATS["bfloat16"].unit_roundoff
@@ -141,7 +141,7 @@ def test_repeatability_can_fail() -> None:
 
 
 def test_remembered_weights_are_seen() -> None:
-    """A cache of prepared weights by their address is stale after an optimiser's step."""
+    """A cache of prepared weights, keyed by address, is stale after an optimiser's step."""
     prepared: dict[int, torch.Tensor] = {}
 
     def cached(inner, x, ids, w, weights: MoEWeights):  # type: ignore[no-untyped-def]

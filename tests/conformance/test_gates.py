@@ -1,4 +1,4 @@
-"""Each gate fails for what it is there to see, and for nothing else."""
+"""Each gate fails for the errors that it must see, and for no others."""
 
 import math
 from dataclasses import replace

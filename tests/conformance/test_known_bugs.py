@@ -41,7 +41,7 @@ from planted import (
     with_gradients,
 )
 
-# Bugs whose tests stand elsewhere.
+# Bugs whose tests are elsewhere.
 COVERED_ELSEWHERE = {
     "shapes that depend on data, bincount among them, break capture (pytorch 192343)": (
         "test_dense_tracing.py::test_host_reads",
@@ -170,7 +170,7 @@ def address_rounded_down(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, wei
 
 
 def shifted(value: Tensor) -> Tensor:
-    """The same numbers, one element after the start of their memory."""
+    """The same numbers, offset by one element from the start of their memory."""
     memory = torch.full((value.numel() + 1,), torch.nan, dtype=value.dtype)
     memory[1:] = value.detach().reshape(-1)
     return memory[1:].view(value.shape).requires_grad_(value.requires_grad)
@@ -218,7 +218,7 @@ def test_c1_many_tokens_and_duplicates_add_up_the_same_way(executor: Executor) -
 def read_transposed(
     inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, name: str, strided: bool
 ) -> Tensor:
-    """Square matrices, all or only views, are taken for stored the other way."""
+    """Reads square matrices, all or only views, as stored the other way."""
     matrix = weights.parameters()[name]
     turned = matrix.transpose(1, 2) if not (strided and matrix.is_contiguous()) else matrix
     return experts(inner, x, ids, w, weights.with_parameters({name: turned}))
@@ -231,7 +231,7 @@ def trained_transposed(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weigh
 @catches(*(bug(partial(read_transposed, name=name, strided=strided)) for name in DENSE[:2] for strided in (0, 1)))
 @catches(*(bug(partial(trained_transposed, name=name)) for name in DENSE[:2]))
 def test_e4_square_matrices_keep_their_orientation(executor: Executor) -> None:
-    """Where no shape tells, matrices were trained transposed (unsloth-zoo 849)."""
+    """Square matrices, whose shape does not tell, were trained transposed (unsloth-zoo 849)."""
     problem, arrays, _ = CASES["small_integers"]("float32")
     weights = arrays.weights
     assert weights.gate_up_proj.shape == weights.down_proj.shape == (3, 32, 32)
@@ -283,7 +283,7 @@ def few_experts_take_all_in_turn(inner: Executor, x: Tensor, ids: Tensor, w: Ten
 
 @catches(one_expert_needs_no_weight, few_experts_take_all_in_turn)
 def test_e3_few_experts(executor: Executor) -> None:
-    """A path of its own for few experts, as the grouped one is slower there (TransformerEngine 2939), is right too."""
+    """A separate path for few experts, where the grouped one is slower (TransformerEngine 2939), must be right too."""
     for num_experts, top_k in ((1, 1), (4, 2), (4, 4)):
         problem = replace(BASE, experts=num_experts, config=MoEConfig(top_k, scoring="sigmoid"))
         check_problem(executor, replace(problem, entry="layer"))

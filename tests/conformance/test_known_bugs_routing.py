@@ -37,7 +37,7 @@ def executor(request: pytest.FixtureRequest) -> Executor:
 
 
 def shown(executor: Executor, logits: Tensor, config: MoEConfig, bias: Tensor | None = None) -> Tensor:
-    """[T, E] The weight of each expert: expert e answers with a one in column e, whatever it is asked."""
+    """[T, E] The weight of each expert: expert e always returns a one in column e."""
     tokens, num_experts = logits.shape
     nothing = torch.zeros(num_experts, 2, num_experts)
     answers = torch.eye(num_experts)
@@ -46,7 +46,7 @@ def shown(executor: Executor, logits: Tensor, config: MoEConfig, bias: Tensor | 
 
 
 def demand_weights(executor: Executor, logits: Tensor, config: MoEConfig, bias: Tensor | None = None) -> Tensor:
-    """The specification's choice and weights, as closely as fp32 has them; returns them."""
+    """Demands the specification's choice and its weights to fp32 accuracy; returns the weights."""
     given = logits.clone().requires_grad_()
     weights = shown(executor, given, config, bias)
     expected = torch.zeros(logits.shape, dtype=torch.float64)
@@ -67,7 +67,7 @@ def torch_topk(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) 
 
 @catches("higher_id_wins_ties", torch_topk)
 def test_r2_ties_in_bf16_choose_the_lower_id(executor: Executor) -> None:
-    """Logits tie often in bf16, and torch.topk breaks ties as it likes: topk(zeros(8), 3) is 6, 5, 4 on a CPU."""
+    """Logits tie often in bf16, and torch.topk breaks ties arbitrarily: topk(zeros(8), 3) is 6, 5, 4 on a CPU."""
     logits = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     best = logits.float().sort(dim=1, descending=True).values
     assert (best[:, 7] == best[:, 8]).any()  # at the cut
@@ -102,7 +102,7 @@ def test_r2_negative_logits_and_keys(executor: Executor) -> None:
 
 @catches("score_recovered_from_key", "selection_bias_in_weights", "selection_bias_forgotten")
 def test_r3_the_weight_does_not_go_through_the_key(executor: Executor) -> None:
-    """The weight was had back as (score + bias) - bias, which leaves no digit beside a large bias (flashinfer 3875)."""
+    """The weight was recovered as (score + bias) - bias: a large bias leaves no digit of it (flashinfer 3875)."""
     logits = torch.randn(32, 8, generator=torch.Generator().manual_seed(2)) - 6
     bias = 1e4 * torch.tensor([1.0, 8.0, 3.0, 6.0, 5.0, 4.0, 7.0, 2.0])
     for config in (replace(SIGMOID, renormalize=False), SIGMOID, GROUPED):
@@ -115,7 +115,7 @@ def test_r3_the_weight_does_not_go_through_the_key(executor: Executor) -> None:
 
 @dataclass(frozen=True)
 class Rerouted:
-    """An executor that makes something else of the ids in rows with a NaN."""
+    """An executor that changes the ids in rows with a NaN."""
 
     inner: Executor
     change: Callable[[Tensor, int], Tensor]

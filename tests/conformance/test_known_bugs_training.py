@@ -161,7 +161,7 @@ def ties_at_random(inner: Executor) -> Executor:
 
 
 def routes_out_of_sight(inner: Executor) -> Executor:
-    """Chooses by plain torch, of which a checkpoint's policy knows nothing."""
+    """Chooses by plain torch operators, which a checkpoint's policy does not cover."""
     return Wrapped("routes_out_of_sight", inner)
 
 
@@ -232,7 +232,7 @@ def narrow_integers_of_a_huge_layer() -> set[tuple[int, ...]]:
 
 
 def test_e5_places_are_64_bit_in_a_layer_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Places were computed in 32 bits (Liger 1246, vllm 34279). Only torch's own offs are: they count rows."""
+    """Addresses were computed in 32 bits (Liger 1246, vllm 34279). Only torch's own offs may be: they count rows."""
     assert narrow_integers_of_a_huge_layer() == {(128,)}
     multiply = grouped_mm.GroupedProducts.rows
 
@@ -264,7 +264,7 @@ class Made(TorchDispatchMode):
 
 
 def keeps(what: Callable[[Tensor, Tensor, MoEWeights], Tensor]) -> Bug:
-    """A planted bug that keeps something of y, x and the weights, and never forgets it."""
+    """A planted bug that keeps part of y, x and the weights for ever."""
 
     def planted(inner: Executor) -> Executor:
         kept: list[Tensor] = []

@@ -18,7 +18,7 @@ from moe_ref.conformance.problems.problem import Problem
 
 EXECUTORS = ("native", "grouped_mm", "grouped_nf4")
 FEW, MANY = 64, 2048  # tokens
-# Far below any error bar, or seen under exponents that no layer has: only equality sees them, whatever T is.
+# Errors far below any error bar, or under exponents that no layer has: only equality sees them, whatever T is.
 EXACT = {
     "decoded_in_fp32": [*product(("nf4",), ("one", "per expert"), ("float32", "bfloat16"))],
     "nested_scales_fused": [*product(("nf4",), ("one", "per expert"), ("float32", "bfloat16"))],
@@ -51,13 +51,13 @@ SCALED = MoEConfig(2, scoring="topk_softmax", scale_input=True, activation="relu
 
 
 def panel(name: str, tokens: int) -> tuple[Problem, ...]:
-    """Problems that between them have every feature that a mutant may get wrong."""
+    """Problems that together have every feature that a mutant may get wrong."""
     return panel_in_4_bits(tokens) if name == "grouped_nf4" else dense_panel(tokens)
 
 
 @cache
 def panel_in_4_bits(tokens: int) -> tuple[Problem, ...]:
-    """Some of the same with other weights; blocks straddle experts where they are not of 32."""
+    """Some of the dense problems with weights in 4 bits; blocks of other sizes than 32 straddle experts."""
     forms = (
         {"quant_type": "nf4", "nested": "per expert", "blocksize": 32, "hidden": 64},
         {"quant_type": "nf4", "nested": "one", "weights_layout": "transposed"},
@@ -75,7 +75,7 @@ def panel_in_4_bits(tokens: int) -> tuple[Problem, ...]:
 
 @cache
 def dense_panel(tokens: int) -> tuple[Problem, ...]:
-    """Those for executors of dense weights."""
+    """The problems for executors of dense weights."""
     base = Problem(tokens, 9, 32, 33, FULL, gate_up_bias=True, down_bias=True, seed=1)
     concatenated = replace(FULL, gate_up_layout="concatenated")
     return (
@@ -104,7 +104,7 @@ def rejected_by(executor: executors.Executor, problem: Problem) -> str:
 
 
 def decodes_wrongly(executor: executors.Executor, quant_type: str, nested: str, dtype: str) -> bool:
-    """Whether a number comes out that is not the specification's."""
+    """Whether a decoded number differs from the specification's."""
     try:
         check_every_code(executor, quant_type, nested, dtype)
     except ConformanceError:
@@ -113,7 +113,7 @@ def decodes_wrongly(executor: executors.Executor, quant_type: str, nested: str, 
 
 
 def overflows(executor: executors.Executor, case: str, kind: str) -> bool:
-    """Whether a result is not the specification's."""
+    """Whether a result differs from the specification's."""
     try:
         check_range(executor, case, kind)
     except ConformanceError:
@@ -122,7 +122,7 @@ def overflows(executor: executors.Executor, case: str, kind: str) -> bool:
 
 
 def mutants_to_kill(name: str) -> list[str]:
-    """All of those for dense weights; for 4 bits those that concern what is new there, since the rest is shared."""
+    """All mutants for dense weights; for 4 bits only those of code that is not shared."""
     every = sorted(mutants(executors.get(name)))
     return (
         [m for m in every if m in PACKED_KINDS or "adapter" in m or m in RANGE_MUTANTS]
@@ -151,7 +151,7 @@ def test_mutant_is_rejected(name: str, mutant: str) -> None:
 
 
 def honest_cases() -> list[tuple[str, str, int]]:
-    """Every variant of every executor; what many tokens could show, grouped_nf4 shares with the others."""
+    """Every variant of every executor; grouped_nf4 shares with the others what many tokens could show."""
     return [
         (name, variant, tokens)
         for name in EXECUTORS
@@ -169,14 +169,14 @@ def test_honest_variant_is_accepted(name: str, variant: str, tokens: int) -> Non
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_one_percent_is_seen_in_bf16(tokens: int) -> None:
-    """A systematic error far below a single rounding's size per element is caught by the gain."""
+    """The gain catches a systematic error far below the size of one rounding per element."""
     problem = replace(dense_panel(tokens)[1], logits="random")
     with pytest.raises(ConformanceError):
         check_problem(mutants(executors.get("native"))["one_percent_more"], problem)
 
 
 def test_panel_leaves_experts_empty() -> None:
-    """Otherwise no stale gradient could show."""
+    """Without empty experts no stale gradient could show."""
     from moe_ref.conformance.problems.build import build
 
     for tokens in (FEW, MANY):

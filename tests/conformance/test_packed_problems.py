@@ -1,4 +1,4 @@
-"""Problems with 4-bit weights are what they say, and laws look at them."""
+"""Problems with 4-bit weights are as described, and laws apply to them."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -63,7 +63,7 @@ def test_weights_in_mxfp4_have_the_form_that_is_asked_for(layout: str) -> None:
 
 
 def test_problems_in_mxfp4_have_whole_blocks() -> None:
-    """Widths are rounded up, and what is of other formats stays as it is by default."""
+    """Widths are rounded up; fields of other formats keep their defaults."""
     quick = settings(database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     found = find(problems(weights=("mxfp4",)), lambda p: p.weights_layout == "transposed", settings=quick)
     assert found == Problem(
@@ -76,7 +76,7 @@ def test_problems_in_mxfp4_have_whole_blocks() -> None:
 
 
 def test_an_executor_may_take_nothing_but_mxfp4() -> None:
-    """Whole numbers and every code are held in it; what sizes forbid is said aloud; bad input has good widths."""
+    """MXFP4 holds whole numbers and every code; sizes that it forbids are reported; bad input has valid widths."""
     only = OnlyMXFP4()
     assert check_exact(only, "small_integers", "bfloat16") == ""
     assert check_exact(only, "long_sums", "bfloat16") == "mxfp4: none holds these weights exactly"
@@ -91,7 +91,7 @@ def test_an_executor_may_take_nothing_but_mxfp4() -> None:
 
 
 def test_experts_change_places() -> None:
-    """With their bytes and scales; -1 is an expert of NaN."""
+    """Experts move with their bytes and scales; -1 is an expert of NaN."""
     forms = [{"nested": nested} for nested in ("", "one", "per expert")]
     for form in (*forms, {"quant_type": "mxfp4", "intermediate": 32}):
         weights = build(replace(PROBLEM, **form)).weights
@@ -104,7 +104,7 @@ def test_experts_change_places() -> None:
 
 
 def test_exponents_without_a_test_are_three() -> None:
-    """Those of 2**126 and 2**127, whose largest codes are infinite, and that of NaN."""
+    """The exponents of 2**126 and 2**127, whose largest codes are infinite, and that of NaN."""
     shown = {exponent for _, window in WINDOWS for exponent in window}
     assert set(range(256)) - shown == {253, 254, 255}
 

@@ -1,4 +1,4 @@
-"""The pytest plugin as an outsider meets it: pytest in a process of its own, from an empty directory."""
+"""The pytest plugin as a user meets it: pytest in its own process, from an empty directory."""
 
 import os
 import re
@@ -108,7 +108,7 @@ def test_each_executor_that_is_named_is_judged(outside: Path) -> None:
 
 
 def test_without_a_name_the_usable_executors_are_judged(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that take tensors on the CPU; what is interpreted is slow, and must be asked for."""
+    """The default executors take CPU tensors; interpreted ones are slow and must be requested."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     outside.joinpath("test_mine.py").write_text("from moe_ref.conformance.suite import *")
     ran = run_pytest(outside, "--collect-only", "-q", "-k", "bad_input")
@@ -159,7 +159,7 @@ def test_other_test_runs_pay_nothing(outside: Path) -> None:
 
 
 def test_a_file_of_one_line_is_enough(outside: Path) -> None:
-    """Without --executor and without a profile: no deadline of Hypothesis' own may strike."""
+    """Without --executor and without a profile, Hypothesis' own deadline must not apply."""
     outside.joinpath("test_mine.py").write_text("from moe_ref.conformance.suite import *\n")
     ran = run_pytest(outside, "-q", "-k", "repeatable and native")
     assert ran.returncode == 0, ran.stdout

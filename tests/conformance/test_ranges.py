@@ -1,4 +1,4 @@
-"""Clause E7: the suite's cases are what they say, and whatever overflows is seen."""
+"""Clause E7: the suite's cases are as described, and every overflow is seen."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ LARGEST = FORMATS[DTYPE].max
 
 
 class Largest(Exact):
-    """No rounding; the largest number at each site."""
+    """No rounding; records the largest number at each site."""
 
     def __init__(self) -> None:
         self.of_site: dict[str, float] = {}
@@ -90,7 +90,7 @@ def is_rejected(executor: executors.Executor, case: str) -> bool:
 
 @pytest.mark.parametrize("problem", PAST_RANGE, ids=lambda p: str(p.seed))
 def test_pinned_problems_pass_the_range_inside_alone(problem: Problem) -> None:
-    """E7: under the whole of the specification's error bars."""
+    """E7: with all of the specification's error bars."""
     problem = applicable(executors.get("grouped_nf4" if problem.quant_type else "native"), problem)
     arrays = build(problem)
     largest = Largest()
@@ -109,7 +109,7 @@ def test_pinned_problems_pass_the_range_inside_alone(problem: Problem) -> None:
 
 @pytest.mark.parametrize("powers", [(), *SCALED_INPUT, *SCALED_OUTPUT, (("gate", -9), ("up", -9), ("x[0]", -9))])
 def test_numbers_with_powers_are_representable(powers: tuple[tuple[str, int], ...]) -> None:
-    """E7: what is small is rounded to fp16's subnormal numbers."""
+    """E7: small numbers are rounded to fp16's subnormal numbers."""
     config = MoEConfig(2)
     problem = Problem(9, 3, 32, 16, config, DTYPE, entry="experts", gate_up_rank=3, lora_dtype=DTYPE, powers=powers)
     arrays = build(problem)
@@ -122,7 +122,7 @@ def test_numbers_with_powers_are_representable(powers: tuple[tuple[str, int], ..
 
 @pytest.mark.parametrize("problem", PAST_RANGE, ids=lambda p: str(p.seed))
 def test_pinned_problems_are_held_by_honest_variants(problem: Problem) -> None:
-    """E7: with error bars that know of no overflow."""
+    """E7: with error bars that do not include overflow."""
     inner = executors.get("grouped_nf4" if problem.quant_type else "native")
     for name, honest in honest_variants(inner).items():
         if name in ("fp32_throughout", "rounded_at_every_site"):

@@ -1,4 +1,4 @@
-"""What native and grouped_mm promise to tracers: no look at a value, right operators, one graph for all T."""
+"""What native and grouped_mm promise to tracers: no look at a value, right operators, one graph for every dynamic T."""
 
 import shutil
 from dataclasses import replace

@@ -258,8 +258,8 @@ def test_an_nf4_layer_and_an_mxfp4_layer_refuse_each_other() -> None:
 
 UNSAVED: dict[str, dict[str, Any]] = {
     "gate_up_proj is a Tensor: must be a moe_ref.MXFP4Tensor": {},
-    "selection_bias is given: must be None, since that form has no place for it": {"selection_bias": random(EXPERTS)},
-    "lora is given: must be None, since that form has no place for it": {
+    "selection_bias is given: must be None, since gpt-oss' form cannot hold it": {"selection_bias": random(EXPERTS)},
+    "lora is given: must be None, since gpt-oss' form cannot hold it": {
         "lora": ExpertLoRA(random(EXPERTS, 3, HIDDEN), random(EXPERTS, 2 * INNER, 3))
     },
     "down_proj.transposed=True: must be False, blocks along the input dimension": {

@@ -94,7 +94,7 @@ BAD: dict[str, tuple[str, Callable[[State], None]]] = {
     "both kinds": (f"{KEY} has {NAME}.quant_state.bitsandbytes__fp4 and {STATE}: must have one of {BOTH}", twice),
     "no kind": (f"{KEY} is not in 4 bits: must have one of {BOTH}", entry(".quant_state.bitsandbytes__nf4", None)),
     "unknown kind": (
-        f"'{KEY}.quant_state.bitsandbytes__int8' is unknown: must be {KEY}, or of its fields absmax, ",
+        f"'{KEY}.quant_state.bitsandbytes__int8' is unknown: must be {KEY} or one of its fields absmax, ",
         entry(".quant_state.bitsandbytes__int8", lambda v: v),
     ),
     "unknown field": (f"'{KEY}.SCB' is unknown: must be", entry(".SCB", lambda v: v)),

@@ -70,7 +70,9 @@ def test_a_file_says_what_is_transposed(tmp_path: Path) -> None:
     same(nf4.load(path, "a", transposed=True), square)
     same(nf4.load(path, "b"), square.transpose(1, 2))
     same(nf4.load(path, "b", transposed=True), square)
-    with pytest.raises(ValueError, match=r"transposed=False: must be True or None, since the file says that a is$"):
+    with pytest.raises(
+        ValueError, match=r"transposed=False: must be True or None, since the file lists a as transposed$"
+    ):
         nf4.load(path, "a", transposed=False)
 
 

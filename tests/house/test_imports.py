@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "_bench": FACE | {"layer_file", "nf4", "mxfp4", "_decode", "_compare"},
     "_tune": FACE | {"_base", "_triton", "_bench"},
     "_crossover": FACE | {"_triton", "_compare", "_bench", "_tune"},
-    "_cli": FACE | {"layer_file", "_triton", "_compare", "_bench", "_tune", "_crossover"},
+    "_cli": FACE | {"layer_file", "hf", "_triton", "_compare", "_bench", "_tune", "_crossover"},
     "__main__": {"_cli"},
 }
 TOOLS = tuple(f"executors.{room}" for room in ("_compare", "_bench", "_tune", "_crossover", "_cli"))  # of ours

@@ -11,7 +11,7 @@ def test_weighted_sum() -> None:
 
 
 def test_sum_runs_in_increasing_k() -> None:
-    """(1e16 + 1) - 1e16 is 0 in that order, and 1 in any order that adds the large ones first."""
+    """(1e16 + 1) - 1e16 is 0 in this order, and 1 in any order that adds the large terms first."""
     outputs = np.array([[1e16], [1.0], [-1e16]])
     assert combine(outputs, np.ones((1, 3))).tolist() == [[0.0]]
 

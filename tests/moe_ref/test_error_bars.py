@@ -1,4 +1,4 @@
-"""Error bars: reproducible, complete, zero where nothing can err, and of the size that roundings really have."""
+"""Error bars are reproducible, complete, zero where nothing can err, and as large as real roundings."""
 
 import threading
 import time
@@ -58,7 +58,7 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the last bit; and they inherit what NumPy may say of the NaN in x."""
+    """The bars are equal to the last bit, and threads inherit np.errstate for the NaN in x."""
     arrays = build(replace(PROBLEM, broken_x=1))
     monkeypatch.setattr("moe_ref.error_bars.CHUNK_ELEMENTS", 1)
     found = []
@@ -83,7 +83,7 @@ def test_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_deviations_of_the_exact_run_serve_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples that compute their own, as they do past a limit of memory, find the same bars."""
+    """Samples that compute their own deviations, as past the memory limit, give the same bars."""
     arrays = build(PROBLEM)
     kept = sampled(arrays, samples=64)
     monkeypatch.setattr("moe_ref.samples.KEPT_BYTES", 1000)
@@ -111,7 +111,7 @@ def test_experts_without_tokens_have_no_error() -> None:
 
 
 def test_a_vanishing_gradient_keeps_its_terms_error() -> None:
-    """With K=1 renormalised the router's gradient is 0, and an implementation's is not."""
+    """With K=1 and renormalisation the exact gradient of the router is 0, but an implementation's is not."""
     problem = replace(PROBLEM, config=MoEConfig(1, renormalize=True, renormalize_eps=0.0), dtype="float32")
     d_logits = reference(problem).bars["router_logits"]
     assert np.abs(d_logits.exact).max() < 1e-15
@@ -147,7 +147,7 @@ def test_exactly_one_kind_of_routing() -> None:
 
 
 def test_infinite_elements_are_left_out() -> None:
-    """One infinity in x spoils its experts' gradients, and no figure of any other element."""
+    """An infinity in x spoils the gradients of its experts, but no bar of any other element."""
     problem = replace(PROBLEM, tokens=64, hidden=64, intermediate=32, dtype="float32", broken_x=1)
     truth = next(t for t in (reference(replace(problem, seed=s)) for s in range(20)) if t.infinite.any())
     for name, bars in truth.bars.items():

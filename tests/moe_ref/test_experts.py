@@ -1,4 +1,4 @@
-"""Experts by hand: layouts, clamp, biases, rows that belong to nobody (E1)."""
+"""Experts by hand: layouts, clamp, biases, rows of no expert (E1)."""
 
 import math
 

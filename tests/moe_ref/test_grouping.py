@@ -1,4 +1,4 @@
-"""Grouping on a case that fits in one's head (G1, R7)."""
+"""Grouping by hand, on a small case (G1, R7)."""
 
 import numpy as np
 

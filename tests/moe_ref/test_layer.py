@@ -26,7 +26,7 @@ def test_layer_is_route_and_routed_experts() -> None:
 
 
 def test_empty_slots_add_exactly_nothing() -> None:
-    """R7: whatever their weight."""
+    """R7: whatever weight empty slots have."""
     ids, slot_weights = np.array([[0, 1]]), np.array([[0.5, 0.25]])
     more = np.array([[0, -1, 1, 5]]), np.array([[0.5, math.nan, 0.25, math.inf]])
     x = X[0, :1]

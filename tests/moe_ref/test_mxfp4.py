@@ -25,7 +25,7 @@ def f32(*numbers: float) -> np.ndarray:
 
 
 def test_the_low_nibble_comes_first() -> None:
-    """M1: the other order than NF4's."""
+    """M1: the low nibble comes first, unlike in NF4."""
     assert unpack(u8(0x7F, 0x0E)).tolist() == [15, 7, 14, 0]
     assert mxfp4.pack(u8(15, 7, 14, 0)).tolist() == [0x7F, 0x0E]
     assert decode(block(2, 7)).tolist()[:3] == [1.0, 6.0, 0.0]
@@ -57,7 +57,7 @@ def test_the_bias_is_127() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exponent_255_is_nan(dtype: str) -> None:
-    """M1: whatever the code is, 0 too; and in its own block only."""
+    """M1: for every code, also 0, and only in its own block."""
     t = MXFP4Tensor(np.zeros((2, 16), np.uint8), u8(255, 127), dtype=dtype)
     assert np.isnan(decode(t)[:32]).all()
     assert (decode(t)[32:] == 0).all()
@@ -76,7 +76,7 @@ def test_every_byte_under_every_exponent(dtype: str) -> None:
 
 
 def test_the_ends_of_dtypes() -> None:
-    """M1: too large is infinite, too small is rounded to even, and the sign stays."""
+    """M1: too large numbers become infinite, too small ones round to even, and the sign stays."""
     assert decode(block(7, 15, 3, scale=254)).tolist()[:3] == [np.inf, -np.inf, 1.5 * 2.0**127]
     assert decode(block(7, 15, 3, scale=254, dtype="bfloat16")).tolist()[:3] == [np.inf, -np.inf, 1.5 * 2.0**127]
     assert decode(block(7, 6, scale=140, dtype="float16")).tolist()[:2] == [6 * 2.0**13, 2.0**15]
@@ -88,7 +88,7 @@ def test_the_ends_of_dtypes() -> None:
 
 
 def test_a_block_is_32_numbers_of_a_row() -> None:
-    """M1: two rows of two blocks, each with a scale of its own."""
+    """M1: two rows of two blocks, each with its own scale."""
     t = MXFP4Tensor(np.full((2, 2, 16), 0x22, np.uint8), np.array([[127, 128], [129, 130]], np.uint8), dtype="float32")
     assert t.shape == (2, 64)
     assert decode(t)[:, ::32].tolist() == [[1.0, 2.0], [4.0, 8.0]]
@@ -160,7 +160,7 @@ def test_attributes() -> None:
 
 
 def test_the_largest_number_of_a_block_decides_on_its_scale() -> None:
-    """M1: scaled it is from 4 to below 8; what is beyond 6 becomes 6."""
+    """M1: the largest scaled magnitude is from 4 to below 8; numbers beyond 6 become 6."""
     for largest, scale, found in ((4.0, 127, 4.0), (6.0, 127, 6.0), (7.9, 127, 6.0), (8.0, 128, 8.0), (0.9, 124, 0.75)):
         t = quantize(f32(-largest, *[0.0] * 31), dtype="float32")
         assert t.scales.tolist() == [scale]
@@ -191,7 +191,7 @@ def test_small_negative_numbers_keep_their_sign() -> None:
 
 
 def test_the_ends_of_fp32() -> None:
-    """M1: the smallest scale is 2**-127, under which the smallest numbers become 0."""
+    """M1: the smallest scale is 2**-127; the smallest numbers then become 0."""
     t = quantize(f32(F32_MAX, -F32_MAX, *[0] * 30), dtype="float32")
     assert (t.scales.tolist(), decode(t)[:2].tolist()) == ([252], [6 * 2.0**125, -6 * 2.0**125])
     t = quantize(f32(2.0**-149, 2.0**-128, 2.0**-126, *[0] * 29), dtype="float32")
@@ -199,7 +199,7 @@ def test_the_ends_of_fp32() -> None:
 
 
 def test_what_is_in_mxfp4_stays_as_it_is() -> None:
-    """M1: a block without a code of 4 or 6 gets a smaller scale, under which its numbers have codes too."""
+    """M1: a block without a code of 4 or 6 gets a smaller scale, with which its numbers have codes too."""
     t = random_mxfp4(64, 4, 96, exponents=(3, 253))
     t = replace(
         t, blocks=t.blocks & np.random.default_rng(0).choice(u8(0xFF, 0xDD, 0xBB, 0x99), t.scales.shape)[..., None]
@@ -217,7 +217,7 @@ def test_numpy_and_torch_quantize_alike(dtype: str) -> None:
 
 
 def test_noise_of_normal_numbers() -> None:
-    """Which is why weights in MXFP4 stay of the scale that error bars ask for."""
+    """So weights in MXFP4 keep the scale that error bars require."""
     values = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
     found = decode(quantize(values))
     assert 0.10 < np.sqrt(np.mean((found - values) ** 2)) < 0.13

@@ -41,7 +41,7 @@ def test_the_high_nibble_comes_first() -> None:
 
 
 def test_codes() -> None:
-    """Q1: NF4 rises from -1 to 1 with 7 for 0; FP4 is sign and magnitude, and both its zeros are 0."""
+    """Q1: NF4 rises from -1 to 1, and code 7 is 0; FP4 is sign and magnitude, and both its zeros are 0."""
     assert sorted(NF4_CODE) == list(NF4_CODE)
     assert NF4_CODE[7] == 0
     assert all(float(np.float32(value)) == value for value in NF4_CODE)
@@ -69,7 +69,7 @@ def test_a_byte_straddles_experts() -> None:
 
 
 def test_one_product_and_one_rounding() -> None:
-    """Q2: in bf16 the scale 1 + 2**-8 would be 1 before the product; and the product is fp32, not fp64."""
+    """Q2: the scale 1 + 2**-8 is not rounded to bf16 before the product, and the product is fp32, not fp64."""
     scale = np.float32(1 + 2.0**-8 + 2.0**-9)
     t = NF4Tensor(u8(0xF1), f32(scale), shape=(2,), dtype="bfloat16")
     in_fp32 = np.float32(NF4_CODE[1]) * scale
@@ -151,7 +151,7 @@ def test_attributes() -> None:
 
 
 def test_places_past_2_31_elements() -> None:
-    """Q1, E5: a window behind 2**32 elements, over bytes and scales that exist once and stand there many times."""
+    """Q1, E5: a window past 2**32 elements, over bytes and scales that exist once and are repeated by strides."""
     count, blocksize = 2**32 + 96, 4096
     packed = np.broadcast_to(u8(0xF7), count // 2)
     blocks = -(-count // blocksize)
@@ -178,7 +178,7 @@ def test_places_past_2_31_elements() -> None:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_ties_take_the_lower_code(quant_type: Any) -> None:
-    """Q4: strictly above the midpoint, in fp32, for the upper."""
+    """Q4: the upper code is for numbers strictly above the midpoint, in fp32."""
     code = {"nf4": NF4_CODE, "fp4": FP4_CODE}[quant_type]
     table = np.unique(np.float32(code))
     midpoints = (table[1:] + table[:-1]) / np.float32(2)
@@ -197,7 +197,7 @@ def test_the_reciprocal_is_rounded_before_the_product() -> None:
 
 @pytest.mark.parametrize(("quant_type", "byte"), [("nf4", 0x77), ("fp4", 0x00)])
 def test_a_block_of_zeros_and_the_last_nibble(quant_type: Any, byte: int) -> None:
-    """Q4: zeros decode to zeros, and the nibble that is left over is the code of zero."""
+    """Q4: zeros decode to zeros, and the spare nibble is the code of zero."""
     t = quantize(f32(*[0.0] * 32, 5.0), dtype="float16", quant_type=quant_type, blocksize=32)
     assert t.packed[:-1].tolist() == [byte] * 16
     assert t.packed[-1] & 15 == byte & 15
@@ -214,7 +214,7 @@ def test_quantizing_takes_numbers_in_order() -> None:
 
 @pytest.mark.parametrize("library", [np.asarray, torch.from_numpy])
 def test_nested_offset_is_the_mean(library: Any) -> None:
-    """Q3: of four scales 1, 2, 3 and 6, whose distances from 3 are exact in the 8-bit code's ends."""
+    """Q3: four scales 1, 2, 3 and 6; their distances from 3 are exact at the 8-bit code's ends."""
     values = np.repeat(f32(1, 2, 3, 6), 32)
     t = quantize(library(values), dtype="float32", blocksize=32, nested=True)
     assert float(t.nested_offset) == 3.0
@@ -232,7 +232,7 @@ def test_dynamic_code() -> None:
 
 
 def test_numbers_that_are_not_finite() -> None:
-    """Q4: the caller's promise. Broken, they reach their block, and no other."""
+    """Q4: the caller promises finite values. Others affect their own block only."""
     values = np.ones((3, 64), dtype=np.float32)
     values[0, 3], values[1, 3] = np.nan, np.inf
     with np.errstate(all="ignore"):

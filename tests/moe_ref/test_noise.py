@@ -1,4 +1,4 @@
-"""Numbers without a state: even, independent, and the same however they are asked for."""
+"""Stateless numbers are uniform, independent, and the same however they are computed."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ VALUES = {
 
 @pytest.mark.parametrize("kind", VALUES)
 def test_numbers_are_even_and_independent(kind: str) -> None:
-    """Between keys and between neighbours; with places whatever the values, without them where values differ."""
+    """Between keys and between neighbours: with positions for any values, without them for different values."""
     for placed in (EVERYWHERE, NOWHERE) if kind in ("normal", "whole") else (EVERYWHERE,):
         noise = uniform_of(VALUES[kind], KEYS, placed)
         counts = np.array([np.histogram(row, 16, (-1, 1))[0] for row in noise]) - 20_000 / 16

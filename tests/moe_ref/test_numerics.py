@@ -31,7 +31,7 @@ def test_rounds_to_fp16_as_numpy_does() -> None:
 
 
 def test_rounds_once_where_torch_rounds_twice() -> None:
-    """torch goes from fp64 to fp16 through fp32, which lands on a tie and takes the even neighbour."""
+    """torch rounds fp64 to fp16 through fp32, where this number becomes a tie and takes the even neighbour."""
     assert round_to_nearest(np.array([51.7343741]), "float16")[0] == 51.71875
 
 

@@ -1,4 +1,4 @@
-"""Routing against what can be worked out by hand; laws and gradients are in property_tests."""
+"""Routing by hand; laws and gradients are in property_tests."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_epsilon_is_added_to_the_sum() -> None:
 
 
 def test_minus_infinity_weighs_exactly_nothing() -> None:
-    """R4: chosen because nothing else is left."""
+    """R4: such an expert is chosen because no other is left."""
     for scoring in ("softmax", "topk_softmax", "sigmoid"):
         ids, weights = routed([[-INF, 1.0, -INF]], top_k=2, scoring=scoring)
         assert ids == [[1, 0]]
@@ -75,7 +75,7 @@ def test_minus_infinity_weighs_exactly_nothing() -> None:
 @pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid"])
 @pytest.mark.parametrize("spoiled", [[math.nan, 0.0, 1.0], [0.0, 1.0, math.nan], [INF, 0.0, 1.0], [-INF] * 3])
 def test_broken_rows_are_nan_and_alone(scoring: str, spoiled: list[float]) -> None:
-    """R4: a NaN that is not even chosen breaks its row; ids stay in range and distinct; other rows stay."""
+    """R4: a NaN breaks its row even if it is not chosen; ids stay in range and distinct; other rows are unaffected."""
     clean = [0.5, 0.25, 0.125]
     ids, weights = routed([clean, spoiled, clean], top_k=2, scoring=scoring)
     defined = scoring == "sigmoid" and not any(map(math.isnan, spoiled))

@@ -45,7 +45,7 @@ def test_wrong_shapes_are_refused() -> None:
 
 
 def complaints(what: str) -> str:
-    """What a fresh process, in which every call is checked, has to say."""
+    """The output of a fresh process in which every call is checked."""
     command = [sys.executable, "-W", "error", __file__, what]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     return ran.stdout + ran.stderr
@@ -77,12 +77,12 @@ def install_checks() -> None:
 
 
 def checked(function: Any) -> Any:
-    """beartype, but not for functions made in each call."""
+    """beartype, except for functions that each call makes anew."""
     return function if "<locals>" in function.__qualname__ else beartype.beartype(function)
 
 
 class Annotation:
-    """jaxtyping's type, but axes such as 2*I are solved for I: jaxtyping wants to see I itself first."""
+    """jaxtyping's type, with axes such as 2*I solved for I: jaxtyping must otherwise see I itself first."""
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = dtype
@@ -98,17 +98,17 @@ class Annotation:
 
 
 class OfName(type):
-    """The type of the objects whose class has this name: one that cannot be imported before `moe_ref` is."""
+    """The type of objects whose class has this name, for classes that cannot be imported before `moe_ref`."""
 
     def __instancecheck__(cls, value: object) -> bool:
         return type(value).__name__ == cls.__name__
 
 
-InFourBits = OfName("NF4Tensor", (), {})  # it has a shape and a dtype, and stands where a projection stands
+InFourBits = OfName("NF4Tensor", (), {})  # it has a shape and a dtype, and replaces a projection
 
 
 class Derived(type):
-    """The type of arrays with an axis that is given by an expression."""
+    """The type of arrays with an axis given by an expression."""
 
     plain: tuple[type, ...]
     derived: list[tuple[int, str, Callable[[int], float]]]

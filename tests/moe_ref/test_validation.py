@@ -1,6 +1,6 @@
 """Bad input to the specification: the type of the error, and its one line, word for word.
 
-That executors say the same is `moe_ref.conformance.judgement.errors`.
+`moe_ref.conformance.judgement.errors` checks that executors say the same.
 """
 
 import re
@@ -40,7 +40,7 @@ PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"
 
 
 def call(function: Callable[..., Any], changes: dict[str, Any]) -> Any:
-    """One of the four public functions on good arguments but for some; fields of the configuration count too."""
+    """Calls one of the four public functions with some arguments, or fields of the configuration, changed."""
     fields = {name: value for name, value in changes.items() if name not in {*GOOD, "weights"}}
     given = {**GOOD, "config": replace(GOOD["config"], **fields), **changes}
     weights = changes.get("weights") or MoEWeights(**{name: given[name] for name in PARAMETERS})

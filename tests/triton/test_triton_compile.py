@@ -261,7 +261,7 @@ def test_older_tensor_cores_are_found() -> None:
 
 
 PLANTED = """
-from executors._cli.kernels import Row
+from executors._cli.kernels import KernelRow
 from executors._triton.inspect import cases as _cases
 from executors._triton import configs
 from executors._triton.inspect.compile import compiling
@@ -273,7 +273,7 @@ configs.FAMILIES["sm80"] = family._replace(narrow=(configs.Regime(configs.ANY, *
 with compiling("sm80") as launches:
     next(_cases.cases("sm80", ("bfloat16",))).run()
 found = [launch.compiled for launch in launches]
-print([Row(None, resources).faults(family.shared) for resources in resources_of(found)])
+print([KernelRow(None, resources).faults(family.shared) for resources in resources_of(found)])
 """
 
 

@@ -1,1 +1,1 @@
-"""What an executor's answers are held against: the reference, error bars, laws, exact cases, refusals."""
+"""Judges an executor's answers: by the reference, error bars, laws, exact cases, and refusals."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """A problem in torch: what an executor is called with."""
+    """A problem in torch: the arguments of an executor."""
 
     x: Tensor
     dy: Tensor
@@ -46,9 +46,9 @@ class Result:
 
     Attributes:
         tensors: "y" and every gradient, flat in the token dimension, as torch tensors on the CPU in their own dtype.
-        shape: of y, as it came.
+        shape: of y, as returned.
         missing: names of inputs that need a gradient and got none.
-        unasked: names of frozen inputs that got one, and of the selection bias if it did.
+        unasked: names of frozen inputs that got a gradient, also of the selection bias.
     """
 
     tensors: dict[str, Tensor]
@@ -124,7 +124,7 @@ def lay_out(value: Tensor, layout: str) -> Tensor:
 
 
 def call(executor: Executor, inputs: Inputs) -> Tensor:
-    """The executor's forward pass, by the entry that the problem has."""
+    """Runs the executor's forward pass by the problem's entry."""
     if inputs.router_logits is not None:
         return executor(inputs.x, inputs.router_logits, inputs.weights)
     assert inputs.topk_weights is not None
@@ -134,13 +134,13 @@ def call(executor: Executor, inputs: Inputs) -> Tensor:
 
 
 def run(executor: Executor, inputs: Inputs, backward: bool = True, passes: int = 1) -> Result:
-    """Forward, and backward for everything that needs a gradient.
+    """Runs the forward pass, and the backward pass for everything that needs a gradient.
 
     Args:
-        executor: whom to call.
-        inputs: what to call it with.
+        executor: the executor to call.
+        inputs: its arguments.
         backward: whether to differentiate.
-        passes: backward passes through the one graph; the last one's gradients count.
+        passes: backward passes through the one graph; only the last one's gradients are returned.
     """
     leaves = inputs.tensors()
     needing = [name for name, leaf in leaves.items() if leaf.requires_grad]

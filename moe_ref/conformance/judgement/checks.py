@@ -1,4 +1,4 @@
-"""What is demanded of an executor on one problem. Each failure names its clause and prints the problem."""
+"""What the suite demands of an executor on one problem. Each failure names its clause and prints the problem."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class ConformanceError(AssertionError):
 
 
 def applicable(executor: Executor, problem: Problem) -> Problem:
-    """The problem as far as the executor's declared capabilities go.
+    """The problem within the executor's declared capabilities.
 
-    One that declares no routing is given ids and weights instead of logits. One that does not tell which experts it
-    chooses is given logits that leave it no choice.
+    An executor that declares no routing gets ids and weights instead of logits. An executor that does not tell which
+    experts it chooses gets logits that leave no choice.
     """
     if problem.entry == "layer" and not executor.capabilities.routing:
         return replace(problem, entry="experts", selection_bias="", frozen=problem.frozen - {"router_logits"})
@@ -44,10 +44,10 @@ def applicable(executor: Executor, problem: Problem) -> Problem:
 
 
 def with_one_choice(problem: Problem) -> Problem:
-    """The problem, such that only one choice of experts is right.
+    """The problem with only one right choice of experts.
 
-    Broken logits leave it free; where the weight scales the input, gradients do not show what was chosen there: left
-    out.
+    Broken logits leave the choice free. They are left out where the weight scales the input, because gradients do not
+    show the choice there.
     """
     if problem.entry != "layer":
         return problem
@@ -92,7 +92,7 @@ def check_problem(executor: Executor, problem: Problem, device: str = "cpu") -> 
 
 
 def check_repeatable(executor: Executor, problem: Problem, device: str = "cpu") -> None:
-    """C1: two runs agree to the last bit, and so do two backward passes; nothing of earlier weights is remembered.
+    """C1: two runs agree to the last bit, and so do two backward passes; no earlier weights are remembered.
 
     Raises:
         ConformanceError: if they do not.
@@ -121,7 +121,7 @@ def check_repeatable(executor: Executor, problem: Problem, device: str = "cpu") 
 
 
 def _swap_codes(inputs: Inputs) -> None:
-    """Other codes in the same memory; twice is none."""
+    """Replaces codes in place; a second call restores them."""
     for tensor in inputs.weights.packed().values():
         tensor.codes.bitwise_xor_(0x11)
 
@@ -140,7 +140,7 @@ def verdicts_of(
         arrays: "y" and gradients, flat in the token dimension.
         problem: the problem.
         truth: its reference.
-        chosen: ids that the executor itself chose for tokens with broken routing; None if it did not say.
+        chosen: ids that the executor itself chose for tokens with broken routing; None if it does not tell them.
     """
     verdicts = []
     for name, actual in arrays.items():
@@ -156,7 +156,7 @@ def verdicts_of(
 def _judged_experts(
     actual: np.ndarray, problem: Problem, truth: Reference, chosen: np.ndarray | None
 ) -> np.ndarray | None:
-    """[E]: experts whose gradient counts; those that a broken token chose may be NaN (R4)."""
+    """[E]: experts whose gradient counts; the gradients of those that a broken token chose may be NaN (R4)."""
     if not truth.broken.any() or actual.shape[:1] != (problem.experts,):
         return None
     judged = np.ones(problem.experts, dtype=bool)
@@ -175,7 +175,7 @@ def _demand(executor: Executor, problem: Problem, fault: Fault | None) -> None:
 
 
 def _route(executor: Executor, inputs: Inputs) -> Routing | None:
-    """What the executor says it chooses, or None."""
+    """The routing that the executor reports, or None."""
     route = getattr(executor, "route", None)
     if inputs.router_logits is None or route is None:
         return None

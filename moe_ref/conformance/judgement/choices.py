@@ -1,8 +1,8 @@
-"""Which choices of experts are right (R2), where the keys come out of arithmetic and may differ in their last bits.
+"""Which choices of experts are right (R2) where keys are computed with rounding and may differ in their last bits.
 
-A choice is judged in NumPy, row by row. With d = 4 * 2**-23 * max(1, |score|, |bias|), the largest of the row, a chosen
-key may lie below the K-th largest by d at the most, an unchosen one above it by d; groups likewise, before that, with
-2 d for a sum of two scores.
+A choice is judged in NumPy, row by row. Let d = 4 * 2**-23 * max(1, |score|, |bias|), the largest of the row. A chosen
+key may be below the K-th largest by at most d, and an unchosen key above it by at most d. The same holds for groups,
+which are judged first, with 2 d for a sum of two scores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def admissible(ids: np.ndarray, logits: np.ndarray, config: MoEConfig, selection
 
 
 def have_margins(logits: np.ndarray, config: MoEConfig, selection_bias: np.ndarray | None) -> np.ndarray:
-    """[T] Whether only one choice is admissible, and no rounding comes near another."""
+    """[T] Whether only one choice is admissible and no rounding comes near another choice."""
     if not keys_are_rounded(config, selection_bias):
         return np.ones(len(logits), dtype=bool)
     assert config.top_k is not None

@@ -1,4 +1,4 @@
-"""Bad input: every executor must refuse it, with the specification's own one-line message."""
+"""Bad input, which every executor must refuse with the specification's own one-line message."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _tensor(**changes: Callable[[Any], Any]) -> Callable[[Inputs], Inputs]:
 
 
 def _packed(**changes: Callable[[Any], Any]) -> Callable[[Inputs], Inputs]:
-    """Changes of gate_up_proj in 4 bits."""
+    """Changes gate_up_proj in 4 bits."""
 
     def change(tensor: Any) -> Any:
         return replace(tensor, **{name: f(getattr(tensor, name)) for name, f in changes.items()})
@@ -133,7 +133,7 @@ EXPERTS_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
 
 
 def check_errors(executor: Executor, device: str = "cpu") -> None:
-    """Every bad input raises the error that the specification raises, word for word, in one line.
+    """Demands for every bad input the specification's error, word for word, in one line.
 
     Raises:
         ConformanceError: if an input is accepted, or the message differs.
@@ -160,10 +160,10 @@ def check_errors(executor: Executor, device: str = "cpu") -> None:
 
 
 def check_undeclared_weights(executor: Executor, device: str = "cpu") -> None:
-    """Projections of a kind that the executor does not declare raise Unsupported, from ``check`` and from a call.
+    """Demands Unsupported, from ``check`` and from a call, for kinds of projections that the executor does not declare.
 
     Raises:
-        ConformanceError: if they are taken, or something else is raised.
+        ConformanceError: if such projections are taken, or another error is raised.
     """
     import executors
 
@@ -187,10 +187,10 @@ def check_undeclared_weights(executor: Executor, device: str = "cpu") -> None:
 
 
 def check_no_double_backward(executor: Executor, device: str = "cpu") -> None:
-    """D1: differentiating a gradient raises an error that says so.
+    """D1: differentiating a gradient raises an error that says "double backward".
 
     Raises:
-        ConformanceError: if a second derivative comes out.
+        ConformanceError: if there is a second derivative.
     """
     if not executor.capabilities.backward:
         return

@@ -1,4 +1,4 @@
-"""Cases in which every step is representable, so that equality is demanded.
+"""Cases in which every step is representable, so that results must be equal.
 
 The gate's slope is so steep (alpha = 1000) that its sigmoid is exactly 1, and all other numbers are powers of two or
 small integers: fp64, fp32, bf16 and fp16 must all give the specification's numbers to the last bit. A sum of 512 ones
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 def check_exact(executor: Executor, case: str, dtype: str, device: str = "cpu") -> str:
     """Checks one of `CASES` in one dtype: y and all gradients equal the specification's.
 
-    An executor without dense weights gets them in 4 bits, where those hold them exactly.
+    An executor without dense weights gets them in 4 bits, in a format that holds them exactly.
 
     Returns:
-        What keeps the executor from having the case, or "".
+        The reason why the case does not apply to the executor, or "".
 
     Raises:
         ConformanceError: if a number differs.
@@ -67,7 +67,7 @@ def held(weights: MoEWeights, problem: Problem) -> MoEWeights | None:
 
 
 def check_equal(executor: Executor, problem: Problem, arrays: Arrays, clause: str, device: str) -> None:
-    """Y and all gradients are the specification's, to the last bit.
+    """Demands that y and all gradients equal the specification's, to the last bit.
 
     Raises:
         ConformanceError: if a number differs.
@@ -140,9 +140,9 @@ def wide_combine(dtype: str) -> tuple[Problem, Arrays, str]:
 
 
 def small_integers(dtype: str) -> tuple[Problem, Arrays, str]:
-    """Whole numbers through squared ReLU, without a gate: every step and every gradient is a small whole number (E1).
+    """Whole numbers through squared ReLU, without a gate: every step and gradient is a small whole number (E1).
 
-    Each row and each column of both projections has four elements other than 0, all of them +1 or -1.
+    Each row and each column of both projections has four nonzero elements, all of them +1 or -1.
     """
     rng = np.random.default_rng(0)
     tokens, experts, top_k, size = 6, 3, 2, 32

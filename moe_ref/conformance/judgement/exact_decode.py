@@ -1,4 +1,4 @@
-"""Every number of a projection in 4 bits, seen through one-hot tokens: it is decoded to the last bit."""
+"""Shows every number of a projection in 4 bits by one-hot tokens, and demands that it is decoded to the last bit."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ WINDOWS_OF_FP16 = ((1.0, range(121, 133)),)
 
 
 def check_every_code(executor: Executor, quant_type: str, nested: str, dtype: str, device: str = "cpu") -> str:
-    """Every number of a projection in 4 bits is decoded to the last bit (Q1, Q2, Q3, M1).
+    """Demands that every number of a projection in 4 bits is decoded to the last bit (Q1, Q2, Q3, M1).
 
-    Token j is 1 or -1 at place j (or another power of two), squared ReLU hides the sign, and the down projection is the
-    identity: y holds the squares of column j.
+    Token j is 1 or -1 at position j (or another power of two), squared ReLU hides the sign, and the down projection is
+    the identity: y holds the squares of column j.
 
     Returns:
-        What keeps the executor from having the case, or "".
+        The reason why the case does not apply to the executor, or "".
 
     Raises:
         ConformanceError: if a number differs.
@@ -62,7 +62,7 @@ def check_every_code(executor: Executor, quant_type: str, nested: str, dtype: st
 
 
 def _of_nf4(problem: Problem) -> Iterator[tuple[Problem, float, PackedTensor]]:
-    """Forms of the problem, the tokens' number, and normal numbers whose rows have scales of their own."""
+    """Forms of the problem, the tokens' number, and normal numbers with a different scale in each row."""
     for seed, (layout, blocksize) in enumerate(product(LAYOUTS, BLOCKSIZES)):
         form = replace(problem, blocksize=blocksize, weights_layout=layout)
         rng = np.random.default_rng(seed)
@@ -73,7 +73,8 @@ def _of_nf4(problem: Problem) -> Iterator[tuple[Problem, float, PackedTensor]]:
 def _of_mxfp4(problem: Problem) -> Iterator[tuple[Problem, float, PackedTensor]]:
     """Forms of the problem, the tokens' number, and all codes under all exponents of a window.
 
-    No number is subnormal: products of processors may take those for zeros. So exponents 0 and 1 have codes from 2 on.
+    No number is subnormal, because products of processors may flush those to zero. So exponents 0 and 1 have codes from
+    2 on.
     """
     windows = WINDOWS_OF_FP16 if problem.dtype == "float16" else WINDOWS
     for seed, (layout, (scale, window)) in enumerate(product(LAYOUTS, windows)):
@@ -88,6 +89,6 @@ def _of_mxfp4(problem: Problem) -> Iterator[tuple[Problem, float, PackedTensor]]
 
 
 def _weights(matrix: np.ndarray, problem: Problem) -> MoEWeights:
-    """The matrix, or one for each expert, as both projections."""
+    """One matrix, or one for each expert, as both projections."""
     stack = np.broadcast_to(matrix, (EXPERTS, SIZE, SIZE))
     return MoEWeights(stack, stack, config=problem.config)

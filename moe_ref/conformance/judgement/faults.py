@@ -1,6 +1,6 @@
-"""What no gate measures: inputs that were changed, wrong forms, gradients that are missing, runs that differ.
+"""Faults that no gate measures: changed inputs, wrong forms, missing gradients, runs that differ.
 
-The suite, ``compare`` and ``bench`` ask here, each in its own words for what it ran.
+The suite, ``compare`` and ``bench`` share these checks; each reports in its own words what it ran.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ RAISED = (
 
 
 class Fault(NamedTuple):
-    """A broken clause, and how, in one line."""
+    """A broken clause, with a one-line message."""
 
     clause: str
     message: str
 
     def __str__(self) -> str:
-        """Both."""
+        """The clause and the message."""
         return f"{self.clause}: {self.message}"
 
 
@@ -72,13 +72,13 @@ def raised(error: BaseException) -> Judgement:
 
 
 def copies(inputs: Inputs) -> dict[str, Tensor]:
-    """All that an executor is given, by name, as it is now."""
+    """Copies of all arguments of an executor, by name."""
     tensors = inputs.tensors() | inputs.codes() | {"dy": inputs.dy, "topk_ids": inputs.topk_ids}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def changed(inputs: Inputs, before: dict[str, Tensor]) -> Fault | None:
-    """E4: an executor leaves its inputs alone, to the last bit."""
+    """E4: an executor leaves every bit of its inputs unchanged."""
     for name, value in copies(inputs).items():
         if not same_bits(value, before[name]):
             return Fault("E4", f"{name} was changed in place")
@@ -86,7 +86,7 @@ def changed(inputs: Inputs, before: dict[str, Tensor]) -> Fault | None:
 
 
 def wrong_form(result: Result, inputs: Inputs, backward: bool) -> Fault | None:
-    """E3, T2, D1: shape, dtypes, and gradients where they are asked for and nowhere else."""
+    """E3, T2, D1: shape, dtypes, and gradients exactly for the inputs that need them."""
     if result.shape != inputs.x.shape:
         return Fault("E3", f"y.shape={tuple(result.shape)}, but must be {tuple(inputs.x.shape)}, x's")
     owners = inputs.tensors() | {"y": inputs.x}
@@ -110,7 +110,7 @@ def different(first: Result, second: Result, between: str) -> Fault | None:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal to the last bit, NaN included."""
+    """Whether two tensors are equal to the last bit, also NaN."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     kind = kinds[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))

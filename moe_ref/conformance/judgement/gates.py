@@ -33,11 +33,11 @@ CLAUSES = {  # of an output or a gradient; where inputs have powers, so that fp1
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one output or gradient fared.
+    """The verdict on one output or gradient.
 
     Attributes:
         name: "y", or the input whose gradient it is.
-        max_z, rms_z, gain_z: the three figures; 0 where nothing could be measured.
+        max_z, rms_z, gain_z: the gates' figures; 0 where nothing could be measured.
         failure: one line saying which gate failed and how, or "".
     """
 
@@ -64,7 +64,7 @@ def judge(
         bars: exact value and error bars.
         dtype: x's dtype.
         out_dtype: the tensor's own dtype.
-        judged: boolean, broadcastable from the left; elements outside it do not count (they may be NaN by R4).
+        judged: boolean, broadcastable from the left; other elements do not count (they may be NaN by R4).
     """
     if actual.shape != bars.exact.shape:
         return Verdict(name, failure=f"{name}.shape={actual.shape}, but must be {bars.exact.shape}")
@@ -108,7 +108,7 @@ def judge(
 
 
 def standardise(error: np.ndarray, sd: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """z: errors in error bars; 0 outside the mask, and where nothing can err."""
+    """z: errors in error bars; 0 outside the mask and where nothing can err."""
     where = sd > 0 if mask is None else mask & (sd > 0)
     return np.divide(error, sd, out=np.zeros_like(error), where=where)
 

@@ -1,4 +1,4 @@
-"""C2: an executor that declares batch invariance gives a token the same bits, whoever its neighbours are."""
+"""C2: with declared batch invariance, a token gets the same bits whatever the other tokens are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_batch_invariance(executor: Executor, problem: Problem, device: str = "cpu") -> bool:
-    """Takes some of the tokens in another order, and demands the same outputs to the last bit.
+    """Takes some tokens in another order and demands the same outputs, to the last bit.
 
     Returns:
         Whether the executor declares batch invariance.

@@ -1,8 +1,8 @@
 """Metamorphic laws: change the problem in a way whose effect is known, undo the effect, and judge as before.
 
-Each law is a function of (problem, arrays) that returns the changed pairs, each with how to undo it: none where the
-law says nothing; several where their results, joined along the tokens, make up the whole. No law asks for more than
-the specification does: the undone result must lie within the error bars.
+Each law is a function of (problem, arrays). It returns changed pairs, each with a function that undoes the effect. It
+returns none where the law says nothing, and several where their results, joined along the tokens, make up the whole. No
+law demands more than the specification: the undone result must lie within the error bars.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def permute_tokens(problem: Problem, arrays: Arrays) -> list[Changed]:
 
 
 def relabel_experts(problem: Problem, arrays: Arrays) -> list[Changed]:
-    """Experts under other names give the same output. Ties are chosen by name, groups are neighbours: left out."""
+    """Experts with other ids give the same output. Ties and groups are left out: they depend on ids."""
     if problem.config.num_groups > 1:
         return []
     if arrays.router_logits is not None:
@@ -107,7 +107,7 @@ def relabel_experts(problem: Problem, arrays: Arrays) -> list[Changed]:
 
 
 def split_batch(problem: Problem, arrays: Arrays) -> list[Changed]:
-    """The batch in two halves gives the two halves of the result (weight gradients would add up: left out)."""
+    """The batch in two halves gives the two halves of the result; weight gradients, which add up, are left out."""
     middle = problem.tokens // 2
     return [
         (
@@ -119,7 +119,7 @@ def split_batch(problem: Problem, arrays: Arrays) -> list[Changed]:
 
 
 def scale_weights(problem: Problem, arrays: Arrays) -> list[Changed]:
-    """Routing weights twice as large give twice the output; 2 is a power of two, so nothing rounds otherwise."""
+    """Routing weights twice as large give twice the output: a power of two changes no rounding."""
     if problem.dtype == "float16" or problem.config.scale_input:  # subnormals scale by rounding, inputs through act
         return []
     if arrays.topk_weights is None:
@@ -135,7 +135,7 @@ def scale_weights(problem: Problem, arrays: Arrays) -> list[Changed]:
 
 
 def append_slot(problem: Problem, arrays: Arrays) -> list[Changed]:
-    """One more slot per token that names no expert adds exactly nothing, whatever its weight (R7)."""
+    """One more empty slot per token adds exactly nothing, whatever its weight (R7)."""
     if arrays.topk_weights is None:
         return []
     column = np.full((problem.tokens, 1), problem.experts)
@@ -154,7 +154,7 @@ def append_slot(problem: Problem, arrays: Arrays) -> list[Changed]:
 
 
 def append_expert(problem: Problem, arrays: Arrays) -> list[Changed]:
-    """One more expert that nobody chooses changes nothing; its weights are NaN, its gradient exactly zero (D2)."""
+    """One more expert that no token chooses changes nothing; its weights are NaN, its gradient exactly zero (D2)."""
     if problem.config.num_groups > 1:
         return []
     logits = arrays.router_logits
@@ -190,7 +190,7 @@ MOVING_EXPERTS = (relabel_experts, append_expert)
 
 
 def of_tokens(problem: Problem, arrays: Arrays, tokens: np.ndarray) -> tuple[Problem, Arrays]:
-    """Some of the tokens, in shapes and strides that survive the change."""
+    """The problem with some of its tokens, in shapes and strides that remain possible."""
     expanded = problem.x_layout == "expanded"
     x_layout = "contiguous" if expanded else problem.x_layout
     names = ("x", "dy", "topk_ids", "router_logits", "topk_weights")

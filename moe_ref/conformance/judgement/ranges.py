@@ -1,7 +1,7 @@
-"""Clause E7: layers in fp16 in which something on the way passes fp16's range, and every result is within it.
+"""Clause E7: layers in fp16 in which intermediate values pass fp16's range, but every result is within it.
 
-Whole numbers through squared ReLU, times powers of two: each step is representable but for its size, so an
-implementation that rounds at every site and overflows at none gives the specification's numbers to the last bit.
+The cases are whole numbers through squared ReLU, times powers of two. Each step is representable except for its size,
+so an implementation that rounds at every site and overflows at none gives the specification's numbers to the last bit.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ OPPOSITE = -0.75  # what the second expert's down projection is of the first one
 
 @dataclass(frozen=True)
 class Range:
-    """A case: exponents of the powers of two by which inputs are larger than small whole numbers.
+    """A case: exponents of the powers of two that multiply small whole numbers in the inputs.
 
     Attributes:
-        sites: of clause E2, whose values pass fp16's range; none where only dh without the weight does (D3).
-        x, gate_up, down, weights, dy: of the inputs.
-        first: of the first token alone, on top of x's.
+        sites: sites of clause E2 whose values pass fp16's range; none where only dh without the weight does (D3).
+        x, gate_up, down, weights, dy: exponents of the inputs.
+        first: exponent of the first token alone, added to x's.
         cancel: every token goes to two experts that are equal, but for the down projection, which is `OPPOSITE`.
         scale_input: C3.
-        lora_a: of A, for adapters beside both projections; B is such that they count as much as what they stand beside.
+        lora_a: exponents of A, for adapters of both projections; B makes an adapter count as much as its projection.
         limit: of swiglu, whose sigmoid is so steep that it is 0, 1/2 or 1; None for squared ReLU.
     """
 
@@ -96,16 +96,16 @@ RANGES = {
 
 
 def check_range(executor: Executor, case: str, kind: str, device: str = "cpu") -> str:
-    """Checks one of `RANGES`: y and all gradients are the specification's, rounded once.
+    """Checks one of `RANGES`: y and all gradients equal the specification's, rounded once.
 
     Args:
-        executor: whom to check.
+        executor: the executor to check.
         case: name of the case.
-        kind: of the projections: "dense", "nf4", "fp4" or "mxfp4".
-        device: where.
+        kind: kind of the projections: "dense", "nf4", "fp4" or "mxfp4".
+        device: the device to run on.
 
     Returns:
-        What keeps the executor from having the case, or "".
+        The reason why the case does not apply to the executor, or "".
 
     Raises:
         ConformanceError: if a number differs.
@@ -137,7 +137,7 @@ def check_range(executor: Executor, case: str, kind: str, device: str = "cpu") -
 
 
 def exact_results(arrays: Arrays, rounding: Rounding = EXACT) -> dict[str, np.ndarray]:
-    """The result "y" and every gradient, float64."""
+    """The results "y" and every gradient, in float64."""
     y, gradients = layer_vjp(arrays.x, None, arrays.topk_ids, arrays.topk_weights, arrays.weights, arrays.dy, rounding)
     return named(y, gradients)
 
@@ -154,7 +154,7 @@ def case_of(scale: Range) -> tuple[Problem, Arrays]:
     rank = 0 if scale.lora_a is None else RANK
 
     def sparse(rows: int, columns: int, exponent: int, each: int = 4) -> np.ndarray:
-        """[E, rows, columns], so many elements of each row and column, all of them +-2**exponent."""
+        """[E, rows, columns], with ``each`` nonzero elements in each row and column, all +-2**exponent."""
         wide, tall = max(rows, columns), min(rows, columns)
         places = np.sum([np.roll(np.eye(wide), 5 * shift, axis=1) for shift in range(each)], axis=0)[:, :tall]
         places = places if rows == wide else places.T

@@ -22,9 +22,9 @@ class Reference:
     Attributes:
         arrays: the problem's numbers.
         bars: exact value and error bars of y and of every gradient, token dimension flat.
-        broken_routing: [T] tokens whose routing weights are undefined (R4).
-        broken: [T] those, and the tokens with a NaN or an infinity in x.
-        infinite: [T] tokens with an infinity in x, whose own output may be anything.
+        broken_routing: [T] tokens with undefined routing weights (R4).
+        broken: [T] those, and tokens with a NaN or an infinity in x.
+        infinite: [T] tokens with an infinity in x; their own output may be anything.
     """
 
     arrays: Arrays
@@ -34,7 +34,7 @@ class Reference:
     infinite: np.ndarray
 
     def within(self, problem: Problem) -> bool:
-        """Whether y and all gradients are within their dtypes' ranges, error bars included."""
+        """Whether y and all gradients, with their error bars, are within the ranges of their dtypes."""
         sizes = {name: float(np.abs(bars.exact).max(initial=0.0)) for name, bars in self.bars.items()}
         return all(1.05 * size <= FORMATS[problem.dtype_of(name)].max for name, size in sizes.items())
 
@@ -45,7 +45,7 @@ def reference(problem: Problem, chosen: tuple[int, ...] | None = None) -> Refere
 
     Args:
         problem: the description.
-        chosen: ids that an executor chose where more than one choice is right, T*K of them.
+        chosen: T*K ids that an executor chose where more than one choice is right.
     """
     arrays = build(problem, chosen)
     # One BLAS thread: the products are small, and beside torch's own threads more would only get in the way.

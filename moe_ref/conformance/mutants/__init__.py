@@ -1,7 +1,7 @@
-"""Deliberately wrong executors, made by wrapping a right one. The suite must reject every one of them.
+"""Deliberately wrong executors, made by wrapping a right one. The suite must reject all of them.
 
-A mutant changes what its inner executor is given or returns, so that it applies to any executor. An undetected mutant
-is a bug of the suite.
+A mutant changes the inputs or outputs of its inner executor, so it applies to any executor. An undetected mutant is a
+bug in the suite.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def mutants(inner: Executor) -> dict[str, Wrapped]:
-    """Every mutant of an executor, by name: those that concern the kinds of weights that it takes."""
+    """The mutants of an executor by name, for the kinds of weights that the executor takes."""
     kinds = inner.capabilities.weights
     misread = {name: change for name, change in PACKED_MUTANTS.items() if kinds & PACKED_KINDS[name]}
     overflowing = RANGE_MUTANTS if "float16" in inner.capabilities.dtypes else {}

@@ -1,50 +1,42 @@
-"""Where mutants are written down."""
+"""Where mutants are registered."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from moe_ref.conformance.wrapped import LayerChange, SlotChange
 
-SLOT_MUTANTS: dict[str, SlotChange] = {}
-DENSE_MUTANTS: dict[str, SlotChange] = {}
-PACKED_MUTANTS: dict[str, SlotChange] = {}
-PACKED_KINDS: dict[str, frozenset[str]] = {}  # of each of those: the kinds of weights that it misreads
+Change = TypeVar("Change", SlotChange, LayerChange)
+
+SLOT_MUTANTS: dict[str, SlotChange] = {}  # change the layer with routing done elsewhere, whatever its weights
+DENSE_MUTANTS: dict[str, SlotChange] = {}  # change dense projections, or their gradients
+PACKED_MUTANTS: dict[str, SlotChange] = {}  # misread projections in 4 bits
+PACKED_KINDS: dict[str, frozenset[str]] = {}  # the kinds of weights that each of those misreads; others it leaves alone
 NF4, MXFP4 = ("nf4", "fp4"), ("mxfp4",)
-LAYER_MUTANTS: dict[str, LayerChange] = {}
-RANGE_MUTANTS: dict[str, SlotChange] = {}
+LAYER_MUTANTS: dict[str, LayerChange] = {}  # change the layer with its routing
+RANGE_MUTANTS: dict[str, SlotChange] = {}  # overflow in fp16: only some layers that pass its range show it
 
 
-def slot_mutant(change: SlotChange) -> SlotChange:
-    """Adds a mutant that changes the layer with routing done elsewhere, whatever its weights."""
-    SLOT_MUTANTS[change.__name__] = change
-    return change
-
-
-def dense_mutant(change: SlotChange) -> SlotChange:
-    """Adds a mutant that changes dense projections, or their gradients."""
-    DENSE_MUTANTS[change.__name__] = change
-    return change
-
-
-def packed_mutant(*kinds: str) -> Callable[[SlotChange], SlotChange]:
-    """Adds a mutant that reads projections in 4 bits wrongly, of these kinds; of others it changes nothing."""
-
-    def add(change: SlotChange) -> SlotChange:
-        PACKED_MUTANTS[change.__name__] = change
-        PACKED_KINDS[change.__name__] = frozenset(kinds)
+def _adds_to(mutants: dict[str, Change]) -> Callable[[Change], Change]:
+    def add(change: Change) -> Change:
+        mutants[change.__name__] = change
         return change
 
     return add
 
 
-def range_mutant(change: SlotChange) -> SlotChange:
-    """Adds a mutant that overflows in fp16: only layers that pass its range show it, and not all of those."""
-    RANGE_MUTANTS[change.__name__] = change
-    return change
+slot_mutant = _adds_to(SLOT_MUTANTS)
+dense_mutant = _adds_to(DENSE_MUTANTS)
+layer_mutant = _adds_to(LAYER_MUTANTS)
+range_mutant = _adds_to(RANGE_MUTANTS)
 
 
-def layer_mutant(change: LayerChange) -> LayerChange:
-    """Adds a mutant that changes the layer with its routing."""
-    LAYER_MUTANTS[change.__name__] = change
-    return change
+def packed_mutant(*kinds: str) -> Callable[[SlotChange], SlotChange]:
+    """Adds a mutant that misreads projections in 4 bits of these kinds."""
+
+    def add(change: SlotChange) -> SlotChange:
+        PACKED_KINDS[change.__name__] = frozenset(kinds)
+        return _adds_to(PACKED_MUTANTS)(change)
+
+    return add

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_ref.conformance.mutants._registry import dense_mutant, slot_mutant
-from moe_ref.conformance.wrapped import column_mask, configured, experts
+from moe_ref.conformance.wrapped import column_mask, configured, experts, slot_by_slot
 from moe_ref.types import MoEWeights
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def layout_mistaken(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights:
 
 @slot_mutant
 def gelu_for_silu(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """X sigmoid(1.702 x), which stands for gelu, instead of silu, or silu instead of it (E1)."""
+    """X sigmoid(1.702 x), an approximation of gelu, replaces silu, or silu replaces it (E1)."""
     if weights.config.activation != "swiglu":
         return experts(inner, x, ids, w, weights)
     return experts(inner, x, ids, w, configured(weights, alpha=1.0 if weights.config.alpha != 1.0 else 1.702))
@@ -59,13 +59,13 @@ def gelu_for_silu(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: M
 
 @slot_mutant
 def clamp_forgotten(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """No limit (E1)."""
+    """The clamp is left out (E1)."""
     return experts(inner, x, ids, w, configured(weights, limit=None))
 
 
 @slot_mutant
 def up_offset_forgotten(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """No offset on the up half (E1)."""
+    """The offset of the up half is left out (E1)."""
     return experts(inner, x, ids, w, configured(weights, up_offset=0.0))
 
 
@@ -78,7 +78,7 @@ def gate_up_bias_twice(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weigh
 
 @dense_mutant
 def gate_up_bias_after_activation(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The first bias, as far as it is the gate's, is added to h instead of to z (E1)."""
+    """The gate's part of the first bias is added to h instead of to z (E1)."""
     bias, down = weights.gate_up_proj_bias, weights.down_proj_bias
     if bias is None:
         return experts(inner, x, ids, w, weights)
@@ -129,7 +129,7 @@ def bf16_accumulation(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weight
 
 
 def _some_columns(weights: MoEWeights, start: int, stop: int) -> MoEWeights:
-    """The layer cut down to some intermediate columns; what is added to the output goes with the first cut."""
+    """The layer cut down to some intermediate columns; the first cut keeps the second bias."""
     rows = torch.arange(weights.gate_up_proj.shape[1], device=weights.gate_up_proj.device)
     if weights.config.gated:
         rows = rows.view(-1, 2) if _interleaved(weights) else rows.view(2, -1).t()
@@ -150,7 +150,7 @@ def _interleaved(weights: MoEWeights) -> bool:
 
 @slot_mutant
 def another_activation(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """An activation that looks much the same: tanh's approximation for erf, SiLU for squared ReLU (E1)."""
+    """A similar activation: the tanh approximation for erf, SiLU for squared ReLU (E1)."""
     others = {"geglu": "geglu_tanh", "geglu_tanh": "geglu", "gelu": "gelu_tanh", "gelu_tanh": "gelu", "relu2": "silu"}
     activation = others.get(weights.config.activation, weights.config.activation)
     return experts(inner, x, ids, w, configured(weights, activation=activation))
@@ -167,6 +167,5 @@ def weight_on_both_sides(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, wei
     """With scale_input, the weight multiplies the output as well (C3)."""
     if not weights.config.scale_input:
         return experts(inner, x, ids, w, weights)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    parts = [experts(inner, x, ids[:, k : k + 1], w[:, k : k + 1], weights).to(wide) for k in range(ids.shape[1])]
+    parts = slot_by_slot(inner, x, ids, w, weights)
     return torch.stack([part * w[:, k : k + 1].nan_to_num(0.0) for k, part in enumerate(parts)]).sum(0).to(x.dtype)

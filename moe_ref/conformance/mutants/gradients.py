@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _ChangeGradient(torch.autograd.Function):
-    """Identity forward; backward sends the gradient through a function."""
+    """Identity forward; applies a function to the gradient backward."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""MXFP4 that is read wrongly: codes, and the exponents of blocks (M1). What it shares with others is in packed.py."""
+"""MXFP4 misread: codes, and the exponents of blocks (M1). Mutants of several formats are in packed.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_ref.types import MoEWeights, MXFP4Tensor
 if TYPE_CHECKING:
     from executors import Executor
 
-TWOS_COMPLEMENT = (*range(8), 15, *range(15, 8, -1))  # codes from 8 on as 16 - code, negated; there is none for -8
+TWOS_COMPLEMENT = (*range(8), 15, *range(15, 8, -1))  # codes from 8 on as 16 - code, negated; -8 has no code
 
 
 def _with_scales(weights: MoEWeights, change: Callable[[Tensor], Tensor]) -> MoEWeights:
@@ -36,7 +36,7 @@ def _with_blocks(weights: MoEWeights, change: Callable[[Tensor, Tensor], Tensor]
 
 @packed_mutant(*MXFP4)
 def exponent_bias_128(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The bias of exponents is taken for half of 256 (M1)."""
+    """The bias of exponents is read as half of 256 (M1)."""
     return experts(inner, x, ids, w, _with_scales(weights, lambda scales: scales.clamp(min=1) - 1))
 
 
@@ -48,7 +48,7 @@ def exponents_in_7_bits(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weig
 
 @packed_mutant(*MXFP4)
 def exponent_0_is_zero(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """Exponent 0, shifted to where fp32 has its own, is 0 and not 2**-127 (M1)."""
+    """Exponent 0, shifted into the exponent field of fp32, gives 0 and not 2**-127 (M1)."""
     wrong = _with_blocks(weights, lambda blocks, scales: torch.where(scales[..., None] == 0, 0, blocks).byte())
     return experts(inner, x, ids, w, wrong)
 
@@ -68,7 +68,7 @@ def scales_of_neighbouring_row(inner: Executor, x: Tensor, ids: Tensor, w: Tenso
 
 @packed_mutant(*MXFP4)
 def scales_read_column_by_column(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """Scales (E, m, k / 32) are read as if rows were next to each other, as some kernels want them (M1)."""
+    """Scales (E, m, k / 32) are read as if rows were contiguous, as some kernels expect (M1)."""
     wrong = _with_scales(weights, lambda scales: scales.mT.reshape(scales.shape))
     return experts(inner, x, ids, w, wrong)
 
@@ -81,7 +81,7 @@ def scales_of_first_expert(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, w
 
 @packed_mutant(*MXFP4)
 def codes_in_twos_complement(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The code's first bit is taken for that of a negative whole number, not for a sign (M1)."""
+    """Codes are read as two's complement instead of sign and magnitude (M1)."""
 
     def wrong(blocks: Tensor, _: Tensor) -> Tensor:
         table = torch.tensor(TWOS_COMPLEMENT, dtype=torch.uint8, device=blocks.device)

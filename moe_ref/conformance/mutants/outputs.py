@@ -1,4 +1,4 @@
-"""Wrong outputs: of a token, of all, or of another form."""
+"""Wrong outputs: of one token, of all tokens, or in the wrong form."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def token_dropped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: M
 
 @slot_mutant
 def row_left_unwritten(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """A token whose slots are all empty keeps whatever the memory held (R7)."""
+    """A token with only empty slots gets uninitialised memory (R7)."""
     y = experts(inner, x, ids, w, weights)
     used = ((ids >= 0) & (ids < weights.num_experts)).any(dim=1, keepdim=True)
     return torch.where(used, y, torch.empty_like(x))
@@ -45,7 +45,7 @@ def row_left_unwritten(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weigh
 
 @slot_mutant
 def nan_leaks_to_next_token(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """A NaN in one token shows in the next one too (R4)."""
+    """A NaN in one token also shows in the next token (R4)."""
     y = experts(inner, x, ids, w, weights)
     return y.masked_fill(y.isnan().any(dim=1, keepdim=True).roll(1, 0), torch.nan)
 

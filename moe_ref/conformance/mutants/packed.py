@@ -1,4 +1,4 @@
-"""4 bits that are read wrongly: codes, scales, and the statistics of scales."""
+"""4 bits misread: codes, scales, and nested statistics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _unnested(tensor: NF4Tensor) -> NF4Tensor:
 
 @packed_mutant(*NF4, *MXFP4)
 def nibbles_swapped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The other nibble is taken for the first (Q1, M1)."""
+    """The nibbles of a byte are swapped (Q1, M1)."""
 
     def wrong(tensor: PackedTensor) -> PackedTensor:
         codes = (tensor.codes << 4) | (tensor.codes >> 4)
@@ -47,7 +47,7 @@ def nibbles_swapped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights:
 
 @packed_mutant(*NF4, *MXFP4)
 def stored_order_mistaken(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The flag of transposed storage is overlooked, or seen where it is not (Q1, M1)."""
+    """The flag of transposed storage is read as its opposite (Q1, M1)."""
 
     def wrong(tensor: PackedTensor) -> PackedTensor:
         if isinstance(tensor, NF4Tensor):
@@ -77,7 +77,7 @@ def absmax_of_next_block(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, wei
 
 @packed_mutant(*NF4)
 def last_block_of_expert_mistaken(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The last rows of each expert have the scale of the block before theirs (Q2)."""
+    """The last rows of each expert have the scale of the preceding block (Q2)."""
 
     def wrong(tensor: NF4Tensor) -> NF4Tensor:
         tensor = _unnested(tensor)

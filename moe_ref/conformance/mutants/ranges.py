@@ -1,10 +1,11 @@
-"""Overflow in fp16 on the way to a result that is within its range (E7).
+"""Overflow in fp16 on the way to a result within its range (E7).
 
-Most are the specification that rounds at every site and overflows at one: an intermediate array in fp16.
+Most mutants are the specification, rounding at every site and overflowing at one: an intermediate array in fp16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from moe_ref.conformance.honest import specified
 from moe_ref.conformance.mutants._registry import range_mutant
-from moe_ref.conformance.wrapped import configured, experts
+from moe_ref.conformance.wrapped import SlotChange, configured, experts, slot_by_slot
 from moe_ref.numerics import Nearest
 from moe_ref.types import MoEWeights
 from moe_ref.validation import dtype_name
@@ -21,101 +22,93 @@ if TYPE_CHECKING:
     from executors import Executor
 
 
-def _overflowing(x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, *sites: str) -> Tensor:
-    return specified(x, ids, w, weights, Nearest(dtype_name(x), overflows=frozenset(sites)))
+def overflows_at(*sites: str) -> Callable[[Callable[[], None]], SlotChange]:
+    """Makes a mutant from a name and a docstring: the specification, overflowing at these sites."""
+
+    def add(named: Callable[[], None]) -> SlotChange:
+        def change(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+            return specified(x, ids, w, weights, Nearest(dtype_name(x), overflows=frozenset(sites)))
+
+        change.__name__, change.__doc__ = named.__name__, named.__doc__
+        return range_mutant(change)
+
+    return add
 
 
-@range_mutant
-def z_overflows(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+@overflows_at("gate_up", "z")
+def z_overflows() -> None:
     """Pre-activations are stored in fp16 (E7)."""
-    return _overflowing(x, ids, w, weights, "gate_up", "z")
 
 
-@range_mutant
-def act_overflows(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+@overflows_at("act")
+def act_overflows() -> None:
     """The gate's activation is stored in fp16 before the up half multiplies it (E7)."""
-    return _overflowing(x, ids, w, weights, "act")
 
 
-@range_mutant
-def h_overflows(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+@overflows_at("h")
+def h_overflows() -> None:
     """Activations are stored in fp16 (E7)."""
-    return _overflowing(x, ids, w, weights, "h")
 
 
-@range_mutant
-def o_overflows(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+@overflows_at("down", "o")
+def o_overflows() -> None:
     """The experts' outputs are stored in fp16 (E7)."""
-    return _overflowing(x, ids, w, weights, "down", "o")
 
 
-@range_mutant
-def weighted_o_overflows(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+@overflows_at("weighted_o")
+def weighted_o_overflows() -> None:
     """The slots' weighted outputs are stored in fp16 before they are summed (E7)."""
-    return _overflowing(x, ids, w, weights, "weighted_o")
 
 
-@range_mutant
-def weighted_x_overflows(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+@overflows_at("weighted_x")
+def weighted_x_overflows() -> None:
     """Inputs times their weights are stored in fp16 (E7, C3)."""
-    return _overflowing(x, ids, w, weights, "weighted_x")
 
 
-@range_mutant
-def weighted_dy_overflows(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+@overflows_at("weighted_dy")
+def weighted_dy_overflows() -> None:
     """The upstream gradient times the weights is stored in fp16 (E7)."""
-    return _overflowing(x, ids, w, weights, "weighted_dy")
 
 
-@range_mutant
-def dh_overflows(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+@overflows_at("dh", "dh_sum")
+def dh_overflows() -> None:
     """Gradients of activations are stored in fp16 (E7)."""
-    return _overflowing(x, ids, w, weights, "dh", "dh_sum")
 
 
-@range_mutant
-def dz_overflows(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+@overflows_at("dz")
+def dz_overflows() -> None:
     """Gradients of pre-activations are stored in fp16 (E7)."""
-    return _overflowing(x, ids, w, weights, "dz")
 
 
-@range_mutant
-def dx_of_slots_overflows(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+@overflows_at("dx_slot", "dx_slot_sum")
+def dx_of_slots_overflows() -> None:
     """The slots' gradients of x are stored in fp16 before they are summed, or weighted (E7)."""
-    return _overflowing(x, ids, w, weights, "dx_slot", "dx_slot_sum")
 
 
-@range_mutant
-def weighted_dx_overflows(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+@overflows_at("dx_slot_weighted")
+def weighted_dx_overflows() -> None:
     """The slots' weighted gradients of x are stored in fp16 before they are summed (E7, C3)."""
-    return _overflowing(x, ids, w, weights, "dx_slot_weighted")
 
 
-@range_mutant
-def adapters_overflow(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """What stands between an adapter's factors is stored in fp16 (E7, E6)."""
-    of_both = (f"{name}_lora_inner{scaled}" for name in ("gate_up", "down") for scaled in ("", "_scaled"))
-    return _overflowing(x, ids, w, weights, *of_both)
+@overflows_at("gate_up_lora_inner", "gate_up_lora_inner_scaled", "down_lora_inner", "down_lora_inner_scaled")
+def adapters_overflow() -> None:
+    """The intermediates of an adapter are stored in fp16 (E7, E6)."""
 
 
-@range_mutant
-def adapters_overflow_backward(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The gradient of what stands between an adapter's factors is stored in fp16 (E7, E6)."""
-    of_both = (f"{name}_lora{scaled}" for name in ("dx_slot", "dh") for scaled in ("", "_scaled"))
-    return _overflowing(x, ids, w, weights, *of_both)
+@overflows_at("dx_slot_lora", "dx_slot_lora_scaled", "dh_lora", "dh_lora_scaled")
+def adapters_overflow_backward() -> None:
+    """The gradients of an adapter's intermediates are stored in fp16 (E7, E6)."""
 
 
 @range_mutant
 def slots_in_x_dtype(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The layer once for each slot, each result in x's dtype (E7)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    parts = [experts(inner, x, ids[:, k : k + 1], w[:, k : k + 1], weights).to(wide) for k in range(ids.shape[1])]
-    return torch.stack(parts).sum(0).to(x.dtype)
+    """The layer runs once for each slot, with each result in x's dtype (E7)."""
+    return torch.stack(slot_by_slot(inner, x, ids, w, weights)).sum(0).to(x.dtype)
 
 
 @range_mutant
 def outputs_saturate(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """The experts' outputs stop at x's largest number, with no infinity to be seen (E7)."""
+    """The experts' outputs saturate at the largest number of x's dtype and never become infinite (E7)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
     for k in range(ids.shape[1]):

@@ -1,4 +1,4 @@
-"""Another choice of experts, or other weights for them."""
+"""Wrong choices of experts, or wrong weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def not_renormalised(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWei
 
 @layer_mutant
 def renormalised_twice(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
-    """Renormalised once more after the scaling factor, which is lost by that (R5)."""
+    """Weights are renormalised again after the scaling factor, which that undoes (R5)."""
     routing = route(logits, weights.config, weights.selection_bias)
     again = routing.topk_weights / routing.topk_weights.sum(dim=-1, keepdim=True)
     return experts(inner, x, routing.topk_ids, narrow(again, x), weights)
@@ -72,7 +72,7 @@ def choice_in_fp32(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeigh
 
 @layer_mutant
 def softmax_without_maximum(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
-    """The softmax does not take the largest logit off first, so exp overflows in fp32 (R1)."""
+    """The softmax does not subtract the largest logit first, so exp overflows in fp32 (R1)."""
     config = weights.config
     if config.scoring == "sigmoid":
         return inner(x, logits, weights)
@@ -114,7 +114,7 @@ def selection_bias_in_weights(inner: Executor, x: Tensor, logits: Tensor, weight
 
 @layer_mutant
 def score_recovered_from_key(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
-    """The score is had back as (score + bias) - bias, in fp32 (R3)."""
+    """The score is recovered as (score + bias) - bias, in fp32 (R3)."""
     ids = route(logits, weights.config, weights.selection_bias).topk_ids
     return _with_scores(inner, x, logits, weights, ids, lambda s, b: (s.float() + b.float()) - b.float())
 
@@ -156,7 +156,7 @@ def _with_scores(
     ids: Tensor,
     change: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The layer with other scores, where there is a selection bias."""
+    """Runs the layer with changed scores if there is a selection bias."""
     config, bias = weights.config, weights.selection_bias
     if bias is None:
         return inner(x, logits, weights)

@@ -41,7 +41,7 @@ def wrong_expert_for_one_slot(inner: Executor, x: Tensor, ids: Tensor, w: Tensor
 
 @slot_mutant
 def slot_weights_swapped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """Two weights of the first token change places (C1)."""
+    """The weights of the first token are in reverse order (C1)."""
     order = torch.arange(w.numel(), device=w.device).view_as(w).clone()
     order[:1] = order[:1].flip(1)
     return experts(inner, x, ids, w.reshape(-1)[order], weights)
@@ -55,7 +55,7 @@ def weights_in_bf16(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights:
 
 @slot_mutant
 def empty_slot_counts(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """An empty slot is sent to the nearest expert instead of nowhere (R7)."""
+    """An empty slot goes to the expert with the nearest id instead of nowhere (R7)."""
     return experts(inner, x, ids.clamp(0, weights.num_experts - 1), w.nan_to_num(1.0, 1.0), weights)
 
 

@@ -1,1 +1,1 @@
-"""Problems that an executor is given: described, drawn, built."""
+"""The problems that executors get: descriptions, strategies that draw them, and their numbers."""

@@ -23,9 +23,9 @@ SCALINGS = (2.0, 0.5)  # of the adapters of gate_up_proj and of down_proj
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """A problem's numbers, in float64 NumPy, each representable in its own dtype. Token dimension flat.
+    """A problem's numbers in float64 NumPy, each representable in its own dtype. The token dimension is flat.
 
-    What is in 4 bits has NumPy arrays of its own dtypes.
+    Projections in 4 bits consist of NumPy arrays in their own dtypes.
     """
 
     x: np.ndarray
@@ -37,13 +37,13 @@ class Arrays:
 
 
 def build(problem: Problem, chosen: tuple[int, ...] | None = None) -> Arrays:
-    """Draws a problem's numbers: x and dy of N(0, 1), weights of N(0, 1/fan_in), so that pre-activations are O(1).
+    """Draws a problem's numbers: x and dy from N(0, 1), weights from N(0, 1/fan_in), so that pre-activations are O(1).
 
-    The problem's powers of two come on top of that.
+    The problem's powers of two multiply these numbers.
 
     Args:
         problem: the description.
-        chosen: other ids than the specification's own, T*K of them, where more than one choice is right (R2).
+        chosen: T*K ids that replace the specification's own, where more than one choice is right (R2).
     """
     rng = np.random.default_rng(problem.seed)
 
@@ -125,7 +125,7 @@ def _weights(problem: Problem, rng: np.random.Generator) -> MoEWeights:
 def _with_margins(
     logits: np.ndarray, problem: Problem, bias: np.ndarray | None, rng: np.random.Generator
 ) -> np.ndarray:
-    """The logits, with rows drawn anew until no other choice of experts is near."""
+    """Draws rows of logits anew until no other choice of experts is near."""
     for _ in range(100):
         unclear = ~have_margins(logits, problem.config, bias)
         if not unclear.any():

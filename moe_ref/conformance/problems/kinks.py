@@ -1,6 +1,6 @@
 """Keeps pre-activations off an activation's kinks: the clamp's limit, where the derivative jumps, and squared ReLU's 0.
 
-An honest executor, rounding, may stand on the other side, where no error bar reaches.
+Rounding may carry an honest executor across a kink, where no error bar reaches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from moe_ref.layer import gather, row_weights
 from moe_ref.numerics import EXACT, FORMATS, round_to_nearest
 from moe_ref.types import MoEConfig, MoEWeights
 
-ACCUMULATED = 1e-5  # more than an fp32 sum of a few thousand terms of O(1) errs by
+ACCUMULATED = 1e-5  # above the error of an fp32 sum of a few thousand terms of O(1)
 ROUNDED = 6.0  # deviations of a sum of rounded terms
 
 
@@ -27,10 +27,10 @@ def clear_of_kinks(
     equal_rows: tuple[bool, bool] = (False, False),
     size: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Moves tokens whose pre-activations lie so near a kink that rounding might carry them across.
+    """Moves tokens whose pre-activations are so near a kink that rounding might carry them across.
 
-    A token that cannot be moved clear gets an upstream gradient of zero: its forward pass still counts, and it
-    disturbs no gradient.
+    A token that cannot be moved clear gets an upstream gradient of zero: its forward pass still counts, but it affects
+    no gradient.
 
     Args:
         x: [T, H] float64.
@@ -38,9 +38,9 @@ def clear_of_kinks(
         topk_ids: [T, K].
         topk_weights: [T, K].
         weights: the layer's parameters, float64.
-        dtype: of x.
-        equal_rows: whether all rows of x, and all of dy, are and must stay equal.
-        size: what the largest pre-activations are of the order of.
+        dtype: x's dtype.
+        equal_rows: whether all rows of x, and all rows of dy, are equal and must stay so.
+        size: the order of magnitude of the largest pre-activations.
 
     Returns:
         x and dy.
@@ -67,18 +67,18 @@ def pushes_off_kinks(
     dtype: str,
     size: float = 1.0,
 ) -> np.ndarray:
-    """For each token, the smallest steps that take its pre-activations out of the kinks' margin.
+    """The smallest step for each token that takes its pre-activations out of the kinks' margin.
 
     Args:
         x: [T, H] float64.
         topk_ids: [T, K].
-        topk_weights: [T, K]; they count where they scale the input.
+        topk_weights: [T, K]; used only where they scale the input.
         weights: the layer's parameters, float64.
-        dtype: in which an implementation stores; its rounding is the margin.
+        dtype: the dtype in which an implementation stores; its rounding gives the margin.
         size: as for `clear_of_kinks`.
 
     Returns:
-        [T, H], zero where a token is clear of kinks, or where there are none.
+        [T, H], zero for a token clear of kinks, and for a layer without kinks.
     """
     config = weights.config
     push = np.zeros_like(x)
@@ -110,7 +110,7 @@ def pushes_off_kinks(
 def _steps(
     z: np.ndarray, margin: np.ndarray, features: np.ndarray, config: MoEConfig
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each kink, how far each pre-activation must move, and along what."""
+    """For each kink: how far each pre-activation must move, and the features along which it moves."""
     if config.limit is None:
         return [(_step(z, margin), features)]
     (gate, up), (gate_margin, up_margin) = split_gate_up(z, config), split_gate_up(margin, config)
@@ -123,5 +123,5 @@ def _steps(
 
 
 def _step(distance: np.ndarray, margin: np.ndarray) -> np.ndarray:
-    """How far to move what is nearer than its margin: twice the margin, away from the limit."""
+    """How far to move: twice the margin, away from the limit, if the distance is below the margin; else 0."""
     return np.where(np.abs(distance) < margin, np.where(distance < 0, -2.0, 2.0) * margin, 0.0)

@@ -1,4 +1,4 @@
-"""Problems whose weights are in 4 bits: how they are made, and what stays exact when experts change places."""
+"""Problems with weights in 4 bits: quantises the weights, and reorders experts exactly."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from moe_ref import mxfp4
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.nf4 import absmax_of, quantize
 from moe_ref.packed import decode
-from moe_ref.types import MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor
+from moe_ref.types import PROJECTIONS, MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor
 from moe_ref.validation.nf4 import BLOCKSIZES
 
 
 def quantized(weights: MoEWeights, problem: Problem) -> MoEWeights:
-    """The weights with both projections in the problem's 4-bit format."""
-    return weights.with_parameters({n: _quantized(getattr(weights, n), problem) for n in ("gate_up_proj", "down_proj")})
+    """Quantises both projections to the problem's 4-bit format."""
+    return weights.with_parameters({n: _quantized(getattr(weights, n), problem) for n in PROJECTIONS})
 
 
 def in_whole_blocks(problem: Problem) -> Problem:
-    """The problem in sizes that its format can have: widths that are multiples of 32, for MXFP4 (M1)."""
+    """The problem in sizes that its format allows: for MXFP4, widths that are multiples of 32 (M1)."""
     if problem.quant_type != "mxfp4":
         return problem
     return replace(problem, hidden=_whole(problem.hidden), intermediate=_whole(problem.intermediate))
@@ -32,7 +32,7 @@ def _whole(width: int, blocksize: int = mxfp4.BLOCKSIZE) -> int:
 
 
 def _quantized(projection: np.ndarray, problem: Problem) -> PackedTensor:
-    """In the order in which it is stored."""
+    """Quantises a projection in storage order."""
     transposed = problem.weights_layout == "transposed"
     stored = np.ascontiguousarray(projection.swapaxes(1, 2) if transposed else projection).astype(np.float32)
     is_mxfp4 = problem.quant_type == "mxfp4"
@@ -41,7 +41,7 @@ def _quantized(projection: np.ndarray, problem: Problem) -> PackedTensor:
 
 
 def _in_nf4(stored: np.ndarray, problem: Problem) -> NF4Tensor:
-    """Statistics of its own for each expert only where blocks allow it (Q5)."""
+    """Quantises; each expert has its own nested statistics only if no block straddles experts (Q5)."""
     form: dict[str, Any] = {"dtype": problem.dtype, "quant_type": problem.quant_type, "blocksize": problem.blocksize}
     if problem.nested == "per expert" and stored[0].size % problem.blocksize == 0:
         return _joined([quantize(expert, **form, nested=True) for expert in stored], stored.shape)
@@ -63,22 +63,22 @@ def _joined(parts: list[NF4Tensor], shape: tuple[int, ...]) -> NF4Tensor:
 
 
 def decoded(weights: MoEWeights) -> MoEWeights:
-    """The weights with both projections dense: float64 NumPy of packed NumPy."""
+    """Decodes both projections: packed NumPy to float64 NumPy."""
     return weights.with_parameters({n: decode(t).astype(np.float64) for n, t in weights.packed().items()})
 
 
 def with_own_blocks(problem: Problem) -> Problem:
-    """The problem in sizes such that no block of 4 bits straddles experts, which can then change places."""
-    if problem.quant_type in ("", "mxfp4"):  # no block of MXFP4 straddles even rows
+    """The problem in sizes such that no block straddles experts, so that experts can be reordered."""
+    if problem.quant_type in ("", "mxfp4"):  # no block of MXFP4 straddles rows, let alone experts
         return problem
     smallest = BLOCKSIZES[0]
     return replace(problem, hidden=_whole(problem.hidden, smallest), blocksize=smallest)
 
 
 def of_experts(weights: MoEWeights, experts: np.ndarray) -> MoEWeights:
-    """The layer with its experts in another order, -1 for one of NaN.
+    """The layer with its experts in another order; -1 stands for an expert of NaN.
 
-    Each expert has blocks of its own. Nested statistics are decoded first, which is exact (Q5).
+    No block may straddle experts. Nested statistics are decoded first, which is exact (Q5).
     """
     nobody = experts == -1
 

@@ -1,27 +1,24 @@
-"""Problems that always run: sizes of real layers, many tokens, and an example for each bug that was found."""
+"""Problems that always run: sizes of real layers, many tokens, and one for each bug that was found."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import MoEConfig
 
 GPT_OSS = MoEConfig(
-    top_k=4,
-    scoring="topk_softmax",
-    alpha=1.702,
-    limit=7.0,
-    up_offset=1.0,
-    gate_up_layout="interleaved",
+    top_k=4, scoring="topk_softmax", alpha=1.702, limit=7.0, up_offset=1.0, gate_up_layout="interleaved"
 )
 DEEPSEEK = MoEConfig(top_k=8, scoring="sigmoid", renormalize=True, routed_scaling_factor=2.5)
+BIASES: dict[str, Any] = {"gate_up_bias": True, "down_bias": True}
+ADAPTERS: dict[str, Any] = {"gate_up_rank": 4, "down_rank": 4}
 
 LARGE = (
     # gpt-oss' own width; few tokens, so that most experts have none
-    Problem(
-        3, 4, 2880, 90, GPT_OSS, "bfloat16", gate_up_bias=True, down_bias=True, weights_layout="transposed", seed=1
-    ),
+    Problem(3, 4, 2880, 90, GPT_OSS, "bfloat16", **BIASES, weights_layout="transposed", seed=1),
     # thousands of tokens: rms gates see a systematic error of 1% here
-    Problem(2048, 9, 32, 33, GPT_OSS, "bfloat16", gate_up_bias=True, down_bias=True, logits="skewed", seed=2),
+    Problem(2048, 9, 32, 33, GPT_OSS, "bfloat16", **BIASES, logits="skewed", seed=2),
     # many experts, not a power of two, long sums over tokens
     Problem(4096, 96, 16, 8, DEEPSEEK, "float32", logits="skewed", seed=3),
 )
@@ -35,35 +32,20 @@ PACKED = (
         64,
         GPT_OSS,
         "bfloat16",
-        gate_up_bias=True,
-        down_bias=True,
-        gate_up_rank=4,
-        down_rank=4,
+        **BIASES,
+        **ADAPTERS,
         quant_type="nf4",
         nested="per expert",
         weights_layout="transposed",
         seed=1,
     ),
     # gpt-oss' checkpoints, with adapters
-    Problem(
-        64,
-        9,
-        64,
-        96,
-        GPT_OSS,
-        "bfloat16",
-        gate_up_bias=True,
-        down_bias=True,
-        gate_up_rank=4,
-        down_rank=4,
-        quant_type="mxfp4",
-        seed=6,
-    ),
+    Problem(64, 9, 64, 96, GPT_OSS, "bfloat16", **BIASES, **ADAPTERS, quant_type="mxfp4", seed=6),
     # MXFP4 in the order in which gpt-oss has its parameters in bf16
     Problem(
         33, 5, 96, 32, GPT_OSS, "float16", gate_up_bias=True, quant_type="mxfp4", weights_layout="transposed", seed=7
     ),
-    # its own width: thousands of blocks, of which nested statistics straddle experts
+    # gpt-oss' own width: thousands of blocks; blocks of nested statistics straddle experts
     Problem(3, 4, 2880, 90, GPT_OSS, "bfloat16", quant_type="nf4", nested="one", down_bias=True, seed=2),
     # thousands of tokens, all experts
     Problem(2048, 9, 32, 32, DEEPSEEK, "float16", quant_type="fp4", blocksize=32, logits="skewed", seed=3),
@@ -80,127 +62,67 @@ PACKED = (
     Problem(0, 2, 32, 32, MoEConfig(2), "float16", quant_type="mxfp4"),
 )
 
+
+def _in_fp16(sizes: tuple[int, int, int, int], config: MoEConfig, powers: dict[str, int], **more: Any) -> Problem:
+    return Problem(*sizes, config, "float16", powers=tuple(powers.items()), **more)
+
+
 PAST_RANGE = (  # clause E7
-    # gpt-oss clamps what is past the range; its other tokens are ordinary
-    Problem(
-        9,
-        5,
-        64,
-        64,
-        GPT_OSS,
-        "float16",
-        gate_up_bias=True,
-        down_bias=True,
-        gate_up_rank=4,
-        down_rank=4,
-        powers=(("x[0]", 12), ("gate_up_proj", 4)),
-        seed=1,
-    ),
-    # the same in its checkpoints' format
-    Problem(
-        9,
-        5,
-        64,
-        64,
-        GPT_OSS,
-        "float16",
-        gate_up_bias=True,
-        quant_type="mxfp4",
-        powers=(("x[0]", 12), ("gate_up_proj", 4)),
-        seed=2,
-    ),
+    # gpt-oss clamps numbers past the range; the other tokens are ordinary
+    _in_fp16((9, 5, 64, 64), GPT_OSS, {"x[0]": 12, "gate_up_proj": 4}, **BIASES, **ADAPTERS, seed=1),
+    # the same in the format of gpt-oss' checkpoints
+    _in_fp16((9, 5, 64, 64), GPT_OSS, {"x[0]": 12, "gate_up_proj": 4}, gate_up_bias=True, quant_type="mxfp4", seed=2),
     # one token's z, h and o among ordinary ones
-    Problem(
-        9,
-        5,
-        32,
-        32,
-        MoEConfig(2),
-        "float16",
-        entry="experts",
-        powers=(("x[0]", 9), ("gate_up_proj", 6), ("topk_weights", -20)),
-        seed=3,
+    _in_fp16(
+        (9, 5, 32, 32), MoEConfig(2), {"x[0]": 9, "gate_up_proj": 6, "topk_weights": -20}, entry="experts", seed=3
     ),
-    # h alone, and o alone, in NF4 with statistics of their own and in FP4 whose blocks straddle experts
-    Problem(
-        33,
-        5,
-        64,
-        32,
+    # h alone in NF4, each expert with its own nested statistics; o alone in FP4, whose blocks straddle experts
+    _in_fp16(
+        (33, 5, 64, 32),
         MoEConfig(2, activation="geglu", routed_scaling_factor=2.0**-14),
-        "float16",
+        {"up": 13, "x": 3},
         quant_type="nf4",
         nested="per expert",
-        powers=(("up", 13), ("x", 3)),
         seed=4,
     ),
-    Problem(
-        33,
-        5,
-        17,
-        50,
+    _in_fp16(
+        (33, 5, 17, 50),
         MoEConfig(2, routed_scaling_factor=2.0**-16),
-        "float16",
+        {"gate_up_proj": 2, "down_proj": 13},
         down_bias=True,
         quant_type="fp4",
-        powers=(("gate_up_proj", 2), ("down_proj", 13)),
         seed=5,
     ),
     # dh and dz, with adapters whose inner gradients pass the range too
-    Problem(
-        7,
-        3,
-        32,
-        64,
+    _in_fp16(
+        (7, 3, 32, 64),
         MoEConfig(2, activation="gelu"),
-        "float16",
-        gate_up_rank=4,
-        down_rank=4,
+        {"x": -4, "gate_up_proj": -5, "gate_up_lora_a": -7, "gate_up_lora_b": -2, "dy": 8, "down_proj": 9},
+        **ADAPTERS,
         lora_dtype="float16",
-        powers=(
-            ("x", -4),
-            ("gate_up_proj", -5),
-            ("gate_up_lora_a", -7),
-            ("gate_up_lora_b", -2),
-            ("dy", 8),
-            ("down_proj", 9),
-        ),
         seed=6,
     ),
     # adapters
-    Problem(
-        4,
-        3,
-        32,
-        32,
+    _in_fp16(
+        (4, 3, 32, 32),
         MoEConfig(2),
-        "float16",
-        gate_up_rank=4,
-        down_rank=4,
-        powers=(("gate_up_lora_a", 14), ("gate_up_lora_b", -14), ("down_lora_a", 14), ("down_lora_b", -14), ("dy", -3)),
+        {"gate_up_lora_a": 14, "gate_up_lora_b": -14, "down_lora_a": 14, "down_lora_b": -14, "dy": -3},
+        **ADAPTERS,
         seed=7,
     ),
     # w x, and with it z
-    Problem(
-        16,
-        3,
-        32,
-        64,
+    _in_fp16(
+        (16, 3, 32, 64),
         MoEConfig(2, scoring="sigmoid", scale_input=True, routed_scaling_factor=2.0**12),
-        "float16",
-        powers=(("x", 5), ("gate_up_proj", -14), ("dy", -9)),
+        {"x": 5, "gate_up_proj": -14, "dy": -9},
         seed=8,
     ),
-    # many rows of an expert, of which some pass the range
-    Problem(
-        2048,
-        9,
-        32,
-        33,
+    # many rows of an expert, some of which pass the range
+    _in_fp16(
+        (2048, 9, 32, 33),
         MoEConfig(4, routed_scaling_factor=2.0**-10),
-        "float16",
+        {"gate_up_proj": 6, "down_proj": 5, "dy": -3},
         logits="skewed",
-        powers=(("gate_up_proj", 6), ("down_proj", 5), ("dy", -3)),
         seed=9,
     ),
 )
@@ -211,9 +133,9 @@ EXAMPLES = (
     Problem(1, 1, 1, 1, MoEConfig(1), batch=True),
     # fp64 routing weights beside fp16 states: two dtypes met in one index_put
     Problem(1, 1, 1, 1, MoEConfig(1), dtype="float16", routing_dtype="float64"),
-    # sigmoid close to 1: s (1 - s) has the error of 1 - s, which its error bar must have too
+    # sigmoid close to 1: s (1 - s) has the error of 1 - s, and its error bar must include it
     Problem(2, 16, 1, 1, MoEConfig(8, scoring="sigmoid"), dtype="float64", routing_dtype="float64"),
-    # equal rows round equally: their errors add up, and error bars must know it
+    # equal rows round equally: their errors add up, and error bars must include that
     Problem(
         9,
         1,
@@ -227,7 +149,7 @@ EXAMPLES = (
     ),
     # equal rows may also round differently, by their place in a tile, where u + 1 nearly cancels
     Problem(8, 8, 17, 1, MoEConfig(1, up_offset=1.0), entry="experts", cut_points=True, x_layout="expanded"),
-    # a true gradient of 3e-11 that fp16 rounds to zero: its gain is -1, and its error bar must know it
+    # a true gradient of 3e-11 that fp16 rounds to zero: its gain is -1, and its error bar must include that
     Problem(1, 2, 1, 1, MoEConfig(1, renormalize=True, renormalize_eps=1e-6), routing_dtype="float16"),
     # a softmax whose other expert is e**-18: its gradient has the relative error of that exponential
     Problem(
@@ -245,7 +167,7 @@ EXAMPLES = (
     Problem(9, 5, 8, 8, MoEConfig(2, scoring="topk_softmax"), broken_logits=3, broken_x=1, seed=4),
     # -inf logits that must be chosen
     Problem(16, 3, 8, 8, MoEConfig(3, scoring="sigmoid", renormalize=True), logits="masked", seed=5),
-    # most experts excused for a broken token: the gain of the rest has not the deviation of the gain of all
+    # most experts excused for a broken token: the gain of the rest has another deviation than the gain of all
     Problem(
         64,
         9,
@@ -260,7 +182,7 @@ EXAMPLES = (
         x_layout="expanded",
         seed=9457635,
     ),
-    # two experts chosen out of a group that has one: all that was chosen is -inf, and the weights are undefined
+    # two experts chosen out of a group that has one: all chosen logits are -inf, and the weights are undefined
     Problem(
         16,
         6,
@@ -271,6 +193,6 @@ EXAMPLES = (
     ),
     # squared ReLU beside an adapter: rounding carries a pre-activation across 0, where no error bar reaches
     Problem(2, 33, 50, 64, MoEConfig(1, activation="relu2"), "bfloat16", entry="experts", gate_up_rank=1, seed=3),
-    # a broken token with scale_input: the gradient of a bias does not show whom the token chose
+    # a broken token with scale_input: the gradient of a bias does not show which expert the token chose
     Problem(1, 16, 1, 1, MoEConfig(1, scale_input=True), down_bias=True, broken_logits=1),
 )

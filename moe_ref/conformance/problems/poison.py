@@ -1,4 +1,4 @@
-"""Memory that nobody wrote must show: inside `poisoned`, torch's allocators hand out NaN."""
+"""Makes unwritten memory visible: inside `poisoned`, torch allocates NaN."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch.utils.deterministic as torch_memory
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fills what torch.empty, its relatives and resize_ return with NaN (integers: the largest value).
+    """Fills the results of torch.empty, its relatives and resize_ with NaN (integers: the largest value).
 
-    torch does this itself in deterministic mode, inside its own operators too.
+    torch does this itself in deterministic mode, also inside its own operators.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch_memory.fill_uninitialized_memory  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""A problem: a small description from which all arrays follow (`build`).
+"""A problem: a small description that determines all arrays (`build`).
 
-A `Problem` prints as the call that makes it, so a failing example can be pasted into a test.
+A `Problem` prints as the call that makes it, so that a failing example can be pasted into a test.
 """
 
 from __future__ import annotations
@@ -13,44 +13,44 @@ from moe_ref.types import LORA_FACTORS, MoEConfig
 
 @dataclass(frozen=True, repr=False)
 class Problem:
-    """Everything that defines a call and its upstream gradient; the bulk of the numbers comes from ``seed``.
+    """Everything that defines a call and its upstream gradient; ``seed`` gives the numbers.
 
     Attributes:
         tokens, experts, hidden, intermediate: T, E, H, I.
         config: the layer's configuration; ``config.top_k`` is K.
         dtype: of x and the projections.
-        entry: "layer" (router_logits are given) or "experts" (topk_ids and topk_weights are).
+        entry: "layer" (router_logits are given) or "experts" (topk_ids and topk_weights are given).
         routing_dtype: of router_logits or topk_weights.
         ids_dtype: of topk_ids.
-        bias_dtype: of the biases, that of the selection included.
+        bias_dtype: of the biases, also of the selection bias.
         gate_up_bias, down_bias: whether the layer has them.
         selection_bias: "" (none), "small" (as large as the scores) or "large" (a hundred times that).
         gate_up_rank, down_rank: of the adapters; 0 is none.
-        lora_dtype: of their factors.
-        quant_type: "" for dense projections, or "nf4", "fp4" or "mxfp4": frozen, in 4 bits. With "mxfp4" H and I are
-            multiples of 32.
+        lora_dtype: of the adapters' factors.
+        quant_type: "" for dense projections; "nf4", "fp4" or "mxfp4" for frozen ones in 4 bits. With "mxfp4", H and I
+            are multiples of 32.
         blocksize: of "nf4" and "fp4".
-        nested: of "nf4" and "fp4": "" (absmax is plain), "one" (its statistics are one segment) or "per expert" (each
-            expert has its own, where no block straddles experts; else one).
-        margins: whether no rounding comes near another choice of experts, for executors that do not tell theirs.
+        nested: of "nf4" and "fp4": "" (plain absmax), "one" (nested statistics in one segment) or "per expert" (one
+            segment for each expert if no block straddles experts, else one for all).
+        margins: whether no rounding comes near another choice of experts, for executors that do not tell their choice.
         logits: "random"; "ties" (whole numbers from -1 to 1, +0 and -0 among them); "masked" (a third are -inf);
             "skewed" (some experts are far more likely); "shifted" (rows around +100, or -100 for the softmax kinds);
             "close" (1 and its neighbours at a distance of 1e-12: ties in all but float64).
-        cut_points: for entry "experts": group sizes by cut points drawn with replacement from E + 1 places, so that
-            empty experts and duplicates in a row come by themselves; otherwise K distinct random ids a row.
+        cut_points: for entry "experts": draw group sizes as cut points, with replacement, from E + 1 places, so that
+            empty experts and duplicates in a row occur naturally; otherwise K distinct random ids per row.
         empty_slots: for entry "experts": some ids lie outside [0, E), with NaN and inf among their weights.
-        broken_logits: rows spoiled with NaN, +inf, or nothing but -inf.
-        broken_x: rows of x spoiled with one NaN or infinity.
+        broken_logits: number of rows spoiled with NaN, +inf, or nothing but -inf.
+        broken_x: number of rows of x spoiled with one NaN or infinity.
         batch: split the tokens over two leading dimensions (where T is even), or none (where T is 1).
         x_layout, weights_layout, dy_layout, routing_layout:
-            "contiguous"; "transposed" (stored with the last two axes swapped, codes of 4 bits too);
-            "sliced" (every other element of a larger array); for x "expanded" (all tokens are one row, stride 0); for
-            dy "scalar" (all ones, strides 0, as ``y.sum().backward()`` has it).
-        top_k_given: for entry "experts": whether the configuration names K, or has None and ``topk_ids`` tell it.
+            "contiguous"; "transposed" (stored with the last two axes swapped, also 4-bit codes); "sliced" (every other
+            element of a larger array); for x "expanded" (all tokens are one row, stride 0); for dy "scalar" (all ones,
+            strides 0, as ``y.sum().backward()`` gives it).
+        top_k_given: for entry "experts": whether the configuration gives K; if not, only ``topk_ids`` do.
         frozen: names of inputs that need no gradient.
-        powers: pairs of a name and an exponent: that input is drawn 2**exponent times as large. Names are those of
-            inputs, "dy", "x[0]" (the first token), and "gate" and "up" (the halves of gate_up_proj).
-        seed: of all numbers.
+        powers: pairs of a name and an exponent: the named input is 2**exponent times as large. A name is an input,
+            "dy", "x[0]" (the first token), or "gate" or "up" (the halves of gate_up_proj).
+        seed: the seed of all numbers.
     """
 
     tokens: int
@@ -106,7 +106,7 @@ class Problem:
         return self.bias_dtype if name.endswith("_bias") else self.dtype
 
     def factor(self, *names: str) -> float:
-        """The product of the powers of two by which inputs of these names are larger than drawn."""
+        """The product of the powers of two that multiply the named inputs."""
         return 2.0 ** sum(power for name, power in self.powers if name in names)
 
     @property
@@ -126,7 +126,7 @@ def leading_shape(problem: Problem) -> tuple[int, ...]:
 
 
 def _call_of(value: Any) -> str:
-    """The call that makes a dataclass, without the fields that have their defaults."""
+    """The call that makes a dataclass, without fields that have their default."""
     given = [(f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default]
     texts = [f"{name}={_call_of(v) if is_dataclass(v) else repr(v)}" for name, v in given]
     return f"{type(value).__name__}({', '.join(texts)})"

@@ -1,4 +1,4 @@
-"""Hypothesis strategies that draw whole problems, shrinking towards T=0, E=1, K=1 and plain everything."""
+"""Hypothesis strategies that draw whole problems. They shrink towards T=0, E=1, K=1 and plain features."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ WIDTHS = st.sampled_from([1, 7, 8, 16, 17, 32, 50, 64])
 ACTIVATIONS = get_args(Activation)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WEIGHTS = ("dense", "nf4", "fp4", "mxfp4")
-# By which powers of two a layer in fp16 passes its range inside, and hardly in y or a gradient (E7). Weights times h,
-# and dh without them, stay of ordinary size: subnormal numbers err by where an implementation puts the weight.
+# Powers of two with which a layer in fp16 passes the range inside, but hardly in y or a gradient (E7). Weights times h,
+# and dh without weights, keep an ordinary size: the error of subnormal numbers depends on where the weight is applied.
 SCALED_INPUT = (
     (("gate_up_proj", 8), ("down_proj", -5), ("dy", -6)),  # h
     (("down_lora_a", 16), ("down_lora_b", -6), ("dy", -6)),  # between an adapter's factors
@@ -79,17 +79,17 @@ def problems(
     routing: bool = True,
     weights: Collection[str] = ("dense",),
 ) -> Problem:
-    """A whole problem.
+    """Draws a whole problem.
 
-    Every problem makes the same draws, whether it uses them or not: Hypothesis takes fewer draws for simpler, and would
-    otherwise shrink towards what happens to draw less.
+    Every problem makes the same draws, used or not. Hypothesis takes fewer draws for simpler, and would otherwise
+    shrink towards whatever draws less.
 
     Args:
         draw: given by Hypothesis.
-        dtypes: for x and the projections.
-        activations: for the configuration.
-        routing: False for executors that only take ids and weights.
-        weights: kinds of projections, of "dense", "nf4", "fp4" and "mxfp4"; widths are rounded up for the last.
+        dtypes: dtypes of x and the projections.
+        activations: activations of the configuration.
+        routing: False for executors that take only ids and weights.
+        weights: kinds of projections, of "dense", "nf4", "fp4" and "mxfp4"; "mxfp4" rounds widths up.
     """
     tokens = draw(TOKENS, label="tokens")
     experts = draw(EXPERTS, label="experts")
@@ -139,7 +139,7 @@ def problems(
         batch=draw(st.booleans(), label="batch"),
         x_layout=x_layout,
         weights_layout=draw(st.sampled_from(["contiguous", "transposed", "sliced"]), label="weights_layout"),
-        # A sum of equal terms errs systematically, not as a random walk: never x and dy constant at once.
+        # x and dy are never both constant: a sum of equal terms errs systematically, not as a random walk.
         dy_layout="contiguous" if all_equal and dy_layout == "scalar" else dy_layout,
         routing_layout=draw(st.sampled_from(["contiguous", "sliced"]), label="routing_layout"),
         top_k_given=draw(st.sampled_from([True, False]), label="top_k_given") or by_logits,
@@ -151,11 +151,11 @@ def problems(
 
 @st.composite
 def problems_past_range(draw: st.DrawFn, executor: Executor) -> Problem:
-    """Problems in fp16 in which something on the way passes fp16's range, and hardly a result does (E7).
+    """Draws problems in fp16 in which intermediate values pass fp16's range, but hardly any result does (E7).
 
     Args:
         draw: given by Hypothesis.
-        executor: who must be able to have them.
+        executor: the problems stay within its capabilities.
     """
     able = executor.capabilities
     ordinary = problems(("float16",), able.activations, able.routing, able.weights)
@@ -163,7 +163,7 @@ def problems_past_range(draw: st.DrawFn, executor: Executor) -> Problem:
     config = problem.config
     powers = draw(st.sampled_from(SCALED_INPUT if config.scale_input else SCALED_OUTPUT), label="powers")
     problem = replace(problem, powers=powers, broken_logits=0, broken_x=0, routing_dtype="float32")
-    if problem.entry == "layer":  # weights that come out of logits have their factor in common
+    if problem.entry == "layer":  # weights computed from logits share one factor
         factor = config.routed_scaling_factor * problem.factor("topk_weights")
         problem = replace(problem, config=replace(config, routed_scaling_factor=factor))
     return problem
@@ -176,7 +176,7 @@ def _frozen(name: str, by_logits: bool) -> str:
 
 
 def problems_for(executor: Executor) -> st.SearchStrategy[Problem]:
-    """Problems within an executor's declared capabilities."""
+    """Draws problems within an executor's declared capabilities."""
     able = executor.capabilities
     drawn = problems(able.dtypes, able.activations, able.routing, able.weights)
     return drawn.map(lambda problem: without_undeclared(problem, able))
@@ -196,7 +196,7 @@ def without_undeclared(problem: Problem, able: Capabilities) -> Problem:
 
 
 def undeclared(problem: Problem, able: Capabilities) -> str:
-    """What a problem needs that an executor does not declare, such as "float16, adapters"; or ""."""
+    """The features that a problem needs and an executor does not declare, such as "float16, adapters"; or ""."""
     config = problem.config
     chooses = able.routing and problem.entry == "layer"
     needs = {

@@ -1,0 +1,129 @@
+"""What becomes of each MoE layer of a model: which executor, with which configuration, or why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from executors import _registry
+from executors._protocol import Executor, Unavailable, Unsupported
+from executors.hf.interface import OWN_LOOPS
+from executors.hf.module import is_experts, weights_of
+from moe_ref.types import MoEConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """Layers of one model that fare alike.
+
+    Attributes:
+        layers: their names in the model.
+        kind: the class of their experts.
+        sizes: "E=8 H=64 I=32", or "".
+        config: what is not the default of ``MoEConfig``, such as "swiglu limit=7"; or "".
+        executor: the name of the one that takes them; or "".
+        reason: why none does; or "".
+    """
+
+    layers: tuple[str, ...]
+    kind: str
+    sizes: str
+    config: str
+    executor: str
+    reason: str
+
+
+def explain_model(model: nn.Module, executor: str = "auto", device: str = "cpu") -> list[Row]:
+    """A row for each kind of MoE layer, in the model's order. Nothing is switched.
+
+    Args:
+        model: of transformers; a model on the meta device will do.
+        executor: a name of `executors.names`; "auto" tells which one it would choose.
+        device: where parameters that are on the meta device would be.
+
+    Raises:
+        UnknownExecutor, Unavailable: as `executors.get`.
+    """
+    asked = _registry.get(executor)
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, module in model.named_modules():
+        if is_experts(module):
+            found.setdefault(_fate(module, asked, device), []).append(name)
+        elif (kind := type(module).__name__) in OWN_LOOPS:
+            found.setdefault(
+                (kind, "", "", "", "it has a loop of its own, which transformers does not dispatch"), []
+            ).append(name)
+    return [Row(tuple(names), *fate) for fate, names in found.items()]
+
+
+def meta_model(name: str) -> nn.Module:
+    """A model without memory.
+
+    Args:
+        name: a folder with a config.json, or a model class of transformers, such as "MixtralForCausalLM", which gets
+            its default configuration.
+
+    Raises:
+        ValueError: it is neither, or transformers cannot make the model.
+    """
+    if Path(name).is_dir():
+        try:
+            config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model={name}: must have a config.json of a known model: {_line(error)}") from error
+        kinds = [getattr(transformers, kind, None) for kind in config.architectures or []]
+        kind = next((kind for kind in kinds if kind is not None), None)
+        if kind is None:
+            raise ValueError(f"model={name}: architectures={config.architectures}: must name a class of transformers")
+    else:
+        kind = getattr(transformers, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class):
+            raise ValueError(f"model={name!r}: must be a folder, or a model class of transformers")
+        config = kind.config_class()
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"model={name}: transformers cannot make it: {type(error).__name__}: {_line(error)}"
+        ) from error
+
+
+def _fate(module: Any, executor: Executor, device: str) -> tuple[str, ...]:
+    kind = type(module).__name__
+    try:
+        weights = weights_of(module)
+    except Unsupported as error:
+        return kind, "", "", "", _line(error)
+    sizes = f"E={weights.num_experts} H={weights.hidden_size} I={weights.intermediate_size}"
+    if weights.gate_up_proj.is_meta:  # shapes of any size take the memory of one number
+        weights = weights.map(lambda stack: torch.empty((), dtype=stack.dtype, device=device).expand(stack.shape))
+    x = weights.gate_up_proj.new_empty(1, weights.hidden_size)
+    try:
+        if hasattr(executor, "choose"):
+            chosen, _why = executor.choose(x, weights)
+        else:
+            executor.check(x, weights)
+            chosen = executor.name
+    except (Unavailable, Unsupported) as error:
+        return kind, sizes, in_short(weights.config), "", _line(error)
+    return kind, sizes, in_short(weights.config), chosen, ""
+
+
+def in_short(config: MoEConfig) -> str:
+    """The activation, and what differs from the defaults of ``MoEConfig``: "swiglu limit=7 interleaved"."""
+    parts: list[str] = [config.activation]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in ("top_k", "activation") and value != field.default:
+            parts.append(str(value) if isinstance(value, str) else f"{field.name}={value:g}")
+    return " ".join(parts)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
