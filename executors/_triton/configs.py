@@ -30,7 +30,7 @@ class Tile(NamedTuple):
     per_sm: int = 1
 
 
-class Regime(NamedTuple):
+class KernelConfig(NamedTuple):
     """The tiles of all products. But for ``outer``'s they share BLOCK_M: one list of row tiles serves them.
 
     Attributes:
@@ -50,7 +50,7 @@ class Regime(NamedTuple):
     inner: Tile
 
 
-LEAST_APART = (16, 128)
+LEAST_MIXED_LIMITS = (16, 128)
 
 
 class Packed(NamedTuple):
@@ -60,9 +60,9 @@ class Packed(NamedTuple):
         narrow, wide, odd: as of `Family`.
     """
 
-    narrow: tuple[Regime, ...]
-    wide: tuple[Regime, ...]
-    odd: tuple[Regime, ...]
+    narrow: tuple[KernelConfig, ...]
+    wide: tuple[KernelConfig, ...]
+    odd: tuple[KernelConfig, ...]
 
 
 class Family(NamedTuple):
@@ -75,18 +75,18 @@ class Family(NamedTuple):
         wide: for fp32.
         odd: for operands whose rows are no whole 16 bytes, of any dtype.
         packed: for matrices in 4 bits. Decoding takes registers: tiles are smaller.
-        apart: ranks at a time, and columns of a tile at most, beside an adapter that is taken apart: of bf16 x, and of
-            another dtype. It needs registers, or room next to the tensor cores.
+        mixed_dtype_limits: ranks at a time, and the most columns of a tile, where x is in bf16 and an adapter's
+            factors are not: three products need more registers, or more memory next to the tensor cores.
         widened: columns of a tile at most whose results are in fp32 beside operands in fp16 (E7).
     """
 
     shared: int
     descriptors: bool
-    narrow: tuple[Regime, ...]
-    wide: tuple[Regime, ...]
-    odd: tuple[Regime, ...]
+    narrow: tuple[KernelConfig, ...]
+    wide: tuple[KernelConfig, ...]
+    odd: tuple[KernelConfig, ...]
     packed: Packed
-    apart: tuple[int, int] = LEAST_APART
+    mixed_dtype_limits: tuple[int, int] = LEAST_MIXED_LIMITS
     widened: int = 256
 
 
@@ -94,15 +94,15 @@ ANY = float("inf")
 GROUP_M = 8  # row tiles that share a column tile before the next one is taken
 
 
-def _regime(rows: float, tile: Tile, **others: Tile) -> Regime:
+def _config(rows: float, tile: Tile, **others: Tile) -> KernelConfig:
     """One tile for all products but those named; adapters take few warps."""
     names = ("up", "down", "dh", "dx", "outer")
     inner = tile._replace(warps=4, stages=min(tile.stages, 3))
-    return Regime(rows, **(dict.fromkeys(names, tile) | {"inner": inner} | others))
+    return KernelConfig(rows, **(dict.fromkeys(names, tile) | {"inner": inner} | others))
 
 
-def _same(rows: float, *tile: int, **others: Tile) -> Regime:
-    return _regime(rows, Tile(*tile), **others)
+def _same(rows: float, *tile: int, **others: Tile) -> KernelConfig:
+    return _config(rows, Tile(*tile), **others)
 
 
 # Gradients of matrices are written once whatever the rows: with few of them, few at a time into large tiles.
@@ -124,7 +124,7 @@ _PACKED_WIDE = (_same(16, 16, 64, 32, 4, 2, 0, **_FEW_WIDE), _same(ANY, 32, 64, 
 _PACKED_ODD = (_same(16, 16, 32, 16, 4, 1, 0, **_FEW_WIDE), _same(ANY, 32, 32, 16, 4, 1, 2))
 
 
-def _packed(*narrow: Regime) -> Packed:
+def _packed(*narrow: KernelConfig) -> Packed:
     return Packed(narrow, _PACKED_WIDE, _PACKED_ODD)
 
 
@@ -173,7 +173,7 @@ FAMILIES = {
             _same(64, 64, 128, 64, 8, 3, **_SOME),
             _same(ANY, 128, 128, 64, 8, 3),
         ),
-        apart=(32, 256),
+        mixed_dtype_limits=(32, 256),
     ),
     "sm100": Family(
         227 * 1024,
@@ -181,11 +181,11 @@ FAMILIES = {
         (
             _same(16, 16, 64, 64, 4, 6, 0, **_FEW),
             _same(64, 64, 128, 64, 4, 4, **_SOME),
-            _regime(ANY, Tile(128, 256, 64, 8, 4), up=Tile(128, 128, 64, 8, 4)),  # a wider tile's activation spills
+            _config(ANY, Tile(128, 256, 64, 8, 4), up=Tile(128, 128, 64, 8, 4)),  # a wider tile's activation spills
         ),
         (
             _same(16, 16, 64, 32, 4, 3, 0, **_FEW_WIDE),
-            _regime(ANY, Tile(64, 64, 32, 8, 3, 2), up=Tile(64, 64, 32, 4, 3, 2)),
+            _config(ANY, Tile(64, 64, 32, 8, 3, 2), up=Tile(64, 64, 32, 4, 3, 2)),
         ),
         _ODD,
         _packed(
@@ -238,9 +238,9 @@ def family_of(backend: str, arch: str | int) -> str:
     return own.get(arch, "sm86")
 
 
-def regime_of(
+def config_of(
     family: str, *, narrow: bool, aligned: bool, rows: float, batch_invariant: bool, packed: bool = False
-) -> Regime:
+) -> KernelConfig:
     """The configuration for a call.
 
     Args:
@@ -253,5 +253,5 @@ def regime_of(
     """
     whole = FAMILIES[family]
     own = whole.packed if packed else whole
-    regimes = own.odd if not aligned else own.narrow if narrow else own.wide
-    return regimes[-1] if batch_invariant else next(regime for regime in regimes if rows <= regime.rows)
+    kernel_configs = own.odd if not aligned else own.narrow if narrow else own.wide
+    return kernel_configs[-1] if batch_invariant else next(config for config in kernel_configs if rows <= config.rows)

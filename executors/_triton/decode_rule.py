@@ -46,7 +46,7 @@ def path_of(family: str, rows: float) -> str:
     return FUSED if rows <= RULES[family].rows else DECODED
 
 
-def told(family: str, rows: float | None) -> str:
+def describe(family: str, rows: float | None) -> str:
     """Which way a call goes and why, in one line; without rows, the rule."""
     rule = RULES[family]
     bound = f"up to {rule.rows:g} rows per expert ({rule.basis})"

@@ -10,7 +10,7 @@ from torch import Tensor
 from executors._triton.launch import gradients as _gradients
 from executors._triton.launch import products
 from executors._triton.launch.narrow import Narrow, between, by_columns, by_rows
-from executors._triton.launch.operands import Act, Adapter, Matrices, Plan
+from executors._triton.launch.operands import Act, Adapter, LaunchPlan, Matrices
 from moe_ref.types import PARAMETERS
 
 NONE = Act("", 1.0, None, 0.0, "")  # no activation
@@ -76,25 +76,25 @@ class Layer(NamedTuple):
         return None if self.scale_input else self.topk_weights
 
 
-def forward(layer: Layer, plan: Plan, keep_z: bool) -> tuple[Tensor, Tensor]:
+def forward(layer: Layer, plan: LaunchPlan, keep_z: bool) -> tuple[Tensor, Tensor]:
     """y [T, H], and z [S, J] or no rows of it."""
     h, z = activations(layer, plan, keep_z)
     down = layer.down
     rows = by_rows(h, layer.dtype, plan)
     del h
     adapter = _adapter(rows, down, plan, of_tokens=False)
-    slots = products.down(rows, down.matrices, down.bias, adapter, layer.after, plan.regime.down, plan)
+    slots = products.down(rows, down.matrices, down.bias, adapter, layer.after, plan.config.down, plan)
     return products.combine(slots, layer.dtype, layer.topk_ids, layer.num_experts), z
 
 
-def activations(layer: Layer, plan: Plan, keep_z: bool) -> tuple[Tensor, Tensor]:
+def activations(layer: Layer, plan: LaunchPlan, keep_z: bool) -> tuple[Tensor, Tensor]:
     """h [S, I], and z [S, J] or no rows of it; in fp32 where x is in fp16 (E7)."""
     up = layer.up
     adapter = _adapter(Narrow(layer.x), up, plan, of_tokens=True)
-    return products.up(layer.x, up.matrices, up.bias, adapter, layer.before, layer.act, plan.regime.up, plan, keep_z)
+    return products.up(layer.x, up.matrices, up.bias, adapter, layer.before, layer.act, plan.config.up, plan, keep_z)
 
 
-def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
+def backward(layer: Layer, plan: LaunchPlan, z: Tensor, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
     """Gradients of whatever ``needs`` asks for, by name; what nobody asks for costs nothing.
 
     Args:
@@ -126,7 +126,7 @@ def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, b
         d_inner = _d_inner(Narrow(dy), down, plan, of_tokens=True)
     if want_dh:
         transposed, adapter = down.matrices.transpose(1, 2), _back(d_inner, down, layer, plan)
-        dh, _ = products.up(dy, transposed, None, adapter, None, NONE, plan.regime.dh, plan, keep_z=False)
+        dh, _ = products.up(dy, transposed, None, adapter, None, NONE, plan.config.dh, plan, keep_z=False)
     dz, h, d_weights = _gradients.dz(
         dh,
         z,
@@ -159,7 +159,7 @@ def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, b
     del dz
     if want_rows:
         adapter = _back(d_inner, up, layer, plan)
-        slots = products.down(rows, up.matrices.transpose(1, 2), None, adapter, None, plan.regime.dx, plan)
+        slots = products.down(rows, up.matrices.transpose(1, 2), None, adapter, None, plan.config.dx, plan)
         if needs["topk_weights"] and scale_input:
             found["topk_weights"] = _gradients.input_weights(
                 slots, layer.x, layer.topk_ids, layer.topk_weights, layer.num_experts
@@ -170,7 +170,7 @@ def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, b
 
 
 def _of_down_matrices(
-    layer: Layer, plan: Plan, h: Tensor, dy: Tensor, d_inner: Tensor | None, needs: dict[str, bool]
+    layer: Layer, plan: LaunchPlan, h: Tensor, dy: Tensor, d_inner: Tensor | None, needs: dict[str, bool]
 ) -> dict[str, Tensor]:
     """Gradients of the down projection and its adapter, from h with its weight, and dy without."""
     found: dict[str, Tensor] = {}
@@ -189,7 +189,7 @@ def _of_down_matrices(
 
 
 def _of_up_matrices(
-    layer: Layer, plan: Plan, dz: Tensor, d_inner: Tensor | None, needs: dict[str, bool]
+    layer: Layer, plan: LaunchPlan, dz: Tensor, d_inner: Tensor | None, needs: dict[str, bool]
 ) -> dict[str, Tensor]:
     """Gradients of the up projection and its adapter."""
     found: dict[str, Tensor] = {}
@@ -221,7 +221,7 @@ def zeros(owners: dict[str, Tensor | None], needs: dict[str, bool]) -> dict[str,
     }
 
 
-def _adapter(rows: Narrow, projection: Projection, plan: Plan, *, of_tokens: bool) -> Adapter | None:
+def _adapter(rows: Narrow, projection: Projection, plan: LaunchPlan, *, of_tokens: bool) -> Adapter | None:
     """An adapter's part of rows W^T."""
     if projection.lora_a is None or projection.lora_b is None:
         return None
@@ -229,13 +229,13 @@ def _adapter(rows: Narrow, projection: Projection, plan: Plan, *, of_tokens: boo
     return Adapter(*by_rows(inner, rows.values.dtype, plan), projection.lora_b)
 
 
-def _d_inner(d_out: Narrow, projection: Projection, plan: Plan, *, of_tokens: bool) -> Tensor:
+def _d_inner(d_out: Narrow, projection: Projection, plan: LaunchPlan, *, of_tokens: bool) -> Tensor:
     """[S, r] The gradient of rows A^T."""
     assert projection.lora_b is not None
     return products.inner(d_out, projection.lora_b.transpose(1, 2), projection.scaling, plan, of_tokens=of_tokens)
 
 
-def _back(d_inner: Tensor | None, projection: Projection, layer: Layer, plan: Plan) -> Adapter | None:
+def _back(d_inner: Tensor | None, projection: Projection, layer: Layer, plan: LaunchPlan) -> Adapter | None:
     """An adapter's part of d_out W."""
     if d_inner is None or projection.lora_a is None:
         return None

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from executors._triton import tuned_file
-from executors._triton.configs import Regime
+from executors._triton.configs import KernelConfig
 from executors._triton.device import INTERPRETED
 from executors._triton.launch import operands
 from executors._triton.layer import Layer, Projection
@@ -44,7 +44,7 @@ def table() -> Entries:
     return tuned_file.read(default_path(), versions())
 
 
-def regime_for(layer: Layer, precision: str) -> Regime | None:
+def config_for(layer: Layer, precision: str) -> KernelConfig | None:
     """The tiles that were chosen for such a call, or None."""
     entries = table()
     return entries.get(key_of(layer, precision)) if entries else None

@@ -13,12 +13,12 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from executors._triton.configs import Regime, Tile
+from executors._triton.configs import KernelConfig, Tile
 
 SCHEMA = 1
 POWERS = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 256), "warps": (1, 16)}  # of two, least and most
 COUNTS = {"stages": (1, 8), "per_sm": (0, 8)}
-PRODUCTS = tuple(name for name in Regime._fields if name != "rows")
+PRODUCTS = tuple(name for name in KernelConfig._fields if name != "rows")
 SHARING = tuple(name for name in PRODUCTS if name != "outer")  # one list of row tiles serves them
 GATED_COLUMNS = 32  # of ``up``, at least: half of them are gates
 
@@ -52,7 +52,7 @@ class Key(NamedTuple):
     bucket: int
 
 
-Entries = dict[Key, Regime]
+Entries = dict[Key, KernelConfig]
 
 
 def read(path: Path, versions: str) -> Entries:
@@ -73,12 +73,12 @@ def read(path: Path, versions: str) -> Entries:
     found, faults = {}, []
     for number, entry in enumerate(raw):
         try:
-            key, regime = parse(entry)
+            key, config = parse(entry)
         except ValueError as error:
             faults.append(f"entry {number}: {error}")
             continue
-        found[key] = regime
-    own = {key: regime for key, regime in found.items() if key.versions == versions}
+        found[key] = config
+    own = {key: config for key, config in found.items() if key.versions == versions}
     if faults:
         _warn(path, f"{faults[0]}; left out, {len(faults)} of {len(raw)} entries")
     elif found and not own:
@@ -86,7 +86,7 @@ def read(path: Path, versions: str) -> Entries:
     return own
 
 
-def save(path: Path, key: Key, regime: Regime, told: dict[str, Any]) -> Path | None:
+def save(path: Path, key: Key, config: KernelConfig, found: dict[str, Any]) -> Path | None:
     """Adds an entry, or replaces the one of that key; all others stay.
 
     Two processes that save within the same milliseconds may lose one of the two entries, and never more.
@@ -94,8 +94,8 @@ def save(path: Path, key: Key, regime: Regime, told: dict[str, Any]) -> Path | N
     Args:
         path: of the file; folders are made.
         key: of the entry.
-        regime: the tiles.
-        told: whatever else is worth keeping, such as times.
+        config: the tiles.
+        found: whatever else is worth keeping, such as times.
 
     Returns:
         Where a file that could not be understood was moved to, or None.
@@ -112,7 +112,7 @@ def save(path: Path, key: Key, regime: Regime, told: dict[str, Any]) -> Path | N
     except (ValueError, RecursionError):
         aside = path.with_name(f"{path.name}.old")
         os.replace(path, aside)
-    new = as_entry(key, regime, told)
+    new = as_entry(key, config, found)
     others = [entry for entry in old if not (isinstance(entry, dict) and entry.get("key") == new["key"])]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -123,13 +123,13 @@ def save(path: Path, key: Key, regime: Regime, told: dict[str, Any]) -> Path | N
     return aside
 
 
-def as_entry(key: Key, regime: Regime, told: dict[str, Any]) -> dict[str, Any]:
+def as_entry(key: Key, config: KernelConfig, found: dict[str, Any]) -> dict[str, Any]:
     """An entry as it stands in the file."""
-    tiles = {name: getattr(regime, name)._asdict() for name in PRODUCTS}
-    return {"key": key._asdict(), "tiles": tiles, "found": told}
+    tiles = {name: getattr(config, name)._asdict() for name in PRODUCTS}
+    return {"key": key._asdict(), "tiles": tiles, "found": found}
 
 
-def parse(entry: Any) -> tuple[Key, Regime]:
+def parse(entry: Any) -> tuple[Key, KernelConfig]:
     """The key and the tiles of an entry.
 
     Raises:
@@ -147,7 +147,7 @@ def parse(entry: Any) -> tuple[Key, Regime]:
         raise ValueError(f"block_m={rows}: must be the same for all")
     if not -64 <= key["bucket"] <= 64:
         raise ValueError(f"key.bucket={key['bucket']}: must be from -64 to 64")
-    return Key(**key), Regime(2.0 ** key["bucket"], **found)
+    return Key(**key), KernelConfig(2.0 ** key["bucket"], **found)
 
 
 def check_tile(name: str, tile: Tile) -> None:

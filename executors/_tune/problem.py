@@ -16,13 +16,13 @@ from executors._bench.routing import Batch
 from executors._triton import layer as _layer
 from executors._triton import operator
 from executors._triton import tuned as _tuned
-from executors._triton.configs import FAMILIES, Regime
+from executors._triton.configs import FAMILIES, KernelConfig
 from executors._triton.device import device_guard, device_of
 from executors._triton.launch import gradients as _gradients
 from executors._triton.launch import products as _products
 from executors._triton.launch.grouping import Groups, group
 from executors._triton.launch.narrow import Narrow, by_columns, by_rows
-from executors._triton.launch.operands import Adapter, Plan
+from executors._triton.launch.operands import Adapter, LaunchPlan
 from executors._triton.tuned_file import Key
 
 LAYER = "layer"  # all products together, and what lies between them
@@ -70,7 +70,7 @@ class Problem:
         self.layer = operator.layer_of(given._replace(topk_weights=batch.topk_weights.detach()))
         self.dy, self.backward, self.form = batch.dy.to(dtype), backward, owner.form
         self.key: Key = _tuned.key_of(self.layer, operator.precision_of(self.layer))
-        self.shipped: Regime = operator.shipped_regime(self.layer)
+        self.shipped: KernelConfig = operator.shipped_config(self.layer)
         self.device = device_of(self.layer.x.device)
         self.shared = FAMILIES[self.device.family].shared
         self.needs = needs_of(self.layer, owner.form)
@@ -82,35 +82,35 @@ class Problem:
         """Makes the layer's GPU the current one."""
         return device_guard(self.layer.x)
 
-    def plan(self, regime: Regime) -> Plan:
+    def plan(self, regime: KernelConfig) -> LaunchPlan:
         """How products run with these tiles."""
         return operator.plan_of(self.layer, self.groups(regime.up.block_m), regime)
 
-    def run(self, product: str, regime: Regime) -> list[Tensor]:
+    def run(self, product: str, regime: KernelConfig) -> list[Tensor]:
         """The results of a product, or of the whole `LAYER`."""
         return getattr(self, f"_run_{product}")(self.plan(regime))
 
     def _groups(self, block_m: int) -> Groups:
         return group(self.layer.topk_ids, self.layer.num_experts, block_m)
 
-    def _run_up(self, plan: Plan) -> list[Tensor]:
-        own, up, adapter, tile = self.layer, self.layer.up, self._adapters[0], plan.regime.up
+    def _run_up(self, plan: LaunchPlan) -> list[Tensor]:
+        own, up, adapter, tile = self.layer, self.layer.up, self._adapters[0], plan.config.up
         found = _products.up(own.x, up.matrices, up.bias, adapter, own.before, own.act, tile, plan, self.backward)
         return list(found)
 
-    def _run_down(self, plan: Plan) -> list[Tensor]:
-        own, down, adapter, tile = self.layer, self.layer.down, self._adapters[1], plan.regime.down
+    def _run_down(self, plan: LaunchPlan) -> list[Tensor]:
+        own, down, adapter, tile = self.layer, self.layer.down, self._adapters[1], plan.config.down
         return [_products.down(self._activations, down.matrices, down.bias, adapter, own.after, tile, plan)]
 
-    def _run_dh(self, plan: Plan) -> list[Tensor]:
+    def _run_dh(self, plan: LaunchPlan) -> list[Tensor]:
         return [self._dh(self._known.of_down, plan)]
 
-    def _run_dx(self, plan: Plan) -> list[Tensor]:
+    def _run_dx(self, plan: LaunchPlan) -> list[Tensor]:
         up, known = self.layer.up, self._known
         matrices, adapter = up.matrices.transpose(1, 2), _layer._back(known.of_up, up, self.layer, plan)
-        return [_products.down(known.dz, matrices, None, adapter, None, plan.regime.dx, plan)]
+        return [_products.down(known.dz, matrices, None, adapter, None, plan.config.dx, plan)]
 
-    def _run_outer(self, plan: Plan) -> list[Tensor]:
+    def _run_outer(self, plan: LaunchPlan) -> list[Tensor]:
         own, up, down, known = self.layer, self.layer.up, self.layer.down, self._known
         x, dy = Narrow(own.x), Narrow(self.dy)
         if not self.form.rank:
@@ -136,7 +136,7 @@ class Problem:
             ),
         ]
 
-    def _run_inner(self, plan: Plan) -> list[Tensor]:
+    def _run_inner(self, plan: LaunchPlan) -> list[Tensor]:
         own, up, down = self.layer, self.layer.up, self.layer.down
         assert up.lora_a is not None
         assert down.lora_a is not None
@@ -149,7 +149,7 @@ class Problem:
             found.append(_layer._d_inner(self._known.dz, up, plan, of_tokens=False))
         return found
 
-    def _run_layer(self, plan: Plan) -> list[Tensor]:
+    def _run_layer(self, plan: LaunchPlan) -> list[Tensor]:
         y, z = _layer.forward(self.layer, plan, keep_z=self.backward)
         if not self.backward:
             return [y]
@@ -190,10 +190,10 @@ class Problem:
         of_up = None if up.lora_b is None else _layer._d_inner(rows, up, plan, of_tokens=False)
         return Backward(rows, of_dz, of_h, of_down, of_up)
 
-    def _dh(self, of_down: Tensor | None, plan: Plan) -> Tensor:
+    def _dh(self, of_down: Tensor | None, plan: LaunchPlan) -> Tensor:
         down = self.layer.down
         matrices, adapter = down.matrices.transpose(1, 2), _layer._back(of_down, down, self.layer, plan)
-        return _products.up(self.dy, matrices, None, adapter, None, _layer.NONE, plan.regime.dh, plan, keep_z=False)[0]
+        return _products.up(self.dy, matrices, None, adapter, None, _layer.NONE, plan.config.dh, plan, keep_z=False)[0]
 
 
 def needs_of(layer: _layer.Layer, form: Form) -> dict[str, bool]:

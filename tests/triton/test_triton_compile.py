@@ -202,7 +202,7 @@ def not_compiled(dtype: str, family: str, rows: list[Row]) -> Iterator[str]:
     whole = configs.FAMILIES[family]
     for own in (whole, whole.packed):
         aligned, packed = own.wide if dtype == "float32" else own.narrow, own is whole.packed
-        for regimes, odd in ((aligned, False), (own.odd, True)):
+        for kernel_configs, odd in ((aligned, False), (own.odd, True)):
             compiled = {
                 (row["kernel"], *row["tile"], row["warps"], row["constants"]["num_stages"])
                 for row in rows
@@ -212,8 +212,8 @@ def not_compiled(dtype: str, family: str, rows: list[Row]) -> Iterator[str]:
                 and bool(row["constants"].get("FORM")) == packed
             }
             shipped = {
-                (kernel, *getattr(regime, field)[:5])
-                for regime in regimes
+                (kernel, *getattr(config, field)[:5])
+                for config in kernel_configs
                 for field, kernel in (("up", "up"), ("dh", "up"), ("down", "down"), ("dx", "down"), ("outer", "outer"))
                 if field != "outer" or not packed  # what is in 4 bits has no gradient
             }
@@ -269,7 +269,7 @@ from executors._triton.inspect.resources import resources_of
 
 tile = configs.Tile({tile})
 family = configs.FAMILIES["sm80"]
-configs.FAMILIES["sm80"] = family._replace(narrow=(configs.Regime(configs.ANY, *[tile] * 6),))
+configs.FAMILIES["sm80"] = family._replace(narrow=(configs.KernelConfig(configs.ANY, *[tile] * 6),))
 with compiling("sm80") as launches:
     next(_cases.cases("sm80", ("bfloat16",))).run()
 found = [launch.compiled for launch in launches]

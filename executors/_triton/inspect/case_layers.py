@@ -12,7 +12,7 @@ from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
 from moe_ref.validation import dtype_name
 
 
-class Layer(NamedTuple):
+class CaseLayer(NamedTuple):
     """A layer as the products see it.
 
     Attributes:
@@ -45,14 +45,14 @@ class Layer(NamedTuple):
 
 SWIGLU = Act("swiglu", 1.0, None, 0.0, "concatenated")
 CLAMPED = Act("swiglu", 1.702, 7.0, 1.0, "interleaved")
-QWEN3 = Layer("qwen3", 128, 8, 2048, 768, SWIGLU)
-GPT_OSS = Layer("gpt-oss", 32, 4, 2880, 2880, CLAMPED, biases=True, by_columns=True)
+QWEN3 = CaseLayer("qwen3", 128, 8, 2048, 768, SWIGLU)
+GPT_OSS = CaseLayer("gpt-oss", 32, 4, 2880, 2880, CLAMPED, biases=True, by_columns=True)
 GPT_OSS_ROWS = GPT_OSS._replace(name="oss-rows", by_columns=False)
-DEEPSEEK = Layer("deepseek", 256, 8, 7168, 2048, SWIGLU, by_columns=True)  # 15 GB: offsets need 64 bits
+DEEPSEEK = CaseLayer("deepseek", 256, 8, 7168, 2048, SWIGLU, by_columns=True)  # 15 GB: offsets need 64 bits
 GEGLU = QWEN3._replace(name="geglu", act=SWIGLU._replace(activation="geglu"), biases=True)
-GELU = Layer("gelu", 128, 8, 1040, 528, Act("gelu", 1.0, None, 0.0, ""), biases=True, scale_input=True)
+GELU = CaseLayer("gelu", 128, 8, 1040, 528, Act("gelu", 1.0, None, 0.0, ""), biases=True, scale_input=True)
 RELU2 = QWEN3._replace(name="relu2", act=Act("relu2", 1.0, None, 0.0, ""))
-ODD = Layer("odd", 5, 2, 50, 17, CLAMPED._replace(layout="concatenated"), biases=True)
+ODD = CaseLayer("odd", 5, 2, 50, 17, CLAMPED._replace(layout="concatenated"), biases=True)
 
 LORA = QWEN3._replace(name="lora", rank=16)
 LORA_FP32 = GPT_OSS._replace(name="lora-fp32", rank=32, lora_dtype="float32")  # as PEFT makes them

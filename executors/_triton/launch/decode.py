@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from executors._triton.kernels.packed import decode_kernel
-from executors._triton.launch.operands import Matrices, Plan
+from executors._triton.launch.operands import LaunchPlan, Matrices
 from executors._triton.launch.packed import codes_of, is_fused
 from moe_ref.types import PackedTensor
 
@@ -32,7 +32,7 @@ class Part(NamedTuple):
     last: int
 
 
-def parts_of(matrices: Matrices, plan: Plan) -> Iterator[tuple[Matrices, Part]]:
+def parts_of(matrices: Matrices, plan: LaunchPlan) -> Iterator[tuple[Matrices, Part]]:
     """The matrices, part by part. Decoded parts take the same memory, one after the other."""
     if plan.bounds is None or not isinstance(matrices, PackedTensor):
         yield matrices, Part(plan.groups.tiles, 0, 0)
@@ -47,7 +47,7 @@ def parts_of(matrices: Matrices, plan: Plan) -> Iterator[tuple[Matrices, Part]]:
         yield part.transpose(1, 2) if matrices.transposed else part, Part(plan.bounds, first, last)
 
 
-def decode(packed: PackedTensor, first: int, out: Tensor, plan: Plan) -> None:
+def decode(packed: PackedTensor, first: int, out: Tensor, plan: LaunchPlan) -> None:
     """Experts from ``first`` on, those that have rows, in the order in which they are stored.
 
     Args:

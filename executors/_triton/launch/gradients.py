@@ -10,7 +10,7 @@ from executors._triton.configs import Tile
 from executors._triton.kernels.gradients import dz_kernel, input_weights_kernel, sums_kernel
 from executors._triton.kernels.outer import outer_kernel
 from executors._triton.launch.narrow import Narrow
-from executors._triton.launch.operands import Act, Plan, blocks
+from executors._triton.launch.operands import Act, LaunchPlan, blocks
 
 SUMMED_ROWS, SUMMED_COLUMNS = 32, 128  # of a bias gradient's program
 ROWS, COLUMNS = 16, 64  # of an elementwise program, at a time; a row tile is no smaller
@@ -24,7 +24,7 @@ def dz(
     dy: Tensor,
     bias: Tensor | None,
     act: Act,
-    plan: Plan,
+    plan: LaunchPlan,
     *,
     want_dz: bool,
     want_h: bool,
@@ -50,7 +50,7 @@ def dz(
     found = torch.empty(slots if want_dz else 0, z.shape[1], dtype=z.dtype, device=z.device)
     h = torch.empty(slots if want_h else 0, intermediate, dtype=z.dtype, device=z.device)
     d_weights = torch.zeros_like(topk_weights if want_weights else topk_weights[:0])  # empty slots are not written
-    dz_kernel[(max(1, plan.groups.most_tiles), plan.regime.up.block_m // ROWS)](
+    dz_kernel[(max(1, plan.groups.most_tiles), plan.config.up.block_m // ROWS)](
         z if dh is None else dh,
         z,
         topk_weights,
@@ -110,7 +110,7 @@ def input_weights(d_inputs: Tensor, x: Tensor, topk_ids: Tensor, topk_weights: T
     return found
 
 
-def sums(values: Tensor, topk_weights: Tensor | None, like: Tensor, plan: Plan, *, of_tokens: bool) -> Tensor:
+def sums(values: Tensor, topk_weights: Tensor | None, like: Tensor, plan: LaunchPlan, *, of_tokens: bool) -> Tensor:
     """The gradient of a bias ``like`` [E, n]: the sum of each expert's rows, in order, times their weights if given.
 
     Args:
@@ -144,7 +144,7 @@ def outer(
     a: Narrow,
     b: Narrow,
     like: Tensor,
-    plan: Plan,
+    plan: LaunchPlan,
     *,
     tokens_a: bool = False,
     tokens_b: bool = False,
@@ -166,7 +166,7 @@ def outer(
     if out.stride(2) != 1:  # results lie next to each other along m: the same product, transposed
         a, b, target, gather, scaled = b, a, out.transpose(1, 2), gather[::-1], scaled[::-1]
     experts, m, n = target.shape
-    tile = _fitting(plan.regime.outer, m, n)
+    tile = _fitting(plan.config.outer, m, n)
     outer_kernel[(experts * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
         a.values,
         b.values,

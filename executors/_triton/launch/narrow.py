@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from executors._triton.kernels.narrow import narrow_columns_kernel, narrow_rows_kernel
-from executors._triton.launch.operands import Plan
+from executors._triton.launch.operands import LaunchPlan
 
 ROWS, ROW_COLUMNS = 4, 256  # of a program that narrows rows, at a time
 COLUMN_ROWS, COLUMNS = 32, 64  # of one that narrows columns
@@ -33,7 +33,7 @@ def between(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def by_rows(values: Tensor, dtype: torch.dtype, plan: Plan) -> Narrow:
+def by_rows(values: Tensor, dtype: torch.dtype, plan: LaunchPlan) -> Narrow:
     """Rows [S, n], sorted by expert, for a product along n.
 
     Args:
@@ -57,7 +57,7 @@ def by_rows(values: Tensor, dtype: torch.dtype, plan: Plan) -> Narrow:
     return found
 
 
-def by_columns(values: Tensor, dtype: torch.dtype, plan: Plan, topk_weights: Tensor | None = None) -> Narrow:
+def by_columns(values: Tensor, dtype: torch.dtype, plan: LaunchPlan, topk_weights: Tensor | None = None) -> Narrow:
     """Rows [S, n], sorted by expert, times the weights of their slots if given, for a product along each expert's rows.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from executors._triton import configs
-from executors._triton.configs import Regime, Tile
+from executors._triton.configs import KernelConfig, Tile
 from executors._triton.device import Device
 from executors._triton.launch.grouping import Groups
 from executors._triton.launch.packed import Form, codes_of, is_aligned
@@ -32,13 +32,13 @@ class Act(NamedTuple):
     layout: str  # "" where there is no gate
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """How the products of one call run.
 
     Attributes:
         groups: the slots sorted by expert.
         top_k: K.
-        regime: the tiles.
+        config: the tiles.
         device: what runs them.
         precision: "ieee" or "tf32".
         aligned: whether all projections can be loaded 16 bytes at a time.
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 
     groups: Groups
     top_k: int
-    regime: Regime
+    config: KernelConfig
     device: Device
     precision: str
     aligned: bool
@@ -113,28 +113,30 @@ def _is_whole(tensor: Tensor, *places: int) -> bool:
     return tensor.data_ptr() % 16 == 0 and all(place % UNIT == 0 for place in places)
 
 
-def beside(adapter: Adapter | None, tile: Tile, plan: Plan) -> Tile:
-    """The tile, no wider than the adapter beside the matrices allows."""
+def narrow_for_adapter(adapter: Adapter | None, tile: Tile, plan: LaunchPlan) -> Tile:
+    """The tile, no wider than an adapter whose dtype is not the rows' allows."""
     if adapter is None or adapter.factor.dtype == adapter.inner.dtype:
         return tile
-    return tile._replace(block_n=min(tile.block_n, _apart(adapter, plan)[1]))
+    return tile._replace(block_n=min(tile.block_n, _mixed_dtype_limits(adapter, plan)[1]))
 
 
-def adapter_of(adapter: Adapter | None, like: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None, Tensor, int, int]:
+def adapter_of(
+    adapter: Adapter | None, like: Tensor, plan: LaunchPlan
+) -> tuple[Tensor, Tensor | None, Tensor, int, int]:
     """What a kernel takes of an adapter: inner, powers, factor, rank and how much of it at a time, 0 without one."""
     if adapter is None:
         return like, None, like.new_empty(0, 0, 0), 0, 0
     rank, same = adapter.factor.shape[2], adapter.factor.dtype == adapter.inner.dtype
-    return *adapter, rank, ranks_at_a_time(rank) if same else _apart(adapter, plan)[0]
+    return *adapter, rank, ranks_at_a_time(rank) if same else _mixed_dtype_limits(adapter, plan)[0]
 
 
-def _apart(adapter: Adapter, plan: Plan) -> tuple[int, int]:
+def _mixed_dtype_limits(adapter: Adapter, plan: LaunchPlan) -> tuple[int, int]:
     """Ranks at a time, and columns of a tile at most, for a factor whose dtype is not the rows'.
 
     Beside other rows than bf16 the adapter's products are in fp32, and need more of everything.
     """
     three_terms = adapter.inner.dtype == torch.bfloat16
-    return configs.FAMILIES[plan.device.family].apart if three_terms else configs.LEAST_APART
+    return configs.FAMILIES[plan.device.family].mixed_dtype_limits if three_terms else configs.LEAST_MIXED_LIMITS
 
 
 def ranks_at_a_time(rank: int) -> int:
@@ -142,7 +144,7 @@ def ranks_at_a_time(rank: int) -> int:
     return min(RANKS, max(LEAST_RANKS, triton.next_power_of_2(rank)))
 
 
-def operand(matrices: Matrices, box: int, tile: Tile, plan: Plan, halves: int = 1) -> Operand:
+def operand(matrices: Matrices, box: int, tile: Tile, plan: LaunchPlan, halves: int = 1) -> Operand:
     """Matrices [E, m, k] as a kernel takes them: a descriptor where the device has them, else the tensor, or codes.
 
     Args:
@@ -168,7 +170,7 @@ def operand(matrices: Matrices, box: int, tile: Tile, plan: Plan, halves: int = 
     return Operand(descriptor, (), matrices.stride(), None, kind)
 
 
-def grid(plan: Plan, column_tiles: int, tile: Tile) -> tuple[int]:
+def grid(plan: LaunchPlan, column_tiles: int, tile: Tile) -> tuple[int]:
     """Programs: one for each tile that there can be, or no more than run at once."""
     tiles = max(1, plan.groups.most_tiles * column_tiles)
     return (min(plan.device.multiprocessors * tile.per_sm, tiles) if tile.per_sm else tiles,)

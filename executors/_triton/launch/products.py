@@ -17,12 +17,12 @@ from executors._triton.launch.narrow import Narrow, between
 from executors._triton.launch.operands import (
     Act,
     Adapter,
+    LaunchPlan,
     Matrices,
-    Plan,
     adapter_of,
-    beside,
     blocks,
     grid,
+    narrow_for_adapter,
     operand,
     ranks_at_a_time,
 )
@@ -41,7 +41,7 @@ def up(
     topk_weights: Tensor | None,
     act: Act,
     tile: Tile,
-    plan: Plan,
+    plan: LaunchPlan,
     keep_z: bool,
 ) -> tuple[Tensor, Tensor]:
     """H [S, I] = act(z), rows sorted by expert, and z = x W^T + b, [S, J], or no rows of it.
@@ -50,7 +50,7 @@ def up(
     """
     both, hidden = matrices.shape[1:]
     intermediate = both // 2 if act.layout else both
-    tile = _storing(x.dtype, beside(adapter, tile, plan), plan)
+    tile = _storing(x.dtype, narrow_for_adapter(adapter, tile, plan), plan)
     widens = between(x.dtype) != x.dtype
     if act.activation in HALF_AS_WIDE:
         widest = configs.FAMILIES[plan.device.family].widened // 2 if widens else 128
@@ -115,7 +115,7 @@ def down(
     adapter: Adapter | None,
     topk_weights: Tensor | None,
     tile: Tile,
-    plan: Plan,
+    plan: LaunchPlan,
 ) -> Tensor:
     """The slots' (h W^T + b) [S, H], with topk_weights times them; empty slots are not written.
 
@@ -123,7 +123,7 @@ def down(
     """
     h = rows.values
     hidden, inner_size = matrices.shape[1:]
-    tile = _storing(h.dtype, beside(adapter, tile, plan), plan)
+    tile = _storing(h.dtype, narrow_for_adapter(adapter, tile, plan), plan)
     out = torch.empty(h.shape[0], hidden, dtype=between(h.dtype), device=h.device)
     inner, inner_powers, factor, rank, block_r = adapter_of(adapter, h, plan)
     for own, part in parts_of(matrices, plan):
@@ -163,14 +163,14 @@ def down(
     return out
 
 
-def _storing(dtype: torch.dtype, tile: Tile, plan: Plan) -> Tile:
+def _storing(dtype: torch.dtype, tile: Tile, plan: LaunchPlan) -> Tile:
     """The tile, no wider than results allow that are wider than operands of that dtype."""
     if between(dtype) == dtype:
         return tile
     return tile._replace(block_n=min(tile.block_n, configs.FAMILIES[plan.device.family].widened))
 
 
-def inner(narrow: Narrow, factor: Tensor, scaling: float, plan: Plan, *, of_tokens: bool) -> Tensor:
+def inner(narrow: Narrow, factor: Tensor, scaling: float, plan: LaunchPlan, *, of_tokens: bool) -> Tensor:
     """[S, r] Rows times their expert's factor [E, r, k] transposed, times scaling, sorted by expert.
 
     Args:
@@ -182,7 +182,7 @@ def inner(narrow: Narrow, factor: Tensor, scaling: float, plan: Plan, *, of_toke
     """
     rows = narrow.values
     rank, size = factor.shape[1:]
-    tile = plan.regime.inner
+    tile = plan.config.inner
     if rows.dtype == torch.float16 and factor.dtype != rows.dtype:
         tile = tile._replace(warps=max(tile.warps, tile.block_m // ROWS_OF_WARP))
     out = torch.empty(plan.groups.order.numel(), rank, dtype=between(rows.dtype), device=rows.device)
