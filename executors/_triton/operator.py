@@ -79,22 +79,20 @@ class Kernels(NamedTuple):
         return Kept(z, *(z.new_empty(0) for _ in Kept._fields[1:]))
 
     def _plan(self, layer: Layer) -> LaunchPlan:
-        decoded = is_packed(layer) and self._path(layer) == DECODED
-        config = self._config(layer, decoded)
+        packed, family = is_packed(layer), device_of(layer.x.device).family
+        decoded = packed and (self.path or path_of(family, rows_of(layer))) == DECODED
+        aligned = operands.are_aligned(layer.up.matrices, layer.down.matrices, decoded=decoded)
+        config = _tuned.config_for(layer, precision_of(layer), aligned) if self.tuned and not packed else None
+        if config is None:
+            fused = packed and not decoded
+            config = shipped_config(layer, aligned, fused=fused, batch_invariant=self.batch_invariant)
         groups = group(layer.topk_ids, layer.num_experts, config.up.block_m)
-        return plan_of(layer, groups, config, decoded=decoded)
-
-    def _path(self, layer: Layer) -> str:
-        return self.path or path_of(device_of(layer.x.device).family, rows_of(layer))
-
-    def _config(self, layer: Layer, decoded: bool) -> KernelConfig:
-        tuned = _tuned.config_for(layer, precision_of(layer)) if self.tuned and not is_packed(layer) else None
-        return tuned or shipped_config(layer, batch_invariant=self.batch_invariant, decoded=decoded)
+        return plan_of(layer, groups, config, aligned, decoded=decoded)
 
 
 def is_packed(layer: Layer) -> bool:
     """Whether a projection is in 4 bits."""
-    return any(isinstance(own.matrices, PackedTensor) for own in (layer.up, layer.down))
+    return isinstance(layer.up.matrices, PackedTensor) or isinstance(layer.down.matrices, PackedTensor)
 
 
 def rows_of(layer: Layer) -> float:
@@ -102,19 +100,20 @@ def rows_of(layer: Layer) -> float:
     return layer.topk_ids.numel() / layer.num_experts
 
 
-def shipped_config(layer: Layer, *, batch_invariant: bool = False, decoded: bool = False) -> KernelConfig:
+def shipped_config(layer: Layer, aligned: bool, *, fused: bool = False, batch_invariant: bool = False) -> KernelConfig:
     """The configuration that ships with this package.
 
     Args:
         layer: the layer.
+        aligned: as `executors._triton.launch.operands.are_aligned` has it.
+        fused: whether a projection is in 4 bits, and decoded in the products.
         batch_invariant: whether one configuration serves any number of rows.
-        decoded: whether what is in 4 bits is decoded before the products.
     """
     return configs.config_of(
         device_of(layer.x.device).family,
-        packed=is_packed(layer) and not decoded,
+        packed=fused,
         narrow=layer.x.element_size() == 2,
-        aligned=operands.are_aligned(layer.up.matrices, layer.down.matrices, decoded=decoded),
+        aligned=aligned,
         rows=rows_of(layer),
         batch_invariant=batch_invariant,
     )
@@ -150,9 +149,8 @@ def matrices_of(given: Arguments) -> tuple[Matrices, Matrices]:
     return given.gate_up_proj if up is None else up, given.down_proj if down is None else down
 
 
-def plan_of(layer: Layer, groups: Groups, config: KernelConfig, *, decoded: bool = False) -> LaunchPlan:
+def plan_of(layer: Layer, groups: Groups, config: KernelConfig, aligned: bool, *, decoded: bool = False) -> LaunchPlan:
     """How the products run on the layer's device; what is in 4 bits is decoded in them or before them."""
-    aligned = operands.are_aligned(layer.up.matrices, layer.down.matrices, decoded=decoded)
     device = device_of(layer.x.device)
     bounds = bounds_of(groups, config.up.block_m) if decoded else None
     return LaunchPlan(groups, layer.topk_ids.shape[1], config, device, precision_of(layer), aligned, bounds)

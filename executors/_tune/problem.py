@@ -22,7 +22,7 @@ from executors._triton.launch import gradients as _gradients
 from executors._triton.launch import products as _products
 from executors._triton.launch.grouping import Groups, group
 from executors._triton.launch.narrow import Narrow, by_columns, by_rows
-from executors._triton.launch.operands import Adapter, LaunchPlan
+from executors._triton.launch.operands import Adapter, LaunchPlan, are_aligned
 from executors._triton.tuned_file import Key
 
 LAYER = "layer"  # all products together, and what lies between them
@@ -69,8 +69,9 @@ class Problem:
         given = Arguments(*map(narrowed, tensors), *static)
         self.layer = operator.layer_of(given._replace(topk_weights=batch.topk_weights.detach()))
         self.dy, self.backward, self.form = batch.dy.to(dtype), backward, owner.form
-        self.key: Key = _tuned.key_of(self.layer, operator.precision_of(self.layer))
-        self.shipped: KernelConfig = operator.shipped_config(self.layer)
+        self.aligned = are_aligned(self.layer.up.matrices, self.layer.down.matrices)
+        self.key: Key = _tuned.key_of(self.layer, operator.precision_of(self.layer), self.aligned)
+        self.shipped: KernelConfig = operator.shipped_config(self.layer, self.aligned)
         self.device = device_of(self.layer.x.device)
         self.shared = FAMILIES[self.device.family].shared
         self.needs = needs_of(self.layer, owner.form)
@@ -84,7 +85,7 @@ class Problem:
 
     def plan(self, regime: KernelConfig) -> LaunchPlan:
         """How products run with these tiles."""
-        return operator.plan_of(self.layer, self.groups(regime.up.block_m), regime)
+        return operator.plan_of(self.layer, self.groups(regime.up.block_m), regime, self.aligned)
 
     def run(self, product: str, regime: KernelConfig) -> list[Tensor]:
         """The results of a product, or of the whole `LAYER`."""

@@ -20,6 +20,7 @@ from executors._triton import operator, tuned_file
 from executors._triton import tuned as _tuned
 from executors._triton.configs import FAMILIES, KernelConfig, Tile
 from executors._triton.launch import products as _products
+from executors._triton.launch.operands import are_aligned
 from executors._triton.layer import Layer
 from executors._triton.tuned_file import PRODUCTS, Key, as_entry, parse, read, save
 from moe_ref.conformance.judgement.call import Inputs, call
@@ -58,7 +59,8 @@ def layer_of(inputs: Inputs) -> Layer:
 
 
 def key_of(inputs: Inputs) -> Key:
-    return _tuned.key_of(layer_of(inputs), "ieee")
+    layer = layer_of(inputs)
+    return _tuned.key_of(layer, "ieee", are_aligned(layer.up.matrices, layer.down.matrices))
 
 
 def gradients(executor: executors.Executor, inputs: Inputs) -> list[torch.Tensor]:
@@ -276,7 +278,7 @@ def test_key_has_the_precision_of_products() -> None:
     try:
         for setting, precision in (("highest", "ieee"), ("high", "tf32")):
             torch.set_float32_matmul_precision(setting)
-            assert _tuned.key_of(layer, operator.precision_of(layer)).precision == precision
+            assert _tuned.key_of(layer, operator.precision_of(layer), True).precision == precision
     finally:
         torch.set_float32_matmul_precision(before)
 
