@@ -94,7 +94,7 @@ def wrong_sizes(rows: list[Row], shared: int) -> Iterator[str]:
     for row in rows:
         if row["spilled"] or row["local"]:
             yield f"{name(row)}: spills {row['spilled']} bytes in {row['local']} instructions, but must spill none"
-        most = SCALARS_MOVED if row["constants"].get("FORM") else 0
+        most = SCALARS_MOVED if row["constants"].get("FORMAT") else 0
         if row["scalars_moved"] > most and row["kernel"] in PRODUCTS - {"inner"} and not row["layer"].startswith("odd"):
             yield f"{name(row)}: {row['scalars_moved']} scalar registers too many, but must be at most {most}"
         if row["shared"] > shared:
@@ -125,7 +125,7 @@ def narrow_loads(target: str, rows: list[Row]) -> Iterator[str]:
             continue  # TF32 may turn a tile round
         if row["constants"].get("BLOCK_R") and row["kernel"] != "outer":
             continue  # the innermost loop is that over the rank; without it the kernel is the same
-        if row["constants"].get("FORM"):
+        if row["constants"].get("FORMAT"):
             yield from narrow_codes(target, row)
             continue
         loads, wide, expected = row["inner_loads"], row["inner_wide_loads"], operand_loads(target, row)
@@ -134,7 +134,7 @@ def narrow_loads(target: str, rows: list[Row]) -> Iterator[str]:
 
 
 def is_nested(row: Row) -> bool:
-    return bool((row["constants"].get("FORM") or {}).get("nested"))
+    return bool((row["constants"].get("FORMAT") or {}).get("nested"))
 
 
 def fused_scales(rows: list[Row]) -> Iterator[str]:
@@ -209,7 +209,7 @@ def not_compiled(dtype: str, family: str, rows: list[Row]) -> Iterator[str]:
                 if row["kernel"] in PRODUCTS
                 and row["dtype"] == dtype
                 and row["layer"].startswith("odd") == odd
-                and bool(row["constants"].get("FORM")) == packed
+                and bool(row["constants"].get("FORMAT")) == packed
             }
             shipped = {
                 (kernel, *getattr(config, field)[:5])

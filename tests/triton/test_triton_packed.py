@@ -337,7 +337,7 @@ def test_grains_divide_all_that_tiles_and_rows_begin_at() -> None:
         size = shape[0] * shape[1] * shape[2]
         codes, absmax = torch.zeros(-(-size // 2), dtype=torch.uint8), torch.zeros(-(-size // blocksize))
         tensor = NF4Tensor(codes, absmax, shape=shape, dtype="float32", blocksize=blocksize, transposed=transposed)
-        return codes_of(tensor, (128, 32), halves).form.grain
+        return codes_of(tensor, (128, 32), halves).format.grain
 
     assert grain((2, 64, 2880)) == 32  # of a tile's k
     assert grain((2, 64, 2880), transposed=True) == 64  # m is last: the block
@@ -346,7 +346,7 @@ def test_grains_divide_all_that_tiles_and_rows_begin_at() -> None:
     assert grain((2, 64, 17)) == 1
     assert grain((2, 34, 8), transposed=True, halves=2) == 1  # ups begin at 17
     blocks, scales = torch.zeros(2, 64, 3, 16, dtype=torch.uint8), torch.zeros(2, 64, 3, dtype=torch.uint8)
-    assert codes_of(MXFP4Tensor(blocks, scales), (128, 64), 1).form.grain == 32
+    assert codes_of(MXFP4Tensor(blocks, scales), (128, 64), 1).format.grain == 32
 
 
 def test_alignment() -> None:
