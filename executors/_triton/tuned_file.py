@@ -1,8 +1,8 @@
-"""The file of tuned tiles: JSON that is written whole or not at all, and of which nothing is believed unread.
+"""The file of tuned tiles, in JSON. Writes are atomic, and every entry is validated on reading.
 
 ``{"schema": 1, "entries": [{"key": {...}, "tiles": {product: {...}}, "found": {...}}, ...]}``. Entries of other devices
-and versions stay in the file and are not used. A tile that no kernel can take would crash, or be wrong: each entry is
-checked as it is read.
+and versions stay in the file and are not used. Reading rejects a tile that no kernel can take: it would crash, or give
+wrong results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_type_hints
 from executors._triton.configs import KernelConfig, Tile
 
 SCHEMA = 1
-POWERS = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 256), "warps": (1, 16)}  # of two, least and most
+POWERS = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 256), "warps": (1, 16)}  # of two: least, most
 COUNTS = {"stages": (1, 8), "per_sm": (0, 8)}
 PRODUCTS = tuple(name for name in KernelConfig._fields if name != "rows")
 SHARING = tuple(name for name in PRODUCTS if name != "outer")  # one list of row tiles serves them
@@ -24,7 +24,7 @@ GATED_COLUMNS = 32  # of ``up``, at least: half of them are gates
 
 
 class Key(NamedTuple):
-    """What a choice of tiles depends on. Biases, limits and scales are left out: they cost next to nothing.
+    """What a choice of tiles depends on. It omits biases, limits and scales, which cost next to nothing.
 
     Attributes:
         device: its name and architecture.
@@ -32,7 +32,7 @@ class Key(NamedTuple):
         dtype: of x and the projections.
         precision: of products: "ieee" or "tf32".
         experts, top_k, hidden, intermediate: E, K, H, I.
-        storage: of both projections: which of the inner dimensions is last, or that they are not aligned.
+        storage: which inner dimension of each projection is last, or "not aligned".
         act: activation and layout.
         rank: of adapters, rounded up as the kernels take it; 0 without.
         bucket: S / E is at most 2**bucket, and more than half of it.
@@ -56,10 +56,10 @@ Entries = dict[Key, KernelConfig]
 
 
 def read(path: Path, versions: str) -> Entries:
-    """The entries of a file for these versions; a RuntimeWarning of one line where anything is wrong with it.
+    """The entries of a file for these versions. Warns in one line (RuntimeWarning) if anything is wrong with the file.
 
     Args:
-        path: of the file; where there is none, there are no entries.
+        path: of the file; a missing file has no entries.
         versions: as in `Key`.
     """
     try:
@@ -89,7 +89,7 @@ def read(path: Path, versions: str) -> Entries:
 def save(path: Path, key: Key, config: KernelConfig, found: dict[str, Any]) -> Path | None:
     """Adds an entry, or replaces the one of that key; all others stay.
 
-    Two processes that save within the same milliseconds may lose one of the two entries, and never more.
+    Two processes that save within the same milliseconds may lose one of the two entries, never more.
 
     Args:
         path: of the file; folders are made.
@@ -98,7 +98,7 @@ def save(path: Path, key: Key, config: KernelConfig, found: dict[str, Any]) -> P
         found: whatever else is worth keeping, such as times.
 
     Returns:
-        Where a file that could not be understood was moved to, or None.
+        Where a file that could not be parsed was moved to, or None.
 
     Raises:
         OSError: it cannot be written.
@@ -133,7 +133,7 @@ def parse(entry: Any) -> tuple[Key, KernelConfig]:
     """The key and the tiles of an entry.
 
     Raises:
-        ValueError: it has other fields, or tiles that no kernel takes; in one line.
+        ValueError: the entry has other fields, or tiles that no kernel takes; in one line.
     """
     key = _fields(_part(entry, "key"), get_type_hints(Key), "key")
     tiles = _part(entry, "tiles")
@@ -163,11 +163,11 @@ def check_tile(name: str, tile: Tile) -> None:
 
 
 def _load(path: Path) -> list[Any]:
-    """The entries, of which nothing is known yet.
+    """The entries, not yet validated.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such file; in one line.
+        OSError: the file cannot be read.
+        ValueError: it is not a file of tuned tiles; in one line.
     """
     raw = json.loads(path.read_text(encoding="utf-8"))
     schema = raw.get("schema") if isinstance(raw, dict) else None

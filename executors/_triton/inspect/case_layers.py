@@ -1,4 +1,4 @@
-"""Layers on which the kernels are compiled: of real models, and of what matters to a compiler."""
+"""Layers for which the kernels are compiled: of real models, and with what matters to a compiler."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class CaseLayer(NamedTuple):
     """A layer as the products see it.
 
     Attributes:
-        name: the model, or what is special.
+        name: the model, or what is special about the layer.
         experts, top_k, hidden, intermediate: E, K, H, I.
         act: the activation.
         biases: whether both projections have one.
-        by_columns: whether (E, H, 2I) and (E, I, H) are stored, as gpt-oss does.
+        by_columns: whether (E, H, 2I) and (E, I, H) are stored, as in gpt-oss.
         scale_input: C3.
-        rank: of both adapters, beside frozen projections; 0 is none.
-        lora_dtype: of the adapters; "" is x's.
-        packed: both projections in 4 bits, frozen: "nf4", "nested" (its scales too), "mxfp4"; "" is dense.
+        rank: of both adapters, with frozen projections; 0 for none.
+        lora_dtype: of the adapters; "" for x's.
+        packed: how both projections are frozen in 4 bits: "nf4", "nested" (scales in 8 bits) or "mxfp4"; "" for dense.
         decoded: whether they are decoded before the products.
     """
 
@@ -66,7 +66,7 @@ ODD_NF4 = ODD._replace(name="odd-nf4", packed="nested")
 
 
 def packed_like(kind: str, matrices: torch.Tensor, transposed: bool) -> PackedTensor:
-    """A projection in 4 bits of the shape of matrices [E, m, k], in their order in memory.
+    """A projection in 4 bits with the shape of matrices [E, m, k], in the same order in memory.
 
     Args:
         kind: "nf4", "nested" or "mxfp4".

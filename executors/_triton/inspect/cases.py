@@ -1,4 +1,4 @@
-"""What is compiled to see what the kernels take: every shipped configuration, on layers that differ in what matters."""
+"""What is compiled to see what the kernels take: every shipped configuration, on layers that cover all features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 
 from executors._base.operator import NAMES
 from executors._triton import configs
-from executors._triton import layer as _layer
 from executors._triton.configs import KernelConfig
 from executors._triton.device import Device
 from executors._triton.inspect.case_layers import (
@@ -34,20 +33,18 @@ from executors._triton.inspect.case_layers import (
     packed_like,
 )
 from executors._triton.inspect.compile import TARGETS, compiling
-from executors._triton.launch import operands as _operands
 from executors._triton.launch.grouping import bounds_of, group
-from executors._triton.launch.operands import LaunchPlan
+from executors._triton.launch.operands import LaunchPlan, are_aligned
 from executors._triton.launch.routing import backward_operator, route
-from executors._triton.layer import Projection
+from executors._triton.layer import Layer, Projection, backward, forward
 from moe_ref.types import LORA_FACTORS, MoEConfig, MoEWeights
 
 TF32 = "tf32"  # float32 whose products may round their operands
-MULTIPROCESSORS = 128  # decides how many programs run, not what they are
-
+MULTIPROCESSORS = 128  # decides how many programs run, not how they are compiled
 
 INFERENCE = (GPT_OSS,)  # forward alone, with every configuration
-INFERENCE_LARGEST = (QWEN3, DEEPSEEK)  # with the largest tiles only, the nearest to their limits
-TRAINED = (QWEN3,)  # both ways, with every configuration
+INFERENCE_LARGEST = (QWEN3, DEEPSEEK)  # only with the largest tiles, the nearest to their limits
+TRAINED = (QWEN3,)  # forward and backward, with every configuration
 TRAINED_LARGEST = (GPT_OSS, GPT_OSS_ROWS, GELU, GEGLU, RELU2, LORA_FP32)
 MANY = MoEConfig(10)
 GROUPED = MoEConfig(
@@ -70,7 +67,7 @@ class CompileCase(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A compiled kernel, and the case in which it came up first.
+    """A compiled kernel, and the first case that launched it.
 
     Attributes:
         name: of the kernel, without "_kernel".
@@ -128,7 +125,7 @@ def compile_kernels(
         target: a name of `executors._triton.inspect.compile.TARGETS`.
         dtypes: "bfloat16", "float16" or "float32"; the last compiles for TF32 too.
         show: called with the cases done and the cases in all.
-        largest: whether to leave out all but the largest tiles of the products.
+        largest: whether to compile only the largest tiles of the products.
 
     Raises:
         Unavailable: the kernels are interpreted in this process.
@@ -150,7 +147,7 @@ def compile_kernels(
 
 
 def cases(family: str, dtypes: tuple[str, ...], largest: bool = False) -> Iterator[CompileCase]:
-    """The cases for a family of configurations; or only those of its largest tiles, the nearest to their limits."""
+    """The cases of a family of configurations; with ``largest``, only its largest tiles, nearest to their limits."""
     if largest:
         for dtype in dtypes:
             yield from _largest_cases(family, dtype)
@@ -197,7 +194,7 @@ def cases(family: str, dtypes: tuple[str, ...], largest: bool = False) -> Iterat
 def _of_products(
     layer: CaseLayer, kernel_configs: tuple[KernelConfig, ...], dtype: str, device: Device, trained: bool = False
 ) -> Iterator[CompileCase]:
-    """A case for each configuration, with as few tokens as it takes."""
+    """A case for each configuration, with as few tokens as select it."""
     least = [0.0, *(config.rows for config in kernel_configs)]
     for rows, config in zip(least, kernel_configs, strict=False):
         tokens = int(rows * layer.experts / layer.top_k) + 1
@@ -227,7 +224,7 @@ def _largest(
 
 
 def _call(layer: CaseLayer, tokens: int, dtype: str, device: Device, config: KernelConfig, trained: bool) -> None:
-    """Forward, or both ways with a gradient of everything; of adapters alone where there are some."""
+    """Forward, or forward and backward with the gradients of all that is not frozen."""
     absent = partial(torch.empty, dtype=getattr(torch, "float32" if dtype == TF32 else dtype), device="meta")
 
     def projection(m: int, k: int) -> Projection:
@@ -244,21 +241,21 @@ def _call(layer: CaseLayer, tokens: int, dtype: str, device: Device, config: Ker
     x, weights = absent(tokens, hidden), absent(tokens, layer.top_k, dtype=torch.float32)
     ids = absent(tokens, layer.top_k, dtype=torch.int32)
     up = projection(2 * intermediate if layer.act.layout else intermediate, hidden)
-    whole = _layer.Layer(x, ids, weights, up, projection(hidden, intermediate), layer.act, layer.scale_input)
+    whole = Layer(x, ids, weights, up, projection(hidden, intermediate), layer.act, layer.scale_input)
     groups = group(ids, layer.experts, config.up.block_m)
-    aligned = _operands.are_aligned(whole.up.matrices, whole.down.matrices)
+    aligned = are_aligned(whole.up.matrices, whole.down.matrices)
     bounds = bounds_of(groups, config.up.block_m) if layer.decoded else None
     plan = LaunchPlan(groups, layer.top_k, config, device, "tf32" if dtype == TF32 else "ieee", aligned, bounds)
-    y, z = _layer.forward(whole, plan, keep_z=trained)
+    y, z = forward(whole, plan, keep_z=trained)
     if trained:
         frozen = {"gate_up_proj", "down_proj"} if layer.rank or layer.packed else set()
         frozen |= set() if layer.rank else set(LORA_FACTORS)
-        _layer.backward(whole, plan, z, y, {name: name not in frozen for name in NAMES})
+        backward(whole, plan, z, y, {name: name not in frozen for name in NAMES})
 
 
 def _route(experts: int, dtype: str, config: MoEConfig) -> None:
-    """Both ways."""
-    # A custom operator would not launch anything for tensors without values: these have some, and nobody reads them.
+    """Routing, forward and backward."""
+    # A custom operator launches nothing for tensors without values: these have some, which nobody reads.
     logits = torch.zeros(64, experts, dtype=getattr(torch, dtype))
     bias = torch.zeros(experts) if config.num_groups > 1 else None
     none = logits.new_zeros(experts, 0, 0)
