@@ -62,7 +62,7 @@ class KernelRow(NamedTuple):
         None of other kernels, and beside an adapter, where another loop is the innermost one.
         """
         constants, own = self.kernel.constants, self.resources
-        if constants.get("FORM") is None or constants.get("BLOCK_R"):
+        if constants.get("FORMAT") is None or constants.get("BLOCK_R"):
             return None
         metadata = self.kernel.compiled.metadata
         threads = metadata.num_warps * metadata.target.warp_size
@@ -226,14 +226,14 @@ def faults(target: str, rows: list[KernelRow], shared: int) -> list[str]:
 def as_json(row: KernelRow) -> dict[str, Any]:
     """All that is known of a kernel."""
     kernel = row.kernel
-    form = kernel.constants.get("FORM")
+    form = kernel.constants.get("FORMAT")
     return {
         "kernel": kernel.name,
         "layer": kernel.layer,
         "dtype": kernel.dtype,
         "tile": list(kernel.tile),
         "warps": kernel.compiled.metadata.num_warps,
-        "constants": kernel.constants | {"FORM": form and form._asdict()},
+        "constants": kernel.constants | {"FORMAT": form and form._asdict()},
         **asdict(row.resources),
         "instructions_per_weight": row.per_weight,
     }

@@ -10,7 +10,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from executors._triton.configs import Regime
+from executors._triton.configs import KernelConfig
 from executors._triton.device import INTERPRETED
 from executors._triton.tuned_file import Key, as_entry
 from executors._tune.contest import Contest, Duel, GpuClock, Tally, host_clock
@@ -39,8 +39,8 @@ class Choice:
     tokens: int
     key: Key
     products: tuple[str, ...]
-    shipped: Regime
-    chosen: Regime
+    shipped: KernelConfig
+    chosen: KernelConfig
     duels: dict[str, Duel]
     tally: Tally
     interrupted: bool

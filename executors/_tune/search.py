@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from executors._triton.configs import Regime, Tile
+from executors._triton.configs import KernelConfig, Tile
 from executors._triton.tuned_file import SHARING
 from executors._tune.contest import Contest
 from executors._tune.moves import fits, moves, replaced, with_rows, with_tiles
@@ -45,7 +45,7 @@ class Search:
     now: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        self.best: Regime = self.contest.shipped
+        self.best: KernelConfig = self.contest.shipped
 
     def go(self, seconds: float) -> None:
         """Searches for so long, or until nothing better is near; `best` holds what it has found at any time."""
@@ -79,7 +79,7 @@ class Search:
     def _share(self, end: float, parts: int) -> float:
         return self.now() + max(0.0, end - self.now()) / parts
 
-    def _descend(self, product: str, regime: Regime, end: float, *, keep: bool) -> Regime:
+    def _descend(self, product: str, regime: KernelConfig, end: float, *, keep: bool) -> KernelConfig:
         """Goes to a better neighbour as long as there is one, and time."""
         seen = {getattr(regime, product)}
         improved = True
@@ -116,7 +116,7 @@ class Search:
         self.best = regime
         return True
 
-    def _start(self, product: str, regime: Regime, tiles: list[Tile]) -> Regime | None:
+    def _start(self, product: str, regime: KernelConfig, tiles: list[Tile]) -> KernelConfig | None:
         """The first of these tiles that a product can take."""
         for tile in tiles:
             if fits(product, tile, self.size, self.family, self.shared):

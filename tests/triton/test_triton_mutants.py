@@ -25,7 +25,7 @@ from executors._triton.launch import narrow as _narrow
 from executors._triton.launch import products as _products
 from executors._triton.launch import routing as _routing
 from executors._triton.launch.grouping import CHUNK
-from executors._triton.launch.operands import Plan
+from executors._triton.launch.operands import LaunchPlan
 from guarded import guarded
 from moe_ref import MoEConfig, MoEWeights, MXFP4Tensor, NF4Tensor
 from moe_ref.conformance.judgement.call import run, to_torch
@@ -277,7 +277,7 @@ def check_decoding() -> None:
             packed = replace(tensor, dtype=dtype)
             expected = decode_experts(packed, torch.arange(packed.shape[0]))
             groups = _grouping.Groups(torch.empty(0), torch.arange(packed.shape[0] + 1), torch.empty(0), 0)
-            plan = Plan(groups, 1, FAMILIES["interpreter"].narrow[0], Device("interpreter", 3), "ieee", True)
+            plan = LaunchPlan(groups, 1, FAMILIES["interpreter"].narrow[0], Device("interpreter", 3), "ieee", True)
             with guarded():
                 out = torch.empty(packed.shape, dtype=expected.dtype)
                 _interpreter.mend()

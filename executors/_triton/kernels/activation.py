@@ -8,12 +8,12 @@ from executors._triton.kernels.routing import sigmoid
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 ONE_OVER_SQRT_2_PI = tl.constexpr(0.3989422804014327)
-STEEP = tl.constexpr(20.0)  # beyond, the tanh form's slope is 0 or 1 in fp32, and its cube may overflow
+STEEP = tl.constexpr(20.0)  # beyond it the slope of the tanh form is 0 or 1 in fp32, and the cube may overflow
 
 
 @triton.jit
 def act(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
-    """The activation of each element, without the up half; "" is none."""
+    """The activation of each element, without the up half; "" for none."""
     if ACTIVATION == "":
         value = gate
     elif ACTIVATION == "relu2":
@@ -57,7 +57,7 @@ def slope(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
 
 @triton.jit
 def gated_slopes(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr):
-    """The derivatives of `gated` with respect to gate and up; a clamp's is 1 where it is met exactly."""
+    """The derivatives of `gated` with respect to gate and up. At the limit itself a clamp has the slope 1."""
     near = gate
     far = up
     if LIMIT is not None:

@@ -26,7 +26,7 @@ def without_nan(keys):
 
 @triton.jit
 def outside(ranks):
-    """What is below every key: for places that do not exist, or were taken."""
+    """Ranks below every key, for positions that do not exist or are taken."""
     if ranks.dtype == tl.int64:
         return tl.full(ranks.shape, -0x8000000000000000, tl.int64)
     else:
@@ -48,17 +48,19 @@ def softmax(values):
 
 
 @triton.jit
-def load_logits(router_logits, tokens, experts, num_tokens, num_experts, stride_t, stride_e, dtype):
-    """Logits, -inf where there is none, and which rows hold a NaN: 1 or 0."""
-    there = (tokens < num_tokens)[:, None] & (experts < num_experts)
-    places = tokens[:, None] * stride_t + experts.to(tl.int64) * stride_e
-    logits = tl.load(router_logits + places, mask=there, other=LOWEST).to(dtype)
-    return logits, tl.max((logits != logits).to(tl.int32), axis=1)  # +inf, or nothing but -inf: NaN in a softmax itself
+def load_logits(router_logits, strides, tokens, experts, num_tokens, num_experts, dtype):
+    """Logits, -inf outside of them, and which rows hold a NaN: 1 or 0."""
+    mask = (tokens < num_tokens)[:, None] & (experts < num_experts)
+    offsets = tokens[:, None] * strides[0] + experts.to(tl.int64) * strides[1]
+    logits = tl.load(router_logits + offsets, mask=mask, other=LOWEST).to(dtype)
+    return logits, tl.max(
+        (logits != logits).to(tl.int32), axis=1
+    )  # a softmax itself makes NaN of +inf, and of -inf alone
 
 
 @triton.jit
 def scores_of(logits, broken, experts, num_experts, SCORING):
-    """Scores of all experts, from logits without their NaN; of "topk_softmax" those logits."""
+    """Scores of all experts, from logits in which 0 replaces rows with NaN; for "topk_softmax", those logits."""
     sound = tl.where(broken[:, None] == 1, 0.0, logits)
     sound = tl.where(experts < num_experts, sound, LOWEST)
     if SCORING == "softmax":
@@ -70,14 +72,14 @@ def scores_of(logits, broken, experts, num_experts, SCORING):
 
 @triton.jit
 def keys_within_groups(keys, experts, NUM_GROUPS, TOPK_GROUPS, GROUP_SIZE, TOP2, BLOCK_G):
-    """The keys, -inf outside the groups with the largest keys; the lower group of equals is kept (R2)."""
+    """The keys, -inf outside the groups with the largest keys; of equal groups the lower one is kept (R2)."""
     groups = tl.arange(0, BLOCK_G)[None, :]
     of_groups = tl.full((keys.shape[0], BLOCK_G), LOWEST, keys.dtype)
     for g in range(NUM_GROUPS):
-        own = tl.where(experts // GROUP_SIZE == g, keys, LOWEST)
-        best, place = tl.max(own, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        of_group = tl.where(experts // GROUP_SIZE == g, keys, LOWEST)
+        best, place = tl.max(of_group, axis=1, return_indices=True, return_indices_tie_break_left=True)
         if TOP2:
-            best += tl.max(tl.where(experts == place[:, None], LOWEST, own), axis=1)
+            best += tl.max(tl.where(experts == place[:, None], LOWEST, of_group), axis=1)
         of_groups = tl.where(groups == g, best[:, None], of_groups)
     ranks = ordered(without_nan(of_groups))
     ranks = tl.where(groups < NUM_GROUPS, ranks, outside(ranks))
@@ -97,9 +99,8 @@ def route_kernel(
     topk_weights,  # [T, K] out, in the dtype of scores
     num_tokens,
     num_experts: tl.constexpr,
-    stride_t,
-    stride_e,
-    stride_bias,
+    strides,
+    bias_stride,
     TOP_K: tl.constexpr,
     SCORING: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -114,19 +115,18 @@ def route_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """Ids by (key descending, id ascending) and their weights, NaN in rows that are undefined."""
+    """Ids by (key descending, id ascending), and their weights, which are NaN in undefined rows."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)[None, :]
-    logits, broken = load_logits(
-        router_logits, tokens, experts, num_tokens, num_experts, stride_t, stride_e, topk_weights.dtype.element_ty
-    )
+    dtype = topk_weights.dtype.element_ty
+    logits, broken = load_logits(router_logits, strides, tokens, experts, num_tokens, num_experts, dtype)
     scores = scores_of(logits, broken, experts, num_experts, SCORING)
 
-    keys = logits  # every scoring orders as the logits do: exact in any dtype
+    keys = logits  # every scoring keeps the order of the logits, which is exact in any dtype
     if HAS_BIAS or NUM_GROUPS > 1:
         keys = scores
         if HAS_BIAS:
-            bias = tl.load(selection_bias + experts.to(tl.int64) * stride_bias, mask=experts < num_experts, other=0.0)
+            bias = tl.load(selection_bias + experts.to(tl.int64) * bias_stride, mask=experts < num_experts, other=0.0)
             keys += bias.to(keys.dtype)
         keys = tl.where(logits > LOWEST, without_nan(keys), LOWEST)
         if NUM_GROUPS > 1:
@@ -163,8 +163,7 @@ def route_backward_kernel(
     out,  # [T, E] out
     num_tokens,
     num_experts: tl.constexpr,
-    stride_t,
-    stride_e,
+    strides,
     TOP_K: tl.constexpr,
     SCORING: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -174,12 +173,11 @@ def route_backward_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The gradients of the logits, through the weights of the chosen (D1); 0 in rows whose weights are undefined."""
+    """Gradients of the logits, through the weights of the chosen experts (D1); 0 in rows with undefined weights."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)[None, :]
-    logits, broken = load_logits(
-        router_logits, tokens, experts, num_tokens, num_experts, stride_t, stride_e, gradients.dtype.element_ty
-    )
+    dtype = gradients.dtype.element_ty
+    logits, broken = load_logits(router_logits, strides, tokens, experts, num_tokens, num_experts, dtype)
     scores = scores_of(logits, broken, experts, num_experts, SCORING)
     slots = tl.arange(0, BLOCK_K)[None, :]
     wanted = (tokens < num_tokens)[:, None] & (slots < TOP_K)
@@ -188,8 +186,8 @@ def route_backward_kernel(
     of_weights = tl.load(gradients + given, mask=wanted, other=0.0) * SCALING
     chosen = tl.zeros((BLOCK_T, BLOCK_K), scores.dtype)
     for k in range(TOP_K):
-        own = tl.sum(tl.where(slots == k, ids, 0), axis=1)[:, None]
-        score = tl.sum(tl.where(experts == own, scores, 0.0), axis=1)
+        expert = tl.sum(tl.where(slots == k, ids, 0), axis=1)[:, None]
+        score = tl.sum(tl.where(experts == expert, scores, 0.0), axis=1)
         chosen = tl.where(slots == k, score[:, None], chosen)
     if SCORING == "topk_softmax":
         chosen = softmax(tl.where(slots < TOP_K, chosen, LOWEST))
@@ -207,12 +205,12 @@ def route_backward_kernel(
     of_slots = tl.where(slots < TOP_K, of_slots, 0.0)
     found = tl.zeros((BLOCK_T, BLOCK_E), scores.dtype)
     for k in range(TOP_K):
-        own = tl.sum(tl.where(slots == k, ids, 0), axis=1)[:, None]
+        expert = tl.sum(tl.where(slots == k, ids, 0), axis=1)[:, None]
         value = tl.sum(tl.where(slots == k, of_slots, 0.0), axis=1)[:, None]
-        found = tl.where(experts == own, value, found)
+        found = tl.where(experts == expert, value, found)
     if SCORING == "softmax":
         found = scores * (found - mean)
     undefined = (broken[:, None] == 1) | (whole != whole)
     found = tl.where(undefined, 0.0, found)
-    there = (tokens < num_tokens)[:, None] & (experts < num_experts)
-    tl.store(out + tokens[:, None] * num_experts + experts, found.to(out.dtype.element_ty), mask=there)
+    mask = (tokens < num_tokens)[:, None] & (experts < num_experts)
+    tl.store(out + tokens[:, None] * num_experts + experts, found.to(out.dtype.element_ty), mask=mask)
