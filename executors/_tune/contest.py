@@ -34,7 +34,7 @@ REFUSED = (TritonError, RuntimeError, ValueError, AssertionError)  # of a tile: 
 class Products(Protocol):
     """What a contest is about; see `executors._tune.workload.Workload`."""
 
-    def run(self, product: str, regime: KernelConfig) -> list[Tensor]:
+    def run(self, product: str, config: KernelConfig) -> list[Tensor]:
         """A product's results with these tiles."""
 
 
@@ -94,13 +94,13 @@ class Contest:
     tally: Tally = field(default_factory=Tally)
     _expected: tuple[str, list[Tensor]] = ("", [])
 
-    def admits(self, product: str, regime: KernelConfig) -> bool:
+    def admits(self, product: str, config: KernelConfig) -> bool:
         """Whether a product compiles, launches and is right with these tiles."""
         self.tally.tried += 1
         expected = self._right(product)
         try:
             with poisoned():
-                found = self.products.run(product, regime)
+                found = self.products.run(product, config)
             self.wait()
         except REFUSED:
             self.wait()  # raises where the device is lost: then there is nothing to go on with

@@ -50,26 +50,26 @@ def fits(product: str, tile: Tile, size: int, family: str, shared: int) -> bool:
     return LEAST_ACCUMULATORS <= accumulators <= OF_TENSOR_MEMORY.get(family, MOST_ACCUMULATORS)
 
 
-def with_rows(regime: KernelConfig, product: str, block_m: int) -> list[Tile]:
+def with_rows(config: KernelConfig, product: str, block_m: int) -> list[Tile]:
     """A product's tile with another BLOCK_M: as it is, or smaller or wider in another size to make up for it."""
-    tile = getattr(regime, product)._replace(block_m=block_m)
-    if block_m > getattr(regime, product).block_m:
+    tile = getattr(config, product)._replace(block_m=block_m)
+    if block_m > getattr(config, product).block_m:
         others = [tile._replace(warps=2 * tile.warps), _scaled(tile, "block_n", 0.5)]
         return [tile, *others, _scaled(_scaled(tile, "block_n", 0.5), "block_k", 0.5)._replace(stages=2)]
     others = [tile._replace(warps=max(1, tile.warps // 2)), _scaled(tile, "block_n", 2.0)]
     return [*others[:1], tile, others[1], Tile(block_m, 64, 32, 4, 2, tile.per_sm)]
 
 
-def replaced(regime: KernelConfig, tiles: dict[str, Tile]) -> KernelConfig:
-    """The regime with other tiles; those not named take over BLOCK_M, but for that of ``outer``."""
-    block_m = tiles["up"].block_m if "up" in tiles else regime.up.block_m
-    others = {name: getattr(regime, name)._replace(block_m=block_m) for name in SHARING if name not in tiles}
-    return with_tiles(regime, others | tiles)
+def replaced(config: KernelConfig, tiles: dict[str, Tile]) -> KernelConfig:
+    """The config with other tiles; those not named take over BLOCK_M, but for that of ``outer``."""
+    block_m = tiles["up"].block_m if "up" in tiles else config.up.block_m
+    others = {name: getattr(config, name)._replace(block_m=block_m) for name in SHARING if name not in tiles}
+    return with_tiles(config, others | tiles)
 
 
-def with_tiles(regime: KernelConfig, tiles: dict[str, Tile]) -> KernelConfig:
-    """The regime with other tiles, by product."""
-    return KernelConfig(**(regime._asdict() | tiles))
+def with_tiles(config: KernelConfig, tiles: dict[str, Tile]) -> KernelConfig:
+    """The config with other tiles, by product."""
+    return KernelConfig(**(config._asdict() | tiles))
 
 
 def _neighbours(product: str, tile: Tile) -> Iterator[Tile]:

@@ -81,13 +81,13 @@ class Workload:
         """Makes the layer's GPU the current one."""
         return device_guard(self.layer.x)
 
-    def plan(self, regime: KernelConfig) -> LaunchPlan:
+    def plan(self, config: KernelConfig) -> LaunchPlan:
         """How products run with these tiles."""
-        return operator.plan_of(self.layer, self.groups(regime.up.block_m), regime, self.aligned)
+        return operator.plan_of(self.layer, self.groups(config.up.block_m), config, self.aligned)
 
-    def run(self, product: str, regime: KernelConfig) -> list[Tensor]:
+    def run(self, product: str, config: KernelConfig) -> list[Tensor]:
         """The results of a product, or of the whole `LAYER`."""
-        return getattr(self, f"_run_{product}")(self.plan(regime))
+        return getattr(self, f"_run_{product}")(self.plan(config))
 
     def _groups(self, block_m: int) -> Groups:
         return group(self.layer.topk_ids, self.layer.num_experts, block_m)
