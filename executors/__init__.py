@@ -17,6 +17,7 @@ from executors._protocol import Capabilities, Executor, RoutingExecutor, Unavail
 from executors._registry import Explanation, available, explain, get, names, register, unregister
 
 if TYPE_CHECKING:
+    from executors import checkpoint as checkpoint
     from executors import mxfp4 as mxfp4
     from executors import nf4 as nf4
 
@@ -39,8 +40,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``executors.nf4`` and ``executors.mxfp4``, which need torch, are imported when they are asked for."""
-    if name in ("nf4", "mxfp4"):
+    """``executors.nf4``, ``mxfp4`` and ``checkpoint``, which need torch, are imported when they are asked for."""
+    if name in ("nf4", "mxfp4", "checkpoint"):
         import importlib
 
         return importlib.import_module(f"executors.{name}")

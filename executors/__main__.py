@@ -1,4 +1,4 @@
-"""The command line: ``python -m executors list | explain | compare | bench | kernels``."""
+"""The command line: ``python -m executors list | explain | compare | extract | bench | kernels``."""
 
 import sys
 

@@ -13,6 +13,7 @@ from rich.table import Table
 import executors
 from executors._cli.bench import bench
 from executors._cli.crossover import crossover
+from executors._cli.extract import extract_layer
 from executors._cli.kernels import kernels
 from executors._cli.options import (
     LARGEST_SEED,
@@ -123,6 +124,7 @@ def compare(
 
 app.command()(bench)
 app.command()(crossover)
+app.command("extract")(extract_layer)
 app.command()(kernels)
 app.command()(tune)
 
