@@ -56,6 +56,8 @@ def extract_layer(
         if layer is None:
             numbers = ", ".join(str(each.index) for each in checkpoint.layers)
             refuse(f"--layer is missing: must be one of {numbers:.200}, or a prefix that --list shows")
+        if not out.parent.is_dir():  # before the work, not after it
+            refuse(f"--out {out}: must be a file in a folder that exists")
         started = time.monotonic()
         with progress_bar() as show:
             found = extract(

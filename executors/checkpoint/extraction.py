@@ -41,7 +41,10 @@ class Extracted:
             OSError: the file cannot be written.
         """
         transposed = tuple(name for name in PROJECTIONS if not getattr(self.weights, name).is_contiguous())
-        save_layer(path, self.x, self.router_logits, self.weights, self.source, transposed)
+        try:
+            save_layer(path, self.x, self.router_logits, self.weights, self.source, transposed)
+        except SafetensorError as error:
+            raise OSError(f"cannot be written: {one_line(error)}") from error
 
 
 def extract(
@@ -84,15 +87,15 @@ def extract(
         cast = getattr(torch, dtype)
         weights = replace(weights, **{name: getattr(weights, name).to(cast) for name in PROJECTIONS})
     _check_finite(checkpoint, layer, weights)
+    if (behind := router.weight.shape[1]) != weights.hidden_size:
+        allowed = f"must be those of its router, H={behind}: a projection stands between them"
+        raise BadCheckpoint(f"{checkpoint.path}: {layer.prefix}experts have H={weights.hidden_size}: {allowed}")
     own = weights.gate_up_proj.dtype
     x = drawn(tokens, weights.hidden_size, own, seed) if hidden is None else given(hidden, own)
     try:
         logits = router.logits(x)
     except ValueError as error:
-        raise BadCheckpoint(f"{hidden or checkpoint.path}: {layer.prefix}: {error}") from error
-    if x.shape[1] != weights.hidden_size:
-        allowed = f"must be those of its router, H={x.shape[1]}: a projection stands between them"
-        raise BadCheckpoint(f"{checkpoint.path}: {layer.prefix}experts have H={weights.hidden_size}: {allowed}")
+        raise BadCheckpoint(f"{hidden}: {error}") from error
     origin = f"drawn with seed {seed}" if hidden is None else f"of {hidden.name}"
     where = f"layer {layer.index} ({layer.prefix.rstrip('.')}) of {checkpoint.path.resolve().name}"
     return Extracted(x, logits, weights, f"{where}, family {name}; hidden states {origin}")
