@@ -106,6 +106,12 @@ def test_every_family_of_the_experts_interface_is_in_a_table() -> None:
     )
 
 
+def test_the_page_lists_every_family() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    listed = text[text.index("## Families") : text.index("A layer is the routed experts")]
+    assert sorted(set(re.findall(r"`(\w+)`", listed)) - {"save_pretrained", "native"}) == checkpoint.families()
+
+
 def test_an_alias_is_the_family_itself() -> None:
     assert {name: FAMILIES[name] for name in ALIASES} == {name: FAMILIES[of] for name, of in ALIASES.items()}
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from executors import checkpoint
 from moe_ref import MoEWeights
 
 State = dict[str, Tensor]
@@ -66,3 +69,20 @@ def same_layer(found: MoEWeights, state: State, prefix: str = PREFIX) -> None:
     assert torch.equal(found.down_proj, state[f"{prefix}experts.down_proj"].transpose(1, 2))
     assert torch.equal(found.gate_up_proj_bias, state[f"{prefix}experts.gate_up_proj_bias"])
     assert torch.equal(found.down_proj_bias, state[f"{prefix}experts.down_proj_bias"])
+
+
+def refused(action: Callable[[], object]) -> str:
+    """The message, which is one line."""
+    with pytest.raises(checkpoint.BadCheckpoint) as caught:
+        action()
+    assert isinstance(caught.value, ValueError)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def read(path: Path, family: str | None = None) -> None:
+    """Opens a checkpoint, and reads its first layer and its router."""
+    opened = checkpoint.open(path, family)
+    opened.weights(opened.layers[0])
+    opened.router(opened.layers[0])
