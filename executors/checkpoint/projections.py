@@ -26,13 +26,13 @@ class Source:
     Attributes:
         reader: of the checkpoint's files.
         block: the layer's keys.
-        packed_dtype: the name of the dtype that MXFP4 decodes to.
+        packed_dtype: gives the name of the dtype that MXFP4 decodes to.
         tell: called after each tensor that was read.
     """
 
     reader: Reader
     block: Block
-    packed_dtype: str
+    packed_dtype: Callable[[], str]
     tell: Tell
 
     def key(self, name: str, expert: int | None = None) -> str:
@@ -92,7 +92,7 @@ def stack(source: Source, name: str, *, columns: bool) -> Tensor | PackedTensor:
         if kind == "mxfp4":
             parts = [source.reader.tensor(f"{key}_{part}") for part in ("blocks", "scales")]
             source.tell()
-            return mxfp4.from_blocks(parts[0], parts[1], dtype=source.packed_dtype)
+            return mxfp4.from_blocks(parts[0], parts[1], dtype=source.packed_dtype())
         return _four_bit(source, name, None, columns=columns)
     except (ValueError, TypeError) as error:
         raise _told(source, key, error) from error

@@ -150,7 +150,7 @@ class Checkpoint:
             raise BadCheckpoint(f"{self._shards.where.get(unknown, self.path)}: {unknown} is not understood: {allowed}")
         with self._shards.reading() as reader:
             tell = _counter(progress, sum(map(len, block.keys.values())))
-            source = Source(reader, block, self._packed_dtype(section), tell)
+            source = Source(reader, block, lambda: self._packed_dtype(section), tell)
             tensors = _per_expert(source) if naming.per_expert else _stacked(source, family.stacks, section.name)
             bias = self._first(source, family.selection_bias) if biased else None
             weights = MoEWeights(**tensors, selection_bias=None if bias is None else bias.reshape(-1), config=config)
@@ -169,7 +169,7 @@ class Checkpoint:
         layer = self.layer(which)
         family = self.section(layer).family
         with self._shards.reading() as reader:
-            source = Source(reader, layer.block, "bfloat16", lambda: None)
+            source = Source(reader, layer.block, lambda: "bfloat16", lambda: None)
             weight = self._first(source, family.router)
             bias = self._first(source, family.router_bias) if family.router_bias else None
         if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):

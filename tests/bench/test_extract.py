@@ -202,6 +202,12 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     assert line.endswith(f"{SPARSE}: down_proj has NaN or infinite elements: must be finite in a layer file")
 
 
+def test_router_with_other_experts(tmp_path: Path) -> None:
+    state = mixtral() | {f"{SPARSE}gate.weight": random(E + 1, H)}
+    line = refused(folder(tmp_path / "model", state, MIXTRAL), "--layer", 0)
+    assert line.endswith(f"{SPARSE}: the router has {E + 1} experts: must have {E}, as the projections")
+
+
 def test_experts_behind_a_projection_have_no_logits_of_their_own(tmp_path: Path) -> None:
     """Nemotron's latent experts: the router sees the hidden states, the experts a projection of them."""
     state = {f"{PREFIX}gate.weight": random(E, 2 * H), f"{PREFIX}gate.e_score_correction_bias": random(E)}

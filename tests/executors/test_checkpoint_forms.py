@@ -61,6 +61,12 @@ def test_stacks_are_not_copied(tmp_path: Path) -> None:
     assert weights.gate_up_proj.stride() == (2 * I * H, 1, 2 * I)  # a view of what lies in the file
 
 
+def test_dtype_of_the_model_says_nothing_about_dense_weights(tmp_path: Path) -> None:
+    """Each tensor has its own: a model may be saved in another dtype than config.json names."""
+    weights = checkpoint.open(folder(tmp_path, mixtral(), MIXTRAL | {"dtype": "float64"})).weights(0)
+    assert weights.gate_up_proj.dtype == torch.bfloat16
+
+
 def test_progress_counts_to_the_end(tmp_path: Path) -> None:
     said: list[tuple[int, int]] = []
     checkpoint.open(folder(tmp_path, mixtral(), MIXTRAL)).weights(0, lambda done, total: said.append((done, total)))
