@@ -13,12 +13,12 @@ from torch import Tensor
 from executors.checkpoint import config as configs
 from executors.checkpoint import projections
 from executors.checkpoint.config import Section
-from executors.checkpoint.errors import BadCheckpoint, short
+from executors.checkpoint.errors import BadCheckpoint
 from executors.checkpoint.names import Block, blocks_of
 from executors.checkpoint.projections import Source
 from executors.checkpoint.shards import Shards, read_json
 from moe_ref.types import MoEConfig, MoEWeights
-from moe_ref.validation import DECODED_DTYPES, check_weights
+from moe_ref.validation import check_weights
 
 Progress = Callable[[int, int], object]
 
@@ -187,15 +187,8 @@ class Checkpoint:
 
     def _packed_dtype(self, section: Section) -> str:
         """What MXFP4 decodes to: the model's dtype, or bf16 where config.json does not say."""
-        for values in (section.values, self._config):
-            name = values.get("dtype") or values.get("torch_dtype")
-            if name is not None:
-                if name not in DECODED_DTYPES:
-                    raise BadCheckpoint(
-                        f"{self._file}: dtype={short(name)}: must be one of {', '.join(DECODED_DTYPES)}"
-                    )
-                return str(name)
-        return "bfloat16"
+        said = (values.get(name) for values in (section.values, self._config) for name in ("dtype", "torch_dtype"))
+        return next((str(dtype) for dtype in said if dtype is not None), "bfloat16")
 
 
 def _described(block: Block) -> CheckpointLayer:

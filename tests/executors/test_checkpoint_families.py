@@ -13,6 +13,7 @@ from torch import Tensor
 import executors
 import tiny_models
 from executors import checkpoint
+from executors.checkpoint import config as configs
 from executors.checkpoint.family import MISSING, Key
 from executors.checkpoint.table import FAMILIES, REFUSED
 from tiny_models import Block
@@ -114,6 +115,24 @@ def test_the_page_lists_every_family() -> None:
 
 def test_an_alias_is_the_family_itself() -> None:
     assert {name: FAMILIES[name] for name in ALIASES} == {name: FAMILIES[of] for name, of in ALIASES.items()}
+
+
+@pytest.mark.parametrize("name", sorted({*configs.GATED, *configs.PLAIN}))
+def test_activations_are_those_of_the_library(name: str) -> None:
+    from transformers.activations import ACT2FN
+
+    z = torch.linspace(-6, 6, 1001)
+    function = torch.nn.functional
+    computed = {
+        "silu": function.silu(z),
+        "gelu": function.gelu(z),
+        "gelu_tanh": function.gelu(z, approximate="tanh"),
+        "relu2": function.relu(z).square(),
+    }
+    gates = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
+    plain = configs.PLAIN[name]
+    torch.testing.assert_close(ACT2FN[name](z), computed[plain], rtol=1e-5, atol=1e-6)
+    assert configs.GATED.get(name) == gates.get(plain)
 
 
 @pytest.mark.parametrize(
