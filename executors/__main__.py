@@ -1,4 +1,4 @@
-"""The command line: ``python -m executors list | explain | compare | bench | crossover | kernels | tune``."""
+"""The command line: ``python -m executors list | explain | compare | extract | bench | crossover | kernels | tune``."""
 
 import sys
 

@@ -26,7 +26,7 @@ def explain(
     device: cli.DeviceOption = "cpu",
     executor: Annotated[str, typer.Option(metavar="NAME", help="With --model: the executor that is asked.")] = "auto",
 ) -> None:
-    """Says which executors can take a layer, or what becomes of a model's.
+    """Says which executors can take a layer, or a model.
 
     For a layer: one row for each executor, with the reason why not; then what "auto" would choose, and why. With
     --model: one row for each kind of MoE layer, with the executor that takes it and the configuration that was found,

@@ -196,4 +196,5 @@ def progress_bar() -> Iterator:  # type: ignore[type-arg]
     try:
         yield show
     finally:
-        bar.stop()
+        if bar.live.is_started:  # stopping prints an empty line
+            bar.stop()
