@@ -9,7 +9,7 @@ from executors._cli.bench import bench
 from executors._cli.compare import compare
 from executors._cli.crossover import crossover
 from executors._cli.explain import explain, print_rows
-from executors._cli.extract import extract_layer
+from executors._cli.extract import extract
 from executors._cli.kernels import kernels
 from executors._cli.tune import tune
 
@@ -30,13 +30,5 @@ def list_executors() -> None:
     print_rows(executors.explain(), kinds=True)
 
 
-for name, command in {
-    "explain": explain,
-    "compare": compare,
-    "extract": extract_layer,
-    "bench": bench,
-    "crossover": crossover,
-    "kernels": kernels,
-    "tune": tune,
-}.items():
-    app.command(name)(command)
+for command in (explain, compare, extract, bench, crossover, kernels, tune):
+    app.command()(command)

@@ -13,10 +13,11 @@ from rich.table import Table
 from executors._cli.options import WIDTH, check_seed, checked, new_console, progress_bar, refuse, within
 from executors.checkpoint import BadCheckpoint, Checkpoint, families
 from executors.checkpoint import open as open_checkpoint
-from executors.checkpoint.extraction import DTYPES, Extracted, extract
+from executors.checkpoint.extraction import DTYPES, Extracted
+from executors.checkpoint.extraction import extract as extracted
 
 
-def extract_layer(
+def extract(
     folder: Annotated[
         Path,
         typer.Argument(metavar="DIR", help="A checkpoint: safetensors files and config.json (docs/checkpoints.md)."),
@@ -60,7 +61,7 @@ def extract_layer(
             refuse(f"--out {out}: must be a file in a folder that exists")
         started = time.monotonic()
         with progress_bar() as show:
-            found = extract(
+            found = extracted(
                 checkpoint,
                 int(layer) if layer.isdecimal() else layer,
                 tokens=tokens,
