@@ -60,16 +60,6 @@ PER_EXPERT: list[tuple[Change, str]] = [
 ]
 
 
-@pytest.mark.parametrize("case", range(len(PER_EXPERT)))
-def test_tensors_of_experts(case: int, tmp_path: Path) -> None:
-    change, expected = PER_EXPERT[case]
-    state = mixtral()
-    change(state)
-    message = refused(lambda: read(folder(tmp_path, state, MIXTRAL)))
-    assert message.startswith(str(tmp_path))
-    assert expected in message
-
-
 STACKS: list[tuple[Change, str]] = [
     (
         lambda s: [
@@ -89,12 +79,16 @@ STACKS: list[tuple[Change, str]] = [
 ]
 
 
-@pytest.mark.parametrize("case", range(len(STACKS)))
-def test_stacks(case: int, tmp_path: Path) -> None:
-    change, expected = STACKS[case]
-    state = gpt_oss()
-    change(state)
-    message = refused(lambda: read(folder(tmp_path, state, GPT_OSS)))
+@pytest.mark.parametrize(
+    ("state", "config", "change", "expected"),
+    [(mixtral, MIXTRAL, *case) for case in PER_EXPERT] + [(gpt_oss, GPT_OSS, *case) for case in STACKS],
+)
+def test_tensors_of_experts(
+    state: Callable[[], State], config: dict[str, Any], change: Change, expected: str, tmp_path: Path
+) -> None:
+    tensors = state()
+    change(tensors)
+    message = refused(lambda: read(folder(tmp_path, tensors, config)))
     assert message.startswith(str(tmp_path))
     assert expected in message
 

@@ -1,7 +1,7 @@
 """The command ``tune``: its search, what it admits, and what it prints and stores. Times are made up."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from executors._bench.routing import batch
 from executors._cli.app import app
 from executors._triton import interpreter, tuned_file
 from executors._triton import layer as _layer
-from executors._triton import tuned as _tuned
 from executors._triton.configs import FAMILIES, KernelConfig, Tile
 from executors._triton.device import INTERPRETED
 from executors._triton.tuned_file import PRODUCTS, SHARING
@@ -299,15 +298,6 @@ def test_rows_of_a_forward_pass_are_rows_of_a_backward_pass_too(monkeypatch: pyt
         monkeypatch.setattr(workload, "run", refuses)
         search.settle()
         assert search.best == workload.shipped
-
-
-@pytest.fixture
-def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where a choice is stored, and looked for from now on."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _tuned.table.cache_clear()
-    yield tmp_path / "moe-ref" / "tuned.json"
-    _tuned.table.cache_clear()
 
 
 @pytest.fixture

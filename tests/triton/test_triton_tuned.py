@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -32,15 +32,6 @@ OTHER = Tile(16, 32, 16, 2, 2, 1)  # no family ships it
 TILES = KernelConfig(16.0, *[OTHER] * len(PRODUCTS))
 SMALL = replace(ALIGNED, tokens=12, hidden=32, intermediate=32)
 KEY = Key("GPU 1", "torch 1", "bfloat16", "ieee", 8, 2, 64, 32, "rows, rows", "swiglu concatenated", 0, 4)
-
-
-@pytest.fixture
-def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where this process looks for the file, which it has not yet done."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _tuned.table.cache_clear()
-    yield tmp_path / "moe-ref" / "tuned.json"
-    _tuned.table.cache_clear()
 
 
 @pytest.fixture
