@@ -34,6 +34,11 @@ class Activation(NamedTuple):
     gate_softcap: float | None = None
     up_softcap: float | None = None
 
+    @property
+    def has_softcap(self) -> bool:
+        """Whether a half has a cap."""
+        return self.gate_softcap is not None or self.up_softcap is not None
+
 
 class Projection(NamedTuple, Generic[Matrices]):
     """A projection's parameters: matrices [E, m, k], bias [E, m], adapter factors [E, r, k] and [E, m, r]."""

@@ -67,8 +67,7 @@ def _backward(dz: Tensor, z: Tensor, dh: Tensor, act: Activation) -> None:
 
 def _is_plain(act: Activation) -> bool:
     """Whether the gate is an activation of torch's own, and nothing is clamped, capped or added."""
-    capped = act.gate_softcap is not None or act.up_softcap is not None
-    return act.alpha == 1.0 and act.limit is None and act.up_offset == 0.0 and not capped
+    return act.alpha == 1.0 and act.limit is None and act.up_offset == 0.0 and not act.has_softcap
 
 
 def _plain(gate: Tensor, name: str) -> Tensor:

@@ -21,6 +21,7 @@ from executors._triton.inspect.case_layers import (
     GELU,
     GPT_OSS,
     GPT_OSS_ROWS,
+    INKLING2,
     LORA,
     LORA_FP32,
     MXFP4,
@@ -31,6 +32,7 @@ from executors._triton.inspect.case_layers import (
     PEFT,
     QWEN3,
     RELU2,
+    STEP,
     Layer,
     packed_like,
 )
@@ -48,7 +50,7 @@ MULTIPROCESSORS = 128  # decides how many programs run, not what they are
 INFERENCE = (GPT_OSS,)  # forward alone, with every regime
 INFERENCE_LARGEST = (QWEN3, DEEPSEEK)  # with the largest tiles only, the nearest to their limits
 TRAINED = (QWEN3,)  # both ways, with every regime
-TRAINED_LARGEST = (GPT_OSS, GPT_OSS_ROWS, GELU, GEGLU, RELU2, LORA_FP32)
+TRAINED_LARGEST = (GPT_OSS, GPT_OSS_ROWS, GELU, GEGLU, RELU2, STEP, INKLING2, LORA_FP32)
 MANY = MoEConfig(10)
 GROUPED = MoEConfig(
     8, scoring="sigmoid", num_groups=8, topk_groups=4, group_score="top2_sum", routed_scaling_factor=2.5

@@ -36,6 +36,9 @@ def dz_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
+    LATE: tl.constexpr,  # whether LIMIT clamps what comes after the activation
+    GATE_SOFTCAP: tl.constexpr,
+    UP_SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -76,7 +79,7 @@ def dz_kernel(
                 if LAYOUT == "":
                     value = act(gate, ACTIVATION, ALPHA)
                 else:
-                    value = gated(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
+                    value = gated(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET, LATE, GATE_SOFTCAP, UP_SOFTCAP)
                 if STORE_WEIGHTS:
                     total += tl.sum(own * value, axis=1)
                 if STORE_H:
@@ -86,7 +89,9 @@ def dz_kernel(
                 if LAYOUT == "":
                     tl.store(dz + places, (own * slope(gate, ACTIVATION, ALPHA)).to(dz.dtype.element_ty), mask=there)
                 else:
-                    of_gate, of_up = gated_slopes(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
+                    of_gate, of_up = gated_slopes(
+                        gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET, LATE, GATE_SOFTCAP, UP_SOFTCAP
+                    )
                     if LAYOUT == "interleaved":
                         pairs = tl.join(own * of_gate, own * of_up).reshape(BLOCK_M, 2 * BLOCK_N)
                         tl.store(dz + z_places, pairs.to(dz.dtype.element_ty), mask=z_there)

@@ -52,7 +52,7 @@ def up(
     intermediate = both // 2 if act.layout else both
     tile = _storing(x.dtype, beside(adapter, tile, plan), plan)
     widens = between(x.dtype) != x.dtype
-    if act.name in HALF_AS_WIDE:
+    if act.name in HALF_AS_WIDE or act.has_softcap:
         widest = configs.FAMILIES[plan.device.family].widened // 2 if widens else 128
         tile = tile._replace(block_n=min(tile.block_n, widest))
     if act.layout == "interleaved" and widens:  # pairs of fp32 spill too
@@ -96,6 +96,9 @@ def up(
             ALPHA=act.alpha,
             LIMIT=act.limit,
             UP_OFFSET=act.up_offset,
+            LATE=act.clamp == "after",
+            GATE_SOFTCAP=act.gate_softcap,
+            UP_SOFTCAP=act.up_softcap,
             PRECISION=plan.precision,
             EVEN_K=hidden % tile.block_k == 0,
             PART=part.last > 0,

@@ -197,11 +197,15 @@ EXAMPLES = (
     # squared ReLU beside an adapter: rounding carries a pre-activation across 0, where no error bar reaches
     Problem(2, 33, 50, 64, MoEConfig(1, activation="relu2"), "bfloat16", entry="experts", gate_up_rank=1, seed=3),
     # numbers about the clamp after the activation, and far past it
-    Problem(130, 9, 17, 33, STEP, "bfloat16", gate_up_bias=True, powers=(("gate", 3), ("up", 2)), logits="skewed", seed=1),
+    Problem(
+        130, 9, 17, 33, STEP, "bfloat16", gate_up_bias=True, powers=(("gate", 3), ("up", 2)), logits="skewed", seed=1
+    ),
     Problem(33, 3, 32, 16, replace(STEP, top_k=2, limit=0.5, alpha=1.702, up_offset=1.0), gate_up_rank=4, seed=2),
     # the same about softcaps; a small cap and an offset, which nearly cancel
     Problem(130, 9, 17, 33, INKLING2, "bfloat16", gate_up_bias=True, powers=(("gate", 3), ("up", 5)), seed=3),
-    Problem(64, 2, 16, 1, MoEConfig(1, up_offset=1.0, up_softcap=1.0), powers=(("up", 1),), x_layout="expanded", seed=4),
+    Problem(
+        64, 2, 16, 1, MoEConfig(1, up_offset=1.0, up_softcap=1.0), powers=(("up", 1),), x_layout="expanded", seed=4
+    ),
     Problem(9, 2, 8, 8, MoEConfig(1, alpha=1.702, gate_softcap=0.5), "float16", gate_up_rank=1, seed=5),
     # a broken token with scale_input: the gradient of a bias does not show which expert the token chose
     Problem(1, 16, 1, 1, MoEConfig(1, scale_input=True), down_bias=True, broken_logits=1),
