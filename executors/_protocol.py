@@ -40,6 +40,8 @@ class Capabilities:
         backward: whether it has gradients (D1).
         routing: whether it can be called with router_logits; False offers only ``.experts``.
         activations: names of the activations that it has (``MoEConfig.activation``).
+        late_clamp: whether its "swiglu" may be clamped after the activation (``MoEConfig.clamp``).
+        softcap: whether its "swiglu" may have caps (``MoEConfig.gate_softcap`` and ``up_softcap``).
         selection: whether it chooses experts by groups and with a selection bias (R2, R3).
         scale_input: whether it has that form of weighting (C3).
         lora: whether it takes adapters.
@@ -53,6 +55,8 @@ class Capabilities:
     backward: bool = True
     routing: bool = True
     activations: frozenset[str] = ACTIVATIONS
+    late_clamp: bool = True
+    softcap: bool = True
     selection: bool = True
     scale_input: bool = True
     lora: bool = True

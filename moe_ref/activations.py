@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 from moe_ref._typing import Array, Float
 from moe_ref.numerics import EXACT, Rounding
 from moe_ref.routing import sigmoid
-from moe_ref.types import MoEConfig
+from moe_ref.types import Clamp, MoEConfig
 
 
 def activation(
@@ -19,23 +19,24 @@ def activation(
 ) -> Float[Array, "*#samples n I"]:
     """The activation: h = act(g) u if gated, with gate and up by ``gate_up_layout``; else h = act(z).
 
-    "swiglu" is h = (clamp(u, -L, L) + up_offset) * g' * sigmoid(alpha g') with g' = min(g, L).
+    "swiglu" is h = (clamp(u, -L, L) + up_offset) * g' * sigmoid(alpha g') with g' = min(g, L); or with the clamp after
+    the activation h = (clamp(u, -L, L) + up_offset) * min(g sigmoid(alpha g), L); or with caps, cap(v) = c tanh(v / c),
+    h = (cap(u) + up_offset) * cap(g) sigmoid(alpha g).
 
-    Source: SwiGLU and GEGLU from Shazeer 2020 (arXiv:2002.05202); the clamped form from gpt-oss's model code; GELU
-    from Hendrycks and Gimpel 2016 (arXiv:1606.08415); squared ReLU from So et al. 2021 (arXiv:2109.08668).
+    Source: SwiGLU and GEGLU from Shazeer 2020 (arXiv:2002.05202); the clamped form from gpt-oss's model code, clamped
+    after the activation from Step-3.7-Flash's, capped from Inkling 2's; GELU from Hendrycks and Gimpel 2016
+    (arXiv:1606.08415); squared ReLU from So et al. 2021 (arXiv:2109.08668).
     """
     xp = array_namespace(z)
     if not config.gated:
         curve = act(z, config)
         return rounding.store("h", rounding.accumulate("act", curve.value, lambda: curve.value_sd))
     gate, up = split_gate_up(z, config)
-    if config.limit is not None:
-        gate = xp.clip(gate, max=config.limit)
-        up = xp.clip(up, min=-config.limit, max=config.limit)
-    curve = act(gate, config)
-    value = rounding.store("act", rounding.accumulate("act", curve.value, lambda: curve.value_sd))
-    h = (up + config.up_offset) * value
-    return rounding.store("h", rounding.accumulate("h", h, lambda: xp.abs(h)))
+    curve, factor = act(below(gate, config, "before"), config), factor_of(up, config)
+    value = below(rounding.accumulate("act", curve.value, lambda: curve.value_sd), config, "after")
+    value = rounding.store("act", value)
+    h = factor.value * value
+    return rounding.store("h", rounding.accumulate("h", h, lambda: xp.abs(h) + factor.value_sd * xp.abs(value)))
 
 
 def activation_vjp(
@@ -52,18 +53,20 @@ def activation_vjp(
         return rounding.store("dz", rounding.accumulate("dz", dz, lambda: xp.abs(dh) * curve.slope_sd))
     gate, up = split_gate_up(z, config)
     limit = math.inf if config.limit is None else config.limit
-    curve = act(xp.clip(gate, max=limit), config)
-    factor = xp.clip(up, min=-limit, max=limit) + config.up_offset
-    value = rounding.store("act", curve.value)
+    curve, factor = act(below(gate, config, "before"), config), factor_of(up, config)
+    inside = (gate if config.clamp == "before" else curve.value) <= limit
+    value = rounding.store("act", below(curve.value, config, "after"))
     zero = xp.zeros_like(dh * gate)
-    d_gate = xp.where(gate <= limit, dh * factor * curve.slope, zero)
-    d_up = xp.where(xp.abs(up) <= limit, dh * value, zero)
+    d_gate = xp.where(inside, dh * factor.value * curve.slope, zero)
+    d_up = xp.where(xp.abs(up) <= limit, dh * value * factor.slope, zero)
     dz = join_gate_up(d_gate, d_up, config)
 
     def sd() -> Array:
-        d_gate_sd = xp.where(gate <= limit, xp.abs(dh * factor) * curve.slope_sd, zero)
-        d_up_sd = xp.where(xp.abs(up) <= limit, xp.abs(dh) * curve.value_sd, zero)
-        return join_gate_up(d_gate_sd, d_up_sd, config)
+        size = xp.abs(factor.value) * curve.slope_sd + factor.value_sd * xp.abs(curve.slope)
+        d_gate_sd = xp.where(inside, xp.abs(dh) * size, zero)
+        value_sd = xp.where(inside, curve.value_sd, xp.abs(value))
+        size = value_sd * xp.abs(factor.slope) + xp.abs(value) * factor.slope_sd
+        return join_gate_up(d_gate_sd, xp.where(xp.abs(up) <= limit, xp.abs(dh) * size, zero), config)
 
     return rounding.store("dz", rounding.accumulate("dz", dz, sd))
 
@@ -72,7 +75,7 @@ class Curve(NamedTuple):
     """An activation and its derivative at each element, and the error of each for unit roundoff 1.
 
     A difference of nearly equal terms has the error of its terms: 1 + erf(g) for very negative g, 1 - sigmoid(g) for
-    large g.
+    large g, 1 - tanh(g)**2 for both.
     """
 
     value: Array
@@ -87,6 +90,12 @@ def act(gate: Float[Array, "*#samples n I"], config: MoEConfig) -> Curve:
     size = xp.abs(gate)
     if config.activation in ("swiglu", "silu"):
         s = sigmoid(config.alpha * gate)
+        if config.gate_softcap is not None:
+            capped = softcap(gate, config.gate_softcap)
+            value = capped.value * s
+            rest, rest_sd = config.alpha * (1 - s), abs(config.alpha)
+            slope = s * (capped.slope + capped.value * rest)
+            return Curve(value, slope, xp.abs(value), s * (capped.slope_sd + xp.abs(capped.value) * rest_sd))
         value = gate * s
         slope = s * (1 + config.alpha * gate * (1 - s))
         return Curve(value, slope, xp.abs(value), s * (1 + abs(config.alpha) * size))
@@ -105,6 +114,35 @@ def act(gate: Float[Array, "*#samples n I"], config: MoEConfig) -> Curve:
         d_step_sd = (1 + step**2) * c * (1 + 3 * cubic * gate**2)
     half, half_sd = 0.5 * (1 + step), 0.5 * (1 + xp.abs(step))
     return Curve(gate * half, half + 0.5 * gate * d_step, size * half_sd, half_sd + 0.5 * size * d_step_sd)
+
+
+def softcap(value: Float[Array, "*#samples n I"], cap: float) -> Curve:
+    """cap * tanh(value / cap): the value where it is small, +-cap where it is large."""
+    xp = array_namespace(value)
+    tanh = xp.tanh(value / cap)
+    return Curve(cap * tanh, 1 - tanh**2, xp.abs(cap * tanh), 1 + tanh**2)
+
+
+def factor_of(up: Float[Array, "*#samples n I"], config: MoEConfig) -> Curve:
+    """What multiplies the activation: the up half, clamped or capped, plus its offset.
+
+    An offset may nearly cancel what a cap computes, whose error is that of the cap. A clamp has none, and its slope is
+    1 here: whoever differentiates masks what lies beyond the limit.
+    """
+    xp = array_namespace(up)
+    if config.up_softcap is not None:
+        capped = softcap(up, config.up_softcap)
+        return capped._replace(value=capped.value + config.up_offset)
+    if config.limit is not None:
+        up = xp.clip(up, min=-config.limit, max=config.limit)
+    return Curve(up + config.up_offset, xp.ones_like(up), xp.zeros_like(up), xp.zeros_like(up))
+
+
+def below(value: Float[Array, "*#samples n I"], config: MoEConfig, place: Clamp) -> Float[Array, "*#samples n I"]:
+    """min(value, L) where that is the clamp's place, "before" or "after" the activation; else the value."""
+    if config.limit is None or config.clamp != place:
+        return value
+    return array_namespace(value).clip(value, max=config.limit)
 
 
 def erf(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

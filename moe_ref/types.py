@@ -21,6 +21,7 @@ Scoring = Literal["softmax", "topk_softmax", "sigmoid"]
 GroupScore = Literal["max", "top2_sum"]
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu2"]
 GateUpLayout = Literal["concatenated", "interleaved"]
+Clamp = Literal["before", "after"]
 
 GATED: tuple[Activation, ...] = ("swiglu", "geglu", "geglu_tanh")
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -47,10 +48,16 @@ class MoEConfig:
         scale_input: the weight multiplies the expert's input instead of its output (Llama 4).
         activation: gated, h = act(g) * u: "swiglu", "geglu" (erf), "geglu_tanh"; or not, h = act(z): "silu", "gelu"
             (erf), "gelu_tanh", "relu2" (max(z, 0)**2). "swiglu" has a clamped form:
-            h = (clamp(u, -limit, limit) + up_offset) * g' * sigmoid(alpha * g'), g' = min(g, limit).
+            h = (clamp(u, -limit, limit) + up_offset) * g' * sigmoid(alpha * g'), g' = min(g, limit); and a capped
+            form: h = (cap(u) + up_offset) * cap(g) * sigmoid(alpha * g), cap(v) = c * tanh(v / c).
         alpha: slope inside the sigmoid of "swiglu"; 1 is plain SiLU, gpt-oss has 1.702.
         limit: clamp of gate (from above) and up (on both sides) of "swiglu"; None is no clamp, gpt-oss has 7.
-        up_offset: added to the clamped up half of "swiglu"; 0 is plain SwiGLU, gpt-oss has 1.
+        up_offset: added to the clamped or capped up half of "swiglu"; 0 is plain SwiGLU, gpt-oss has 1.
+        clamp: whether ``limit`` clamps the gate "before" its activation (gpt-oss), or what comes "after" it,
+            min(g * sigmoid(alpha * g), limit) (Step-3.7-Flash); up is clamped in both.
+        gate_softcap: c of the gate's cap in "swiglu", with no limit; the sigmoid sees the gate without it (Inkling 2).
+            None is no cap.
+        up_softcap: the same of the up half, on its own.
         gate_up_layout: rows of a gated gate_up_proj are "concatenated" (all gates, then all ups) or "interleaved"
             (gate 0, up 0, gate 1, ...; gpt-oss).
     """
@@ -68,6 +75,9 @@ class MoEConfig:
     alpha: float = 1.0
     limit: float | None = None
     up_offset: float = 0.0
+    clamp: Clamp = "before"
+    gate_softcap: float | None = None
+    up_softcap: float | None = None
     gate_up_layout: GateUpLayout = "concatenated"
 
     @property

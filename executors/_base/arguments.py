@@ -30,6 +30,14 @@ class Activation(NamedTuple):
     limit: float | None
     up_offset: float
     layout: str  # "" where there is no gate
+    clamp: str = "before"
+    gate_softcap: float | None = None
+    up_softcap: float | None = None
+
+    @property
+    def has_softcap(self) -> bool:
+        """Whether a half has a cap."""
+        return self.gate_softcap is not None or self.up_softcap is not None
 
 
 class Projection(NamedTuple, Generic[Matrices]):
@@ -54,7 +62,7 @@ class Arguments(NamedTuple):
         gate_up_scales, down_scales: of projections in 4 bits.
         gate_up_format, down_format: `DENSE`, or what `unflatten` needs beside codes and scales.
         gate_up_scaling, down_scaling: of adapters.
-        scale_input, activation, alpha, limit, up_offset, layout: as in ``MoEConfig``.
+        scale_input, activation, alpha, limit, up_offset, layout, clamp, gate_softcap, up_softcap: as in ``MoEConfig``.
     """
 
     x: Tensor
@@ -80,6 +88,9 @@ class Arguments(NamedTuple):
     limit: float | None
     up_offset: float
     layout: str
+    clamp: str
+    gate_softcap: float | None
+    up_softcap: float | None
 
     def tensors(self) -> list[Tensor | None]:
         """All tensors, the scales last."""
@@ -109,7 +120,16 @@ class Arguments(NamedTuple):
     def act(self) -> Activation:
         """The activation."""
         layout = self.layout if self.activation in GATED else ""
-        return Activation(self.activation, self.alpha, self.limit, self.up_offset, layout)
+        return Activation(
+            self.activation,
+            self.alpha,
+            self.limit,
+            self.up_offset,
+            layout,
+            self.clamp,
+            self.gate_softcap,
+            self.up_softcap,
+        )
 
 
 def arguments_of(rows: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Arguments:
@@ -117,11 +137,12 @@ def arguments_of(rows: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: 
     config, lora = weights.config, weights.lora
     scalings = (1.0, 1.0) if lora is None else (float(lora.gate_up_scaling), float(lora.down_scaling))
     act = (config.activation, float(config.alpha), config.limit, float(config.up_offset), config.gate_up_layout)
+    forms = (config.clamp, config.gate_softcap, config.up_softcap)
     gate_up, gate_up_scales, gate_up_format = flatten(weights.gate_up_proj)
     down, down_scales, down_format = flatten(weights.down_proj)
     parameters = weights.parameters() | {"gate_up_proj": gate_up, "down_proj": down}
     tensors = [rows, topk_ids, topk_weights, *(parameters.get(name) for name in PARAMETERS)]
-    static = gate_up_format, down_format, *scalings, config.scale_input, *act
+    static = gate_up_format, down_format, *scalings, config.scale_input, *act, *forms
     return Arguments._make([*tensors, gate_up_scales, down_scales, *static])
 
 

@@ -22,7 +22,8 @@ ARGUMENTS = """
     Tensor? gate_up_proj_bias, Tensor? down_proj_bias, Tensor? gate_up_lora_a, Tensor? gate_up_lora_b,
     Tensor? down_lora_a, Tensor? down_lora_b, Tensor[] gate_up_scales, Tensor[] down_scales,
     SymInt[] gate_up_format, SymInt[] down_format, float gate_up_scaling, float down_scaling, bool scale_input,
-    str activation, float alpha, float? limit, float up_offset, str layout
+    str activation, float alpha, float? limit, float up_offset, str layout,
+    str clamp, float? gate_softcap, float? up_softcap
 """
 FORWARD = f"({ARGUMENTS}, bool keep_z, bool keep_decoded) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 BACKWARD = f"""(

@@ -37,7 +37,8 @@ in k: loads from global memory in the loop over k, wide / all; wide: 16 bytes of
   a thread, or a tile by TMA
 /w: instructions of a thread for each weight in 4 bits: in that loop, or in all
 layers: k is last in memory in qwen3 and oss-rows, not in gpt-oss and deepseek;
-  geglu, gelu (H=1040, I=528), relu2: by activation; odd: H=50, I=17
+  geglu, gelu (H=1040, I=528), relu2, step (a late clamp), inkling2 (softcaps):
+  by activation; odd: H=50, I=17
 in 4 bits: nf4 is qwen3; nf4-nest, nf4-peft (with adapters) and mxfp4 are
   gpt-oss, k last in memory in mxfp4 only"""
 

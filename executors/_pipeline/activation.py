@@ -40,7 +40,9 @@ def _forward(z: Tensor, act: Activation) -> Tensor:
     if _is_plain(act):  # torch evaluates in fp32 within each of the two: act(g) and h are rounded once each
         return _plain(gate, act.name).mul_(up)
     gate, up = _clamp(_widen(gate), _widen(up), act)
-    return torch.sigmoid(act.alpha * gate).mul_(gate).mul_(up + act.up_offset)
+    value = torch.sigmoid(act.alpha * gate).mul_(_softcap(gate, act.gate_softcap))
+    value = value.clamp_(max=act.limit) if act.clamp == "after" else value
+    return value.mul_(_softcap(up, act.up_softcap) + act.up_offset)
 
 
 def _backward(dz: Tensor, z: Tensor, dh: Tensor, act: Activation) -> None:
@@ -50,17 +52,22 @@ def _backward(dz: Tensor, z: Tensor, dh: Tensor, act: Activation) -> None:
     gate, up = (_widen(half) for half in _split(z, act.layout))
     clamped_gate, clamped_up = _clamp(gate, up, act)
     value, slope = _value_and_slope(clamped_gate, act)
-    d_gate, d_up = slope.mul_(clamped_up + act.up_offset).mul_(dh), value.mul_(dh)
-    if act.limit is not None:
-        d_gate.masked_fill_(gate > act.limit, 0.0)
+    factor = _softcap(clamped_up, act.up_softcap) + act.up_offset
+    beyond = None if act.limit is None else (value if act.clamp == "after" else gate) > act.limit
+    value = value.clamp_(max=act.limit) if act.clamp == "after" else value
+    d_gate, d_up = slope.mul_(factor).mul_(dh), value.mul_(dh)
+    if beyond is not None and act.limit is not None:
+        d_gate.masked_fill_(beyond, 0.0)
         d_up.masked_fill_(up.abs() > act.limit, 0.0)
+    if act.up_softcap is not None:
+        d_up.mul_(_softcap_slope(up, act.up_softcap))
     for whole, half in zip(_split(dz, act.layout), (d_gate, d_up), strict=True):
         whole.copy_(half)
 
 
 def _is_plain(act: Activation) -> bool:
-    """Whether the gate is an activation of torch's own, and nothing is clamped or added."""
-    return act.alpha == 1.0 and act.limit is None and act.up_offset == 0.0
+    """Whether the gate is an activation of torch's own, and nothing is clamped, capped or added."""
+    return act.alpha == 1.0 and act.limit is None and act.up_offset == 0.0 and not act.has_softcap
 
 
 def _plain(gate: Tensor, name: str) -> Tensor:
@@ -75,6 +82,9 @@ def _value_and_slope(gate: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
     """act(g) and its derivative."""
     if act.name in ("swiglu", "silu"):
         s = torch.sigmoid(act.alpha * gate if act.alpha != 1.0 else gate)
+        if act.gate_softcap is not None:
+            capped = _softcap(gate, act.gate_softcap)
+            return capped * s, s * (_softcap_slope(gate, act.gate_softcap) + act.alpha * capped * (1 - s))
         value = gate * s
         return value, s * (1 + act.alpha * gate * (1 - s))
     if act.name == "relu2":
@@ -86,9 +96,20 @@ def _value_and_slope(gate: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
 
 
 def _clamp(gate: Tensor, up: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
+    """Both halves, where the limit clamps them; the gate only if that comes before its activation."""
     if act.limit is None:
         return gate, up
-    return gate.clamp(max=act.limit), up.clamp(-act.limit, act.limit)
+    up = up.clamp(-act.limit, act.limit)
+    return (gate if act.clamp == "after" else gate.clamp(max=act.limit)), up
+
+
+def _softcap(value: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(v / cap), or the value where there is no cap."""
+    return value if cap is None else torch.tanh(value / cap).mul_(cap)
+
+
+def _softcap_slope(value: Tensor, cap: float) -> Tensor:
+    return 1 - torch.tanh(value / cap).square_()
 
 
 def _split(z: Tensor, layout: str) -> tuple[Tensor, Tensor]:

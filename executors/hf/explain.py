@@ -123,12 +123,13 @@ def _fate(module: Any, executor: Executor, device: str) -> tuple[str, ...]:
 
 
 def in_short(config: MoEConfig) -> str:
-    """The activation, and what differs from the defaults of ``MoEConfig``: "swiglu limit=7 interleaved"."""
+    """The activation, and what differs from the defaults of ``MoEConfig``: "swiglu limit=7 clamp=after interleaved"."""
     parts: list[str] = [config.activation]
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in ("top_k", "activation") and value != field.default:
-            parts.append(str(value) if isinstance(value, str) else f"{field.name}={value:g}")
+            shown = value if isinstance(value, str) else f"{value:g}"
+            parts.append(shown if field.name == "gate_up_layout" else f"{field.name}={shown}")
     return " ".join(parts)
 
 

@@ -1,8 +1,11 @@
 """Finds which activation a gate computes, by its values alone.
 
-A gate is h(g, u) = (clamp(u, -L, L) + o) a(min(g, L)). It is a straight line in u between the clamps, so L, o and a(g)
-follow from a few of its values; alpha follows from a(g) = g sigmoid(alpha g). What is found so is a guess: the guess
-counts if it agrees with the gate on a grid that reaches far past the clamps.
+A gate is h(g, u) = (clamp(u, -L, L) + o) a(min(g, L)), or its clamp comes after a. It is a straight line in u between
+the clamps, so L, o and a(g) follow from a few of its values; alpha follows from a(g) = g sigmoid(alpha g). With
+softcaps it is h(g, u) = (cap(u) + o) cap(g) sigmoid(alpha g): the caps follow from values far out, then alpha and o.
+
+What is found so is a guess: the guess counts if it agrees with the gate on a grid that reaches far past clamps and
+caps. A clamp of more than 13 / alpha is the same before the activation and after it, as far as fp32 tells.
 """
 
 from __future__ import annotations
@@ -23,7 +26,11 @@ FAR = 1e30  # past every clamp; some gates cast to fp32
 DIGITS = (1, 2, 3, 4, 5, 6, 7, 9, 12)
 GATED, PLAIN = ("swiglu", "geglu", "geglu_tanh"), ("silu", "gelu", "gelu_tanh", "relu2")
 
+PROBED = (0.5, 0.0625)  # gates below the clamp, if one of them is
+UPS = tuple(2.0**exponent for exponent in range(-10, 11))
+
 Apply = Callable[[Tensor], Tensor]
+At = Callable[[float, float], float]
 
 
 def gate_of(apply: Apply) -> Activation | None:
@@ -65,12 +72,52 @@ def _layout(apply: Apply) -> str:
 
 
 def _guesses(h: Callable[[Tensor, Tensor], Tensor], layout: str) -> Iterator[Activation]:
-    """Activations that agree with the gate at a few points."""
+    """Activations that agree with the gate at a few points, each once."""
 
     def at(gate: float, up: float) -> float:
         return float(h(torch.tensor([gate], dtype=torch.float64), torch.tensor([up], dtype=torch.float64)))
 
-    for gate in (0.5, 0.0625):  # below the clamp of the gate, if one of them is
+    return iter(dict.fromkeys([*_softcapped(at, layout), *_clamped(at, layout)]))
+
+
+def _softcapped(at: At, layout: str) -> Iterator[Activation]:
+    """Gates with a cap of one half or of both; none where neither half is bounded."""
+    for gate in PROBED:
+        line, middle = partial(at, gate), at(gate, 0.0)
+        half = (line(FAR) - line(-FAR)) / 2  # a(g) times the cap, if there is one
+        up, size, up_softcap = 1.0, 1.0, None
+        if _is_bounded(half, (line(FAR / 2) - line(-FAR / 2)) / 2):
+            up = next((u for u in UPS if abs(line(u) - middle) > 0.4 * abs(half)), UPS[-1])
+            share = (line(up) - middle) / half
+            if not 0 < share < 1:
+                continue
+            up_softcap = up / math.atanh(share)
+            size = up_softcap * share
+
+        def a(g: float, up: float = up, size: float = size) -> float:
+            return (at(g, up) - at(g, -up)) / 2 / size
+
+        def capped(g: float, a: Callable[[float], float] = a) -> float:
+            return a(g) - a(-g)  # as sigmoid(-v) is 1 - sigmoid(v), whatever alpha is
+
+        bound = capped(FAR)
+        gate_softcap = bound if _is_bounded(bound, capped(FAR / 2)) else None
+        sigmoid = a(gate) / capped(gate) if capped(gate) else 0.0
+        if (up_softcap is None and gate_softcap is None) or not 0 < sigmoid < 1:
+            continue
+        alpha, offset = math.log(sigmoid / (1 - sigmoid)) / gate, middle / a(gate)
+        for digits in DIGITS:
+            caps = [None if cap is None else _rounded(cap, digits) for cap in (gate_softcap, up_softcap)]
+            yield Activation("swiglu", _rounded(alpha, digits), None, _rounded(offset, digits), layout, "before", *caps)
+
+
+def _is_bounded(far: float, half_as_far: float) -> bool:
+    return math.isfinite(far) and far == half_as_far != 0
+
+
+def _clamped(at: At, layout: str) -> Iterator[Activation]:
+    """Gates that are straight in u, between clamps if there are any."""
+    for gate in PROBED:
         middle, above, below = at(gate, 0.0), at(gate, FAR), at(gate, -FAR)
         reach = _straight(partial(at, gate), middle)
         value = (at(gate, reach) - middle) / reach if reach else 0.0
@@ -83,7 +130,8 @@ def _guesses(h: Callable[[Tensor, Tensor], Tensor], layout: str) -> Iterator[Act
         for digits in DIGITS:
             offset = _rounded(middle / value, digits)
             cut = None if limit is None else _rounded(limit, digits)
-            yield Activation("swiglu", _rounded(alpha, digits), cut, offset, layout)
+            for clamp in ("before",) if cut is None else ("before", "after"):
+                yield Activation("swiglu", _rounded(alpha, digits), cut, offset, layout, clamp)
         for name in GATED[1:]:
             yield Activation(name, 1.0, None, 0.0, layout)
 
@@ -104,7 +152,7 @@ def _rounded(value: float, digits: int) -> float:
 
 def _agrees(apply: Apply, guess: Activation, halves: int) -> bool:
     """Whether the gate and the guess are equal on a grid, in rows of several numbers."""
-    reach = 4.0 if guess.limit is None else max(4.0, 2 * guess.limit)
+    reach = max(4.0, *(2 * (size or 0.0) for size in (guess.limit, guess.gate_softcap, guess.up_softcap)))
     axis = torch.cat([torch.linspace(-reach, reach, 65), torch.tensor([-60.0, -1e-3, 1e-3, 60.0])]).double()
     z = torch.cartesian_prod(*[axis] * halves).reshape(-1, 3 * halves)  # rows of several: the layout counts
     with torch.no_grad():
@@ -117,5 +165,5 @@ def _agrees(apply: Apply, guess: Activation, halves: int) -> bool:
 
 def as_config(found: Activation) -> dict[str, Any]:
     """The fields of ``MoEConfig`` that say it."""
-    fields = {"activation": found.name, "alpha": found.alpha, "limit": found.limit, "up_offset": found.up_offset}
-    return fields | {"gate_up_layout": found.layout or "concatenated"}
+    fields = found._asdict()
+    return fields | {"activation": fields.pop("name"), "gate_up_layout": fields.pop("layout") or "concatenated"}

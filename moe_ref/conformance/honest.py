@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,11 @@ def features_reversed(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weight
 
 def weight_before_down_projection(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """A plain torch loop that rounds every step to x's dtype and puts the routing weight on h (on x, with C3)."""
+    return loop(x, ids, w, weights, activated)
+
+
+def loop(x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, act: Callable[[Tensor, MoEConfig], Tensor]) -> Tensor:
+    """The layer in plain torch; ``act`` makes h [n, I] of z [n, J]."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
     config, lora = weights.config, weights.lora
@@ -62,7 +68,7 @@ def weight_before_down_projection(inner: Executor, x: Tensor, ids: Tensor, w: Te
         z = linear(rows, own["gate_up_proj"]).to(wide) + _adapted(rows, own, "gate_up", scalings[0])
         if "gate_up_proj_bias" in own:
             z = z + own["gate_up_proj_bias"].to(wide)
-        h = (_activated(z.to(x.dtype).to(wide), config) * after).to(x.dtype)
+        h = (act(z.to(x.dtype).to(wide), config) * after).to(x.dtype)
         o = linear(h, own["down_proj"]).to(wide) + _adapted(h, own, "down", scalings[1])
         if "down_proj_bias" in own:
             o = o + after * own["down_proj_bias"].to(wide)
@@ -80,17 +86,32 @@ def _adapted(rows: Tensor, own: dict[str, Tensor], name: str, scaling: float) ->
     return (linear(linear(rows.to(dtype), a.to(dtype)), b.to(dtype)) * scaling).to(wide)
 
 
-def _activated(z: Tensor, config: MoEConfig) -> Tensor:
+def activated(z: Tensor, config: MoEConfig) -> Tensor:
+    """h [n, I] of z [n, J] (E1)."""
     if not config.gated:
         if config.activation == "relu2":
             return relu(z) * relu(z)
         return silu(z) if config.activation == "silu" else _gelu(z, config)
-    gate, up = (z[:, 0::2], z[:, 1::2]) if config.gate_up_layout == "interleaved" else z.chunk(2, dim=1)
+    gate, up = halves(z, config)
     if config.activation != "swiglu":
         return _gelu(gate, config) * up
     if config.limit is not None:
-        gate, up = gate.clamp(max=config.limit), up.clamp(-config.limit, config.limit)
-    return (up + config.up_offset) * (gate * torch.sigmoid(config.alpha * gate))
+        gate = gate if config.clamp == "after" else gate.clamp(max=config.limit)
+        up = up.clamp(-config.limit, config.limit)
+    value = capped(gate, config.gate_softcap) * torch.sigmoid(config.alpha * gate)
+    value = value.clamp(max=config.limit) if config.clamp == "after" else value
+    return (capped(up, config.up_softcap) + config.up_offset) * value
+
+
+def halves(z: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
+    """Gate and up [n, I]."""
+    gate, up = (z[:, 0::2], z[:, 1::2]) if config.gate_up_layout == "interleaved" else z.chunk(2, dim=1)
+    return gate, up
+
+
+def capped(half: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(v / cap), or the value itself (E1)."""
+    return half if cap is None else cap * torch.tanh(half / cap)
 
 
 def _gelu(gate: Tensor, config: MoEConfig) -> Tensor:

@@ -156,6 +156,11 @@ def _undeclared(capabilities: Capabilities) -> list[str]:
     missing = sorted(ACTIVATIONS - capabilities.activations)
     if missing:
         lines.append(f"no {', '.join(missing)}; those parts of E1 are not applicable")
+    if "swiglu" in capabilities.activations:
+        if not capabilities.late_clamp:
+            lines.append("no clamp after the activation; that part of E1 is not applicable")
+        if not capabilities.softcap:
+            lines.append("no softcaps; that part of E1 is not applicable")
     if not capabilities.scale_input:
         lines.append("no scale_input; clause C3 is not applicable")
     if not capabilities.lora:

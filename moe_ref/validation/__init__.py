@@ -11,6 +11,7 @@ from moe_ref._typing import Array
 from moe_ref.types import (
     GATED,
     Activation,
+    Clamp,
     ExpertLoRA,
     GateUpLayout,
     GroupScore,
@@ -51,6 +52,8 @@ __all__ = [
     "dtype_name",
 ]
 
+SOFTCAPS = ("gate_softcap", "up_softcap")
+
 
 def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
     """Checks a configuration, and ``top_k`` against E where E is known (R8).
@@ -85,12 +88,24 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
 
 
 def _check_activation(config: MoEConfig) -> None:
-    """Only swiglu has the fields of the clamped form; only gated activations have a layout."""
+    """Only swiglu has the fields of its forms, and clamps or caps; only gated activations have a layout."""
+    check_choice("clamp", config.clamp, get_args(Clamp))
+    for name in SOFTCAPS:
+        cap = getattr(config, name)
+        if cap is not None:
+            check_finite(name, cap)
+            if cap <= 0:
+                raise ValueError(f"{name}={cap}: must be positive, or None for no cap")
     if config.activation != "swiglu":
-        for name, plain in (("alpha", 1.0), ("limit", None), ("up_offset", 0.0)):
+        for name, plain in (("alpha", 1.0), ("limit", None), ("up_offset", 0.0), *dict.fromkeys(SOFTCAPS).items()):
             if getattr(config, name) != plain:
                 only = f"must be {plain} for activation={config.activation!r} (others are for 'swiglu' only)"
                 raise ValueError(f"{name}={getattr(config, name)}: {only}")
+    if config.limit is None and config.clamp != "before":
+        raise ValueError(f"clamp={config.clamp!r}: must be 'before' with limit=None, which clamps nothing")
+    for name in SOFTCAPS:
+        if config.limit is not None and getattr(config, name) is not None:
+            raise ValueError(f"{name}={getattr(config, name)}: must be None with limit={config.limit}, which clamps")
     if config.activation not in GATED and config.gate_up_layout != "concatenated":
         only = f"must be 'concatenated' for activation={config.activation!r}, which is not gated"
         raise ValueError(f"gate_up_layout={config.gate_up_layout!r}: {only}")

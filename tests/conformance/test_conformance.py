@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, find, settings
 
 import executors
 from moe_ref import MoEConfig, MoEWeights
-from moe_ref.activations import split_gate_up
+from moe_ref.activations import act, split_gate_up
 from moe_ref.conformance import profiles
 from moe_ref.conformance.judgement.call import lay_out, run, to_torch
 from moe_ref.conformance.judgement.checks import ConformanceError, check_problem, check_repeatable
@@ -55,6 +55,8 @@ def test_problems_shrink_to_nothing() -> None:
         lambda p: p.logits == "ties" and p.dtype == "bfloat16",
         lambda p: p.dy_layout == "scalar" and p.weights_layout == "transposed" and p.batch,
         lambda p: p.config.limit == 0.5 and p.gate_up_bias and len(p.frozen) > 2,
+        lambda p: p.config.clamp == "after" and p.config.limit == 0.5 and p.tokens > 16,
+        lambda p: p.config.gate_softcap and p.config.up_softcap and p.tokens > 1,
         lambda p: p.tokens == 1 and p.experts == 1,
         lambda p: p.top_k == p.experts > 4,
     ],
@@ -81,6 +83,31 @@ def test_numbers_are_representable_in_their_dtypes(dtype: str) -> None:
     assert (inputs.x.detach().double().numpy() == arrays.x).all()
     assert (inputs.weights.gate_up_proj.detach().double().numpy() == arrays.weights.gate_up_proj).all()
     assert (inputs.router_logits.detach().double().numpy() == arrays.router_logits).all()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.702, -0.25])  # of a negative one, act(g) falls from 1.1 again
+@pytest.mark.parametrize("limit", [0.5, 1.0])
+def test_no_gradient_hangs_on_an_activation_at_the_limit(limit: float, alpha: float) -> None:
+    """The same where the clamp comes after the activation: |act(g)| near the limit, not g."""
+    config = replace(PROBLEM.config, limit=limit, clamp="after", alpha=alpha)
+    problem = replace(PROBLEM, dtype="bfloat16", gate_up_bias=True, config=config)
+    arrays = build(problem)
+    w, u = arrays.weights, FORMATS["bfloat16"].unit_roundoff
+    live = at_gate = 0
+    for t, row in enumerate(arrays.topk_ids):
+        if not arrays.dy[t].any():
+            continue
+        live += 1
+        for e in row:
+            z = w.gate_up_proj[e] @ arrays.x[t] + w.gate_up_proj_bias[e]
+            gate, up = split_gate_up(z[None], config)
+            assert np.abs(act(gate, config).value - limit).min() > u * limit
+            for moved in (gate * (1 - 2 * u), gate * (1 + 2 * u)):
+                assert ((act(moved, config).value > limit) == (act(gate, config).value > limit)).all()
+            assert np.abs(np.abs(up) - limit).min() > u * limit
+            at_gate += int((act(gate, config).value > limit).sum())
+    assert live > problem.tokens / 2
+    assert at_gate
 
 
 @pytest.mark.parametrize("limit", [0.5, 1.0])
@@ -216,6 +243,7 @@ def test_each_exact_case_can_fail(case: str, dtype: str) -> None:
         "long_sums": mutant("hidden_tail_dropped"),
         "many_rows": mutant("weight_gradient_lacks_one_row"),
         "clamp_at_equality": mutant("clamp_forgotten"),
+        "late_clamp_at_equality": mutant("late_clamp_without_slope"),
         "wide_combine": mutant("one_percent_more"),
         "small_integers": mutant("another_activation"),
     }

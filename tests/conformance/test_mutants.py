@@ -47,6 +47,8 @@ GROUPED = MoEConfig(
 )
 WHOLE_GROUP = replace(GROUPED, top_k=4, topk_groups=1)
 BY_LOGIT = replace(WHOLE_GROUP, scoring="topk_softmax")  # keys below 0 must be chosen
+LATE = MoEConfig(4, alpha=1.702, limit=0.5, up_offset=1.0, clamp="after", gate_up_layout="interleaved")
+CAPPED = MoEConfig(4, alpha=1.702, up_offset=1.0, gate_softcap=2.0, up_softcap=0.5, gate_up_layout="interleaved")
 SCALED = MoEConfig(2, scoring="topk_softmax", scale_input=True, activation="relu2")
 
 
@@ -90,6 +92,8 @@ def dense_panel(tokens: int) -> tuple[Problem, ...]:
         replace(base, experts=16, config=BY_LOGIT, down_rank=3, intermediate=16, seed=11),
         replace(base, dtype="bfloat16", logits="close", routing_dtype="float64", seed=7),
         replace(base, experts=17, dtype="float16", entry="experts", cut_points=True, seed=5),
+        replace(base, config=LATE, seed=12),
+        replace(base, dtype="bfloat16", config=CAPPED, seed=13),
     )
 
 
@@ -180,6 +184,6 @@ def test_panel_leaves_experts_empty() -> None:
     from moe_ref.conformance.problems.build import build
 
     for tokens in (FEW, MANY):
-        problem = dense_panel(tokens)[-1]
+        problem = dense_panel(tokens)[10]
         used = set(build(problem).topk_ids.ravel().tolist())
         assert len(used) < problem.experts

@@ -142,7 +142,8 @@ def call_everything(array: Callable[[np.ndarray], Any]) -> None:
         x, logits, dy, gate_up, down, *biases = (array(rng.standard_normal(shape)) for shape in shapes)
         lora = moe_ref.ExpertLoRA(*(array(rng.standard_normal(shape)) for shape in factors), 2.0, 0.5)
         weights = moe_ref.MoEWeights(gate_up, down, *((*biases, lora) if bias else ()), config=config)
-        activation(array(rng.standard_normal((2, 2 * I))), moe_ref.MoEConfig(K, activation="geglu"))
+        for form in ({"activation": "geglu"}, {"gate_softcap": 4.0, "up_softcap": 25.0}):
+            activation(array(rng.standard_normal((2, 2 * I))), moe_ref.MoEConfig(K, **form))
         routing = moe_ref.route(logits.reshape(-1, E), config, weights.selection_bias)
         slots = routing.topk_ids.reshape(*batch, K), routing.topk_weights.reshape(*batch, K)
         moe_ref.moe(x, logits, weights)

@@ -166,6 +166,22 @@ def assert_refused(functions: tuple[Callable[..., Any], ...], changes: dict[str,
         ({"limit": 0}, ValueError, "limit=0: must be positive, or None for no clamp"),
         ({"limit": INF}, ValueError, "limit=inf: must be finite"),
         ({"limit": [7.0]}, TypeError, "limit=[7.0]: must be a float or int"),
+        ({"limit": 7.0, "clamp": None}, ValueError, "clamp=None: must be one of 'before', 'after'"),
+        ({"clamp": "after"}, ValueError, "clamp='after': must be 'before' with limit=None, which clamps nothing"),
+        ({"gate_softcap": 0.0}, ValueError, "gate_softcap=0.0: must be positive, or None for no cap"),
+        ({"up_softcap": -1}, ValueError, "up_softcap=-1: must be positive, or None for no cap"),
+        ({"up_softcap": NAN}, ValueError, "up_softcap=nan: must be finite"),
+        ({"gate_softcap": "5"}, TypeError, "gate_softcap='5': must be a float or int"),
+        (
+            {"limit": 7.0, "gate_softcap": 5.0},
+            ValueError,
+            "gate_softcap=5.0: must be None with limit=7.0, which clamps",
+        ),
+        (
+            {"activation": "geglu", "up_softcap": 5.0},
+            ValueError,
+            "up_softcap=5.0: must be None for activation='geglu' (others are for 'swiglu' only)",
+        ),
     ],
 )
 def test_refused_by_every_entry(changes: dict[str, Any], error: type, line: str) -> None:
@@ -289,6 +305,9 @@ def test_devices_do_not_mix(name: str, other: str) -> None:
         {"topk_ids": np.full((2, 3, K), -7)},
         {"top_k": E, "topk_ids": np.ones((2, 3, E + 1), dtype=int), "topk_weights": np.ones((2, 3, E + 1))},
         {"limit": 7, "alpha": 2, "up_offset": 1, "renormalize_eps": 0},
+        {"limit": 7, "clamp": "after"},
+        {"gate_softcap": 4, "alpha": 2, "up_offset": 1},
+        {"gate_softcap": 4.0, "up_softcap": 25.0},
         {"gate_up_proj": np.ones((E, H, 2 * I)).transpose(0, 2, 1)},
     ],
 )

@@ -198,6 +198,16 @@ GRADIENT_MUTANTS = {
     "a slope beyond the gate's clamp": ("activation", "tl.where(gate > LIMIT, 0.0, of_gate)", "of_gate", "interleaved"),
     "a slope beyond up's clamp": ("activation", "tl.where(tl.abs(up) > LIMIT, 0.0, of_up)", "of_up", "interleaved"),
     "no slope below up's clamp": ("activation", "tl.abs(up) > LIMIT, 0.0", "up > LIMIT, 0.0", "interleaved"),
+    "a slope beyond the late clamp": ("activation", "tl.where(of_up > LIMIT, 0.0, of_gate)", "of_gate", "late"),
+    "the late clamp's slope is 0 where it is met": (
+        "activation",
+        "tl.where(of_up > LIMIT, 0.0, of_gate)",
+        "tl.where(of_up >= LIMIT, 0.0, of_gate)",
+        "exact",
+    ),
+    "up's slope without the late clamp": ("activation", "tl.where(of_up > LIMIT, LIMIT, of_up)", "of_up", "late"),
+    "no slope of the gate's cap": ("activation", "softcap_slope(gate, GATE_SOFTCAP)", "1.0", "capped"),
+    "no slope of up's cap": ("activation", "of_up *= softcap_slope(up, UP_SOFTCAP)", "of_up *= 1.0", "capped"),
     "the offset of up forgotten in the slope": (
         "activation",
         "far if UP_OFFSET == 0.0 else far + UP_OFFSET",

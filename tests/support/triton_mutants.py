@@ -73,6 +73,23 @@ MUTANTS = {
     ),
     "alpha forgotten": ("activation", "gate if ALPHA == 1.0 else ALPHA * gate", "gate", "interleaved"),
     "the offset of up forgotten": ("activation", "up if UP_OFFSET == 0.0 else up + UP_OFFSET", "up", "interleaved"),
+    "the late clamp forgotten": (
+        "activation",
+        "value = tl.where(value > LIMIT, LIMIT, value)",
+        "value = value",
+        "late",
+    ),
+    "the late clamp before the activation": ("activation", "if not LATE:", "if True:", "late"),
+    "the sigmoid of the capped gate": (
+        "activation",
+        "(gate if GATE_SOFTCAP is None else softcap(gate, GATE_SOFTCAP)) * s",
+        "(gate * s if GATE_SOFTCAP is None else softcap(gate, GATE_SOFTCAP) * sigmoid(ALPHA * softcap(gate, "
+        "GATE_SOFTCAP)))",
+        "capped",
+    ),
+    "up is not capped": ("activation", "        up = softcap(up, UP_SOFTCAP)\n", "        up = up\n", "capped"),
+    "a tanh that cancels near 0": ("activation", "tl.abs(value) < 0.625, near", "tl.abs(value) < 0.0, near", "capped"),
+    "a tanh of another slope": ("activation", "3.33332819422e-1", "3.4e-1", "capped"),
     "another cubic": ("activation", "0.044715", "0.04", "concatenated"),
     "erf for tanh": ("activation", 'ACTIVATION == "geglu":', 'ACTIVATION != "silu":', "concatenated"),
     "the last slot is not summed": ("combine", "range(TOP_K)", "range(TOP_K - 1)", "interleaved"),

@@ -78,6 +78,8 @@ NESTED = replace(
 PANEL = {
     "interleaved": BASE,
     "scaled": replace(BY_EXPERTS, config=MoEConfig(2, scale_input=True)),
+    "late": replace(BASE, tokens=12, config=replace(GPT_OSS, limit=0.5, clamp="after")),
+    "capped": replace(BASE, tokens=12, config=replace(GPT_OSS, limit=None, gate_softcap=2.0, up_softcap=25.0)),
     "concatenated": replace(BY_EXPERTS, config=MoEConfig(2, activation="geglu_tanh"), weights_layout="transposed"),
     "plain": replace(BY_EXPERTS, config=MoEConfig(2, activation="relu2", scale_input=True), weights_layout="sliced"),
     "groups": Problem(17, 8, 16, 8, DEEPSEEK, selection_bias="small", broken_logits=3),
@@ -250,7 +252,7 @@ def check_routing() -> None:
 
 def check_exact_cases() -> None:
     """Where every step is representable."""
-    for case in ("clamp_at_equality", "small_integers"):
+    for case in ("clamp_at_equality", "late_clamp_at_equality", "small_integers"):
         check_exact(executors.get("triton"), case, "float32")
 
 

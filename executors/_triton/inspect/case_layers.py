@@ -50,6 +50,8 @@ GPT_OSS = CaseLayer("gpt-oss", 32, 4, 2880, 2880, CLAMPED, biases=True, by_colum
 GPT_OSS_ROWS = GPT_OSS._replace(name="oss-rows", by_columns=False)
 DEEPSEEK = CaseLayer("deepseek", 256, 8, 7168, 2048, SWIGLU, by_columns=True)  # 15 GB: offsets need 64 bits
 GEGLU = QWEN3._replace(name="geglu", act=SWIGLU._replace(name="geglu"), biases=True)
+STEP = QWEN3._replace(name="step", act=SWIGLU._replace(limit=7.0, clamp="after"))
+INKLING2 = CaseLayer("inkling2", 384, 8, 4608, 2304, SWIGLU._replace(gate_softcap=4.0, up_softcap=25.0))
 GELU = CaseLayer("gelu", 128, 8, 1040, 528, Activation("gelu", 1.0, None, 0.0, ""), biases=True, scale_input=True)
 RELU2 = QWEN3._replace(name="relu2", act=Activation("relu2", 1.0, None, 0.0, ""))
 ODD = CaseLayer("odd", 5, 2, 50, 17, CLAMPED._replace(layout="concatenated"), biases=True)

@@ -20,6 +20,7 @@ from executors._triton.inspect.case_layers import (
     GELU,
     GPT_OSS,
     GPT_OSS_ROWS,
+    INKLING2,
     LORA,
     LORA_FP32,
     MXFP4,
@@ -30,6 +31,7 @@ from executors._triton.inspect.case_layers import (
     PEFT,
     QWEN3,
     RELU2,
+    STEP,
     CaseLayer,
     packed_like,
 )
@@ -46,7 +48,7 @@ MULTIPROCESSORS = 128  # decides how many programs run, not how they are compile
 INFERENCE = (GPT_OSS,)  # forward alone, with every configuration
 INFERENCE_LARGEST = (QWEN3, DEEPSEEK)  # only with the largest tiles, the nearest to their limits
 TRAINED = (QWEN3,)  # forward and backward, with every configuration
-TRAINED_LARGEST = (GPT_OSS, GPT_OSS_ROWS, GELU, GEGLU, RELU2, LORA_FP32)
+TRAINED_LARGEST = (GPT_OSS, GPT_OSS_ROWS, GELU, GEGLU, RELU2, STEP, INKLING2, LORA_FP32)
 MANY = MoEConfig(10)
 GROUPED = MoEConfig(
     8, scoring="sigmoid", num_groups=8, topk_groups=4, group_score="top2_sum", routed_scaling_factor=2.5

@@ -34,6 +34,9 @@ def dz_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
+    LATE: tl.constexpr,  # whether LIMIT clamps what comes after the activation
+    GATE_SOFTCAP: tl.constexpr,
+    UP_SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -74,7 +77,7 @@ def dz_kernel(
                 if LAYOUT == "":
                     value = act(gate, ACTIVATION, ALPHA)
                 else:
-                    value = gated(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
+                    value = gated(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET, LATE, GATE_SOFTCAP, UP_SOFTCAP)
                 if STORE_WEIGHTS:
                     total += tl.sum(of_dh * value, axis=1)
                 if STORE_H:
@@ -84,7 +87,9 @@ def dz_kernel(
                 if LAYOUT == "":
                     tl.store(dz + offsets, (of_dh * slope(gate, ACTIVATION, ALPHA)).to(dz.dtype.element_ty), mask=mask)
                 else:
-                    of_gate, of_up = gated_slopes(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
+                    of_gate, of_up = gated_slopes(
+                        gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET, LATE, GATE_SOFTCAP, UP_SOFTCAP
+                    )
                     if LAYOUT == "interleaved":
                         pairs = tl.join(of_dh * of_gate, of_dh * of_up).reshape(BLOCK_M, 2 * BLOCK_N)
                         tl.store(dz + z_offsets, pairs.to(dz.dtype.element_ty), mask=z_mask)

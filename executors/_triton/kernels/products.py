@@ -126,6 +126,9 @@ def up_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
+    LATE: tl.constexpr,  # whether LIMIT clamps what comes after the activation
+    GATE_SOFTCAP: tl.constexpr,
+    UP_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     PART: tl.constexpr,
@@ -190,10 +193,10 @@ def up_kernel(
         if LAYOUT == "":
             value = act(total, ACTIVATION, ALPHA)
         elif LAYOUT == "concatenated":
-            value = gated(total, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
+            value = gated(total, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET, LATE, GATE_SOFTCAP, UP_SOFTCAP)
         else:
             even, odd = tl.split(total.reshape(BLOCK_M, BLOCK_H, 2))
-            value = gated(even, odd, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
+            value = gated(even, odd, ACTIVATION, ALPHA, LIMIT, UP_OFFSET, LATE, GATE_SOFTCAP, UP_SOFTCAP)
         out = column_tile * BLOCK_H + tl.arange(0, BLOCK_H)
         offsets = offset(rows, width)[:, None] + out[None, :]
         tl.store(h + offsets, value.to(h.dtype.element_ty), mask=mask & (out < width)[None, :])

@@ -77,6 +77,9 @@ def dz(
         ALPHA=act.alpha,
         LIMIT=act.limit,
         UP_OFFSET=act.up_offset,
+        LATE=act.clamp == "after",
+        GATE_SOFTCAP=act.gate_softcap,
+        UP_SOFTCAP=act.up_softcap,
         BLOCK_M=ROWS,
         BLOCK_N=COLUMNS if plan.aligned else COLUMNS // 2,
     )

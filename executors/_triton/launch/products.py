@@ -52,7 +52,7 @@ def up(
     intermediate = both // 2 if act.layout else both
     dtype = between(x.dtype)
     widest = _widest(x.dtype, plan)
-    if act.name in HALF_AS_WIDE:
+    if act.name in HALF_AS_WIDE or act.has_softcap:
         widest //= 2
     if act.layout == "interleaved" and dtype != x.dtype:  # pairs of fp32 spill too
         widest = min(widest, 128)
@@ -96,6 +96,9 @@ def up(
             ALPHA=act.alpha,
             LIMIT=act.limit,
             UP_OFFSET=act.up_offset,
+            LATE=act.clamp == "after",
+            GATE_SOFTCAP=act.gate_softcap,
+            UP_SOFTCAP=act.up_softcap,
             PRECISION=plan.precision,
             EVEN_K=hidden % tile.block_k == 0,
             PART=part.last > 0,

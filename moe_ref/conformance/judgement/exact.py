@@ -125,6 +125,13 @@ def clamp_at_equality(dtype: str) -> tuple[Problem, Arrays, str]:
     )
 
 
+def late_clamp_at_equality(dtype: str) -> tuple[Problem, Arrays, str]:
+    """The same where the clamp comes after the activation, which is exact here."""
+    problem, arrays, clause = clamp_at_equality(dtype)
+    weights = replace(arrays.weights, config=replace(problem.config, clamp="after"))
+    return replace(problem, config=weights.config), replace(arrays, weights=weights), clause
+
+
 def wide_combine(dtype: str) -> tuple[Problem, Arrays, str]:
     """A large slot and two small ones add up in at least fp32, in y and in dx (C1, E2)."""
     large = 2.0 ** min(FORMATS[dtype].precision, 11)
@@ -178,4 +185,5 @@ def _case(
     return problem, Arrays(x, dy, ids, None, np.ones(ids.shape), weights), clause
 
 
-CASES = {case.__name__: case for case in (long_sums, many_rows, clamp_at_equality, wide_combine, small_integers)}
+_ALL = (long_sums, many_rows, clamp_at_equality, late_clamp_at_equality, wide_combine, small_integers)
+CASES = {case.__name__: case for case in _ALL}

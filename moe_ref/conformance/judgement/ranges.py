@@ -22,7 +22,7 @@ from moe_ref.conformance.problems.strategies import undeclared
 from moe_ref.error_bars import named
 from moe_ref.layer import layer_vjp
 from moe_ref.numerics import EXACT, Rounding, round_to_nearest
-from moe_ref.types import ExpertLoRA, MoEConfig, MoEWeights
+from moe_ref.types import Clamp, ExpertLoRA, MoEConfig, MoEWeights
 
 if TYPE_CHECKING:
     from executors import Executor
@@ -44,6 +44,7 @@ class Range:
         scale_input: C3.
         lora_a: exponents of A, for adapters of both projections; B makes an adapter count as much as its projection.
         limit: of swiglu, whose sigmoid is so steep that it is 0, 1/2 or 1; None for squared ReLU.
+        clamp: where the limit clamps the gate, before its activation or after it.
     """
 
     sites: tuple[str, ...]
@@ -57,11 +58,13 @@ class Range:
     scale_input: bool = False
     lora_a: tuple[int, int] | None = None
     limit: float | None = None
+    clamp: Clamp = "before"
 
 
 RANGES = {
     "preactivations": Range(("z", "h", "o"), x=2, gate_up=13, weights=-21),
     "clamped preactivations": Range(("z",), x=9, gate_up=8, dy=-4, limit=4.0),
+    "clamped activations": Range(("z",), x=9, gate_up=8, dy=-4, limit=4.0, clamp="after"),
     "gates": Range(("z", "act", "h"), x=2, gate_up=13, weights=-20, limit=2.0**30),
     "activations": Range(("h",), gate_up=7, down=-3, weights=-2, dy=-3),
     "outputs": Range(("o",), gate_up=6, weights=-4),
@@ -149,7 +152,7 @@ def case_of(scale: Range) -> tuple[Problem, Arrays]:
     if scale.limit is None:
         config = MoEConfig(2, activation="relu2", scale_input=scale.scale_input)
     else:
-        config = MoEConfig(2, alpha=1000.0, limit=scale.limit, scale_input=scale.scale_input)
+        config = MoEConfig(2, alpha=1000.0, limit=scale.limit, clamp=scale.clamp, scale_input=scale.scale_input)
     both = 2 * SIZE if config.gated else SIZE
     rank = 0 if scale.lora_a is None else RANK
 

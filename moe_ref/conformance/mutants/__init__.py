@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_ref.conformance.mutants import (  # noqa: F401  (they register)
+    activations,
     adapters,
     experts,
     gradients,

@@ -60,7 +60,7 @@ def gelu_for_silu(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: M
 @slot_mutant
 def clamp_forgotten(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """The clamp is left out (E1)."""
-    return experts(inner, x, ids, w, configured(weights, limit=None))
+    return experts(inner, x, ids, w, configured(weights, limit=None, clamp="before"))
 
 
 @slot_mutant

@@ -1,5 +1,7 @@
 """Keeps pre-activations off an activation's kinks: the clamp's limit, where the derivative jumps, and squared ReLU's 0.
 
+Where the clamp comes after the activation, its kink is where act(g) is the limit. Softcaps have none.
+
 Rounding may carry an honest executor across a kink, where no error bar reaches.
 """
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_ref.activations import split_gate_up
+from moe_ref.activations import act, split_gate_up
 from moe_ref.experts import expert, groups, linear, lora_inner
 from moe_ref.layer import gather, row_weights
 from moe_ref.numerics import EXACT, FORMATS, round_to_nearest
@@ -15,6 +17,7 @@ from moe_ref.types import MoEConfig, MoEWeights
 
 ACCUMULATED = 1e-5  # above the error of an fp32 sum of a few thousand terms of O(1)
 ROUNDED = 6.0  # deviations of a sum of rounded terms
+FLAT = 0.1  # a slope of act(g), below which it is held to be as steep as that
 
 
 def clear_of_kinks(
@@ -99,7 +102,7 @@ def pushes_off_kinks(
             inner = lora_inner("gate_up", rows, parameters, EXACT)
             b = parameters.lora_b.T
             margin += 2 * u * np.abs(inner @ b) + ROUNDED * u * np.sqrt(inner**2 @ b**2)
-        for step, features in _steps(z, margin, parameters.matrix.T, config):
+        for step, features in _steps(z, margin, parameters.matrix.T, config, u):
             near = step.any(axis=1)
             if near.any():
                 moved = step[near] @ (features / np.maximum((features**2).sum(axis=0), 1e-6)).T
@@ -108,18 +111,34 @@ def pushes_off_kinks(
 
 
 def _steps(
-    z: np.ndarray, margin: np.ndarray, features: np.ndarray, config: MoEConfig
+    z: np.ndarray, margin: np.ndarray, features: np.ndarray, config: MoEConfig, u: float
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each kink: how far each pre-activation must move, and the features along which it moves."""
+    """For each kink: how far each pre-activation must move, and the features along which it moves.
+
+    ``u`` is the unit roundoff of x's dtype.
+    """
     if config.limit is None:
         return [(_step(z, margin), features)]
     (gate, up), (gate_margin, up_margin) = split_gate_up(z, config), split_gate_up(margin, config)
     gate_features, up_features = split_gate_up(features, config)
+    late = config.clamp == "after"
+    of_gate = _late_step(gate, gate_margin, config, u) if late else _step(gate - config.limit, gate_margin)
     return [
-        (_step(gate - config.limit, gate_margin), gate_features),
+        (of_gate, gate_features),
         (_step(up - config.limit, up_margin), up_features),
         (_step(up + config.limit, up_margin), up_features),
     ]
+
+
+def _late_step(gate: np.ndarray, margin: np.ndarray, config: MoEConfig, u: float) -> np.ndarray:
+    """How far to move for a clamp of act(g): twice the margin, if act(g) meets the limit within it; else 0."""
+    assert config.limit is not None
+    curve = act(gate, config)
+    margin = margin + ROUNDED * u * config.limit / np.maximum(np.abs(curve.slope), FLAT)  # act(g) is rounded too
+    around = [act(gate - margin, config).value, curve.value, act(gate + margin, config).value]
+    near = (np.min(around, axis=0) <= config.limit) & (np.max(around, axis=0) >= config.limit)
+    upwards = (curve.value >= config.limit) == (curve.slope >= 0)
+    return np.where(near, np.where(upwards, 2.0, -2.0) * margin, 0.0)
 
 
 def _step(distance: np.ndarray, margin: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from moe_ref.conformance.problems.problem import Problem
@@ -10,6 +11,8 @@ from moe_ref.types import MoEConfig
 GPT_OSS = MoEConfig(
     top_k=4, scoring="topk_softmax", alpha=1.702, limit=7.0, up_offset=1.0, gate_up_layout="interleaved"
 )
+STEP = MoEConfig(top_k=8, scoring="sigmoid", renormalize=True, limit=7.0, clamp="after")
+INKLING2 = MoEConfig(top_k=4, scoring="sigmoid", renormalize=True, gate_softcap=4.0, up_softcap=25.0)
 DEEPSEEK = MoEConfig(top_k=8, scoring="sigmoid", renormalize=True, routed_scaling_factor=2.5)
 BIASES: dict[str, Any] = {"gate_up_bias": True, "down_bias": True}
 ADAPTERS: dict[str, Any] = {"gate_up_rank": 4, "down_rank": 4}
@@ -193,6 +196,17 @@ EXAMPLES = (
     ),
     # squared ReLU beside an adapter: rounding carries a pre-activation across 0, where no error bar reaches
     Problem(2, 33, 50, 64, MoEConfig(1, activation="relu2"), "bfloat16", entry="experts", gate_up_rank=1, seed=3),
+    # numbers about the clamp after the activation, and far past it
+    Problem(
+        130, 9, 17, 33, STEP, "bfloat16", gate_up_bias=True, powers=(("gate", 3), ("up", 2)), logits="skewed", seed=1
+    ),
+    Problem(33, 3, 32, 16, replace(STEP, top_k=2, limit=0.5, alpha=1.702, up_offset=1.0), gate_up_rank=4, seed=2),
+    # the same about softcaps; a small cap and an offset, which nearly cancel
+    Problem(130, 9, 17, 33, INKLING2, "bfloat16", gate_up_bias=True, powers=(("gate", 3), ("up", 5)), seed=3),
+    Problem(
+        64, 2, 16, 1, MoEConfig(1, up_offset=1.0, up_softcap=1.0), powers=(("up", 1),), x_layout="expanded", seed=4
+    ),
+    Problem(9, 2, 8, 8, MoEConfig(1, alpha=1.702, gate_softcap=0.5), "float16", gate_up_rank=1, seed=5),
     # a broken token with scale_input: the gradient of a bias does not show which expert the token chose
     Problem(1, 16, 1, 1, MoEConfig(1, scale_input=True), down_bias=True, broken_logits=1),
 )

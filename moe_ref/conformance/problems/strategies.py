@@ -51,8 +51,13 @@ def configs(draw: st.DrawFn, experts: int, activations: Collection[str] = ACTIVA
     alpha = draw(st.sampled_from([1.0, 1.702]), label="alpha")
     limit = draw(st.sampled_from([None, 0.5, 1.0, 7.0]), label="limit")
     up_offset = draw(st.sampled_from([0.0, 1.0]), label="up_offset")
+    clamp = draw(st.sampled_from(["before", "after"]), label="clamp")
+    has_caps = draw(st.sampled_from([False, False, True]), label="caps instead of a limit")
+    caps = [draw(st.sampled_from([None, 0.5, 2.0, 7.0]), label=f"{half}_softcap") for half in ("gate", "up")]
     layout = draw(st.sampled_from(["concatenated", "interleaved"]), label="gate_up_layout")
-    gated, clamped = activation in GATED, activation == "swiglu"
+    gated, swiglu = activation in GATED, activation == "swiglu"
+    gate_softcap, up_softcap = caps if swiglu and has_caps else (None, None)
+    limit = limit if swiglu and not has_caps else None
     return MoEConfig(
         top_k=top_k,
         scoring=draw(st.sampled_from(["softmax", "topk_softmax", "sigmoid"]), label="scoring"),
@@ -64,9 +69,12 @@ def configs(draw: st.DrawFn, experts: int, activations: Collection[str] = ACTIVA
         group_score=group_score if size > 1 else "max",  # type: ignore[arg-type]
         scale_input=draw(st.booleans(), label="scale_input"),
         activation=activation,
-        alpha=alpha if clamped else 1.0,
-        limit=limit if clamped else None,
-        up_offset=up_offset if clamped else 0.0,
+        alpha=alpha if swiglu else 1.0,
+        limit=limit,
+        up_offset=up_offset if swiglu else 0.0,
+        clamp=clamp if limit is not None else "before",  # type: ignore[arg-type]
+        gate_softcap=gate_softcap,
+        up_softcap=up_softcap,
         gate_up_layout=layout if gated else "concatenated",  # type: ignore[arg-type]
     )
 
@@ -187,6 +195,10 @@ def without_undeclared(problem: Problem, able: Capabilities) -> Problem:
     config = problem.config
     if not able.scale_input:
         config = replace(config, scale_input=False)
+    if not able.late_clamp:
+        config = replace(config, clamp="before")
+    if not able.softcap:
+        config = replace(config, gate_softcap=None, up_softcap=None)
     if not able.selection:
         config = replace(config, num_groups=1, topk_groups=1, group_score="max")
         problem = replace(problem, selection_bias="")
@@ -203,6 +215,8 @@ def undeclared(problem: Problem, able: Capabilities) -> str:
         problem.dtype: problem.dtype in able.dtypes,
         f"{problem.quant_type or 'dense'} weights": (problem.quant_type or "dense") in able.weights,
         config.activation: config.activation in able.activations,
+        "a clamp after the activation": able.late_clamp or config.clamp == "before",
+        "softcaps": able.softcap or (config.gate_softcap is None and config.up_softcap is None),
         "groups": able.selection or not chooses or config.num_groups == 1,
         "a selection bias": able.selection or not chooses or not problem.selection_bias,
         "scale_input": able.scale_input or not config.scale_input,
