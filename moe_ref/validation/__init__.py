@@ -17,7 +17,9 @@ from moe_ref.types import (
     MoEConfig,
     MoEWeights,
     MXFP4Tensor,
+    RenormalizeForm,
     Scoring,
+    SelectionKey,
 )
 from moe_ref.validation.arrays import (
     FLOAT_DTYPES,
@@ -67,7 +69,9 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
             most = "" if num_experts is None else f" and at most {num_experts} (E)"
             raise ValueError(f"top_k={top_k}: must be at least 1{most}")
     check_choice("scoring", config.scoring, get_args(Scoring))
+    check_choice("renormalize_form", config.renormalize_form, get_args(RenormalizeForm))
     check_choice("group_score", config.group_score, get_args(GroupScore))
+    check_choice("selection_key", config.selection_key, get_args(SelectionKey))
     check_choice("activation", config.activation, get_args(Activation))
     check_choice("gate_up_layout", config.gate_up_layout, get_args(GateUpLayout))
     for name in ("renormalize", "scale_input"):

@@ -47,12 +47,14 @@ GROUPED = MoEConfig(
 )
 WHOLE_GROUP = replace(GROUPED, top_k=4, topk_groups=1)
 BY_LOGIT = replace(WHOLE_GROUP, scoring="topk_softmax")  # keys below 0 must be chosen
+SQRTSOFTPLUS = MoEConfig(6, scoring="sqrtsoftplus", renormalize=True)
+EPSILON = MoEConfig(2, renormalize=True, renormalize_eps=0.6)
 SCALED = MoEConfig(2, scoring="topk_softmax", scale_input=True, activation="relu2")
 
 
 def panel(name: str, tokens: int) -> tuple[Problem, ...]:
     """Problems that together have every feature that a mutant may get wrong."""
-    return panel_in_4_bits(tokens) if name == "grouped_nf4" else dense_panel(tokens)
+    return panel_in_4_bits(tokens) if name == "grouped_nf4" else (*dense_panel(tokens), *scoring_panel(tokens))
 
 
 @cache
@@ -90,6 +92,20 @@ def dense_panel(tokens: int) -> tuple[Problem, ...]:
         replace(base, experts=16, config=BY_LOGIT, down_rank=3, intermediate=16, seed=11),
         replace(base, dtype="bfloat16", logits="close", routing_dtype="float64", seed=7),
         replace(base, experts=17, dtype="float16", entry="experts", cut_points=True, seed=5),
+    )
+
+
+@cache
+def scoring_panel(tokens: int) -> tuple[Problem, ...]:
+    """Scores, keys and epsilons of families that differ from the common form."""
+    base = Problem(tokens, 9, 32, 33, SQRTSOFTPLUS, seed=1)
+    biased = replace(base, selection_bias="small")
+    return (
+        replace(base, logits="shifted"),
+        replace(base, logits="masked", selection_bias="small", seed=2),
+        replace(biased, config=replace(PLAIN, selection_key="logit"), seed=3),
+        replace(biased, config=replace(EPSILON, renormalize_form="max"), seed=4),
+        replace(base, config=EPSILON, seed=5),
     )
 
 

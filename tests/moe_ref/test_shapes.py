@@ -131,7 +131,7 @@ def call_everything(array: Callable[[np.ndarray], Any]) -> None:
     from moe_ref.error_bars import error_bars
 
     rng = np.random.default_rng(0)
-    scorings, layouts = ("softmax", "topk_softmax", "sigmoid"), ("concatenated", "interleaved")
+    scorings, layouts = ("softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"), ("concatenated", "interleaved")
     for scoring, layout, bias, batch in itertools.product(scorings, layouts, (False, True), ((0,), (5,), (), (2, 3))):
         forms = {"activation": "relu2", "scale_input": True} if bias else {"limit": 1.0, "gate_up_layout": layout}
         groups = {"num_groups": 2, "topk_groups": 2, "group_score": "top2_sum"} if bias else {}

@@ -92,9 +92,9 @@ def test_routing_keeps_torch_s_rules(tokens: int) -> None:
     """Schema, autograd, fake kernels, dispatch."""
     inputs = inputs_of(replace(ALIGNED, tokens=tokens))
     assert inputs.router_logits is not None
-    logits, kind = inputs.router_logits, (2, "softmax", False, 0.0, 1.0)
-    torch.library.opcheck(_routing.operator, (logits, None, False, *kind, 1, 1, "max"))
-    weights, ids = _routing.operator(logits.detach(), None, False, *kind, 1, 1, "max")
+    logits, kind = inputs.router_logits, (2, "softmax", False, 0.0, 1.0, "add")
+    torch.library.opcheck(_routing.operator, (logits, None, False, *kind, 1, 1, "max", "score"))
+    weights, ids = _routing.operator(logits.detach(), None, False, *kind, 1, 1, "max", "score")
     torch.library.opcheck(_routing.backward_operator, (weights, ids, logits.detach(), *kind[1:]))
 
 

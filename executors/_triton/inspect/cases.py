@@ -261,4 +261,5 @@ def _route(experts: int, dtype: str, config: MoEConfig) -> None:
     bias = torch.zeros(experts) if config.num_groups > 1 else None
     none = logits.new_zeros(experts, 0, 0)
     routing = route(logits, MoEWeights(none, none, selection_bias=bias, config=config))
-    backward_operator(routing.topk_weights, routing.topk_ids, logits, config.scoring, config.renormalize, 1e-20, 1.0)
+    static = config.scoring, config.renormalize, 1e-20, 1.0, config.renormalize_form
+    backward_operator(routing.topk_weights, routing.topk_ids, logits, *static)

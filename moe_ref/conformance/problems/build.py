@@ -14,10 +14,11 @@ from moe_ref.conformance.problems.packed import quantized
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.grouping import is_slot
 from moe_ref.numerics import round_to_nearest
-from moe_ref.routing import route, weigh
+from moe_ref.routing import chosen_scores, route, weigh
 from moe_ref.types import ExpertLoRA, MoEConfig, MoEWeights
 
 SELECTION_BIAS = {"small": 0.5, "large": 100.0}
+SHIFTS = {"sigmoid": [100.0], "sqrtsoftplus": [100.0, -50.0]}  # exp(-100) leaves fp32's range
 SCALINGS = (2.0, 0.5)  # of the adapters of gate_up_proj and of down_proj
 
 
@@ -63,8 +64,7 @@ def build(problem: Problem, chosen: tuple[int, ...] | None = None) -> Arrays:
     logits = topk_weights = None
     if problem.entry == "layer":
         logits = _logits(problem, rng)
-        if problem.margins:
-            logits = _with_margins(logits, problem, bias, rng)
+        logits = _clear(logits, problem, bias, rng)
         logits = _break_logits(logits, problem, rng)
         topk_ids = route(logits, config, bias).topk_ids
         topk_ids = topk_ids if chosen is None else np.reshape(chosen, topk_ids.shape)
@@ -122,17 +122,29 @@ def _weights(problem: Problem, rng: np.random.Generator) -> MoEWeights:
     return quantized(weights, problem) if problem.quant_type else weights
 
 
-def _with_margins(
-    logits: np.ndarray, problem: Problem, bias: np.ndarray | None, rng: np.random.Generator
-) -> np.ndarray:
-    """Draws rows of logits anew until no other choice of experts is near."""
+def _clear(logits: np.ndarray, problem: Problem, bias: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """Draws rows of logits anew until rounding decides nothing.
+
+    No other choice of experts is near, where the problem has margins, and no sum of scores is near the epsilon below
+    which the gradient is another (R5).
+    """
     for _ in range(100):
-        unclear = ~have_margins(logits, problem.config, bias)
+        unclear = _near_epsilon(logits, problem.config, bias)
+        if problem.margins:
+            unclear |= ~have_margins(logits, problem.config, bias)
         if not unclear.any():
             return logits
         fresh = round_to_nearest(rng.standard_normal(logits.shape) * 2, problem.routing_dtype)
         logits = np.where(unclear[:, None], fresh, logits)
     raise AssertionError(f"no logits with margins for {problem}")
+
+
+def _near_epsilon(logits: np.ndarray, config: MoEConfig, bias: np.ndarray | None) -> np.ndarray:
+    """[T] Whether the sum that renormalisation compares with its epsilon is within 1/1000 of it."""
+    if not config.renormalize or config.renormalize_form == "add":
+        return np.zeros(len(logits), dtype=bool)
+    total = chosen_scores(logits, route(logits, config, bias).topk_ids, config).sum(axis=-1)
+    return np.abs(total - config.renormalize_eps) < 1e-3 * config.renormalize_eps
 
 
 def _logits(problem: Problem, rng: np.random.Generator) -> np.ndarray:
@@ -143,8 +155,8 @@ def _logits(problem: Problem, rng: np.random.Generator) -> np.ndarray:
         return round_to_nearest(1 + 1e-12 * rng.integers(-1, 2, shape), problem.routing_dtype)
     logits = rng.standard_normal(shape) * 2
     if problem.logits == "shifted":
-        signs = [1.0] if problem.config.scoring == "sigmoid" else [1.0, -1.0]  # sigmoid(-100) leaves fp32's range
-        logits = logits + 100 * rng.choice(signs, (problem.tokens, 1))
+        shifts = SHIFTS.get(problem.config.scoring, [100.0, -100.0])
+        logits = logits + rng.choice(shifts, (problem.tokens, 1))
     if problem.logits == "skewed":
         logits = logits + 4 * rng.standard_normal(problem.experts)
     if problem.logits == "masked":

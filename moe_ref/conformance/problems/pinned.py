@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from moe_ref.conformance.problems.problem import Problem
@@ -11,6 +12,9 @@ GPT_OSS = MoEConfig(
     top_k=4, scoring="topk_softmax", alpha=1.702, limit=7.0, up_offset=1.0, gate_up_layout="interleaved"
 )
 DEEPSEEK = MoEConfig(top_k=8, scoring="sigmoid", renormalize=True, routed_scaling_factor=2.5)
+DEEPSEEK_V4 = MoEConfig(top_k=6, scoring="sqrtsoftplus", renormalize=True, routed_scaling_factor=1.5)
+KOLIBRI = MoEConfig(top_k=4, scoring="sigmoid", renormalize=True, renormalize_eps=0.0, selection_key="logit")
+ERNIE = MoEConfig(top_k=6, renormalize=True, renormalize_eps=1e-12, renormalize_form="max")
 BIASES: dict[str, Any] = {"gate_up_bias": True, "down_bias": True}
 ADAPTERS: dict[str, Any] = {"gate_up_rank": 4, "down_rank": 4}
 
@@ -195,4 +199,15 @@ EXAMPLES = (
     Problem(2, 33, 50, 64, MoEConfig(1, activation="relu2"), "bfloat16", entry="experts", gate_up_rank=1, seed=3),
     # a broken token with scale_input: the gradient of a bias does not show which expert the token chose
     Problem(1, 16, 1, 1, MoEConfig(1, scale_input=True), down_bias=True, broken_logits=1),
+    # sqrt(softplus) far below 0 and far above, a gradient at -inf, and a +inf, whose row is undefined
+    Problem(33, 16, 8, 8, DEEPSEEK_V4, logits="shifted", selection_bias="small", broken_logits=3, seed=1),
+    Problem(33, 9, 8, 8, DEEPSEEK_V4, "bfloat16", logits="masked", selection_bias="small", seed=2),
+    # its digits where 1 + exp(logit) has none
+    Problem(33, 7, 1, 8, MoEConfig(7, scoring="sqrtsoftplus"), logits="skewed", seed=3),
+    # a bias on the logit, larger than any score
+    Problem(33, 16, 8, 8, KOLIBRI, "bfloat16", selection_bias="small", seed=4),
+    Problem(16, 9, 8, 8, KOLIBRI, selection_bias="large", logits="masked", seed=5),
+    # the larger of sum and epsilon: the sum, and either
+    Problem(33, 16, 8, 8, ERNIE, "bfloat16", selection_bias="small", seed=6),
+    Problem(33, 16, 8, 8, replace(ERNIE, top_k=3, renormalize_eps=0.7), selection_bias="small", seed=7),
 )

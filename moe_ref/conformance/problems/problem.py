@@ -34,8 +34,9 @@ class Problem:
             segment for each expert if no block straddles experts, else one for all).
         margins: whether no rounding comes near another choice of experts, for executors that do not tell their choice.
         logits: "random"; "ties" (whole numbers from -1 to 1, +0 and -0 among them); "masked" (a third are -inf);
-            "skewed" (some experts are far more likely); "shifted" (rows around +100, or -100 for the softmax kinds);
-            "close" (1 and its neighbours at a distance of 1e-12: ties in all but float64).
+            "skewed" (some experts are far more likely); "shifted" (rows around +100, or around -100 for the softmax
+            kinds and -50 for "sqrtsoftplus"); "close" (1 and its neighbours at a distance of 1e-12: ties in all but
+            float64).
         cut_points: for entry "experts": draw group sizes as cut points, with replacement, from E + 1 places, so that
             empty experts and duplicates in a row occur naturally; otherwise K distinct random ids per row.
         empty_slots: for entry "experts": some ids lie outside [0, E), with NaN and inf among their weights.

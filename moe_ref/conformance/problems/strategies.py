@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from hypothesis import strategies as st
 
 from moe_ref.conformance.problems.packed import in_whole_blocks
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.types import DENSE, GATED, LORA_FACTORS, Activation, MoEConfig, QuantType
+from moe_ref.types import DENSE, GATED, LORA_FACTORS, Activation, MoEConfig, QuantType, RenormalizeForm, Scoring, SelectionKey
 from moe_ref.validation.nf4 import BLOCKSIZES, DECODED_DTYPES
 
 if TYPE_CHECKING:
@@ -55,13 +55,15 @@ def configs(draw: st.DrawFn, experts: int, activations: Collection[str] = ACTIVA
     gated, clamped = activation in GATED, activation == "swiglu"
     return MoEConfig(
         top_k=top_k,
-        scoring=draw(st.sampled_from(["softmax", "topk_softmax", "sigmoid"]), label="scoring"),
+        scoring=draw(st.sampled_from(get_args(Scoring)), label="scoring"),
         renormalize=draw(st.booleans(), label="renormalize"),
-        renormalize_eps=draw(st.sampled_from([1e-20, 1e-6, 0.1]), label="renormalize_eps"),
+        renormalize_eps=draw(st.sampled_from([1e-20, 1e-6, 0.1, 0.7]), label="renormalize_eps"),
+        renormalize_form=draw(st.sampled_from(get_args(RenormalizeForm)), label="renormalize_form"),
         routed_scaling_factor=draw(st.sampled_from([1.0, 2.5]), label="routed_scaling_factor"),
         num_groups=groups,
         topk_groups=kept,
         group_score=group_score if size > 1 else "max",  # type: ignore[arg-type]
+        selection_key=draw(st.sampled_from(get_args(SelectionKey)), label="selection_key"),
         scale_input=draw(st.booleans(), label="scale_input"),
         activation=activation,
         alpha=alpha if clamped else 1.0,
@@ -187,12 +189,23 @@ def without_undeclared(problem: Problem, able: Capabilities) -> Problem:
     config = problem.config
     if not able.scale_input:
         config = replace(config, scale_input=False)
+    config = replace(
+        config,
+        scoring=_within(config.scoring, get_args(Scoring), able.scorings),
+        renormalize_form=_within(config.renormalize_form, get_args(RenormalizeForm), able.renormalize_forms),
+        selection_key=_within(config.selection_key, get_args(SelectionKey), able.selection_keys),
+    )
     if not able.selection:
         config = replace(config, num_groups=1, topk_groups=1, group_score="max")
         problem = replace(problem, selection_bias="")
     if not able.lora:
         problem = replace(problem, gate_up_rank=0, down_rank=0)
     return replace(problem, config=config)
+
+
+def _within(name: str, names: Collection[str], declared: Collection[str]) -> Any:
+    """The name, or the first of ``names`` that is declared."""
+    return next((n for n in (name, *names) if n in declared), name)
 
 
 def undeclared(problem: Problem, able: Capabilities) -> str:
@@ -205,6 +218,10 @@ def undeclared(problem: Problem, able: Capabilities) -> str:
         config.activation: config.activation in able.activations,
         "groups": able.selection or not chooses or config.num_groups == 1,
         "a selection bias": able.selection or not chooses or not problem.selection_bias,
+        f"scoring {config.scoring}": not chooses or config.scoring in able.scorings,
+        f"renormalize_form {config.renormalize_form}": not (chooses and config.renormalize)
+        or config.renormalize_form in able.renormalize_forms,
+        f"selection_key {config.selection_key}": not chooses or config.selection_key in able.selection_keys,
         "scale_input": able.scale_input or not config.scale_input,
         "adapters": able.lora or not (problem.gate_up_rank or problem.down_rank),
     }
