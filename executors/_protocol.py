@@ -48,6 +48,7 @@ class Capabilities:
         renormalize_forms: how it lets the epsilon enter (``MoEConfig.renormalize_form``, R5).
         selection: whether it chooses experts by groups and with a selection bias (R2, R3).
         selection_keys: what it can add that bias to (``MoEConfig.selection_key``).
+        expert_scale: whether its routing takes learned scales of the weights (R9).
         scale_input: whether it has that form of weighting (C3).
         lora: whether it takes adapters.
         weights: the kinds of projections that it takes: "dense", "nf4", "fp4", "mxfp4".
@@ -64,6 +65,7 @@ class Capabilities:
     renormalize_forms: frozenset[str] = RENORMALIZE_FORMS
     selection: bool = True
     selection_keys: frozenset[str] = SELECTION_KEYS
+    expert_scale: bool = True
     scale_input: bool = True
     lora: bool = True
     weights: frozenset[str] = frozenset({"dense"})

@@ -10,7 +10,7 @@ import math
 from array_api_compat import array_namespace, device
 
 from moe_ref._typing import Array, Bool, Float, Int
-from moe_ref.numerics import EXACT, Rounding, sum_last
+from moe_ref.numerics import EXACT, Rounding, sum_last, sum_sd
 from moe_ref.types import MoEConfig, Routing
 from moe_ref.validation import check_route_inputs
 
@@ -20,6 +20,8 @@ def route(
     config: MoEConfig,
     selection_bias: Float[Array, " E"] | None = None,
     rounding: Rounding = EXACT,
+    *,
+    expert_scale: Float[Array, " E"] | None = None,
 ) -> Routing:
     """Chooses K experts for each token and weighs them.
 
@@ -28,6 +30,7 @@ def route(
         config: ``top_k`` must be set.
         selection_bias: any float dtype; changes the choice only, never the weight (R3).
         rounding: rounding policy.
+        expert_scale: any float dtype; multiplies the weight of each expert last (R9).
 
     Returns:
         Routing with topk_ids [T, K] int64 and topk_weights [T, K] float64.
@@ -35,11 +38,13 @@ def route(
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
-    check_route_inputs(router_logits, config, selection_bias)
+    check_route_inputs(router_logits, config, selection_bias, expert_scale)
     xp = array_namespace(router_logits)
     logits = xp.astype(router_logits, xp.float64)
     topk_ids = choose(logits, config, selection_bias)
-    return Routing(topk_ids, weigh(logits, topk_ids, config, rounding))
+    return Routing(
+        topk_ids, scale_by_expert(weigh(logits, topk_ids, config, rounding), topk_ids, expert_scale, rounding)
+    )
 
 
 def choose(
@@ -159,6 +164,44 @@ def weigh(
     weights = weights * config.routed_scaling_factor
     weights = rounding.accumulate("topk_weights", weights, lambda: xp.abs(weights))
     return xp.where(broken, xp.full_like(weights, math.nan), weights)
+
+
+def scale_by_expert(
+    topk_weights: Float[Array, "*#samples T K"],
+    topk_ids: Int[Array, "T K"],
+    expert_scale: Float[Array, " E"] | None,
+    rounding: Rounding = EXACT,
+) -> Float[Array, "*#samples T K"]:
+    """The weights times the learned scales of their experts (R9); the weights themselves without such scales."""
+    if expert_scale is None:
+        return topk_weights
+    xp = array_namespace(topk_weights)
+    scaled = topk_weights * scales_of(topk_ids, expert_scale)
+    return rounding.accumulate("topk_weights_scaled", scaled, lambda: xp.abs(scaled))
+
+
+def scales_of(topk_ids: Int[Array, "T K"], expert_scale: Float[Array, " E"]) -> Float[Array, "T K"]:
+    """The scale of each chosen expert, in float64."""
+    xp = array_namespace(topk_ids)
+    wide = xp.astype(expert_scale, xp.float64)
+    return take_chosen(xp.broadcast_to(wide, (topk_ids.shape[0], wide.shape[0])), topk_ids)
+
+
+def scale_by_expert_vjp(
+    topk_weights: Float[Array, "*#samples T K"],
+    topk_ids: Int[Array, "T K"],
+    expert_scale: Float[Array, " E"],
+    d_scaled: Float[Array, "*#samples T K"],
+    rounding: Rounding = EXACT,
+) -> tuple[Float[Array, "*#samples T K"], Float[Array, "*#samples E"]]:
+    """The gradients of the weights before they are scaled, and of the scales: exactly 0 for experts unchosen (D2)."""
+    xp = array_namespace(topk_weights)
+    d_weights = d_scaled * scales_of(topk_ids, expert_scale)
+    d_weights = rounding.accumulate("d_topk_weights", d_weights, lambda: xp.abs(d_weights))
+    terms = put_chosen(d_scaled * topk_weights, topk_ids, expert_scale.shape[0])
+    total, length = xp.sum(terms, axis=-2), terms.shape[-2]
+    squares = xp.sum(terms * terms, axis=-2)
+    return d_weights, rounding.accumulate("d_expert_scale", total, lambda: sum_sd(total, squares, length))
 
 
 def divisor(total: Float[Array, "*#samples T 1"], config: MoEConfig) -> Float[Array, "*#samples T 1"]:

@@ -28,7 +28,8 @@ GATED: tuple[Activation, ...] = ("swiglu", "geglu", "geglu_tanh")
 PROJECTIONS = ("gate_up_proj", "down_proj")
 DENSE = (*PROJECTIONS, "gate_up_proj_bias", "down_proj_bias")
 LORA_FACTORS = ("gate_up_lora_a", "gate_up_lora_b", "down_lora_a", "down_lora_b")
-PARAMETERS = DENSE + LORA_FACTORS  # they have gradients; the selection bias has none (D1)
+PARAMETERS = DENSE + LORA_FACTORS  # of the experts; they have gradients; the selection bias has none (D1)
+PER_EXPERT = (*PARAMETERS, "expert_scale")  # with the routing's own; each has E in front
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class MoEConfig:
             DeepSeek-V4).
         renormalize: divide the K weights by (their sum + ``renormalize_eps``).
         renormalize_eps: the model's own epsilon (DeepSeek-V3: 1e-20), so that a zero sum does not give 0/0.
-        renormalize_form: how the epsilon enters: "add", or "max" to divide by max(sum, ``renormalize_eps``) (ERNIE 4.5).
-        routed_scaling_factor: multiplies the weights last (DeepSeek-V3: 2.5).
+        renormalize_form: how the epsilon enters: "add", or "max" for a division by max(sum, ``renormalize_eps``)
+            (ERNIE 4.5).
+        routed_scaling_factor: multiplies the weights after that (DeepSeek-V3: 2.5).
         num_groups: experts are chosen within the best of this many groups of neighbours (DeepSeek-V3: 8); 1 is none.
         topk_groups: how many groups are kept (DeepSeek-V3: 4).
         group_score: a group's key is the "max" of its experts' keys (DeepSeek-V2) or the sum of its two largest,
@@ -122,6 +124,7 @@ class MoEWeights:
     lora: ExpertLoRA | None = None
     _: KW_ONLY
     config: MoEConfig
+    expert_scale: Float[Array, " E"] | None = None  # multiplies the weights that routing gives; learned (R9)
 
     @property
     def num_experts(self) -> int:
@@ -139,12 +142,12 @@ class MoEWeights:
         return self.down_proj.shape[2]
 
     def parameters(self) -> dict[str, Array]:
-        """The `PARAMETERS` that the layer has, by name, each with E in front: these have gradients.
+        """What the layer has of `PER_EXPERT`, by name: these have gradients.
 
         A projection in 4 bits has no gradient and is left out: see `packed`.
         """
         found = {name: getattr(self, name) for name in DENSE}
-        found |= {name: getattr(self.lora, name, None) for name in LORA_FACTORS}
+        found |= {name: getattr(self.lora, name, None) for name in LORA_FACTORS} | {"expert_scale": self.expert_scale}
         return {
             name: value for name, value in found.items() if value is not None and not isinstance(value, PackedTensor)
         }
@@ -156,7 +159,7 @@ class MoEWeights:
 
     def with_parameters(self, changed: dict[str, Array]) -> MoEWeights:
         """The same layer with some of its `parameters` or `packed` projections replaced."""
-        dense = {name: value for name, value in changed.items() if name in DENSE}
+        dense = {name: value for name, value in changed.items() if name in (*DENSE, "expert_scale")}
         factors = {name: value for name, value in changed.items() if name in LORA_FACTORS}
         lora = replace(self.lora, **factors) if self.lora is not None else None
         return replace(self, **dense, lora=lora)
@@ -204,3 +207,4 @@ class MoEGradients:
     gate_up_lora_b: Array | None = None
     down_lora_a: Array | None = None
     down_lora_b: Array | None = None
+    expert_scale: Array | None = None  # None too if the caller gave the routing

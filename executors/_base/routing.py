@@ -55,7 +55,16 @@ def route(router_logits: Tensor, weights: MoEWeights) -> Routing:
     if config.renormalize:
         total, eps = chosen.sum(dim=-1, keepdim=True), config.renormalize_eps
         chosen = chosen / (total.clamp(min=eps) if config.renormalize_form == "max" else total + eps)
-    return Routing(ids, (chosen * config.routed_scaling_factor).masked_fill(broken, math.nan))
+    routing = Routing(ids, (chosen * config.routed_scaling_factor).masked_fill(broken, math.nan))
+    return scaled_by_expert(routing, weights.expert_scale)
+
+
+def scaled_by_expert(routing: Routing, expert_scale: Tensor | None) -> Routing:
+    """The weights times the learned scales of their experts, if there are any (R9)."""
+    if expert_scale is None:
+        return routing
+    scales = expert_scale.to(routing.topk_weights.dtype)[routing.topk_ids]  # its backward adds in a fixed order (C1)
+    return Routing(routing.topk_ids, routing.topk_weights * scales)
 
 
 @torch.library.custom_op("moe_ref::choose", mutates_args=())

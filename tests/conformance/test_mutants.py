@@ -106,6 +106,8 @@ def scoring_panel(tokens: int) -> tuple[Problem, ...]:
         replace(biased, config=replace(PLAIN, selection_key="logit"), seed=3),
         replace(biased, config=replace(EPSILON, renormalize_form="max"), seed=4),
         replace(base, config=EPSILON, seed=5),
+        replace(base, config=replace(FULL, routed_scaling_factor=1.0), expert_scale=True, gate_up_bias=True, seed=6),
+        replace(base, entry="experts", config=PLAIN, expert_scale=True, frozen=frozenset({"expert_scale"}), seed=7),
     )
 
 

@@ -6,6 +6,7 @@ place of `moe_ref._typing`.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import itertools
@@ -145,6 +146,8 @@ def call_everything(array: Callable[[np.ndarray], Any]) -> None:
         activation(array(rng.standard_normal((2, 2 * I))), moe_ref.MoEConfig(K, activation="geglu"))
         routing = moe_ref.route(logits.reshape(-1, E), config, weights.selection_bias)
         slots = routing.topk_ids.reshape(*batch, K), routing.topk_weights.reshape(*batch, K)
+        if bias:
+            weights = dataclasses.replace(weights, expert_scale=array(rng.standard_normal(E)))
         moe_ref.moe(x, logits, weights)
         moe_ref.moe_vjp(x, logits, weights, dy)
         moe_ref.routed_experts(x, *slots, weights)

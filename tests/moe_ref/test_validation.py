@@ -22,6 +22,7 @@ from moe_ref.validation import check_config, check_router_logits
 E, K, H, I = 5, 2, 4, 3  # noqa: E741
 FLOATS = "must be one of float64, float32, bfloat16, float16"
 IDS = "must be one of int32, int64"
+SCORINGS = "'softmax', 'topk_softmax', 'sigmoid', 'sqrtsoftplus'"
 NAN, INF = float("nan"), float("inf")
 
 GOOD: dict[str, Any] = {

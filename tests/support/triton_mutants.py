@@ -144,9 +144,19 @@ MUTANTS = {
     ),
     "the selection bias forgotten": ("routing", "keys += bias.to(keys.dtype)", "keys += 0.0", "groups"),
     "the bias on the score for the logit": ("routing", "logits if BY_LOGIT else scores", "scores", "routing"),
-    "the epsilon added for the larger": ("routing", "    if MAX:\n        return", "    if False:\n        return", "routing"),
+    "the epsilon added for the larger": (
+        "routing",
+        "    if MAX:\n        return",
+        "    if False:\n        return",
+        "routing",
+    ),
     "softplus without its square root": ("routing", "tl.sqrt(near)", "near", "routing"),
-    "exp underflows in sqrtsoftplus": ("routing", "value < -40.0, tl.exp(0.5 * value)", "value < -400.0, value", "routing"),
+    "exp underflows in sqrtsoftplus": (
+        "routing",
+        "value < -40.0, tl.exp(0.5 * value)",
+        "value < -400.0, value",
+        "routing",
+    ),
     "softplus without log1p": (
         "routing",
         "    return 2.0 * ratio * total\n",

@@ -19,6 +19,7 @@ from moe_ref.routing import (
     group_keys,
     keys_of_groups,
     route,
+    scale_by_expert,
     weigh,
 )
 from moe_ref.types import MoEWeights
@@ -144,7 +145,8 @@ def other_groups_count_as_zero(inner: Executor, x: Tensor, logits: Tensor, weigh
 
 
 def _with_ids(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights, ids: Tensor) -> Tensor:
-    return experts(inner, x, ids, narrow(weigh(logits.double(), ids, weights.config), x), weights)
+    own = scale_by_expert(weigh(logits.double(), ids, weights.config), ids, weights.expert_scale)
+    return experts(inner, x, ids, narrow(own, x), weights)
 
 
 def _with_scores(
@@ -168,4 +170,5 @@ def with_scores_chosen(inner: Executor, x: Tensor, weights: MoEWeights, ids: Ten
     config = weights.config
     if config.renormalize:
         scores = scores / divisor(scores.sum(dim=-1, keepdim=True), config)
-    return experts(inner, x, ids, narrow(scores * config.routed_scaling_factor, x), weights)
+    own = scale_by_expert(scores.double() * config.routed_scaling_factor, ids, weights.expert_scale)
+    return experts(inner, x, ids, narrow(own, x), weights)

@@ -1,18 +1,19 @@
-"""Wrong scores, wrong keys under a selection bias, and a wrong epsilon, of families that differ from the common form."""
+"""Wrong scores, keys, epsilons and scales, of families that differ from the common form."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from moe_ref.conformance.mutants._registry import layer_mutant
+from moe_ref.conformance.mutants._registry import layer_mutant, slot_mutant
 from moe_ref.conformance.mutants.routing import with_scores_chosen
 from moe_ref.conformance.wrapped import configured, experts, narrow
-from moe_ref.routing import chosen_scores, divisor, route
+from moe_ref.routing import chosen_scores, divisor, route, scale_by_expert
 from moe_ref.types import MoEWeights
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def weight_of_biased_logit(inner: Executor, x: Tensor, logits: Tensor, weights: 
     if bias is None or weights.config.selection_key == "score":
         return inner(x, logits, weights)
     ids = route(logits, weights.config, bias).topk_ids
-    return with_scores_chosen(inner, x, weights, ids, chosen_scores(logits.double() + bias.detach(), ids, weights.config))
+    return with_scores_chosen(
+        inner, x, weights, ids, chosen_scores(logits.double() + bias.detach(), ids, weights.config)
+    )
 
 
 @layer_mutant
@@ -85,6 +88,46 @@ def epsilon_with_gradient_of_sum(inner: Executor, x: Tensor, logits: Tensor, wei
     total = scores.sum(dim=-1, keepdim=True)
     total = total + (divisor(total, config) - total).detach()
     return experts(inner, x, ids, narrow(scores / total * config.routed_scaling_factor, x), weights)
+
+
+@layer_mutant
+def expert_scale_forgotten(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
+    """The weights are not multiplied by the experts' scales (R9)."""
+    return _with_scales(inner, x, logits, weights, lambda scale: 1 + 0 * scale)
+
+
+@layer_mutant
+def expert_scale_of_next_expert(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
+    """The scales are read one expert off (R9)."""
+    return _with_scales(inner, x, logits, weights, lambda scale: scale.roll(1))
+
+
+@layer_mutant
+def expert_scale_before_renormalisation(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
+    """The scores are scaled before their sum is taken (R9)."""
+    config = weights.config
+    if weights.expert_scale is None or not config.renormalize:
+        return inner(x, logits, weights)
+    ids = route(logits, config, weights.selection_bias).topk_ids
+    scores = scale_by_expert(chosen_scores(logits.double(), ids, config), ids, weights.expert_scale)
+    return with_scores_chosen(inner, x, replace(weights, expert_scale=None), ids, scores)
+
+
+@slot_mutant
+def expert_scale_in_experts(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """Weights that the caller gives are scaled too (R9)."""
+    if weights.expert_scale is None:
+        return experts(inner, x, ids, w, weights)
+    own = ids.clamp(0, weights.num_experts - 1).long()
+    return experts(inner, x, ids, (w * weights.expert_scale[own]).to(w.dtype), weights)
+
+
+def _with_scales(
+    inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights, change: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Runs the layer with other scales of the experts if it has any."""
+    scale = weights.expert_scale
+    return inner(x, logits, replace(weights, expert_scale=None if scale is None else change(scale)))
 
 
 def _with_sqrtsoftplus(

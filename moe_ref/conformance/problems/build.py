@@ -14,7 +14,7 @@ from moe_ref.conformance.problems.packed import quantized
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.grouping import is_slot
 from moe_ref.numerics import round_to_nearest
-from moe_ref.routing import chosen_scores, route, weigh
+from moe_ref.routing import chosen_scores, route, scale_by_expert, weigh
 from moe_ref.types import ExpertLoRA, MoEConfig, MoEWeights
 
 SELECTION_BIAS = {"small": 0.5, "large": 100.0}
@@ -68,7 +68,7 @@ def build(problem: Problem, chosen: tuple[int, ...] | None = None) -> Arrays:
         logits = _break_logits(logits, problem, rng)
         topk_ids = route(logits, config, bias).topk_ids
         topk_ids = topk_ids if chosen is None else np.reshape(chosen, topk_ids.shape)
-        slot_weights = weigh(logits, topk_ids, config)
+        slot_weights = scale_by_expert(weigh(logits, topk_ids, config), topk_ids, weights.expert_scale)
     else:
         topk_ids = _ids(problem, rng)
         slot_weights = topk_weights = _topk_weights(topk_ids, problem, rng)
@@ -111,6 +111,8 @@ def _weights(problem: Problem, rng: np.random.Generator) -> MoEWeights:
     )
     scale = SELECTION_BIAS.get(problem.selection_bias)
     selection = None if scale is None else normal((), problem.bias_dtype, scale)
+    scales = 1 + normal((), problem.bias_dtype, 0.5) if problem.expert_scale else None
+    scales = None if scales is None else round_to_nearest(scales, problem.bias_dtype)
     lora = None
     if problem.gate_up_rank or problem.down_rank:
         pairs = (
@@ -118,7 +120,8 @@ def _weights(problem: Problem, rng: np.random.Generator) -> MoEWeights:
             factors("down", problem.down_rank, hidden, inner),
         )
         lora = ExpertLoRA(*pairs[0], *pairs[1], *SCALINGS)
-    weights = MoEWeights(gate_up, down, gate_up_bias, down_bias, selection, lora, config=problem.config)
+    biases = gate_up_bias, down_bias, selection
+    weights = MoEWeights(gate_up, down, *biases, lora, config=problem.config, expert_scale=scales)
     return quantized(weights, problem) if problem.quant_type else weights
 
 

@@ -15,6 +15,7 @@ DEEPSEEK = MoEConfig(top_k=8, scoring="sigmoid", renormalize=True, routed_scalin
 DEEPSEEK_V4 = MoEConfig(top_k=6, scoring="sqrtsoftplus", renormalize=True, routed_scaling_factor=1.5)
 KOLIBRI = MoEConfig(top_k=4, scoring="sigmoid", renormalize=True, renormalize_eps=0.0, selection_key="logit")
 ERNIE = MoEConfig(top_k=6, renormalize=True, renormalize_eps=1e-12, renormalize_form="max")
+GEMMA = MoEConfig(top_k=8, renormalize=True, renormalize_eps=0.0, activation="geglu_tanh")
 BIASES: dict[str, Any] = {"gate_up_bias": True, "down_bias": True}
 ADAPTERS: dict[str, Any] = {"gate_up_rank": 4, "down_rank": 4}
 
@@ -210,4 +211,8 @@ EXAMPLES = (
     # the larger of sum and epsilon: the sum, and either
     Problem(33, 16, 8, 8, ERNIE, "bfloat16", selection_bias="small", seed=6),
     Problem(33, 16, 8, 8, replace(ERNIE, top_k=3, renormalize_eps=0.7), selection_bias="small", seed=7),
+    # a learned scale of each expert's weights; ignored where the caller gives them
+    Problem(33, 16, 8, 8, GEMMA, "bfloat16", expert_scale=True, bias_dtype="bfloat16", seed=8),
+    Problem(9, 5, 8, 8, replace(GEMMA, top_k=2), expert_scale=True, broken_logits=3, broken_x=1, seed=9),
+    Problem(9, 5, 8, 8, MoEConfig(2), entry="experts", expert_scale=True, frozen=frozenset({"expert_scale"}), seed=10),
 )

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from moe_ref.conformance.problems.packed import in_whole_blocks
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.types import DENSE, GATED, LORA_FACTORS, Activation, MoEConfig, QuantType, RenormalizeForm, Scoring, SelectionKey
+from moe_ref.types import (
+    DENSE,
+    GATED,
+    LORA_FACTORS,
+    Activation,
+    MoEConfig,
+    QuantType,
+    RenormalizeForm,
+    Scoring,
+    SelectionKey,
+)
 from moe_ref.validation.nf4 import BLOCKSIZES, DECODED_DTYPES
 
 if TYPE_CHECKING:
@@ -104,9 +114,12 @@ def problems(
     x_layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]), label="x_layout")
     dy_layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "scalar"]), label="dy_layout")
     broken_x = draw(st.integers(0, 1), label="broken_x")
-    frozen = draw(st.frozensets(st.sampled_from(["x", "routing", *DENSE, *LORA_FACTORS])), label="frozen")
+    frozen = draw(
+        st.frozensets(st.sampled_from(["x", "routing", "expert_scale", *DENSE, *LORA_FACTORS])), label="frozen"
+    )
     base_frozen = draw(st.booleans(), label="base_frozen")
     selection_bias = draw(st.sampled_from(["", "small", "large"]), label="selection_bias")
+    expert_scale = draw(st.booleans(), label="expert_scale")
     all_equal = x_layout == "expanded"
     kind = draw(st.sampled_from([k for k in WEIGHTS if k in weights]), label="weights")
     blocksize = draw(st.sampled_from(BLOCKSIZES), label="blocksize")
@@ -127,6 +140,7 @@ def problems(
         gate_up_bias=draw(st.booleans(), label="gate_up_bias"),
         down_bias=draw(st.booleans(), label="down_bias"),
         selection_bias=selection_bias if by_logits else "",
+        expert_scale=expert_scale,
         gate_up_rank=draw(st.sampled_from([0, 0, 1, 4]), label="gate_up_rank"),
         down_rank=draw(st.sampled_from([0, 0, 1, 3]), label="down_rank"),
         lora_dtype=draw(st.sampled_from(DTYPES), label="lora_dtype"),
@@ -145,7 +159,10 @@ def problems(
         dy_layout="contiguous" if all_equal and dy_layout == "scalar" else dy_layout,
         routing_layout=draw(st.sampled_from(["contiguous", "sliced"]), label="routing_layout"),
         top_k_given=draw(st.sampled_from([True, False]), label="top_k_given") or by_logits,
-        frozen=frozenset(_frozen(name, by_logits) for name in {*frozen, *(DENSE if base_frozen else ())}),
+        frozen=frozenset(
+            _frozen(name, by_logits)
+            for name in {*frozen, *(DENSE if base_frozen else ()), *(() if by_logits else ("expert_scale",))}
+        ),
         seed=draw(st.integers(0, 2**32 - 1), label="seed"),
     )
     return in_whole_blocks(problem)
@@ -198,6 +215,8 @@ def without_undeclared(problem: Problem, able: Capabilities) -> Problem:
     if not able.selection:
         config = replace(config, num_groups=1, topk_groups=1, group_score="max")
         problem = replace(problem, selection_bias="")
+    if not able.expert_scale:
+        problem = replace(problem, expert_scale=False)
     if not able.lora:
         problem = replace(problem, gate_up_rank=0, down_rank=0)
     return replace(problem, config=config)
@@ -222,6 +241,7 @@ def undeclared(problem: Problem, able: Capabilities) -> str:
         f"renormalize_form {config.renormalize_form}": not (chooses and config.renormalize)
         or config.renormalize_form in able.renormalize_forms,
         f"selection_key {config.selection_key}": not chooses or config.selection_key in able.selection_keys,
+        "expert_scale": able.expert_scale or not chooses or not problem.expert_scale,
         "scale_input": able.scale_input or not config.scale_input,
         "adapters": able.lora or not (problem.gate_up_rank or problem.down_rank),
     }
