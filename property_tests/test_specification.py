@@ -34,6 +34,7 @@ def sound(problem: Problem) -> Problem:
             broken_logits=0,
             broken_x=0,
             frozen=frozenset(),
+            expert_scale=problem.expert_scale and problem.entry == "layer",  # ignored otherwise
         )
     )
 
