@@ -15,6 +15,7 @@ import torch
 
 from executors._base.executor import LayerExecutor
 from executors._base.operator import Operator, apply
+from executors._base.routing import scaled_by_expert
 from executors._decode.paths import mean_rows
 from executors._protocol import Capabilities, Unavailable
 from executors._triton import operator
@@ -93,7 +94,7 @@ class Triton(LayerExecutor):
         return "interpreted on the CPU (TRITON_INTERPRET=1): slow, for numbers only" if INTERPRETED else ""
 
     def _route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
-        return route(router_logits, weights)
+        return scaled_by_expert(route(router_logits, weights), weights.expert_scale)
 
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         check_slots(topk_ids.numel(), self.name)

@@ -230,11 +230,11 @@ GRADIENT_MUTANTS = {
     "gelu's slope without its density": ("activation", "+ gate * density", "", "erf"),
     "the router's gradient lacks renormalisation": (
         "routing",
-        "(of_weights - tl.sum(of_weights * chosen, axis=1)[:, None] / divisor) / divisor",
-        "of_weights / divisor",
+        "(of_weights - of_sum) / total",
+        "of_weights / total",
         "groups",
     ),
-    "no epsilon in the router's gradient": ("routing", "divisor = whole + EPS", "divisor = whole", "routing"),
+    "no epsilon in the router's gradient": ("routing", "divisor(whole, EPS, MAX)", "whole", "routing"),
     "the factor forgotten in the router's gradient": ("routing", "other=0.0) * SCALING", "other=0.0)", "groups"),
     "the router's softmax without its mean": ("routing", "scores * (found - mean)", "scores * found", "softmax"),
     "the softmax of the chosen without its mean": (
@@ -255,6 +255,19 @@ GRADIENT_MUTANTS = {
         "if STORE_WEIGHTS or STORE_H:",
         "if STORE_H:",
         "frozen",
+    ),
+    "the epsilon's gradient is the sum's": (
+        "routing",
+        "of_sum = tl.where(whole < EPS, 0.0, of_sum)",
+        "of_sum = of_sum",
+        "routing",
+    ),
+    "half of sqrtsoftplus' slope": ("routing", "found *= sqrtsoftplus_slope(logits)", "found *= 0.5", "routing"),
+    "the slope of a square root at 0": (
+        "routing",
+        "tl.where(value < -40.0, 0.5 * score, sigmoid(value) / (2.0 * score))",
+        "sigmoid(value) / (2.0 * score)",
+        "routing",
     ),
     "half of the sigmoid's slope": ("routing", "of_weights * chosen * (1.0 - chosen)", "of_weights * chosen", "ties"),
     "the router's gradient of the next expert": (

@@ -53,6 +53,9 @@ MANY = MoEConfig(10)
 GROUPED = MoEConfig(
     8, scoring="sigmoid", num_groups=8, topk_groups=4, group_score="top2_sum", routed_scaling_factor=2.5
 )
+NEWER = MoEConfig(  # every other way through the kernels at once
+    6, scoring="sqrtsoftplus", renormalize=True, renormalize_form="max", selection_key="logit"
+)
 
 
 class CompileCase(NamedTuple):
@@ -189,6 +192,8 @@ def cases(family: str, dtypes: tuple[str, ...], largest: bool = False) -> Iterat
     yield CompileCase("deepseek", "float32", partial(_route, 256, "float32", GROUPED))
     yield CompileCase("deepseek", "float64", partial(_route, 256, "float64", GROUPED))
     yield CompileCase("E=512", "float64", partial(_route, 512, "float64", MANY))
+    for dtype in ("float32", "float64"):
+        yield CompileCase("deepseek", dtype, partial(_route, 256, dtype, NEWER))
     for tokens in (64, 1024):
         ids = torch.empty(tokens, 10, dtype=torch.int64, device="meta")
         yield CompileCase("E=512", "int64", partial(group, ids, 512, own.narrow[0].up.block_m))
@@ -260,7 +265,8 @@ def _route(experts: int, dtype: str, config: MoEConfig) -> None:
     """Routing, forward and backward."""
     # A custom operator launches nothing for tensors without values: these have some, which nobody reads.
     logits = torch.zeros(64, experts, dtype=getattr(torch, dtype))
-    bias = torch.zeros(experts) if config.num_groups > 1 else None
+    bias = torch.zeros(experts) if config.num_groups > 1 or config.selection_key == "logit" else None
     none = logits.new_zeros(experts, 0, 0)
     routing = route(logits, MoEWeights(none, none, selection_bias=bias, config=config))
-    backward_operator(routing.topk_weights, routing.topk_ids, logits, config.scoring, config.renormalize, 1e-20, 1.0)
+    static = config.scoring, config.renormalize, 1e-20, 1.0, config.renormalize_form
+    backward_operator(routing.topk_weights, routing.topk_ids, logits, *static)

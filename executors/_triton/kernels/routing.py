@@ -41,6 +41,32 @@ def sigmoid(value):
 
 
 @triton.jit
+def log1p_of_exp(value):
+    """log(1 + exp(v)) for v at most 0, from the series of atanh(e / (2 + e)): all digits, whatever tl.log gives."""
+    small = tl.exp(value)
+    ratio = small / (2.0 + small)  # at most 1/3
+    square = ratio * ratio
+    total = tl.zeros_like(ratio)
+    for n in tl.static_range(16, -1, -1):
+        total = total * square + tl.full(ratio.shape, 1.0, ratio.dtype) / (2 * n + 1)
+    return 2.0 * ratio * total
+
+
+@triton.jit
+def sqrtsoftplus(value):
+    """sqrt(log(1 + exp(v))): exp(v / 2) far below 0, where exp(v) underflows."""
+    near = tl.where(value > 0, value, 0.0) + log1p_of_exp(-tl.abs(value))
+    return tl.where(value < -40.0, tl.exp(0.5 * value), tl.sqrt(near))
+
+
+@triton.jit
+def sqrtsoftplus_slope(value):
+    """The derivative of `sqrtsoftplus`: 0 at -inf."""
+    score = sqrtsoftplus(value)
+    return tl.where(value < -40.0, 0.5 * score, sigmoid(value) / (2.0 * score))
+
+
+@triton.jit
 def softmax(values):
     """The softmax of each row."""
     exponentials = tl.exp(values - tl.max(values, axis=1)[:, None])
@@ -48,14 +74,24 @@ def softmax(values):
 
 
 @triton.jit
-def load_logits(router_logits, strides, tokens, experts, num_tokens, num_experts, dtype):
-    """Logits, -inf outside of them, and which rows hold a NaN: 1 or 0."""
+def divisor(total, EPS, MAX):
+    """What renormalisation divides by (R5)."""
+    if MAX:
+        return tl.where(total < EPS, EPS, total)
+    else:
+        return total + EPS
+
+
+@triton.jit
+def load_logits(router_logits, strides, tokens, experts, num_tokens, num_experts, SCORING, dtype):
+    """Logits, -inf outside of them, and which rows hold a NaN or an infinite score: 1 or 0."""
     mask = (tokens < num_tokens)[:, None] & (experts < num_experts)
     offsets = tokens[:, None] * strides[0] + experts.to(tl.int64) * strides[1]
     logits = tl.load(router_logits + offsets, mask=mask, other=LOWEST).to(dtype)
-    return logits, tl.max(
-        (logits != logits).to(tl.int32), axis=1
-    )  # a softmax itself makes NaN of +inf, and of -inf alone
+    broken = logits != logits  # a softmax itself makes NaN of +inf, and of -inf alone
+    if SCORING == "sqrtsoftplus":
+        broken = broken | (logits == -LOWEST)
+    return logits, tl.max(broken.to(tl.int32), axis=1)
 
 
 @triton.jit
@@ -67,6 +103,8 @@ def scores_of(logits, broken, experts, num_experts, SCORING):
         sound = softmax(sound)
     if SCORING == "sigmoid":
         sound = sigmoid(sound)
+    if SCORING == "sqrtsoftplus":
+        sound = sqrtsoftplus(sound)
     return sound
 
 
@@ -104,12 +142,14 @@ def route_kernel(
     TOP_K: tl.constexpr,
     SCORING: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    MAX: tl.constexpr,
     EPS: tl.constexpr,
     SCALING: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     TOPK_GROUPS: tl.constexpr,
     TOP2: tl.constexpr,
+    BY_LOGIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -118,13 +158,13 @@ def route_kernel(
     """Ids by (key descending, id ascending), and their weights, which are NaN in undefined rows."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)[None, :]
-    dtype = topk_weights.dtype.element_ty
-    logits, broken = load_logits(router_logits, strides, tokens, experts, num_tokens, num_experts, dtype)
+    dtype: tl.constexpr = topk_weights.dtype.element_ty
+    logits, broken = load_logits(router_logits, strides, tokens, experts, num_tokens, num_experts, SCORING, dtype)
     scores = scores_of(logits, broken, experts, num_experts, SCORING)
 
     keys = logits  # every scoring keeps the order of the logits, which is exact in any dtype
     if HAS_BIAS or NUM_GROUPS > 1:
-        keys = scores
+        keys = logits if BY_LOGIT else scores
         if HAS_BIAS:
             bias = tl.load(selection_bias + experts.to(tl.int64) * bias_stride, mask=experts < num_experts, other=0.0)
             keys += bias.to(keys.dtype)
@@ -147,7 +187,7 @@ def route_kernel(
     if SCORING == "topk_softmax":
         chosen = softmax(tl.where(slots < TOP_K, chosen, LOWEST))  # all of them -inf: NaN (R4)
     if RENORMALIZE:
-        chosen = chosen / (tl.sum(tl.where(slots < TOP_K, chosen, 0.0), axis=1)[:, None] + EPS)
+        chosen = chosen / divisor(tl.sum(tl.where(slots < TOP_K, chosen, 0.0), axis=1)[:, None], EPS, MAX)
     chosen = tl.where(broken[:, None] == 1, float("nan"), chosen * SCALING)
     out = tokens[:, None] * TOP_K + slots
     wanted = (tokens < num_tokens)[:, None] & (slots < TOP_K)
@@ -167,6 +207,7 @@ def route_backward_kernel(
     TOP_K: tl.constexpr,
     SCORING: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    MAX: tl.constexpr,
     EPS: tl.constexpr,
     SCALING: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -176,8 +217,8 @@ def route_backward_kernel(
     """Gradients of the logits, through the weights of the chosen experts (D1); 0 in rows with undefined weights."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)[None, :]
-    dtype = gradients.dtype.element_ty
-    logits, broken = load_logits(router_logits, strides, tokens, experts, num_tokens, num_experts, dtype)
+    dtype: tl.constexpr = gradients.dtype.element_ty
+    logits, broken = load_logits(router_logits, strides, tokens, experts, num_tokens, num_experts, SCORING, dtype)
     scores = scores_of(logits, broken, experts, num_experts, SCORING)
     slots = tl.arange(0, BLOCK_K)[None, :]
     wanted = (tokens < num_tokens)[:, None] & (slots < TOP_K)
@@ -193,9 +234,12 @@ def route_backward_kernel(
         chosen = softmax(tl.where(slots < TOP_K, chosen, LOWEST))
     chosen = tl.where(slots < TOP_K, chosen, 0.0)
     whole = tl.sum(chosen, axis=1)[:, None]
-    if RENORMALIZE:  # w = c s / (sum of s + eps)
-        divisor = whole + EPS
-        of_weights = (of_weights - tl.sum(of_weights * chosen, axis=1)[:, None] / divisor) / divisor
+    if RENORMALIZE:  # w = c s / (sum of s + eps); if eps is the larger of the two and stands alone, w = c s / eps
+        total = divisor(whole, EPS, MAX)
+        of_sum = tl.sum(of_weights * chosen, axis=1)[:, None] / total
+        if MAX:
+            of_sum = tl.where(whole < EPS, 0.0, of_sum)
+        of_weights = (of_weights - of_sum) / total
     mean = tl.sum(of_weights * chosen, axis=1)[:, None]  # of a softmax
     of_slots = of_weights
     if SCORING == "topk_softmax":
@@ -210,6 +254,8 @@ def route_backward_kernel(
         found = tl.where(experts == expert, value, found)
     if SCORING == "softmax":
         found = scores * (found - mean)
+    if SCORING == "sqrtsoftplus":
+        found *= sqrtsoftplus_slope(logits)
     undefined = (broken[:, None] == 1) | (whole != whole)
     found = tl.where(undefined, 0.0, found)
     mask = (tokens < num_tokens)[:, None] & (experts < num_experts)
