@@ -182,7 +182,7 @@ def test_offsets_are_64_bit() -> None:
 
 def test_addresses_are_made_by_offset_only() -> None:
     """No kernel of products or gradients multiplies with a stride or a size by itself, but within a tile (E5)."""
-    size = r"(?:stride\w*|strides\[|width\b|num_slots\b|OUTER\b|INNER\b|scales\[|[NKHMR]\b)"
+    size = r"(?:\w*stride\w*|width\b|num_slots\b|OUTER\b|INNER\b|scales\[|[NKHMR]\b)"
     found = [
         line
         for module in (addresses, products, packed, tiles, adapters, gradients, outer)
@@ -190,7 +190,7 @@ def test_addresses_are_made_by_offset_only() -> None:
         if "offset(rows, 2 * N)" not in line and "< 2 * N)" not in line  # twice a size is no product of sizes
     ]
     assert [line.strip() for line in found] == [
-        '"""index * stride in 64 bits, whatever the two have (E5)."""',
+        '"""index * stride in 64 bits, whatever the dtypes of the two (E5)."""',
         "return index.to(tl.int64) * stride",
         "z_rows = z + offset(row, N) + (tl.arange(0, BLOCK_M) * N)[:, None]",
     ]
