@@ -1,6 +1,7 @@
 """Choosing with a bias and in groups, and which choices rounding admits (R2, R3)."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from moe_ref.conformance.judgement.checks import ConformanceError, check_problem
 from moe_ref.conformance.judgement.choices import UNIT, admissible, have_margins
 from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.problems.strategies import undeclared, without_undeclared
+from moe_ref.types import RenormalizeForm, Scoring, SelectionKey
 
 SIGMOID = MoEConfig(2, scoring="sigmoid")
 GROUPS = MoEConfig(2, scoring="sigmoid", num_groups=2, topk_groups=1)
@@ -160,3 +163,28 @@ def test_no_sum_of_scores_is_near_the_epsilon() -> None:
     assert not np.isclose(totals[:, 1] / totals.sum(axis=1), 0.5, rtol=1e-3).any()
     ties = build(replace(problem, config=replace(config, renormalize_form="add"))).router_logits
     assert (ties[:, 0] == ties[:, 1]).any()
+
+
+def test_every_name_of_the_configuration_is_declared_by_default() -> None:
+    able = executors.Capabilities()
+    assert able.scorings == set(get_args(Scoring))
+    assert able.renormalize_forms == set(get_args(RenormalizeForm))
+    assert able.selection_keys == set(get_args(SelectionKey))
+
+
+def test_forms_that_an_executor_lacks_are_named_and_not_drawn() -> None:
+    some = executors.Capabilities(
+        scorings=frozenset({"sigmoid"}),
+        renormalize_forms=frozenset({"add"}),
+        selection_keys=frozenset({"score"}),
+        expert_scale=False,
+    )
+    config = MoEConfig(2, "sqrtsoftplus", True, renormalize_form="max", selection_key="logit")
+    problem = Problem(4, 4, 4, 4, config, expert_scale=True)
+    lacking = "scoring sqrtsoftplus, renormalize_form max, selection_key logit, expert_scale"
+    assert undeclared(problem, some) == lacking
+    assert undeclared(problem, executors.Capabilities()) == ""
+    drawn = without_undeclared(problem, some)
+    assert undeclared(drawn, some) == ""
+    assert drawn == Problem(4, 4, 4, 4, MoEConfig(2, "sigmoid", True))
+    assert undeclared(replace(problem, entry="experts"), some) == ""

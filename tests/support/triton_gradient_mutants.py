@@ -262,7 +262,12 @@ GRADIENT_MUTANTS = {
         "of_sum = of_sum",
         "routing",
     ),
-    "half of sqrtsoftplus' slope": ("routing", "found *= sqrtsoftplus_slope(logits)", "found *= 0.5", "routing"),
+    "half of sqrtsoftplus' slope": (
+        "routing",
+        "of_weights * sqrtsoftplus_slope(own_logits, chosen)",
+        "0.5 * of_weights",
+        "routing",
+    ),
     "the slope of a square root at 0": (
         "routing",
         "tl.where(value < -40.0, 0.5 * score, sigmoid(value) / (2.0 * score))",

@@ -60,9 +60,8 @@ def sqrtsoftplus(value):
 
 
 @triton.jit
-def sqrtsoftplus_slope(value):
-    """The derivative of `sqrtsoftplus`: 0 at -inf."""
-    score = sqrtsoftplus(value)
+def sqrtsoftplus_slope(value, score):
+    """The derivative of `sqrtsoftplus`, whose value is the score: 0 at -inf."""
     return tl.where(value < -40.0, 0.5 * score, sigmoid(value) / (2.0 * score))
 
 
@@ -246,6 +245,13 @@ def route_backward_kernel(
         of_slots = chosen * (of_weights - mean)
     if SCORING == "sigmoid":
         of_slots = of_weights * chosen * (1.0 - chosen)
+    if SCORING == "sqrtsoftplus":
+        own_logits = tl.zeros((BLOCK_T, BLOCK_K), scores.dtype)
+        for k in range(TOP_K):
+            own = tl.sum(tl.where(slots == k, ids, 0), axis=1)[:, None]
+            logit = tl.sum(tl.where(experts == own, logits, 0.0), axis=1)
+            own_logits = tl.where(slots == k, logit[:, None], own_logits)
+        of_slots = of_weights * sqrtsoftplus_slope(own_logits, chosen)
     of_slots = tl.where(slots < TOP_K, of_slots, 0.0)
     found = tl.zeros((BLOCK_T, BLOCK_E), scores.dtype)
     for k in range(TOP_K):
@@ -254,8 +260,6 @@ def route_backward_kernel(
         found = tl.where(experts == expert, value, found)
     if SCORING == "softmax":
         found = scores * (found - mean)
-    if SCORING == "sqrtsoftplus":
-        found *= sqrtsoftplus_slope(logits)
     undefined = (broken[:, None] == 1) | (whole != whole)
     found = tl.where(undefined, 0.0, found)
     mask = (tokens < num_tokens)[:, None] & (experts < num_experts)
