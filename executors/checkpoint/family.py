@@ -43,7 +43,8 @@ class Family:
         interleaved: whether joined gate and up rows alternate: gate 0, up 0, gate 1, ...
         router: names of the router's weight [E, H] after the layer's prefix; the first that is there counts.
         router_bias: names of its bias [E]; empty where the family has none.
-        selection_bias: names of the selection bias [E] or [1, E]; empty where the family has none.
+        selection_bias: names of the selection bias [E] or [1, E]; empty where the family has none. A name that begins
+            with "../" is beside the block.
         router_in_fp32: whether the router's product is in fp32 whatever the model's dtype.
     """
 
@@ -76,6 +77,11 @@ def topk_softmax(top_k: Key = TOP_K, **fields: Any) -> dict[str, Any]:
 def sigmoid(top_k: Key = TOP_K, **fields: Any) -> dict[str, Any]:
     """A score for each expert by itself."""
     return {"top_k": top_k, "scoring": "sigmoid", **SILU, **fields}
+
+
+def sqrtsoftplus(top_k: Key = TOP_K, **fields: Any) -> dict[str, Any]:
+    """As `sigmoid`, with sqrt(softplus(logit)) as the score."""
+    return {"top_k": top_k, "scoring": "sqrtsoftplus", **SILU, **fields}
 
 
 def normalized(default: bool) -> Key:

@@ -65,6 +65,7 @@ NAMINGS = (
     ),
     Naming(("experts.up_proj",), "experts.down_proj", gated=False),
     Naming(("experts.fc1.weight",), "experts.fc2.weight", joined=True),
+    Naming(("experts.w13_weight",), "experts.w2_weight", joined=True),
     Naming(("input_linear.weight",), "output_linear.weight", joined=True),
 )
 

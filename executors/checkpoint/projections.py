@@ -36,8 +36,11 @@ class Source:
     tell: Tell
 
     def key(self, name: str, expert: int | None = None) -> str:
-        """The key of a name after the layer's prefix."""
-        return self.block.prefix + (name if expert is None else name.format(expert))
+        """The key of a name after the layer's prefix; "../" leaves the block."""
+        prefix = self.block.prefix
+        if name.startswith("../"):
+            prefix, name = prefix.rstrip(".").rpartition(".")[0] + ".", name.removeprefix("../")
+        return prefix + (name if expert is None else name.format(expert))
 
     def tensor(self, key: str) -> Tensor:
         """One dense tensor.

@@ -20,6 +20,7 @@ from executors.checkpoint.family import (
     scaled,
     sigmoid,
     softmax,
+    sqrtsoftplus,
     topk_softmax,
 )
 
@@ -48,8 +49,13 @@ SOFTMAX = {
     "hunyuan_v1_moe": Family(
         softmax(top_k=key("moe_topk", "num_experts_per_tok"), renormalize=True), router=("gate.wg.weight",)
     ),
-    "ernie4_5_moe": Family(  # divides by max(sum, 1e-12): the sum is above that
-        softmax(top_k=key("moe_k", "num_experts_per_tok"), renormalize=True),
+    "ernie4_5_moe": Family(
+        softmax(
+            top_k=key("moe_k", "num_experts_per_tok"),
+            renormalize=True,
+            renormalize_eps=key("moe_norm_min", default=1e-12),
+            renormalize_form="max",
+        ),
         selection_bias=("moe_statics.e_score_correction_bias", "gate.moe_statics.e_score_correction_bias"),
         router_in_fp32=True,
     ),
@@ -149,6 +155,25 @@ SIGMOID = {
         router_in_fp32=True,
     ),
     "flint": Family(sigmoid(renormalize=normalized(True), renormalize_eps=0.0), router_in_fp32=True),
+    "inkling2_text": Family(
+        sigmoid(
+            renormalize=True,
+            renormalize_eps=1e-20,
+            routed_scaling_factor=key("route_scale", "routed_scaling_factor", default=8.0),
+            activation="silu",
+            gate_softcap=key("mlp_gate_softcap", default=4.0),
+            up_softcap=key("mlp_up_softcap", default=25.0),
+        ),
+        cases={key("scoring_func", default="sigmoid"): {"sigmoid": {}, "sqrtsoftplus": {"scoring": "sqrtsoftplus"}}},
+        interleaved=True,
+        selection_bias=("gate.bias", *DEEPSEEK_BIAS),
+        router_in_fp32=True,
+    ),
+    "kolibri1": Family(
+        sigmoid(renormalize=normalized(False), renormalize_eps=0.0, selection_key="logit"),
+        selection_bias=("../moe.router.expert_bias", *DEEPSEEK_BIAS),
+        router_in_fp32=True,
+    ),
     "laguna": Family(  # the factor is the block's
         sigmoid(
             renormalize=True,
@@ -176,22 +201,30 @@ SIGMOID = {
     ),
 }
 
-FAMILIES: dict[str, Family] = {**SOFTMAX, **TOPK_SOFTMAX, **SIGMOID}
+SQRTSOFTPLUS = {
+    "deepseek_v4": Family(
+        sqrtsoftplus(renormalize=True, renormalize_eps=1e-20, routed_scaling_factor=scaled(1.5), **clamped_silu(10.0)),
+        cases={
+            key("scoring_func", default="sqrtsoftplus"): {"sqrtsoftplus": {}, "sigmoid": {"scoring": "sigmoid"}},
+            key("mlp_layer_types"): {"moe": {}},  # of a layer; others choose experts by a hash of the token
+        },
+        selection_bias=("gate.bias", *DEEPSEEK_BIAS),
+    ),
+}
 
-PER_EXPERT_SCALE = "its router multiplies each expert's weight by a learned scale"
+FAMILIES: dict[str, Family] = {**SOFTMAX, **TOPK_SOFTMAX, **SIGMOID, **SQRTSOFTPLUS}
+
+OTHER_INPUT = "its router takes other hidden states than its experts, through a norm and a scale of its own"
 SHARED_SUM = "its router's scores are divided by a sum that has shared experts in it"
 CAPACITY = "its experts have a capacity, beyond which tokens are dropped"
 REFUSED: dict[str, str] = {
     "phimoe": "its router is a sparsemixer, which MoEConfig cannot express",
-    "deepseek_v4": "its scores are sqrt(softplus(logit)), and some layers choose experts by a hash of the token",
-    "gemma4_text": PER_EXPERT_SCALE,
-    "diffusion_gemma_text": PER_EXPERT_SCALE,
-    "kolibri1": "its bias is added to the logit instead of the score",
+    "gemma4_text": OTHER_INPUT,
+    "diffusion_gemma_text": OTHER_INPUT,
     "inkling_text": SHARED_SUM,
-    "inkling2_text": "its gate has soft caps, which MoEConfig cannot express",
     "muse_spark_text": "each expert's output passes through a norm before it is weighted",
     "zaya": "its router is a network of its own with a state, and may skip a layer",
-    "step3p5": "its gate is clamped after the activation, which MoEConfig cannot express",
+    "step3p5": "its stacks are called moe.gate_proj.weight and the like, which this reader does not know",
     "longcat_flash": "some of its experts have no weights and return their input",
     "ernie4_5_vl_moe_text": "one list holds its text experts and its vision experts, in two sizes",
     "jetmoe": "its layer has a bias of its own, and its attention has experts too",

@@ -9,13 +9,15 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from executors._protocol import Unsupported
-from executors.hf.router_table import CHECKED, REFUSED, RULES, RouterRule
+from executors.hf.router_rules import RouterRule
+from executors.hf.router_table import CHECKED, REFUSED, RULES
 
 
 def config_of(module: nn.Module) -> RouterRule:
     """How a router chooses experts and weighs them, such that `moe_ref.route` gives the same from the same logits.
 
-    The logits [T, E] are those that the router itself returns. Numbers come from the module's attributes, the rule from
+    The logits [T, E] are those that the router itself returns, or the logarithms of the probabilities that it returns:
+    `RouterRule.returns` says which. Numbers come from the module's attributes, the rule from
     a table by the name of its class: docs/routers.md lists it. The order of a token's experts is the specification's,
     which many routers leave open; equal keys go to the lower id.
 
@@ -24,7 +26,8 @@ def config_of(module: nn.Module) -> RouterRule:
             where the block holds the selection bias.
 
     Returns:
-        RouterRule: the configuration, the selection bias, and under which condition they are exact.
+        RouterRule: the configuration, the selection bias, the learned scales of experts, and under which condition they
+            are exact.
 
     Raises:
         Unsupported: the class is unknown, or is one that no `MoEConfig` expresses; or the selection bias is the block's

@@ -16,6 +16,7 @@ from executors import checkpoint
 from executors.checkpoint import config as configs
 from executors.checkpoint.family import MISSING, Key
 from executors.checkpoint.table import FAMILIES, REFUSED
+from family_errors import in_dtype
 from tiny_models import Block
 
 ALIASES = {"kimi_k2": "deepseek_v3"}
@@ -32,6 +33,8 @@ def parameters(family: str, block: Block) -> dict[str, Tensor | None]:
     down = module.down_proj
     if getattr(module, "is_transposed", family == "llama4_text"):
         up, down = up.transpose(1, 2), down.transpose(1, 2)
+    elif FAMILIES[family].interleaved and module.is_concatenated:  # rows alternate in the file alone
+        up = torch.stack(up.chunk(2, dim=1), dim=2).flatten(1, 2)
     named = {**dict(block.module.named_parameters()), **dict(block.module.named_buffers())}
     bias = [value for name, value in named.items() if re.search(r"(e_score_correction|expert)_bias$", name)]
     return {
@@ -70,7 +73,7 @@ def test_family_is_read_and_computes_what_its_module_computes(family: str, tmp_p
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - ALIASES.keys()))
 def test_router_product_is_rounded_where_the_family_rounds_it(family: str, tmp_path: Path) -> None:
-    model = tiny_models.tiny_model(family).to(torch.bfloat16)
+    model = in_dtype(tiny_models.tiny_model(family), torch.bfloat16)
     opened = checkpoint.open(tiny_models.saved(model, tmp_path))
     x = torch.randn(tiny_models.TOKENS, tiny_models.HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
     logits, _, _ = tiny_models.outputs(tiny_models.blocks(model)[0], x)
@@ -143,6 +146,10 @@ def test_activations_are_those_of_the_library(name: str) -> None:
         ("qwen2_moe", {"norm_topk_prob": True}, {"renormalize": True}),
         ("lfm2_moe", {"use_expert_bias": False}, {"scoring": "sigmoid"}),
         ("mixtral", {"hidden_act": "gelu_pytorch_tanh"}, {"activation": "geglu_tanh"}),
+        ("inkling2_text", {"scoring_func": "sqrtsoftplus"}, {"scoring": "sqrtsoftplus", "gate_softcap": 0.5}),
+        ("deepseek_v4", {"scoring_func": "sigmoid"}, {"scoring": "sigmoid"}),
+        ("kolibri1", {"norm_topk_prob": False}, {"selection_key": "logit", "renormalize": False}),
+        ("ernie4_5_moe", {"moe_norm_min": 0.75}, {"renormalize_form": "max", "renormalize_eps": 0.75}),
         ("nemotron_h", {"mlp_hidden_act": "gelu"}, {"activation": "gelu"}),
         ("mistral4", {"n_group": 4, "topk_group": 2}, {"num_groups": 4, "topk_groups": 2}),
         ("deepseek_v3", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}, {"renormalize": False}),

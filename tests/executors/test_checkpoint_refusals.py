@@ -171,6 +171,11 @@ def test_family_that_is_none(tmp_path: Path) -> None:
         (DEEPSEEK | {"scoring_func": "softmax"}, "scoring_func='softmax': must be 'sigmoid': deepseek_v3 has no other"),
         (DEEPSEEK | {"topk_method": "greedy"}, "topk_method='greedy': must be 'noaux_tc'"),
         (DEEPSEEK | {"n_group": 3}, "num_groups=3"),
+        (
+            DEEPSEEK | {"model_type": "deepseek_v4", "mlp_layer_types": ["hash_moe", "moe"]},
+            "mlp_layer_types='hash_moe': must be 'moe': deepseek_v4 has no other here",
+        ),
+        (DEEPSEEK | {"model_type": "deepseek_v4"}, "mlp_layer_types is missing in it: must be there"),
         (DEEPSEEK | {"model_type": "axk2"}, "n_group=2: must be None or 1: axk2 has no other"),
         (DEEPSEEK | {"model_type": "deepseek_v2", "topk_method": "best"}, "must be 'greedy' or 'group_limited_greedy'"),
         (DEEPSEEK | {"model_type": "deepseek_v2", "norm_topk_prob": True}, "norm_topk_prob=True: must be False"),

@@ -26,7 +26,6 @@ pytestmark = [
 ]
 FAMILIES = families.families()
 REFUSED = {
-    "Inkling2Experts": "Inkling2Experts: its gate is none of MoEConfig's",
     "MuseSparkExperts": "MuseSparkExperts: has_post_expert_norm=True",
 }
 SERVED = [family for family in FAMILIES if family.experts not in REFUSED]
@@ -114,6 +113,9 @@ BREAKS: list[tuple[str, str, Callable[[MoEWeights], MoEWeights]]] = [
     ("gpt_oss", "another alpha", changed(alpha=1.7)),
     ("gpt_oss", "no bias of the first product", lambda weights: replace(weights, gate_up_proj_bias=None)),
     ("minimax_m3_vl", "another offset", changed(up_offset=0.999)),
+    ("inkling2", "another softcap of the gate", changed(gate_softcap=3.9)),
+    ("inkling2", "no softcap of the gate", changed(gate_softcap=None)),
+    ("inkling2", "no softcap of the up half", changed(up_softcap=None)),
     ("openai_privacy_filter", "no bias of the second product", lambda weights: replace(weights, down_proj_bias=None)),
     ("aria", "not transposed", not_transposed),
     ("gemma4", "another gelu", changed(activation="geglu")),

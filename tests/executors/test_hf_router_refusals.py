@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 
+import families
 import router_walk
 from executors import Unsupported
 from executors.hf import config_of
@@ -77,6 +78,23 @@ def test_a_router_alone_is_enough_elsewhere() -> None:
         ours, whole = config_of(alone), config_of(block)
         assert (ours.config, ours.output_scale) == (whole.config, 1.0)
         assert ours.selection_bias is whole.selection_bias
+
+
+@pytest.mark.parametrize("name", ["diffusion_gemma", "gemma4"])
+def test_a_router_in_a_layer_without_a_block_is_found(name: str) -> None:
+    """Gemma 4's decoder layer holds it; its scales of experts are not copied."""
+    layers = [module for module in families.build(families.named(name)).modules() if hasattr(module, "router")]
+    rule = config_of(layers[0])
+    assert rule.expert_scale is layers[0].router.per_expert_scale
+    assert (rule.returns, rule.output_scale, rule.selection_bias) == ("probabilities", 1.0, None)
+    assert config_of(layers[0].router).config == rule.config
+
+
+def test_a_bias_of_one_row_is_a_view() -> None:
+    block, router = made(PLACES["Ernie4_5_MoeTopKRouter"])
+    own = router.moe_statics.e_score_correction_bias
+    bias = config_of(block).selection_bias
+    assert (own.shape, bias.shape, bias.data_ptr()) == ((1, router.num_experts), (router.num_experts,), own.data_ptr())
 
 
 @pytest.mark.parametrize("router", ["BeamTopKRouter", "LagunaTopKRouter", "OpenAIPrivacyFilterTopKRouter"])

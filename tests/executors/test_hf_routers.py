@@ -6,11 +6,12 @@ import transformers
 
 import router_page
 from executors.hf import config_of
-from executors.hf.router_table import CHECKED, REFUSED, RULES, ZEROED
+from executors.hf.router_rules import ZEROED
+from executors.hf.router_table import CHECKED, REFUSED, RULES
 from moe_ref import route
 from router_breaks import breaks
 from router_cases import cases
-from router_judge import bias_of, fault, is_certain, is_right_choice
+from router_judge import bias_of, fault, is_certain, is_right_choice, logits_of, scale_of
 from router_walk import Place, places
 
 SERVED = [place for place in places() if place.router not in REFUSED]
@@ -39,7 +40,7 @@ def test_a_router_follows_its_rule(place: Place) -> None:
         rule = config_of(case.block)
         for routed in case.run():
             assert fault(routed, rule) == "", case.name
-            certain.append(is_certain(routed.logits, rule).mean())
+            certain.append(is_certain(logits_of(routed, rule), rule).mean())
     assert np.mean(certain) > 0.7  # of the tokens, where the rule has a condition
 
 
@@ -63,7 +64,7 @@ def test_the_route_of_the_specification_is_the_routers() -> None:
         case = next(cases(place))
         rule = config_of(case.block)
         routed = next(case.run())
-        exact = route(routed.logits, rule.config, bias_of(rule))
+        exact = route(logits_of(routed, rule), rule.config, bias_of(rule), expert_scale=scale_of(rule))
         order = np.argsort(routed.ids, axis=1), np.argsort(exact.topk_ids, axis=1)
         ids, right_ids = (np.take_along_axis(a, i, 1) for a, i in zip((routed.ids, exact.topk_ids), order, strict=True))
         assert (ids == right_ids).all(), place.router

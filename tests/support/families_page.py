@@ -34,7 +34,7 @@ FORMS = {
 TEXT = """\
 # Families of transformers
 
-`executors.hf` runs the experts of every family that transformers dispatches, but for two that this page refuses.
+`executors.hf` runs the experts of every family that transformers dispatches, but for one that this page refuses.
 `python tests/support/families_page.py` makes the page from a tiny random model of each family on a CPU: transformers
 {transformers}, torch {torch}.
 
@@ -103,6 +103,9 @@ def in_short(config: MoEConfig) -> str:
     said = [config.activation]
     said += [f"alpha {config.alpha:g}"] if config.alpha != 1 else []
     said += [f"limit {config.limit:g}"] if config.limit is not None else []
+    said += ["clamped after the activation"] if config.clamp == "after" else []
+    said += [f"gate softcap {config.gate_softcap:g}"] if config.gate_softcap is not None else []
+    said += [f"up softcap {config.up_softcap:g}"] if config.up_softcap is not None else []
     said += [f"offset {config.up_offset:g}"] if config.up_offset else []
     said += [config.gate_up_layout] if config.gate_up_layout != "concatenated" else []
     return ", ".join(said)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 import executors.hf
 from families import Family, build, experts_of
@@ -176,6 +177,15 @@ def _largest(runs: list[Results], exact: Results) -> dict[str, float]:
     return {name: max(found[name] for found in errors) for name in errors[0]}
 
 
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in a dtype as ``from_pretrained`` loads it: what its class keeps in fp32 stays there."""
+    kept = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not any(part in name for part in kept):
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
 @cache
 def judge_experts(family: Family, dtype: torch.dtype, executor: str = "native") -> Judgement:
     """The first experts module alone, on what its model gives it in that dtype.
@@ -183,7 +193,7 @@ def judge_experts(family: Family, dtype: torch.dtype, executor: str = "native") 
     Raises:
         Unsupported: `executors.hf` refuses the family.
     """
-    model = build(family).to(dtype)
+    model = in_dtype(build(family), dtype)
     (module, *_) = experts_of(model, family).values()
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     with module.register_forward_pre_hook(lambda _, given: calls.append(given)), torch.no_grad():

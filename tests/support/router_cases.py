@@ -10,12 +10,14 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.activations import SqrtSoftplusActivation
 
 from router_walk import Place
 
@@ -31,6 +33,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {  # arguments of configurations that ar
     "Dots3NoteVisionConfig": COMMON | {"pyramid_num_routed": [E] * 42, "num_attention_heads": 1, "adapter_in_dim": H},
     "Qwen3OmniMoeTalkerTextConfig": COMMON | {"num_experts": E, "shared_expert_intermediate_size": 8},
 }
+ALONE = ("DiffusionGemmaEncoderTextLayer", "Gemma4TextDecoderLayer")  # whole layers: their routers are called alone
 ARGUMENTS = {"layer_idx": 5, "intermediate_size": 8}  # of blocks, beside the configuration
 OPTIONS: dict[
     str, tuple[dict[str, Any], ...]
@@ -50,7 +53,9 @@ OPTIONS: dict[
         {"expert_selection_fn": "sigmoid", "norm_topk_prob": False},
     ),
     "use_expert_bias": ({"use_expert_bias": True}, {"use_expert_bias": False}),
-    "score_fn": ({"score_fn": nn.Sigmoid()},),
+    "score_fn": tuple({"score_fn": score()} for score in (SqrtSoftplusActivation, nn.Sigmoid, nn.Sigmoid, nn.Sigmoid)),
+    "norm_min": tuple({"norm_min": least} for least in (1e-12, 0.5, 1e-3)),
+    "per_expert_scale": tuple({"config": SimpleNamespace(top_k_experts=k)} for k in (K, 1, 2)),
     "router_logit_softcapping": ({"router_logit_softcapping": 0.0}, {"router_logit_softcapping": 5.0}),
     "output_multiplier": ({"output_multiplier": 1.0}, {"output_multiplier": 0.5}),
     "top_k": ({"top_k": K}, {"top_k": 1}, {"top_k": 2}),
@@ -115,6 +120,7 @@ def routed(returned: tuple[Tensor, ...], output: float | None) -> Routed:
         chosen = np.argsort(-scores, axis=1)[:, :count]
         assert (np.sort(scores, axis=1)[:, :-count] == 0).all()
         return Routed(logits, chosen, np.take_along_axis(scores, chosen, axis=1), None)
+    returned = tuple(tensor.flatten(0, -2) for tensor in returned)  # some keep the dimensions of their input
     (ids,) = [tensor for tensor in returned if not tensor.is_floating_point()]
     (weights,) = [tensor for tensor in returned if tensor.is_floating_point() and tensor.shape == ids.shape]
     (logits,) = [tensor for tensor in returned if tensor.is_floating_point() and tensor.shape == (len(ids), E)]
@@ -123,6 +129,8 @@ def routed(returned: tuple[Tensor, ...], output: float | None) -> Routed:
 
 def chosen_logits(rng: np.random.Generator) -> np.ndarray:
     """[T, E] usual, large, tiny; ties and near ties; sums around the epsilons 1e-20 and 1e-6; softmax that underflows.
+
+    Sums of sigmoids come near 1e-20 at -46, sums of sqrt(softplus) at -83.
 
     None lies so low that a sigmoid in fp32 is subnormal, which costs it its precision.
     """
@@ -135,6 +143,7 @@ def chosen_logits(rng: np.random.Generator) -> np.ndarray:
         rng.choice([-1.0, 0.0, 0.5, 1.0], (16, E)),
         np.zeros((1, E)),
         1 + rng.integers(0, 4, (8, E)) * 2.0**-23,
+        -83 + _normal(rng, 12, E).numpy() / 2,
         -46 + _normal(rng, 12, E).numpy(),
         -34 + _normal(rng, 8, E).numpy(),
         -14 + _normal(rng, 12, E).numpy(),
@@ -165,7 +174,7 @@ def cases(place: Place) -> Iterator[Case]:
 
 
 def fill(holders: list[nn.Module], kind: str, seed: int) -> bool:
-    """Puts a selection bias where the block or the router has one; whether there is one."""
+    """Puts a selection bias where the block or the router has one; whether there is one. So with scales of experts."""
     rng = np.random.default_rng(seed)
     values = {
         "small": 0.1 * rng.standard_normal(E),
@@ -175,21 +184,31 @@ def fill(holders: list[nn.Module], kind: str, seed: int) -> bool:
     }[kind]
     state = [item for holder in holders for item in (*holder.named_parameters(), *holder.named_buffers())]
     biases = [tensor for name, tensor in state if name.split(".")[-1] in ("e_score_correction_bias", "expert_bias")]
+    scales = [tensor for name, tensor in state if name.split(".")[-1] == "per_expert_scale"]
     for tensor in biases:
         tensor.data.copy_(torch.from_numpy(values))
+    for tensor in scales:
+        tensor.data.copy_(torch.from_numpy(rng.uniform(-1.0, 2.0, E)))
     return bool(biases)
 
 
 def made(place: Place) -> tuple[nn.Module, nn.Module]:
-    """The block, and the router in it; the router twice where no block uses it."""
+    """The block, and the router in it; the router twice where no block uses it, or one of `ALONE`.
+
+    A router that norms its input gets no norm, and a scale that undoes its factor: the product is its logits.
+    """
+    alone = not place.block or place.block in ALONE
     with torch.device("meta"):
-        block = _constructed(place.get(place.block or place.router), place.family)
-    router = getattr(block, place.attribute) if place.block else block
+        block = _constructed(place.get(place.router if alone else place.block), place.family)
+    router = block if alone else getattr(block, place.attribute)
     router.to_empty(device="cpu")
-    for name, child in block.named_children() if place.block else ():
+    for name, child in () if alone else block.named_children():
         if child is not router:
             setattr(block, name, Ones() if name == "experts" else Zeros() if "shared" in name else nn.Identity())
     block.to_empty(device="cpu", recurse=False)
+    if hasattr(router, "scalar_root_size"):
+        router.norm = nn.Identity()
+        router.scale.data.fill_(1 / router.scalar_root_size)
     return block.eval(), router.eval()
 
 

@@ -1,9 +1,10 @@
 """Whether a router did what a rule says: its choice within the last bits of fp32, its weights within error bars."""
 
 import numpy as np
+from torch import Tensor
 
 from executors.hf import RouterRule
-from executors.hf.router_table import ZEROED
+from executors.hf.router_rules import ZEROED
 from moe_ref.conformance.judgement.choices import UNIT, admissible
 from moe_ref.conformance.judgement.gates import judge
 from moe_ref.error_bars import KINDS, Part, TensorBars
@@ -16,6 +17,7 @@ from moe_ref.routing import (
     group_keys,
     keys_are_rounded,
     keys_of_groups,
+    scale_by_expert,
     weigh,
 )
 from moe_ref.samples import Measured, Recorded, Replayed
@@ -30,7 +32,7 @@ TIES = 16 * FP32.unit_roundoff  # relative: how near two scores may be that a ro
 def fault(routed: Routed, rule: RouterRule) -> str:
     """What is wrong, in one line, or ""."""
     config, bias = rule.config, bias_of(rule)
-    logits, ids, size = routed.logits, routed.ids, routed.logits.shape[1]
+    logits, ids, size = logits_of(routed, rule), routed.ids, routed.logits.shape[1]
     if ids.shape[1] != config.top_k:
         return f"{ids.shape[1]} experts for each token, and {config.top_k} in the rule"
     ordered = np.sort(ids, axis=1)
@@ -44,7 +46,8 @@ def fault(routed: Routed, rule: RouterRule) -> str:
         return f"token {t}: chose {sorted(ids[t].tolist())}, but must choose {sorted(must.tolist())}"
     if None not in (routed.output, rule.output_scale) and not np.isclose(routed.output, rule.output_scale, 1e-6, 0):
         return f"the block multiplies by {routed.output}, and the rule by {rule.output_scale}"
-    bars = weight_bars(logits, ids, config)
+    judged &= underflows_not(logits, ids, config)
+    bars = weight_bars(logits, ids, rule)
     return judge("topk_weights", routed.weights, bars, "float32", "float32", judged=judged).failure
 
 
@@ -54,7 +57,7 @@ def is_right_choice(routed: Routed, rule: RouterRule) -> np.ndarray:
     With a selection bias or groups that is the specification's own rule. Without, where its keys are the logits, a
     router that chooses by scores may take near scores for equal.
     """
-    config, bias, logits = rule.config, bias_of(rule), routed.logits
+    config, bias, logits = rule.config, bias_of(rule), logits_of(routed, rule)
     if keys_are_rounded(config, bias) or config.scoring == "topk_softmax":
         keys = choice_keys(logits, config, bias)
         ids = np.sort(routed.ids, axis=1)
@@ -86,16 +89,44 @@ def is_certain(logits: np.ndarray, rule: RouterRule) -> np.ndarray:
     return best[:, config.top_k - 1] > slack
 
 
+def underflows_not(logits: np.ndarray, ids: np.ndarray, config: MoEConfig) -> np.ndarray:
+    """[T] Whether all chosen scores are normal numbers of fp32, for routers that divide by max(sum, eps).
+
+    A bias may choose scores of which none is normal. Such a divisor then enlarges their underflow.
+    """
+    if config.renormalize_form == "add":
+        return np.ones(len(logits), dtype=bool)
+    return (chosen_scores(logits, ids, config) >= FP32.smallest_normal).all(axis=1)
+
+
+def logits_of(routed: Routed, rule: RouterRule) -> np.ndarray:
+    """What `moe_ref.route` starts from: what the router returned, or its logarithm."""
+    if rule.returns == "logits":
+        return routed.logits
+    with np.errstate(divide="ignore"):  # of 0, which a softmax in fp32 underflows to
+        return np.log(routed.logits)
+
+
 def bias_of(rule: RouterRule) -> np.ndarray | None:
     """The selection bias in float64."""
-    return None if rule.selection_bias is None else rule.selection_bias.detach().double().numpy()
+    return _wide(rule.selection_bias)
 
 
-def weight_bars(logits: np.ndarray, ids: np.ndarray, config: MoEConfig) -> TensorBars:
+def scale_of(rule: RouterRule) -> np.ndarray | None:
+    """The scales of experts in float64."""
+    return _wide(rule.expert_scale)
+
+
+def _wide(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.detach().double().numpy()
+
+
+def weight_bars(logits: np.ndarray, ids: np.ndarray, rule: RouterRule) -> TensorBars:
     """The exact weights of these experts, and how far honest ones may stray: sampled, as all error bars are."""
 
     def run(rounding: Rounding) -> np.ndarray:
-        return np.asarray(weigh(logits[None], ids, config, rounding))
+        weights = weigh(logits[None], ids, rule.config, rounding)
+        return np.asarray(scale_by_expert(weights, ids, scale_of(rule), rounding))
 
     recorded = Recorded()
     exact = run(recorded)[0]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from executors import Unsupported
 from executors.hf import config_of
-from executors.hf.router_table import CHECKED, REFUSED, RULES, ZEROED
+from executors.hf.router_rules import ZEROED
+from executors.hf.router_table import CHECKED, REFUSED, RULES
 from router_cases import cases, made
 from router_walk import BESIDES, Place, places
 
@@ -19,12 +20,17 @@ router's own logits, `moe_ref.route` then gives the same experts and weights:
 block = model.model.layers[0].mlp  # or the router, where it holds its own selection bias
 rule = executors.hf.config_of(block)
 logits, topk_weights, topk_ids = block.gate(hidden_states)  # the order differs from router to router
-exact = moe_ref.route(logits, rule.config, rule.selection_bias)
+exact = moe_ref.route(logits, rule.config, rule.selection_bias, expert_scale=rule.expert_scale)
 ```
 
-- `rule.selection_bias` is the module's own tensor. Where the block holds it, `config_of` must be given the block.
+- `rule.selection_bias` is the module's own tensor, or a view of it. Where the block holds it, `config_of` must be given
+  the block.
 - `rule.output_scale` is the factor by which the block multiplies the sum of the routed experts after the router. To
   have it in the weights, multiply `routed_scaling_factor` by it.
+- `rule.expert_scale` is the learned scale of each expert's weights, the module's own tensor, or None. In a layer it is
+  `MoEWeights.expert_scale`.
+- `rule.returns` is "logits", or "probabilities" for routers that return those instead. Their logarithms, in float64,
+  then serve as logits. They differ from the router's logits by a number for each token, which changes nothing.
 - `rule.note` is the condition under which the rule is exact, or "".
 - Numbers come from the module's attributes. The rule comes from a table, by the name of the class. A class that is not
   in the table is refused by name.
@@ -36,8 +42,9 @@ and a router any. The weights must lie within error bars.
 
 Three things are not compared:
 
-- Below about -87 a sigmoid underflows in float32. A router that divides by the plain sum of such scores returns NaN,
-  and one that adds an epsilon may return 0. The specification gives the weights of the exact scores.
+- Below about -87 a sigmoid or softplus underflows in float32. A router that divides by the plain sum of such scores
+  returns NaN, and one that adds an epsilon may return 0. The specification gives the weights of the exact scores. So it
+  is with a softmax's scores that a bias chooses, where a router divides them by max(sum, epsilon).
 - Many routers leave the order of a token's experts open.
 - In bf16 models, some routers round logits, scores or weights to bf16. The specification starts from the logits that
   the router returns, and rounds no score.

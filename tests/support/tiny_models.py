@@ -65,6 +65,9 @@ OWN: dict[str, dict[str, Any]] = {
     "openai_privacy_filter": {"swiglu_limit": 0.5},
     "minimax_m3_vl_text": {"swiglu_limit": 0.5},
     "hy_v4": {"swiglu_limit": 0.5},
+    "deepseek_v4": {"mlp_layer_types": ["moe", "moe"], "swiglu_limit": 0.5},
+    "inkling2_text": {"mlp_gate_softcap": 0.5, "mlp_up_softcap": 0.75},
+    "kolibri1": {"norm_topk_prob": True},
 }
 # Classes that no auto class knows.
 CLASSES = {
