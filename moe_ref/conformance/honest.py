@@ -145,10 +145,7 @@ class _Twin(torch.autograd.Function):
         x, ids, w = ctx.saved_tensors
         _, gradients = _y_and_gradients(x, ids, w, ctx.weights, dy, ctx.rounding)
         owners = {"x": x, "topk_weights": w, **ctx.weights.parameters()}
-        found = {name: getattr(gradients, name) for name in owners}  # None: learned scales, which act before (R9)
-        dx, dw, *others = (
-            None if found[n] is None else torch.from_numpy(np.asarray(found[n])).to(owners[n]) for n in owners
-        )
+        dx, dw, *others = (torch.from_numpy(np.asarray(getattr(gradients, n))).to(owners[n]) for n in owners)
         return dx, None, dw, None, None, *others
 
 
