@@ -10,7 +10,7 @@ from array_api_compat import array_namespace
 
 from moe_ref._typing import Array, Float
 from moe_ref.numerics import EXACT, Rounding
-from moe_ref.routing import sigmoid
+from moe_ref.scores import sigmoid
 from moe_ref.types import Clamp, MoEConfig
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from moe_ref import MoEConfig, route
-from moe_ref.routing import route_vjp, sqrtsoftplus, sqrtsoftplus_slope
+from moe_ref.routing import route_vjp
+from moe_ref.scores import sqrtsoftplus, sqrtsoftplus_slope
 
 INF = math.inf
 

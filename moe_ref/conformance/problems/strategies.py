@@ -128,6 +128,7 @@ def problems(
     base_frozen = draw(st.booleans(), label="base_frozen")
     selection_bias = draw(st.sampled_from(["", "small", "large"]), label="selection_bias")
     expert_scale = draw(st.booleans(), label="expert_scale")
+    scale_ignored = expert_scale and not by_logits  # where ids and weights are given (R9)
     all_equal = x_layout == "expanded"
     kind = draw(st.sampled_from([k for k in WEIGHTS if k in weights]), label="weights")
     blocksize = draw(st.sampled_from(BLOCKSIZES), label="blocksize")
@@ -169,7 +170,7 @@ def problems(
         top_k_given=draw(st.sampled_from([True, False]), label="top_k_given") or by_logits,
         frozen=frozenset(
             _frozen(name, by_logits)
-            for name in {*frozen, *(DENSE if base_frozen else ()), *(() if by_logits else ("expert_scale",))}
+            for name in {*frozen, *(DENSE if base_frozen else ()), *(("expert_scale",) if scale_ignored else ())}
         ),
         seed=draw(st.integers(0, 2**32 - 1), label="seed"),
     )
