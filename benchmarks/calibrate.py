@@ -5,7 +5,6 @@ python benchmarks/calibrate.py [--out benchmarks/results] [--name calibration-cp
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from dataclasses import replace
@@ -20,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 import executors
+from executors._compare.files import write_json
 from moe_ref import MoEConfig
 from moe_ref.conformance.honest import honest_variants
 from moe_ref.conformance.judgement.checks import check_problem
@@ -165,12 +165,9 @@ def main(
         "numpy": np.__version__,
     }
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".{name}.json.tmp"
-    temporary.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    temporary.replace(out / f"{name}.json")
-    heading = (
-        f"honest executors within the gates: {len(problems('float32'))} problems a dtype, torch {torch.__version__}"
-    )
+    write_json(out / f"{name}.json", {"machine": machine, "rows": rows})
+    count = len(problems("float32"))
+    heading = f"honest executors within the gates: {count} problems a dtype, torch {torch.__version__}"
     plot(out / f"{name}.png", rows, heading)
 
 

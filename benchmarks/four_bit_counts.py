@@ -35,7 +35,7 @@ class Device(NamedTuple):
     Attributes:
         name: of the product.
         multiprocessors, lanes, clock: of the clock, Hz; a multiprocessor issues for so many lanes in each cycle.
-        products: flop/s of large bf16 products; of sm75 fp16 without tensor cores, which Triton has not there.
+        products: flop/s of large bf16 products; on sm75 of fp16 without tensor cores, which Triton does not use there.
         bandwidth: bytes/s.
     """
 
@@ -134,7 +134,7 @@ def load(fresh: list[Path]) -> dict[str, list[dict[str, Any]]]:
         for family, target in json.loads(path.read_text())["targets"].items():
             rows = [k for k in target["kernels"] if k["instructions_per_weight"]]
             found[family] = [
-                {name: k[name] for name in KEPT} | {"by_rows": k["constants"]["FORM"]["by_rows"]} for k in rows
+                {name: k[name] for name in KEPT} | {"by_rows": k["constants"]["FORMAT"]["by_rows"]} for k in rows
             ]
     return {family: found[family] for family in DEVICES if family in found}
 

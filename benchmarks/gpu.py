@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gpu_run import Outcome, run_all
-from gpu_stages import NAMES, Plan, stages
+from gpu_stages import NAMES, StagePlan, stages
 from gpu_summary import failures, table, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,13 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--out {given.out}: must be a folder that can be written: {error.strerror}")
     site = Path(tempfile.mkdtemp(prefix="moe-ref-site-"))
     try:
-        plan = Plan(sys.executable, ROOT, out, site, wheels, given.short, given.profile, chosen)
+        plan = StagePlan(sys.executable, ROOT, out, site, wheels, given.short, given.profile, chosen)
         return _run(plan, given.limit, given.commit or _commit())
     finally:
         shutil.rmtree(site, ignore_errors=True)
 
 
-def _run(plan: Plan, limit: float, commit: str) -> int:
+def _run(plan: StagePlan, limit: float, commit: str) -> int:
     started = time.monotonic()
     outcomes: list[Outcome] = []
 
@@ -104,7 +104,7 @@ def _run(plan: Plan, limit: float, commit: str) -> int:
     return int(any(outcome.failed for outcome in outcomes))
 
 
-def _portable(plan: Plan, command: tuple[str, ...]) -> str:
+def _portable(plan: StagePlan, command: tuple[str, ...]) -> str:
     """A command as one would type it in the checkout, without this machine's folders."""
     names = {f"{plan.root}{os.sep}": "", str(plan.out): "OUT", str(plan.site): "SITE", plan.python: "python"}
     text = " ".join(command)

@@ -1,8 +1,8 @@
 """Compiles, on all cores, what liger-kernel chooses among by trial: python benchmarks/gpu_peers.py LAYER...
 
-It compiles some 240 variants for each H and I, one after the other, in the first call: minutes, which the benchmark has
-not. Here several processes have a share of them each. What they compile stays in Triton's cache on disk; what they
-find fastest beside one another is forgotten, and the benchmark's own process tries all of them again.
+liger-kernel compiles some 240 variants for each H and I, one after the other, in the first call. That takes minutes,
+which the benchmark has not. Here several processes compile a share each, into Triton's cache on disk. Which variants
+they find fastest is forgotten: the benchmark's own process tries all of them again.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def run_all(stages: list[Stage], out: Path, limit: float, tell: Callable[[str], 
     Args:
         stages: what to run.
         out: folder for the logs, NAME.log.
-        limit: seconds for all of them; a stage for which too little is left is skipped, aloud.
+        limit: seconds for all of them; a stage with too little time left is skipped, and says so.
         tell: called with a line before and after each stage.
     """
     started = time.monotonic()

@@ -31,7 +31,7 @@ NO_GPU = "needs a GPU"
 
 
 @dataclass(frozen=True)
-class Plan:
+class StagePlan:
     """What is to be run, with what.
 
     Attributes:
@@ -60,7 +60,7 @@ class Plan:
         return "cpu" if self.short else "cuda"
 
 
-def stages(plan: Plan) -> list[Stage]:
+def stages(plan: StagePlan) -> list[Stage]:
     """The stages of a plan, the wheels first; shortened ones may take as long as a slow CPU needs."""
     known = {stage.name: stage for stage in (*_checks(plan), *_sanitizers(plan), *_benchmarks(plan), _profile(plan))}
     assert set(known) == set(NAMES)
@@ -74,20 +74,20 @@ def stages(plan: Plan) -> list[Stage]:
     return [replace(s, environment={**variables, **s.environment}, folder=plan.root) for s in found]
 
 
-def environment(plan: Plan) -> dict[str, str]:
+def environment(plan: StagePlan) -> dict[str, str]:
     """What every stage has: the wheels and the checkout, which need not be installed."""
     path = [str(plan.site), str(plan.root), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
     return found | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if plan.short else found
 
 
-def _wheels(plan: Plan) -> Stage:
+def _wheels(plan: StagePlan) -> Stage:
     options = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check")
     target = ("--target", str(plan.site), *map(str, plan.wheels))
     return Stage("wheels", (plan.python, "-m", "pip", "install", *options, *target), 120)
 
 
-def _checks(plan: Plan) -> list[Stage]:
+def _checks(plan: StagePlan) -> list[Stage]:
     machine = (plan.python, "benchmarks/gpu_machine.py", str(plan.out / "machine.json"))
     quick = ("-k", QUICK) if plan.short else ()
     names = OTHERS[:1] if plan.short else OTHERS
@@ -100,13 +100,13 @@ def _checks(plan: Plan) -> list[Stage]:
     ]
 
 
-def _suite(plan: Plan, names: Sequence[str], quick: Sequence[str]) -> list[str]:
+def _suite(plan: StagePlan, names: Sequence[str], quick: Sequence[str]) -> list[str]:
     chosen = [part for name in names for part in ("--executor", name)]
     device = ["--executor-device", plan.device, "--hypothesis-profile", "ci" if plan.short else plan.profile]
     return ["--pyargs", SUITE, *chosen, *device, *quick]
 
 
-def _pytest(plan: Plan, name: str, arguments: Sequence[str], cap: float) -> Stage:
+def _pytest(plan: StagePlan, name: str, arguments: Sequence[str], cap: float) -> Stage:
     """pytest with the plug-ins it needs and no others; warnings of other versions are shown and no failures."""
     workers = min(MOST_WORKERS, max(1, (os.cpu_count() or 1) - 2))
     plugins = ("-p", "hypothesispytest", "-p", "moe_ref.conformance.plugin", "-p", "no:cacheprovider")
@@ -115,7 +115,7 @@ def _pytest(plan: Plan, name: str, arguments: Sequence[str], cap: float) -> Stag
     return Stage(name, command, cap, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"})
 
 
-def _sanitizers(plan: Plan) -> list[Stage]:
+def _sanitizers(plan: StagePlan) -> list[Stage]:
     """Each tool on the small problems, every block of memory torch's own, so that none hides in a larger one."""
     program = (plan.python, "benchmarks/gpu_small.py", plan.device, "triton")
     return [
@@ -131,7 +131,7 @@ def _sanitizers(plan: Plan) -> list[Stage]:
     ]
 
 
-def _benchmarks(plan: Plan) -> list[Stage]:
+def _benchmarks(plan: StagePlan) -> list[Stage]:
     compiled = (plan.python, "benchmarks/gpu_peers.py", *MAIN_LAYERS, *LARGE_LAYERS)
     skip = NO_GPU if plan.short else ""
     peers = Stage("peers", compiled, 120, skip=skip)
@@ -147,7 +147,7 @@ def _benchmarks(plan: Plan) -> list[Stage]:
     ]
 
 
-def _bench(plan: Plan, name: str, layers: Sequence[str], options: Sequence[str], cap: float) -> Stage:
+def _bench(plan: StagePlan, name: str, layers: Sequence[str], options: Sequence[str], cap: float) -> Stage:
     if plan.short:
         layers = LARGE_LAYERS[:1]  # of few experts: quickest to interpret
         tiny = ("--scale", "256", "--tokens", "3", "--seconds", "0", "--rounds", "1", "--interpreted")
@@ -157,13 +157,13 @@ def _bench(plan: Plan, name: str, layers: Sequence[str], options: Sequence[str],
     return Stage(name, (plan.python, "-m", "executors", "bench", *chosen, *options, *where), cap)
 
 
-def _four_bit(plan: Plan) -> Stage:
+def _four_bit(plan: StagePlan) -> Stage:
     short = ("--short",) if plan.short else ()
     program = (plan.python, "benchmarks/gpu_four_bit.py", plan.device, str(plan.out / "four-bit"), SECONDS, *short)
     return Stage("four-bit", program, 300)
 
 
-def _crossover(plan: Plan) -> Stage:
+def _crossover(plan: StagePlan) -> Stage:
     """Where decoding in the products stops to pay."""
     short = ("--layer", LARGE_LAYERS[0], "--weights", "mxfp4", "--rows", "1", "--direction", "forward")
     tiny = ("--scale", "256", "--seconds", "0", "--rounds", "1", "--interpreted")
@@ -172,7 +172,7 @@ def _crossover(plan: Plan) -> Stage:
     return Stage("crossover", command, 300)
 
 
-def _profile(plan: Plan) -> Stage:
+def _profile(plan: StagePlan) -> Stage:
     """Nsight Compute on the kernels of one call, clocks left as they are."""
     sections = [part for section in SECTIONS for part in ("--section", section)]
     watched = ("benchmarks/gpu_profile.py", plan.device, MAIN_LAYERS[1], "4096", "forward")

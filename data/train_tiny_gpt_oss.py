@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import platform
 import re
 import time
@@ -38,6 +37,8 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 import moe_ref.nf4
 from executors import nf4
+from executors._cli.options import with_options
+from executors._compare.files import replacing
 from moe_ref.types import NF4Tensor
 
 FORMAT = "moe-ref layer 1"
@@ -47,34 +48,40 @@ LOSS_NAME = "tiny_gpt_oss_loss"
 VOCABULARY = 256
 HELD_OUT_FRACTION = 0.1
 LOG_EVERY = 10
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """All arguments of a run; they are recorded in the JSON report."""
+    """All arguments of a run; all but the folder are recorded in the JSON report."""
 
-    steps: int
-    batch_size: int
-    context: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    gradient_clip: float
-    balance_coefficient: float
-    layers: int
-    hidden_size: int
-    intermediate_size: int
-    experts: int
-    top_k: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
-    kept_layer: int
-    kept_tokens: int
-    evaluate_every: int
-    experts_implementation: str
-    threads: int
-    seed: int
+    output: Annotated[Path, typer.Option(help="Folder to write the four files to.", file_okay=False)] = HERE
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps. A few are enough for a smoke test.")] = 1000
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of text per step.")] = 8
+    context: Annotated[int, typer.Option(min=2, max=4096, help="Bytes per window.")] = 256
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 2e-3
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")] = 50
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW weight decay of the matrices.")] = 0.1
+    gradient_clip: Annotated[float, typer.Option(min=0.0, help="Largest norm of the gradient.")] = 1.0
+    balance_coefficient: Annotated[
+        float, typer.Option(min=0.0, help="Factor of the loss that evens out the routing; 0 leaves it out.")
+    ] = 0.01
+    layers: Annotated[int, typer.Option(min=1, help="Transformer layers.")] = 3
+    hidden_size: Annotated[int, typer.Option(min=1, help="Width of the hidden states, H.")] = 160
+    intermediate_size: Annotated[int, typer.Option(min=1, help="Width inside an expert, I.")] = 128
+    experts: Annotated[int, typer.Option(min=2, help="Experts per layer, E.")] = 32
+    top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 4
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 5
+    key_value_heads: Annotated[int, typer.Option(min=1, help="Key and value heads.")] = 1
+    head_dim: Annotated[int, typer.Option(min=2, help="Width of a head.")] = 32
+    kept_layer: Annotated[int, typer.Option(min=0, help="Layer to keep, counted from 0.")] = 1
+    kept_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to keep.")] = 1024
+    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between validation losses.")] = 100
+    experts_implementation: Annotated[
+        Literal["eager", "grouped_mm"], typer.Option(help="How transformers computes the experts.")
+    ] = "grouped_mm"
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the batches.")] = 0
 
 
 @dataclass
@@ -317,12 +324,20 @@ def with_sorted_metadata(content: bytes) -> bytes:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name in the same folder, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def write_model(model: GptOssForCausalLM, capture: Capture, args: Arguments) -> tuple[Path, Path]:
+    """Write the kept layer and the rest of the model, and give the model the parameters that the files have."""
+    layer_path, rest_path = (args.output / f"{name}.safetensors" for name in (LAYER_NAME, REST_NAME))
+    content = save(layer_tensors(model, capture, args), metadata=layer_metadata(model, args))
+    write_atomically(layer_path, with_sorted_metadata(content))
+    rest = rest_tensors(model, args)
+    nf4.save(rest_path, rest)
+    write_atomically(rest_path, with_sorted_metadata(rest_path.read_bytes()))
+    model.load_state_dict(as_stored(model, rest))
+    return layer_path, rest_path
 
 
 def read_layer(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -466,6 +481,22 @@ def versions() -> dict[str, str]:
     }
 
 
+def describe_text(text: bytes, train_values: Tensor, held_out: Tensor) -> dict[str, Any]:
+    """Describe the text and its split."""
+    return {
+        "source": "pydoc_data.topics, values joined in the order of the sorted keys",
+        "sha256": hashlib.sha256(text).hexdigest(),
+        "bytes": len(text),
+        "training_bytes": len(train_values),
+        "held_out_bytes": len(held_out),
+    }
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Describe a file by its size and its digest."""
+    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
 def report_text(report: dict[str, Any]) -> str:
     """Return the report as indented JSON with each list of plain values on one line."""
     text = json.dumps(report, indent=2)
@@ -487,47 +518,16 @@ def check(args: Arguments, held_out: Tensor) -> None:
         raise typer.BadParameter(hint, param_hint="--kept-tokens")
 
 
-def main(
-    output: Annotated[Path, typer.Option(help="Folder to write the four files to.", file_okay=False)] = Path(
-        __file__
-    ).parent,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps. A few are enough for a smoke test.")] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows of text per step.")] = 8,
-    context: Annotated[int, typer.Option(min=2, max=4096, help="Bytes per window.")] = 256,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 2e-3,
-    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")] = 50,
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW weight decay of the matrices.")] = 0.1,
-    gradient_clip: Annotated[float, typer.Option(min=0.0, help="Largest norm of the gradient.")] = 1.0,
-    balance_coefficient: Annotated[
-        float, typer.Option(min=0.0, help="Factor of the loss that evens out the routing; 0 leaves it out.")
-    ] = 0.01,
-    layers: Annotated[int, typer.Option(min=1, help="Transformer layers.")] = 3,
-    hidden_size: Annotated[int, typer.Option(min=1, help="Width of the hidden states, H.")] = 160,
-    intermediate_size: Annotated[int, typer.Option(min=1, help="Width inside an expert, I.")] = 128,
-    experts: Annotated[int, typer.Option(min=2, help="Experts per layer, E.")] = 32,
-    top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 4,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 5,
-    key_value_heads: Annotated[int, typer.Option(min=1, help="Key and value heads.")] = 1,
-    head_dim: Annotated[int, typer.Option(min=2, help="Width of a head.")] = 32,
-    kept_layer: Annotated[int, typer.Option(min=0, help="Layer to keep, counted from 0.")] = 1,
-    kept_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to keep.")] = 1024,
-    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between validation losses.")] = 100,
-    experts_implementation: Annotated[
-        Literal["eager", "grouped_mm"], typer.Option(help="How transformers computes the experts.")
-    ] = "grouped_mm",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the weights and of the batches.")] = 0,
-) -> None:
+@with_options(Arguments)
+def main(args: Arguments) -> None:
     """Train a small gpt-oss model on Python's documentation topics and write one of its MoE layers, and the rest."""
-    values = locals()
-    args = Arguments(**{name: values[name] for name in Arguments.__dataclass_fields__})
     console = Console()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     text = read_text()
     train_values, held_out = split_text(text)
     check(args, held_out)
-    output.mkdir(parents=True, exist_ok=True)
+    args.output.mkdir(parents=True, exist_ok=True)
 
     model = build_model(args)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -537,46 +537,26 @@ def main(
     seconds = time.monotonic() - started
 
     capture = capture_layer(model, held_out, args)
-    layer_path = output / f"{LAYER_NAME}.safetensors"
-    content = save(layer_tensors(model, capture, args), metadata=layer_metadata(model, args))
-    write_atomically(layer_path, with_sorted_metadata(content))
-    rest_path, rest = output / f"{REST_NAME}.safetensors", rest_tensors(model, args)
-    nf4.save(rest_path, rest)
-    write_atomically(rest_path, with_sorted_metadata(rest_path.read_bytes()))
-    model.load_state_dict(as_stored(model, rest))
+    layer_path, rest_path = write_model(model, capture, args)
     statistics = routing_statistics(capture, args.experts)
     report = {
-        "arguments": asdict(args),
+        "arguments": {name: value for name, value in asdict(args).items() if name != "output"},
         "versions": versions(),
-        "text": {
-            "source": "pydoc_data.topics, values joined in the order of the sorted keys",
-            "sha256": hashlib.sha256(text).hexdigest(),
-            "bytes": len(text),
-            "training_bytes": len(train_values),
-            "held_out_bytes": len(held_out),
-        },
+        "text": describe_text(text, train_values, held_out),
         "model_parameters": parameters,
         "training_seconds": round(seconds, 1),
         "final": {"train_loss": curve.train[-1][1], "validation_loss": curve.validation[-1][1]},
         "routing": statistics,
         "agreement_with_the_model": agreement(layer_path, capture),
-        "layer_file": {
-            "bytes": layer_path.stat().st_size,
-            "sha256": hashlib.sha256(layer_path.read_bytes()).hexdigest(),
-        },
-        "rest_file": {
-            "bytes": rest_path.stat().st_size,
-            "sha256": hashlib.sha256(rest_path.read_bytes()).hexdigest(),
-            "validation_loss_of_both_files": evaluate(model, held_out, args),
-        },
+        "layer_file": describe_file(layer_path),
+        "rest_file": describe_file(rest_path) | {"validation_loss_of_both_files": evaluate(model, held_out, args)},
         "loss_unit": "nats per byte",
         "loss_curve": asdict(curve),
     }
-    write_atomically(output / f"{LAYER_NAME}.json", report_text(report).encode())
-    write_atomically(output / f"{LOSS_NAME}.png", draw_picture(curve, statistics, args))
-    console.print_json(
-        data={name: report[name] for name in ("final", "agreement_with_the_model", "layer_file", "rest_file")}
-    )
+    write_atomically(args.output / f"{LAYER_NAME}.json", report_text(report).encode())
+    write_atomically(args.output / f"{LOSS_NAME}.png", draw_picture(curve, statistics, args))
+    shown = ("final", "agreement_with_the_model", "layer_file", "rest_file")
+    console.print_json(data={name: report[name] for name in shown})
     console.print(f"max over mean {statistics['max_over_mean']:.2f}, entropy {statistics['normalised_entropy']:.3f}")
 
 

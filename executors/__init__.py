@@ -17,6 +17,7 @@ from executors._protocol import Capabilities, Executor, RoutingExecutor, Unavail
 from executors._registry import Explanation, available, explain, get, names, register, unregister
 
 if TYPE_CHECKING:
+    from executors import checkpoint as checkpoint
     from executors import hf as hf
     from executors import mxfp4 as mxfp4
     from executors import nf4 as nf4
@@ -41,7 +42,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """``executors.nf4`` and others, which need torch or transformers, are imported when they are asked for."""
-    if name in ("hf", "nf4", "mxfp4"):
+    if name in ("checkpoint", "hf", "nf4", "mxfp4"):
         import importlib
 
         return importlib.import_module(f"executors.{name}")

@@ -1,10 +1,10 @@
-"""The command line: ``python -m executors list | explain | compare | bench | kernels``."""
+"""The command line: ``python -m executors list | explain | compare | extract | bench | crossover | kernels | tune``."""
 
 import sys
 
 
 def main() -> None:
-    """Runs the command line; says in one line what is missing if it cannot."""
+    """Runs the command line, or says in one line which package it needs."""
     try:
         from executors._cli.app import app
     except ModuleNotFoundError as error:

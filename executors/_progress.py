@@ -1,4 +1,4 @@
-"""Long work says how far it is."""
+"""Progress reports of long work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Progress = Callable[[int, int], object] | Literal[True] | None
 
 
 def check_progress(progress: Any) -> None:
-    """Refuses what cannot be told how far the work is.
+    """Checks the argument ``progress`` of a public call.
 
     Raises:
         TypeError: it is neither None, nor True, nor callable.
@@ -20,11 +20,11 @@ def check_progress(progress: Any) -> None:
 
 
 @contextmanager
-def told(progress: Progress, total: int) -> Iterator[Callable[[int], object]]:
-    """A function of how much is done, that passes it on: to a callable, or to a bar on stderr.
+def reporter(progress: Progress, total: int) -> Iterator[Callable[[int], object]]:
+    """Yields a function that reports how much is done, to the callable or to a bar on stderr.
 
     Raises:
-        ModuleNotFoundError: a bar is wanted, and rich is missing.
+        ModuleNotFoundError: a bar is asked for, and rich is missing.
     """
     if progress is None:
         yield lambda done: None

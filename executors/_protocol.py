@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 # The literals of moe_ref.types.Activation, which a test compares: importing them here would import NumPy.
 ACTIVATIONS = frozenset({"swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu2"})
+# Likewise of Scoring, RenormalizeForm and SelectionKey.
+SCORINGS = frozenset({"softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"})
+RENORMALIZE_FORMS = frozenset({"add", "max"})
+SELECTION_KEYS = frozenset({"score", "logit"})
 
 
 class Unavailable(RuntimeError):
@@ -42,7 +46,11 @@ class Capabilities:
         activations: names of the activations that it has (``MoEConfig.activation``).
         late_clamp: whether its "swiglu" may be clamped after the activation (``MoEConfig.clamp``).
         softcap: whether its "swiglu" may have caps (``MoEConfig.gate_softcap`` and ``up_softcap``).
+        scorings: names of the scorings that it routes by (``MoEConfig.scoring``).
+        renormalize_forms: how it lets the epsilon enter (``MoEConfig.renormalize_form``, R5).
         selection: whether it chooses experts by groups and with a selection bias (R2, R3).
+        selection_keys: what it can add that bias to (``MoEConfig.selection_key``).
+        expert_scale: whether its routing takes learned scales of the weights (R9).
         scale_input: whether it has that form of weighting (C3).
         lora: whether it takes adapters.
         weights: the kinds of projections that it takes: "dense", "nf4", "fp4", "mxfp4".
@@ -57,7 +65,11 @@ class Capabilities:
     activations: frozenset[str] = ACTIVATIONS
     late_clamp: bool = True
     softcap: bool = True
+    scorings: frozenset[str] = SCORINGS
+    renormalize_forms: frozenset[str] = RENORMALIZE_FORMS
     selection: bool = True
+    selection_keys: frozenset[str] = SELECTION_KEYS
+    expert_scale: bool = True
     scale_input: bool = True
     lora: bool = True
     weights: frozenset[str] = frozenset({"dense"})

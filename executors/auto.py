@@ -67,18 +67,7 @@ class Auto:
         return chosen.experts(x, topk_ids=topk_ids, topk_weights=topk_weights, weights=weights)
 
     def route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
-        """The choice of experts that ``__call__`` makes: the built-in executors share one.
-
-        Args:
-            router_logits: [..., E], any float dtype.
-            weights: the layer's parameters and configuration.
-
-        Returns:
-            Routing with topk_ids and topk_weights [..., K].
-
-        Raises:
-            ValueError, TypeError: bad input, in one line naming argument, value, and what is allowed.
-        """
+        """The choice that ``__call__`` makes, topk_ids and topk_weights [..., K]; the built-in executors share one."""
         from executors._base.routing import route_checked
 
         return route_checked(router_logits, weights)

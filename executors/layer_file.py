@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT = "moe-ref layer 1"
 REQUIRED = ("x", "router_logits", *PROJECTIONS)
-OPTIONAL = ("gate_up_proj_bias", "down_proj_bias", "selection_bias")
+OPTIONAL = ("gate_up_proj_bias", "down_proj_bias", "selection_bias", "expert_scale")
 BUNDLED = "tiny_gpt_oss_layer.safetensors"
 
 
@@ -203,7 +203,7 @@ def _check_layer(path: Path, x: Tensor, router_logits: Tensor, weights: MoEWeigh
             raise BadLayerFile(f"{path}: {name} has NaN or infinite elements: must be finite")
     if torch.isnan(router_logits).any() or (router_logits == torch.inf).any():
         raise BadLayerFile(f"{path}: router_logits has NaN or +inf elements: must be finite or -inf")
-    if weights.config.scoring != "sigmoid" and (router_logits == -torch.inf).all(dim=1).any():
+    if weights.config.scoring.endswith("softmax") and (router_logits == -torch.inf).all(dim=1).any():
         raise BadLayerFile(f"{path}: router_logits has a row of nothing but -inf: must have a finite element")
 
 

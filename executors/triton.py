@@ -1,9 +1,9 @@
 """``triton``: routing, grouping, both products and the sum over slots in Triton kernels. bf16, fp16, fp32.
 
 Nothing waits for the GPU and no shape depends on data, so forward and backward can be captured in a CUDA graph. Sums
-are in fp32, in a fixed order, without atomics: bitwise repeatable. Rows are gathered as they are read, biases,
-activation and weights are applied as results are written. For backward it keeps z, [S, J], and nothing else of its own;
-with ``recompute`` not even that.
+are in fp32, in a fixed order, without atomics: results repeat bit for bit. The up projection gathers rows as it reads
+them; biases, activation and weights are applied before results are written. Backward keeps z, [S, J], beside inputs and
+parameters; with ``recompute`` it keeps nothing else.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import torch
 
 from executors._base.executor import LayerExecutor
 from executors._base.operator import Operator, apply
+from executors._base.routing import scaled_by_expert
 from executors._decode.paths import mean_rows
 from executors._protocol import Capabilities, Unavailable
 from executors._triton import operator
-from executors._triton import tuned as _tuned
 from executors._triton.decode_rule import FUSED
 from executors._triton.device import INTERPRETED
-from executors._triton.launch import routing as _routing
 from executors._triton.launch.grouping import check_slots
+from executors._triton.launch.routing import route
+from executors._triton.tuned import table as tuned_entries
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,12 +36,11 @@ class Triton(LayerExecutor):
     """The executor ``triton``.
 
     Attributes:
-        recompute: keep no z for the backward pass, which builds it anew: slower, with the same gradients to the last
-            bit (D4).
-        batch_invariant: one configuration of the kernels for any number of rows, so that a token's output never
-            depends on other tokens, to the last bit (C2): slower for few rows per expert.
-        tuned: tiles that ``python -m executors tune`` chose on this machine, where it did for such a layer and load:
-            other sums in the last bits. Read once per process.
+        recompute: keep no z; the backward pass computes it again. Slower, with the same gradients bit for bit (D4).
+        batch_invariant: one configuration of the kernels serves any number of rows. So a token's output never depends
+            on other tokens, bit for bit (C2). Slower for few rows per expert.
+        tuned: take tiles that ``python -m executors tune`` chose on this machine, where there are some for such a
+            layer and load. The last bits differ. The file is read once per process.
 
     Raises:
         TypeError: an option is neither True nor False.
@@ -69,11 +69,11 @@ class Triton(LayerExecutor):
                 "executor 'triton' needs a GPU; TRITON_INTERPRET=1 checks its numbers without one, slowly"
             )
         if self.tuned:
-            _tuned.table()  # what is wrong with the file is said here
+            tuned_entries()  # warns here if something is wrong with the file
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it declares; a CPU only under the interpreter."""
+        """What the executor can take; a CPU only under the interpreter."""
         return Capabilities(
             devices=frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"}),
             dtypes=frozenset({"float32", "bfloat16", "float16"}),
@@ -88,13 +88,13 @@ class Triton(LayerExecutor):
         check_slots(x.numel() // x.shape[-1] * (weights.config.top_k or 1), self.name)
 
     def note(self, x: Tensor, weights: MoEWeights) -> str:
-        """What a user should know of a call that works: that it is interpreted, and which way 4 bits take."""
+        """What a user should know of a call that works: that it is interpreted, and where 4 bits are decoded."""
         if weights.packed():
             return operator.path_note(x, mean_rows(x, weights), FUSED if self.batch_invariant else "")
         return "interpreted on the CPU (TRITON_INTERPRET=1): slow, for numbers only" if INTERPRETED else ""
 
     def _route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
-        return _routing.route(router_logits, weights)
+        return scaled_by_expert(route(router_logits, weights), weights.expert_scale)
 
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         check_slots(topk_ids.numel(), self.name)

@@ -22,7 +22,7 @@ from moe_ref.experts import RowsOf
 from moe_ref.layer import layer, layer_vjp
 from moe_ref.noise import keys_of, uniform_of
 from moe_ref.numerics import FORMATS, Perturbed, Rounding, accumulator
-from moe_ref.routing import weigh
+from moe_ref.routing import scale_by_expert, weigh
 from moe_ref.samples import Measured, Recorded, Replayed, Sums, Total, in_order, processors
 from moe_ref.types import MoEGradients, MoEWeights
 
@@ -154,7 +154,9 @@ def error_bars(
     def run(rounding: Rounding) -> dict[str, np.ndarray]:
         logits, slot_weights = routing
         if dy is None:
-            slot_weights = weigh(logits, topk_ids, weights.config, rounding) if slot_weights is None else slot_weights
+            if slot_weights is None:
+                slot_weights = weigh(logits, topk_ids, weights.config, rounding)
+                slot_weights = scale_by_expert(slot_weights, topk_ids, weights.expert_scale, rounding)
             return {"y": np.asarray(layer(x[None], topk_ids, slot_weights, weights, rounding))}
         y, gradients = layer_vjp(x[None], logits, topk_ids, slot_weights, weights, dy[None], rounding, rows_of)
         return named(y, gradients)

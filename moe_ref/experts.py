@@ -15,7 +15,7 @@ from moe_ref._typing import Array, Float, Int
 from moe_ref.activations import activation, activation_vjp
 from moe_ref.numerics import EXACT, Rounding, matmul_transposed, sum_sd
 from moe_ref.packed import decode_expert
-from moe_ref.types import MoEWeights
+from moe_ref.types import PARAMETERS, MoEWeights
 
 RowsOf = Mapping[str, Int[Array, " n"]]  # of "gate_up_proj" and so on: the rows of its gradient that are computed
 
@@ -41,7 +41,7 @@ class Expert:
 
 def expert(weights: MoEWeights, index: int) -> Expert:
     """Widens one expert: the stack stays in its own dtype, or in 4 bits, so that a real layer fits in memory."""
-    parameters = {name: stack[index, ...] for name, stack in weights.parameters().items()}
+    parameters = {name: stack[index, ...] for name, stack in weights.parameters().items() if name in PARAMETERS}
     parameters |= {name: decode_expert(stack, index) for name, stack in weights.packed().items()}
     xp = array_namespace(parameters["gate_up_proj"])
     own = {name: xp.astype(value, xp.float64) for name, value in parameters.items()}
@@ -183,7 +183,7 @@ def experts_vjp(
         ]
         return xp.stack(parts, axis=len(samples))
 
-    stacks = {name: stack(name, parameter) for name, parameter in weights.parameters().items()}
+    stacks = {name: stack(name, parameter) for name, parameter in weights.parameters().items() if name in PARAMETERS}
     return xp.concat(outputs, axis=-2), xp.concat(d_rows, axis=-2), stacks
 
 

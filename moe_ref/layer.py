@@ -16,7 +16,7 @@ from moe_ref.combine import combine, combine_vjp, dot, sum_slots
 from moe_ref.experts import RowsOf, experts, experts_vjp
 from moe_ref.grouping import group, is_slot, permute, permute_vjp, unpermute
 from moe_ref.numerics import EXACT, Rounding
-from moe_ref.routing import route, route_vjp, weigh
+from moe_ref.routing import route, route_vjp, scale_by_expert, scale_by_expert_vjp, weigh
 from moe_ref.types import Grouping, MoEGradients, MoEWeights
 from moe_ref.validation import check_dy, check_experts_inputs, check_inputs
 
@@ -42,7 +42,9 @@ def moe(
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
     check_inputs(x, router_logits, weights)
-    routing = route(wide_rows(router_logits), weights.config, weights.selection_bias, rounding)
+    routing = route(
+        wide_rows(router_logits), weights.config, weights.selection_bias, rounding, expert_scale=weights.expert_scale
+    )
     y = layer(wide_rows(x), routing.topk_ids, routing.topk_weights, weights, rounding)
     return array_namespace(x).reshape(y, tuple(x.shape))
 
@@ -236,8 +238,10 @@ def layer_vjp(
     ``rows_of``, only the rows that it names are computed of a matrix's or a factor's gradient.
     """
     xp = array_namespace(x)
+    scale, unscaled = weights.expert_scale, topk_weights
     if topk_weights is None:
-        topk_weights = weigh(router_logits, topk_ids, weights.config, rounding)
+        unscaled = weigh(router_logits, topk_ids, weights.config, rounding)
+        topk_weights = scale_by_expert(unscaled, topk_ids, scale, rounding)
     slots = gather(x, topk_ids, topk_weights, weights, rounding)
     top_k, grouping, scaled = topk_ids.shape[-1], slots.grouping, weights.config.scale_input
     d_outputs = xp.repeat(dy, top_k, axis=-2) if scaled else combine_vjp(slots.weights, dy, rounding)
@@ -255,8 +259,11 @@ def layer_vjp(
     d_weights = xp.reshape(d_weights, (*d_weights.shape[:-2], -1, top_k))
     mask = is_slot(topk_ids, weights.num_experts)
     d_weights = xp.where(mask, d_weights, xp.zeros_like(d_weights))
-    d_logits = None
+    d_logits = d_scale = None
     if router_logits is not None:
-        d_logits = route_vjp(router_logits, topk_ids, weights.config, d_weights, rounding)
+        d_unscaled = d_weights
+        if scale is not None:
+            d_unscaled, d_scale = scale_by_expert_vjp(unscaled, topk_ids, scale, d_weights, rounding)
+        d_logits = route_vjp(router_logits, topk_ids, weights.config, d_unscaled, rounding)
     dx = permute_vjp(d_rows, grouping.inverse, top_k, rounding)
-    return y, MoEGradients(dx, d_logits, d_weights, **d_parameters)
+    return y, MoEGradients(dx, d_logits, d_weights, **d_parameters, expert_scale=d_scale)

@@ -10,7 +10,7 @@ import math
 from array_api_compat import array_namespace, device
 
 from moe_ref._typing import Array, Bool, Float, Int
-from moe_ref.numerics import EXACT, Rounding, sum_last
+from moe_ref.numerics import EXACT, Rounding, sum_last, sum_sd
 from moe_ref.types import MoEConfig, Routing
 from moe_ref.validation import check_route_inputs
 
@@ -20,6 +20,8 @@ def route(
     config: MoEConfig,
     selection_bias: Float[Array, " E"] | None = None,
     rounding: Rounding = EXACT,
+    *,
+    expert_scale: Float[Array, " E"] | None = None,
 ) -> Routing:
     """Chooses K experts for each token and weighs them.
 
@@ -28,6 +30,7 @@ def route(
         config: ``top_k`` must be set.
         selection_bias: any float dtype; changes the choice only, never the weight (R3).
         rounding: rounding policy.
+        expert_scale: any float dtype; multiplies the weight of each expert last (R9).
 
     Returns:
         Routing with topk_ids [T, K] int64 and topk_weights [T, K] float64.
@@ -35,11 +38,13 @@ def route(
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
-    check_route_inputs(router_logits, config, selection_bias)
+    check_route_inputs(router_logits, config, selection_bias, expert_scale)
     xp = array_namespace(router_logits)
     logits = xp.astype(router_logits, xp.float64)
     topk_ids = choose(logits, config, selection_bias)
-    return Routing(topk_ids, weigh(logits, topk_ids, config, rounding))
+    return Routing(
+        topk_ids, scale_by_expert(weigh(logits, topk_ids, config, rounding), topk_ids, expert_scale, rounding)
+    )
 
 
 def choose(
@@ -64,23 +69,31 @@ def keys_are_rounded(config: MoEConfig, selection_bias: Array | None) -> bool:
 def choice_keys(
     logits: Float[Array, "T E"], config: MoEConfig, selection_bias: Float[Array, " E"] | None = None
 ) -> Float[Array, "T E"]:
-    """The keys by which experts are chosen: the logits; with a bias or groups, score + bias.
+    """The keys by which experts are chosen: the logits; with a bias or groups, score + bias or logit + bias.
 
-    Every scoring orders experts as the logits do. The score of "topk_softmax" is the logit. A logit of -inf or NaN has
-    key -inf, whatever its bias (R4).
+    Every scoring orders experts as the logits do. A logit of -inf or NaN has key -inf, whatever its bias (R4).
     """
     xp = array_namespace(logits)
     lowest = xp.full_like(logits, -math.inf)
     keys = logits
     if keys_are_rounded(config, selection_bias):
-        broken = broken_rows(logits, config)[..., None]
-        if config.scoring == "softmax":
-            keys = softmax(xp.where(broken, xp.zeros_like(logits), logits))
-        elif config.scoring == "sigmoid":
-            keys = sigmoid(logits)
+        keys = unbiased_keys(logits, config)
         if selection_bias is not None:
             keys = keys + xp.astype(selection_bias, xp.float64)
     return xp.where(xp.isnan(keys) | ~(logits > -math.inf), lowest, keys)
+
+
+def unbiased_keys(logits: Float[Array, "T E"], config: MoEConfig) -> Float[Array, "T E"]:
+    """What a selection bias is added to, by ``selection_key``: the score, or the logit (R2, R3).
+
+    The score of "topk_softmax" is the logit.
+    """
+    if config.selection_key == "logit" or config.scoring == "topk_softmax":
+        return logits
+    if config.scoring == "softmax":
+        xp = array_namespace(logits)
+        return softmax(xp.where(broken_rows(logits, config)[..., None], xp.zeros_like(logits), logits))
+    return sigmoid(logits) if config.scoring == "sigmoid" else sqrtsoftplus(logits)
 
 
 def group_keys(keys: Float[Array, "T E"], config: MoEConfig) -> Float[Array, "T G"]:
@@ -115,12 +128,17 @@ def _largest(keys: Array, count: int) -> Array:
 
 
 def broken_rows(logits: Float[Array, "*#samples T E"], config: MoEConfig) -> Bool[Array, "*#samples T"]:
-    """Rows with undefined weights: those with a NaN or, under either softmax, a +inf or nothing but -inf (R4)."""
+    """Rows with undefined weights (R4).
+
+    These are rows with a NaN; with a +inf, whose score is finite under "sigmoid" alone; and, under either softmax, of
+    nothing but -inf.
+    """
     xp = array_namespace(logits)
     broken = xp.any(xp.isnan(logits), axis=-1)
     if config.scoring == "sigmoid":
         return broken
-    return broken | xp.any(logits == math.inf, axis=-1) | xp.all(logits == -math.inf, axis=-1)
+    broken = broken | xp.any(logits == math.inf, axis=-1)
+    return broken if config.scoring == "sqrtsoftplus" else broken | xp.all(logits == -math.inf, axis=-1)
 
 
 def undefined_rows(
@@ -142,10 +160,56 @@ def weigh(
     broken = undefined_rows(logits, topk_ids, config)[..., None]
     weights = chosen_scores(xp.where(broken, xp.zeros_like(logits), logits), topk_ids, config, rounding)
     if config.renormalize:
-        weights = weights / (sum_last(rounding, "renormalize", weights)[..., None] + config.renormalize_eps)
+        weights = weights / divisor(sum_last(rounding, "renormalize", weights)[..., None], config)
     weights = weights * config.routed_scaling_factor
     weights = rounding.accumulate("topk_weights", weights, lambda: xp.abs(weights))
     return xp.where(broken, xp.full_like(weights, math.nan), weights)
+
+
+def scale_by_expert(
+    topk_weights: Float[Array, "*#samples T K"],
+    topk_ids: Int[Array, "T K"],
+    expert_scale: Float[Array, " E"] | None,
+    rounding: Rounding = EXACT,
+) -> Float[Array, "*#samples T K"]:
+    """The weights times the learned scales of their experts (R9); the weights themselves without such scales."""
+    if expert_scale is None:
+        return topk_weights
+    xp = array_namespace(topk_weights)
+    scaled = topk_weights * scales_of(topk_ids, expert_scale)
+    return rounding.accumulate("topk_weights_scaled", scaled, lambda: xp.abs(scaled))
+
+
+def scales_of(topk_ids: Int[Array, "T K"], expert_scale: Float[Array, " E"]) -> Float[Array, "T K"]:
+    """The scale of each chosen expert, in float64."""
+    xp = array_namespace(topk_ids)
+    wide = xp.astype(expert_scale, xp.float64)
+    return take_chosen(xp.broadcast_to(wide, (topk_ids.shape[0], wide.shape[0])), topk_ids)
+
+
+def scale_by_expert_vjp(
+    topk_weights: Float[Array, "*#samples T K"],
+    topk_ids: Int[Array, "T K"],
+    expert_scale: Float[Array, " E"],
+    d_scaled: Float[Array, "*#samples T K"],
+    rounding: Rounding = EXACT,
+) -> tuple[Float[Array, "*#samples T K"], Float[Array, "*#samples E"]]:
+    """The gradients of the weights before they are scaled, and of the scales: exactly 0 for experts unchosen (D2)."""
+    xp = array_namespace(topk_weights)
+    d_weights = d_scaled * scales_of(topk_ids, expert_scale)
+    d_weights = rounding.accumulate("d_topk_weights", d_weights, lambda: xp.abs(d_weights))
+    terms = put_chosen(d_scaled * topk_weights, topk_ids, expert_scale.shape[0])
+    total, length = xp.sum(terms, axis=-2), terms.shape[-2]
+    squares = xp.sum(terms * terms, axis=-2)
+    return d_weights, rounding.accumulate("d_expert_scale", total, lambda: sum_sd(total, squares, length))
+
+
+def divisor(total: Float[Array, "*#samples T 1"], config: MoEConfig) -> Float[Array, "*#samples T 1"]:
+    """What renormalisation divides by: the sum + eps, or the larger of the two (R5)."""
+    if config.renormalize_form == "add":
+        return total + config.renormalize_eps
+    xp = array_namespace(total)
+    return xp.where(total < config.renormalize_eps, xp.full_like(total, config.renormalize_eps), total)
 
 
 def chosen_scores(
@@ -155,7 +219,12 @@ def chosen_scores(
     if config.scoring == "softmax":
         return take_chosen(softmax(logits, rounding), topk_ids)
     chosen = take_chosen(logits, topk_ids)
-    return softmax(chosen, rounding) if config.scoring == "topk_softmax" else sigmoid(chosen)
+    if config.scoring == "topk_softmax":
+        return softmax(chosen, rounding)
+    if config.scoring == "sigmoid":
+        return sigmoid(chosen)
+    scores = sqrtsoftplus(chosen)
+    return rounding.accumulate("scores", scores, lambda: scores * exponent_error(chosen))
 
 
 def softmax(logits: Float[Array, "*#samples T N"], rounding: Rounding = EXACT) -> Float[Array, "*#samples T N"]:
@@ -176,6 +245,38 @@ def sigmoid(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     positive = value >= 0
     small = xp.exp(xp.where(positive, -value, value))  # not -|v|: autograd's derivative of |v| at 0 is 0
     return xp.where(positive, xp.ones_like(small), small) / (1 + small)
+
+
+FAR = -40.0  # log(1 + exp(v)) is exp(v) below, and v above 40, to the last bit of float64
+
+
+def sqrtsoftplus(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """sqrt(log(1 + exp(v))), without overflow and with all digits on either side: exp(v / 2) far below 0.
+
+    Nothing is infinite on the way, so that autograd's derivative is right too: 0 at -inf.
+    """
+    xp = array_namespace(value)
+    far, zero = value < FAR, xp.zeros_like(value)
+    near = xp.where(far, zero, value)
+    small = xp.log1p(xp.exp(xp.where(near > 0, -near, near)))
+    return xp.where(far, xp.exp(xp.where(far, value, zero) / 2), xp.sqrt(xp.where(near > 0, near, zero) + small))
+
+
+def sqrtsoftplus_slope(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The derivative of `sqrtsoftplus`, sigmoid(v) / (2 sqrtsoftplus(v)): exp(v / 2) / 2 far below 0."""
+    xp = array_namespace(value)
+    score = sqrtsoftplus(value)
+    near = xp.where(value < FAR, xp.zeros_like(value), value)
+    return xp.where(value < FAR, score / 2, sigmoid(near) / (2 * sqrtsoftplus(near)))
+
+
+def exponent_error(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The relative deviation of what is computed from exp(v / 2), for unit roundoff 1.
+
+    An implementation may compute exp(v) as a power of 2 whose exponent, v log2(e), is rounded first.
+    """
+    xp = array_namespace(value)
+    return 1 + xp.where((value < 0) & (value > -math.inf), -value, xp.zeros_like(value)) / 2
 
 
 def take_chosen(values: Float[Array, "*#samples T E"], topk_ids: Int[Array, "T K"]) -> Float[Array, "*#samples T K"]:
@@ -216,7 +317,7 @@ def route_vjp(
     d_scores = d_topk_weights * config.routed_scaling_factor
     if config.renormalize:
         scores = chosen_scores(logits, topk_ids, config, rounding)
-        d_scores = renormalize_vjp(scores, config.renormalize_eps, d_scores, rounding)
+        d_scores = renormalize_vjp(scores, config, d_scores, rounding)
     if config.scoring == "softmax":
         p = softmax(logits, rounding)
         d_logits = softmax_vjp(p, put_chosen(d_scores, topk_ids, logits.shape[-1]), rounding)
@@ -224,6 +325,10 @@ def route_vjp(
         chosen = take_chosen(logits, topk_ids)
         if config.scoring == "topk_softmax":
             d_chosen = softmax_vjp(softmax(chosen, rounding), d_scores, rounding)
+        elif config.scoring == "sqrtsoftplus":
+            d_chosen = d_scores * sqrtsoftplus_slope(chosen)
+            size = xp.abs(d_chosen)
+            d_chosen = rounding.accumulate("d_router_logits", d_chosen, lambda: size * exponent_error(chosen))
         else:
             d_chosen = d_scores * sigmoid(chosen) * sigmoid(-chosen)
             magnitude = xp.abs(d_scores) * sigmoid(chosen)  # an implementation may compute s (1 - s)
@@ -247,12 +352,20 @@ def softmax_vjp(
 
 
 def renormalize_vjp(
-    scores: Float[Array, "*#samples T K"], eps: float, dw: Float[Array, "*#samples T K"], rounding: Rounding = EXACT
+    scores: Float[Array, "*#samples T K"],
+    config: MoEConfig,
+    dw: Float[Array, "*#samples T K"],
+    rounding: Rounding = EXACT,
 ) -> Float[Array, "*#samples T K"]:
-    """Gradient of the scores of w = scores / (sum + eps): (dw - <w, dw>) / (sum + eps)."""
+    """Gradient of the scores of w = scores / divisor: (dw - <w, dw>) / divisor, or dw / eps where the sum is below eps.
+
+    With ``renormalize_form`` "max", a sum that equals eps counts as above it (R5).
+    """
     xp = array_namespace(scores, dw)
-    total = xp.sum(scores, axis=-1, keepdims=True) + eps
-    terms = scores / total * dw
+    total = xp.sum(scores, axis=-1, keepdims=True)
+    below = (total < config.renormalize_eps) & (config.renormalize_form == "max")
+    total = divisor(total, config)
+    terms = xp.where(below, xp.zeros_like(dw), scores / total * dw)
     d_scores = (dw - xp.sum(terms, axis=-1, keepdims=True)) / total
     return rounding.accumulate(
         "d_scores", d_scores, lambda: (xp.abs(dw) + xp.sum(xp.abs(terms), axis=-1, keepdims=True)) / total

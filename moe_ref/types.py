@@ -8,7 +8,7 @@ Sizes, everywhere: T tokens, E experts, K experts chosen per token (``top_k``), 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Literal
 
 from moe_ref._typing import Array, Float, Int
@@ -17,7 +17,9 @@ from moe_ref.packed_types import NF4Tensor as NF4Tensor
 from moe_ref.packed_types import PackedTensor as PackedTensor
 from moe_ref.packed_types import QuantType as QuantType
 
-Scoring = Literal["softmax", "topk_softmax", "sigmoid"]
+Scoring = Literal["softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"]
+RenormalizeForm = Literal["add", "max"]
+SelectionKey = Literal["score", "logit"]
 GroupScore = Literal["max", "top2_sum"]
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu2"]
 GateUpLayout = Literal["concatenated", "interleaved"]
@@ -27,7 +29,8 @@ GATED: tuple[Activation, ...] = ("swiglu", "geglu", "geglu_tanh")
 PROJECTIONS = ("gate_up_proj", "down_proj")
 DENSE = (*PROJECTIONS, "gate_up_proj_bias", "down_proj_bias")
 LORA_FACTORS = ("gate_up_lora_a", "gate_up_lora_b", "down_lora_a", "down_lora_b")
-PARAMETERS = DENSE + LORA_FACTORS  # they have gradients; the selection bias has none (D1)
+PARAMETERS = DENSE + LORA_FACTORS  # of the experts; they have gradients; the selection bias has none (D1)
+PER_EXPERT = (*PARAMETERS, "expert_scale")  # with the routing's own; each has E in front
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,19 @@ class MoEConfig:
     Attributes:
         top_k: K, the experts chosen per token; None where routing was done elsewhere (``.experts()``).
         scoring: "softmax" (over all E, then choose; Mixtral, Qwen3), "topk_softmax" (choose, then softmax over the K
-            chosen; gpt-oss), or "sigmoid" (DeepSeek-V3, Llama 4).
+            chosen; gpt-oss), "sigmoid" (DeepSeek-V3, Llama 4), or "sqrtsoftplus" (sqrt(log(1 + exp(logit)));
+            DeepSeek-V4).
         renormalize: divide the K weights by (their sum + ``renormalize_eps``).
         renormalize_eps: the model's own epsilon (DeepSeek-V3: 1e-20), so that a zero sum does not give 0/0.
-        routed_scaling_factor: multiplies the weights last (DeepSeek-V3: 2.5).
+        renormalize_form: how the epsilon enters: "add", or "max" for a division by max(sum, ``renormalize_eps``)
+            (ERNIE 4.5).
+        routed_scaling_factor: multiplies the weights after that (DeepSeek-V3: 2.5).
         num_groups: experts are chosen within the best of this many groups of neighbours (DeepSeek-V3: 8); 1 is none.
         topk_groups: how many groups are kept (DeepSeek-V3: 4).
         group_score: a group's key is the "max" of its experts' keys (DeepSeek-V2) or the sum of its two largest,
             "top2_sum" (DeepSeek-V3).
+        selection_key: what a selection bias is added to and groups are judged by: the "score" (DeepSeek-V3) or the
+            "logit" (Kolibri 1).
         scale_input: the weight multiplies the expert's input instead of its output (Llama 4).
         activation: gated, h = act(g) * u: "swiglu", "geglu" (erf), "geglu_tanh"; or not, h = act(z): "silu", "gelu"
             (erf), "gelu_tanh", "relu2" (max(z, 0)**2). "swiglu" has a clamped form:
@@ -66,10 +74,12 @@ class MoEConfig:
     scoring: Scoring = "softmax"
     renormalize: bool = False
     renormalize_eps: float = 1e-20
+    renormalize_form: RenormalizeForm = field(default="add", kw_only=True)
     routed_scaling_factor: float = 1.0
     num_groups: int = 1
     topk_groups: int = 1
     group_score: GroupScore = "max"
+    selection_key: SelectionKey = field(default="score", kw_only=True)
     scale_input: bool = False
     activation: Activation = "swiglu"
     alpha: float = 1.0
@@ -124,6 +134,7 @@ class MoEWeights:
     lora: ExpertLoRA | None = None
     _: KW_ONLY
     config: MoEConfig
+    expert_scale: Float[Array, " E"] | None = None  # multiplies the weights that routing gives; learned (R9)
 
     @property
     def num_experts(self) -> int:
@@ -141,12 +152,12 @@ class MoEWeights:
         return self.down_proj.shape[2]
 
     def parameters(self) -> dict[str, Array]:
-        """The `PARAMETERS` that the layer has, by name, each with E in front: these have gradients.
+        """What the layer has of `PER_EXPERT`, by name: these have gradients.
 
         A projection in 4 bits has no gradient and is left out: see `packed`.
         """
         found = {name: getattr(self, name) for name in DENSE}
-        found |= {name: getattr(self.lora, name, None) for name in LORA_FACTORS}
+        found |= {name: getattr(self.lora, name, None) for name in LORA_FACTORS} | {"expert_scale": self.expert_scale}
         return {
             name: value for name, value in found.items() if value is not None and not isinstance(value, PackedTensor)
         }
@@ -158,7 +169,7 @@ class MoEWeights:
 
     def with_parameters(self, changed: dict[str, Array]) -> MoEWeights:
         """The same layer with some of its `parameters` or `packed` projections replaced."""
-        dense = {name: value for name, value in changed.items() if name in DENSE}
+        dense = {name: value for name, value in changed.items() if name in (*DENSE, "expert_scale")}
         factors = {name: value for name, value in changed.items() if name in LORA_FACTORS}
         lora = replace(self.lora, **factors) if self.lora is not None else None
         return replace(self, **dense, lora=lora)
@@ -206,3 +217,4 @@ class MoEGradients:
     gate_up_lora_b: Array | None = None
     down_lora_a: Array | None = None
     down_lora_b: Array | None = None
+    expert_scale: Array | None = None  # None too if the caller gave the routing

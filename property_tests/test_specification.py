@@ -34,6 +34,7 @@ def sound(problem: Problem) -> Problem:
             broken_logits=0,
             broken_x=0,
             frozen=frozenset(),
+            expert_scale=problem.expert_scale and problem.entry == "layer",  # ignored otherwise
         )
     )
 
@@ -117,7 +118,9 @@ def test_vjp_equals_central_differences(problem: Problem, data: st.DataObject) -
     terms = [float(np.sum(gradients[n] * direction[n])) for n in values]
     sizes = sum(float(np.sum(np.abs(gradients[n] * direction[n]))) for n in values)
     size_of_y = float(np.sum(np.abs(gradients["y"] * arrays.dy)))
-    assert abs(difference - sum(terms)) <= 1e-6 * (sizes + size_of_y)
+    sd = reference(problem).bars["y"].sd("float64", "float64")  # of gelu's tail, where 1 + erf(g) is nearly 0
+    rounding = 6 * float(np.sum(sd * np.abs(arrays.dy))) / STEP
+    assert abs(difference - sum(terms)) <= 1e-6 * (sizes + size_of_y) + rounding
 
 
 def unscaled(problem: Problem) -> Problem:

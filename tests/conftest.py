@@ -28,6 +28,18 @@ def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def one_percent_more() -> Iterator[str]:
+    """A wrong executor, for as long as the test runs."""
+    import executors
+    from moe_ref.conformance.mutants import mutants
+
+    name = "one_percent_more"
+    executors.register(name, lambda: mutants(executors.get("native"))[name])
+    yield name
+    executors.unregister(name)
+
+
+@pytest.fixture
 def new_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton kernels that a test makes are interpreted too."""
     from executors._triton.interpreter import mend

@@ -46,15 +46,25 @@ def route(router_logits: Tensor, weights: MoEWeights) -> Routing:
     assert config.top_k is not None
     groups = config.num_groups, config.topk_groups, config.group_score
     bias = None if bias is None else bias.detach()
-    ids = choose(router_logits.detach(), bias, config.top_k, config.scoring, *groups)
+    ids = choose(router_logits.detach(), bias, config.top_k, config.scoring, *groups, config.selection_key)
     of_x = getattr(torch, dtype_name(weights.gate_up_proj))
     wide = torch.promote_types(torch.promote_types(of_x, router_logits.dtype), torch.float32)
     logits = router_logits.to(wide)
     broken = _broken_rows(logits.detach(), config)
     chosen = _chosen_scores(logits.masked_fill(broken, 0.0), ids, config)
     if config.renormalize:
-        chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + config.renormalize_eps)
-    return Routing(ids, (chosen * config.routed_scaling_factor).masked_fill(broken, math.nan))
+        total, eps = chosen.sum(dim=-1, keepdim=True), config.renormalize_eps
+        chosen = chosen / (total.clamp(min=eps) if config.renormalize_form == "max" else total + eps)
+    routing = Routing(ids, (chosen * config.routed_scaling_factor).masked_fill(broken, math.nan))
+    return scaled_by_expert(routing, weights.expert_scale)
+
+
+def scaled_by_expert(routing: Routing, expert_scale: Tensor | None) -> Routing:
+    """The weights times the learned scales of their experts, if there are any (R9)."""
+    if expert_scale is None:
+        return routing
+    scales = expert_scale.to(routing.topk_weights.dtype)[routing.topk_ids]  # its backward adds in a fixed order (C1)
+    return Routing(routing.topk_ids, routing.topk_weights * scales)
 
 
 @torch.library.custom_op("moe_ref::choose", mutates_args=())
@@ -66,16 +76,15 @@ def choose(
     num_groups: int,
     topk_groups: int,
     group_score: str,
+    selection_key: str = "score",
 ) -> Tensor:
     """Ids [T, K] int64 of the experts chosen for router_logits [T, E] (R2, R3, R4)."""
     if selection_bias is None and num_groups == 1:  # every scoring orders as the logits do: exact in any dtype
         return _largest(router_logits, top_k)
     scores = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
     impossible = scores.isnan() | (scores == -math.inf)
-    if scoring == "softmax":
-        scores = scores.softmax(dim=-1)
-    elif scoring == "sigmoid":
-        scores = scores.sigmoid()
+    if selection_key == "score" and scoring != "topk_softmax":
+        scores = scores.softmax(dim=-1) if scoring == "softmax" else _score(scores, scoring)
     keys = scores if selection_bias is None else scores + selection_bias.to(scores.dtype)
     keys = keys.masked_fill(impossible | keys.isnan(), -math.inf)
     if num_groups > 1:
@@ -102,12 +111,25 @@ def _broken_rows(logits: Tensor, config: MoEConfig) -> Tensor:
     broken = logits.isnan().any(dim=-1, keepdim=True)
     if config.scoring == "sigmoid":
         return broken
-    positive = (logits == math.inf).any(dim=-1, keepdim=True)
-    return broken | positive | (logits == -math.inf).all(dim=-1, keepdim=True)
+    broken = broken | (logits == math.inf).any(dim=-1, keepdim=True)
+    return broken if config.scoring == "sqrtsoftplus" else broken | (logits == -math.inf).all(dim=-1, keepdim=True)
 
 
 def _chosen_scores(logits: Tensor, ids: Tensor, config: MoEConfig) -> Tensor:
     if config.scoring == "softmax":
         return logits.softmax(dim=-1).gather(-1, ids)
     chosen = logits.gather(-1, ids)
-    return chosen.softmax(dim=-1) if config.scoring == "topk_softmax" else chosen.sigmoid()
+    return chosen.softmax(dim=-1) if config.scoring == "topk_softmax" else _score(chosen, config.scoring)
+
+
+def _score(logits: Tensor, scoring: str) -> Tensor:
+    """The score of each logit alone: its sigmoid, or sqrt(log(1 + exp(logit))).
+
+    That square root is exp(logit / 2) far below 0, where softplus underflows and the derivative of sqrt is infinite: at
+    -inf a gradient of 0 must not become NaN. The bounds are fp64's; torch's own, 20, is fp32's.
+    """
+    if scoring == "sigmoid":
+        return logits.sigmoid()
+    far = logits < -40.0
+    near = torch.nn.functional.softplus(logits.masked_fill(far, 0.0), threshold=40.0).sqrt()
+    return torch.where(far, logits.masked_fill(~far, 0.0).mul(0.5).exp(), near)

@@ -1,1 +1,1 @@
-"""The benchmark: layers, contenders, timing, and what is told of it."""
+"""The benchmark: layers, contenders, timing, and reports."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from executors._bench.layers import DENSE, Form, Shape
+from executors._bench.layers import DENSE, Shape, Storage
 from executors._bench.measure import Spread, ratios, spread
 from executors._bench.routing import Load
 from moe_ref.conformance.judgement.faults import Judgement
@@ -14,7 +14,7 @@ DENSE_WEIGHTS = "triton[bf16]"  # a contender in 4 bits
 
 
 @dataclass(eq=False)
-class Row:
+class BenchRow:
     """What came of one contender in one case.
 
     Attributes:
@@ -54,7 +54,7 @@ class Row:
 
 
 @dataclass(eq=False)
-class Case:
+class BenchCase:
     """One layer, T, routing and direction.
 
     Attributes:
@@ -67,7 +67,7 @@ class Case:
         rows: the contenders.
         reference: the contender that was timed twice in each round, or "".
         again: its second times.
-        form: how the weights are kept.
+        storage: how the weights are kept.
         stack: the contender that decodes the whole stack in every call, or "" where none does.
         gpu: whether it was measured on a GPU.
     """
@@ -78,10 +78,10 @@ class Case:
     direction: str
     load: Load
     active: int
-    rows: list[Row]
+    rows: list[BenchRow]
     reference: str = ""
     again: list[float] = field(default_factory=list)
-    form: Form = DENSE
+    storage: Storage = DENSE
     stack: str = ""
     gpu: bool = False
 
@@ -93,19 +93,19 @@ class Case:
     @property
     def flops(self) -> int:
         """Of the products of one call."""
-        return self.shape.flops(self.tokens, self.backward, self.form)
+        return self.shape.flops(self.tokens, self.backward, self.storage)
 
     @property
     def bytes_moved(self) -> int:
         """The least that one call must move."""
-        return self.shape.bytes_moved(self.tokens, self.active, self.backward, self.form)
+        return self.shape.bytes_moved(self.tokens, self.active, self.backward, self.storage)
 
     def decoded(self) -> tuple[int, int]:
         """Bytes in bf16 of the active experts' projections, and of all experts'."""
         one = 2 * self.shape.expert_matrices
         return self.active * one, self.shape.experts * one
 
-    def best_peer(self) -> Row | None:
+    def best_peer(self) -> BenchRow | None:
         """The fastest contender that is not ours, by the median."""
         timed = [row for row in self.rows if row.seconds and not row.ours]
         return min(timed, key=lambda row: spread(row.seconds).median, default=None)
@@ -115,40 +115,40 @@ class Case:
         own = [row.seconds for row in self.rows if row.name == self.reference]
         return spread(ratios(own[0], self.again)) if own and self.again else None
 
-    def ratio(self, row: Row) -> Spread | None:
+    def ratio(self, row: BenchRow) -> Spread | None:
         """How many times as fast as the best peer, over the rounds."""
         return _times_as_fast(row, self.best_peer())
 
-    def graph_ratio(self, row: Row) -> Spread | None:
+    def graph_ratio(self, row: BenchRow) -> Spread | None:
         """How many times as fast as the best peer, both in a graph."""
         peers = [peer for peer in self.rows if peer.graph and not peer.ours]
         best = min(peers, key=lambda peer: spread(peer.graph).median, default=None)
         return spread(ratios(best.graph, row.graph)) if best is not None and row.graph else None
 
-    def stack_row(self) -> Row | None:
+    def stack_row(self) -> BenchRow | None:
         """The contender that decodes the whole stack, where it was timed."""
         return next((row for row in self.rows if row.name == self.stack and row.seconds), None)
 
-    def stack_ratio(self, row: Row) -> Spread | None:
-        """How many times as fast as the one that decodes the whole stack."""
+    def stack_ratio(self, row: BenchRow) -> Spread | None:
+        """How many times as fast as `stack_row`."""
         return _times_as_fast(row, self.stack_row())
 
-    def dense_row(self) -> Row | None:
-        """Our kernels on weights that were decoded once and for all, where they were timed: what 4 bits must beat."""
+    def dense_row(self) -> BenchRow | None:
+        """Our kernels on weights that were decoded beforehand, if they were timed: what 4 bits must beat."""
         timed = (row for row in self.rows if row.seconds and not row.interpreted)
         return next((row for row in timed if row.name == DENSE_WEIGHTS), None)
 
-    def dense_ratio(self, row: Row) -> Spread | None:
-        """How many times as fast as that."""
+    def dense_ratio(self, row: BenchRow) -> Spread | None:
+        """How many times as fast as `dense_row`."""
         return _times_as_fast(row, self.dense_row())
 
-    def dense_graph_ratio(self, row: Row) -> Spread | None:
-        """How many times as fast as that, both in a graph."""
+    def dense_graph_ratio(self, row: BenchRow) -> Spread | None:
+        """How many times as fast as `dense_row`, both in a graph."""
         dense = self.dense_row()
         return spread(ratios(dense.graph, row.graph)) if dense is not None and dense.graph and row.graph else None
 
 
-def _times_as_fast(row: Row, reference: Row | None) -> Spread | None:
+def _times_as_fast(row: BenchRow, reference: BenchRow | None) -> Spread | None:
     if reference is None or not row.seconds or row.interpreted:
         return None
     return spread(ratios(reference.seconds, row.seconds))

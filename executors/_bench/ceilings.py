@@ -45,7 +45,7 @@ class Ceilings:
         return min(self.tflops, flops / size * self.copy_gbs / 1000)
 
     def best_of(self, other: Ceilings) -> Ceilings:
-        """The larger of each: measured before and after a run, in case other work came in between."""
+        """The larger of each. Ceilings are measured before and after a run, as other work may disturb one of them."""
         faster = max(self, other, key=lambda found: found.tflops)
         copy, read = max(self.copy_gbs, other.copy_gbs), max(self.read_gbs, other.read_gbs)
         return Ceilings(faster.tflops, copy, read, faster.product)
@@ -82,7 +82,7 @@ def _fastest_size(seconds: Callable[[int], float]) -> float:
 
 
 def _product_seconds(dtype: str, size: int, device: str) -> float:
-    """Of A Bᵀ, both stored by rows, as activations meet weights."""
+    """Seconds of A Bᵀ, both stored by rows, as activations and weights are."""
     left, right = (torch.empty(size, size, dtype=DTYPES[dtype], device=device).normal_() for _ in range(2))
     return _best(lambda: torch.mm(left, right.t()), device)
 

@@ -32,8 +32,8 @@ class Contender:
         backward: whether it has gradients.
         refusal: why it is left out for so many tokens, with or without backward, or "".
         interpreted: whether its kernels are interpreted, so that its times are no measurement.
-        prepare: called once before its first case, for a peer that tunes itself by what it meets first.
-        settle: called after each timed call of whoever it was, outside its time, for a peer whose threads stay busy.
+        prepare: called once before its first case; for a peer that tunes itself on its first call.
+        settle: called after each timed call of any contender, outside its time; for a peer whose threads stay busy.
     """
 
     name: str
@@ -89,7 +89,7 @@ def _ours(layer: BenchLayer, name: str, admit_interpreted: bool) -> Contender:
 
 
 def action_of(call: Callable[[Batch], Tensor], given: Batch, direction: str) -> Callable[[], None]:
-    """What is timed."""
+    """The call that is timed."""
 
     def forward() -> None:
         with torch.no_grad():

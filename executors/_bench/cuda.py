@@ -1,4 +1,4 @@
-"""What only a GPU tells of a call: its time by events and from a cold cache, its graph, the kernels it launches."""
+"""Measurements that need a GPU: times by events from a cold cache, CUDA graphs, and launches."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class NotCaptured(RuntimeError):
     """A call cannot be captured in a CUDA graph; the message says why."""
 
 
-class Clock:
-    """Times calls between two events, each with nothing of the layer in the L2 cache.
+class ColdClock:
+    """Times calls by events, each from a cold L2 cache.
 
-    The cache is filled by reading: what a write left there would have to be written back on the call's time.
+    Reads fill the cache. After writes the call would also pay for writing their lines back.
 
     Args:
         device: the GPU.
@@ -56,15 +56,15 @@ def event_seconds(action: Callable[[], None], device: str) -> float:
 
 
 def captured(action: Callable[[], None], device: str, after: Callable[[], None] = lambda: None) -> Callable[[], None]:
-    """Captures a call in a CUDA graph, after a call beside it.
+    """Captures a call in a CUDA graph, after calls that warm it up.
 
     Args:
-        action: the call; it must already have been made.
+        action: the call; it must have run before.
         device: where it runs.
         after: called after each call: drops gradients, so that the graph makes its own and adds to none.
 
     Returns:
-        What replays it.
+        A function that replays it.
 
     Raises:
         NotCaptured: it waits for the GPU, or CUDA refuses to capture it.
@@ -95,7 +95,7 @@ def captured(action: Callable[[], None], device: str, after: Callable[[], None] 
 
 @contextmanager
 def waiting_forbidden() -> Iterator[None]:
-    """torch raises a RuntimeError where it would wait for the GPU."""
+    """Makes torch raise a RuntimeError where it would wait for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

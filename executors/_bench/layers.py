@@ -13,14 +13,14 @@ from torch import Tensor
 from moe_ref.types import LORA_FACTORS, ExpertLoRA, MoEConfig, MoEWeights, PackedTensor
 
 MULTIPLE = 16  # sizes stay a multiple of this: grouped products want rows of 16 bytes
-CPU_CUT = {"deepseek-v3": 4}  # what a CPU cannot hold
+CPU_CUT = {"deepseek-v3": 4}  # H and I are divided by this on a CPU, whose memory does not hold the layer
 LORA_SCALING = 2.0  # lora_alpha = 2 r
-BIAS_DEVIATION = LORA_DEVIATION = 0.1  # of a bias; of what stands in a row of B, all of it together
+BIAS_DEVIATION = LORA_DEVIATION = 0.1  # of a bias; of the norm of a row of B
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a layer's weights are kept, and what of them is trained.
+class Storage:
+    """The storage form of a layer's weights, and what of them is trained.
 
     Attributes:
         weight_bytes: of one number of a projection, its share of the statistics included.
@@ -33,12 +33,12 @@ class Form:
     rank: int = 0
 
 
-DENSE = Form()
+DENSE = Storage()
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer's sizes and form.
+    """A layer's sizes and configuration.
 
     Attributes:
         name: the model.
@@ -68,6 +68,15 @@ class Shape:
         assert self.config.top_k is not None
         return self.config.top_k
 
+    def as_json(self) -> dict[str, Any]:
+        """Name and sizes."""
+        sizes = {"E": self.experts, "K": self.top_k, "H": self.hidden, "I": self.intermediate}
+        return {"layer": self.name, **sizes, "cut": self.cut}
+
+    def __str__(self) -> str:
+        cut = f" (H and I cut by {self.cut})" if self.cut > 1 else ""
+        return f"{self.name}{cut}: E={self.experts}, K={self.top_k}, H={self.hidden}, I={self.intermediate}"
+
     @property
     def expert_matrices(self) -> int:
         """Numbers in both projections of one expert."""
@@ -87,23 +96,23 @@ class Shape:
         """Numbers in the adapters of one expert."""
         return rank * (2 * self.hidden + 3 * self.intermediate)
 
-    def flops(self, tokens: int, backward: bool, form: Form = DENSE) -> int:
+    def flops(self, tokens: int, backward: bool, storage: Storage = DENSE) -> int:
         """Of the products: 2 S H 2I + 2 S I H forward; backward the same again for rows, and for what is trained."""
         slots = tokens * self.top_k
-        matrices, factors = 2 * slots * self.expert_matrices, 2 * slots * self.expert_factors(form.rank)
+        matrices, factors = 2 * slots * self.expert_matrices, 2 * slots * self.expert_factors(storage.rank)
         if not backward:
             return matrices + factors
-        return (2 if form.frozen else 3) * matrices + 3 * factors
+        return (2 if storage.frozen else 3) * matrices + 3 * factors
 
-    def bytes_moved(self, tokens: int, active: int, backward: bool, form: Form = DENSE) -> int:
+    def bytes_moved(self, tokens: int, active: int, backward: bool, storage: Storage = DENSE) -> int:
         """The least that must pass through memory, with activations in bf16.
 
         Forward: the weights of the ``active`` experts once, as they are kept, x and y. Backward, besides: those weights
         once more, x, dy and dx, and the gradients of all experts, which are dense (zeros where an expert has no token).
         """
-        factors = 2 * self.expert_factors(form.rank)
-        trained = factors if form.frozen else 2 * self.expert_weights + factors
-        expert = round(form.weight_bytes * self.expert_matrices) + 2 * self.expert_biases + factors
+        factors = 2 * self.expert_factors(storage.rank)
+        trained = factors if storage.frozen else 2 * self.expert_weights + factors
+        expert = round(storage.weight_bytes * self.expert_matrices) + 2 * self.expert_biases + factors
         weights, row = active * expert, 2 * tokens * self.hidden
         forward = weights + 2 * row
         return forward + weights + 3 * row + self.experts * trained if backward else forward
@@ -160,14 +169,14 @@ class BenchLayer:
         shape: its sizes.
         parameters: what is trained, by name: leaves.
         frozen: what is not, by name.
-        form: how the weights are kept.
-        decoded: the projections in 4 bits as dense stacks, once somebody has asked for them.
+        storage: of the weights.
+        decoded: dense copies of the projections in 4 bits, made at their first use.
     """
 
     shape: Shape
     parameters: dict[str, torch.nn.Parameter]
     frozen: dict[str, Tensor | PackedTensor] = field(default_factory=dict)
-    form: Form = DENSE
+    storage: Storage = DENSE
     decoded: dict[str, Tensor] = field(default_factory=dict)
 
     def weights(self) -> MoEWeights:
@@ -190,9 +199,9 @@ class BenchLayer:
 
 
 def sized(name: str, scale: int, device: str, multiple: int = MULTIPLE) -> Shape:
-    """The layer of that name, with H and I divided by ``scale``, and on a CPU by what it cannot hold.
+    """The layer of that name, with H and I divided by ``scale``, and on a CPU by `CPU_CUT` too.
 
-    What was divided is rounded up to a multiple of ``multiple``.
+    Quotients are rounded up to a multiple of ``multiple``.
     """
     shape = LAYERS[name]
     cut = scale * (CPU_CUT.get(name, 1) if torch.device(device).type == "cpu" else 1)
@@ -238,4 +247,4 @@ def with_adapters(layer: BenchLayer, rank: int, seed: int) -> BenchLayer:
         deviation = (LORA_DEVIATION if name.endswith("_b") else 1.0) / math.sqrt(size[-1])
         drawn = torch.empty(size, dtype=torch.bfloat16, device=device)
         factors[name] = torch.nn.Parameter(drawn.normal_(0.0, deviation, generator=generator))
-    return replace(layer, parameters=layer.parameters | factors, form=replace(layer.form, rank=rank))
+    return replace(layer, parameters=layer.parameters | factors, storage=replace(layer.storage, rank=rank))

@@ -17,7 +17,7 @@ from executors._bench.cuda import event_seconds
 MIN_ROUNDS = 7
 MAX_ROUNDS = 100
 REPEATED_S = 1.0  # quicker calls with backward are made twice on a CPU
-LOW, HIGH = 0.1, 0.9  # the quantiles that the spread is told by
+LOW, HIGH = 0.1, 0.9  # the quantiles of a spread
 
 Clock = Callable[[Callable[[], None]], float]  # seconds of a call
 
@@ -48,7 +48,7 @@ def is_no_result(ratio: Spread, control: Spread) -> bool:
 
 
 def warm_up(actions: dict[str, Callable[[], None]], after: Callable[[], None], device: str) -> dict[str, float]:
-    """Runs every action once more, after it was judged, and tells the seconds."""
+    """Runs every action once, and returns its seconds."""
     seconds = {}
     for name, action in actions.items():
         seconds[name] = seconds_of(action, device)
@@ -66,7 +66,7 @@ def time_rounds(
     rounds: int = MIN_ROUNDS,
     clock: Clock | None = None,
 ) -> dict[str, list[float]]:
-    """Times all actions once in each round, in random order, so that none always follows the same other.
+    """Times all actions once in each round, in random order: no action always follows the same other one.
 
     Args:
         actions: by name.
@@ -76,7 +76,7 @@ def time_rounds(
         seed: of the order.
         progress: called with the rounds done.
         rounds: at least so many.
-        clock: tells the seconds of a call; None takes `seconds_of`.
+        clock: returns the seconds of a call; None is `seconds_of`.
     """
     order, rng = list(actions), random.Random(seed)
     clock = clock or (lambda action: seconds_of(action, device))
@@ -111,10 +111,10 @@ def seconds_of(action: Callable[[], None], device: str) -> float:
 
 
 def warm_seconds(action: Callable[[], None], after: Callable[[], None]) -> float:
-    """Seconds of a call with backward on a CPU; of a quick one, of a second call straight after the first.
+    """Seconds of a call with backward on a CPU. A quick call is made twice, and the second one counts.
 
-    Others ran before it, and the system, or a virtual machine's host, may have taken back the memory that gradients
-    stood in. Getting it again is not the call's own time: training calls the same layer again at once.
+    Others ran since its last call, and the system, or a virtual machine's host, may have taken back the memory
+    of its gradients. The time to get it again is not the call's own: training calls the same layer again at once.
     """
     seconds = seconds_of(action, "cpu")
     if seconds > REPEATED_S:

@@ -1,13 +1,12 @@
 """Peak memory of contenders: ``python -m executors._bench.memory SPEC NAME``, a process for each of them.
 
-The layer is written once, as it is kept, and each process reads it. How it measures is told in
-`executors._compare.memory`; one process takes all cases of a layer in turn.
+The layer is written once, in its storage form, and each process reads it. A process measures all cases of a layer in
+turn. `executors._compare.memory` says how it measures.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,28 +18,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from executors._bench.case import LORA, Case, Row
+from executors._bench.case import LORA, BenchCase, BenchRow
 from executors._bench.contenders import action_of
 from executors._bench.everyone import contenders
 from executors._bench.judge import clear_gradients
-from executors._bench.layers import LAYERS, BenchLayer, Form, with_adapters
+from executors._bench.layers import LAYERS, BenchLayer, Storage, with_adapters
 from executors._bench.routing import batch
 from executors._bench.truth import judged_tokens
+from executors._compare.measure import in_a_process
 from executors._compare.memory import peak_of
 from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
 
-TIMEOUT_S = 600
 SIZES = ("hidden", "intermediate", "cut", "transposed")
-FORMATS: dict[str, tuple[type[PackedTensor], tuple[str, ...]]] = {  # and what is no array of them
+FORMATS: dict[str, tuple[type[PackedTensor], tuple[str, ...]]] = {  # the class, and its fields that are no arrays
     "NF4Tensor": (NF4Tensor, ("shape", "dtype", "quant_type", "blocksize", "nested_blocksize", "transposed")),
     "MXFP4Tensor": (MXFP4Tensor, ("dtype", "transposed")),
 }
 
 
 def add_peaks(
-    layer: BenchLayer, cases: list[Case], *, device: str, seed: int, rank: int, tell: Callable[[str], None]
+    layer: BenchLayer, cases: list[BenchCase], *, device: str, seed: int, rank: int, tell: Callable[[str], None]
 ) -> None:
-    """Measures every row that was timed; where that cannot be done, the row gets the reason.
+    """Measures every row that was timed. Where that fails, the row gets the reason.
 
     Args:
         layer: without adapters.
@@ -50,7 +49,7 @@ def add_peaks(
         rank: of adapters, in the cases that have them.
         tell: called with what is being done.
     """
-    rows: dict[str, list[tuple[Case, Row]]] = {}
+    rows: dict[str, list[tuple[BenchCase, BenchRow]]] = {}
     for case in cases:
         for row in case.rows:
             if row.seconds and not row.interpreted:
@@ -73,15 +72,8 @@ def add_peaks(
 
 def _in_a_process(spec: Path, name: str) -> list[int] | str:
     """The peaks, or why there are none."""
-    command = [sys.executable, "-m", "executors._bench.memory", str(spec), name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return f"took longer than {TIMEOUT_S} s"
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return said[-1]
-    return json.loads(done.stdout.splitlines()[-1])
+    peaks, reason = in_a_process("executors._bench.memory", str(spec), name)
+    return reason or peaks
 
 
 def main(spec_file: str, name: str) -> None:
@@ -109,7 +101,7 @@ def _peak(layer: BenchLayer, name: str, tokens: int, routing: str, direction: st
 
 
 def _save(layer: BenchLayer, file: Path) -> dict[str, Any]:
-    """Writes all arrays, and tells what is no array."""
+    """Writes all arrays, and returns everything else."""
     arrays: dict[str, Tensor] = {}
     packed: dict[str, Any] = {}
     for name, value in (layer.frozen | layer.parameters).items():
@@ -124,7 +116,7 @@ def _save(layer: BenchLayer, file: Path) -> dict[str, Any]:
     return {
         "layer": shape.name,
         "sizes": {key: getattr(shape, key) for key in SIZES},
-        "form": asdict(layer.form),
+        "form": asdict(layer.storage),
         "packed": packed,
         "trained": list(layer.parameters),
     }
@@ -141,7 +133,7 @@ def _load(file: Path, spec: dict[str, Any]) -> BenchLayer:
     parameters = {name: torch.nn.Parameter(arrays.pop(name)) for name in spec["trained"]}
     shape = replace(LAYERS[spec["layer"]], **spec["sizes"])
     frozen.update(arrays)
-    return BenchLayer(shape, parameters, frozen, Form(**spec["form"]))
+    return BenchLayer(shape, parameters, frozen, Storage(**spec["form"]))
 
 
 if __name__ == "__main__":

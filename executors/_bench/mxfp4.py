@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from executors._bench.contenders import Contender
-from executors._bench.layers import BenchLayer, Form, Shape
+from executors._bench.layers import BenchLayer, Storage
 from executors._bench.peers.loops import Decode, loops_of
 from executors._decode import decode_expert
 from executors.mxfp4 import quantize_tensor
@@ -21,8 +21,8 @@ PREFIX = "torch:"  # of the loops: torch decodes
 def in_mxfp4(layer: BenchLayer, weight_bytes: float, progress: Callable[[int, int], None]) -> BenchLayer:
     """The layer with both projections in MXFP4, and nothing in it trained.
 
-    Blocks run along the dimension that is summed over, which is the last in memory, whatever order the layer's dense
-    stacks have: so gpt-oss' checkpoints have it, and there is no other order.
+    Blocks run along the dimension that is summed over. That is the last one in memory, as in gpt-oss' checkpoints,
+    whatever the order of the layer's dense stacks.
 
     Args:
         layer: with dense projections.
@@ -38,12 +38,7 @@ def in_mxfp4(layer: BenchLayer, weight_bytes: float, progress: Callable[[int, in
         progress(index + 1, layer.shape.experts)
     frozen: dict[str, Tensor | PackedTensor] = {name: _stacked(found) for name, found in parts.items()}
     frozen.update(stacks)
-    return BenchLayer(stored(layer.shape), {}, frozen, Form(weight_bytes, frozen=True))
-
-
-def stored(shape: Shape) -> Shape:
-    """The layer as MXFP4 stores it."""
-    return replace(shape, transposed=False)
+    return BenchLayer(replace(layer.shape, transposed=False), {}, frozen, Storage(weight_bytes, frozen=True))
 
 
 def _stacked(parts: list[MXFP4Tensor]) -> MXFP4Tensor:

@@ -2,58 +2,41 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
-from executors._bench.case import Case, Row
+from executors._bench.case import BenchCase, BenchRow
+from executors._bench.figure import AS_IT_IS, COLOURS, MARKERS, finish, panels, ratio_limits, tidy
 from executors._bench.measure import Spread
 from executors._bench.table import DIRECTIONS, MIB
-from executors._compare import plot as plot_of_one_layer
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 WIDEST = 0.7  # of the space between two T, for all contenders side by side
-MARKERS = "osD^vPX*<>"
-COLOURS = (*plot_of_one_layer.COLOURS, "#777777", "#8b5a2b", "#000000", "#7b3fa0")  # as many as markers
 GREY = "#cccccc"
 MEMORY = "memory"  # in place of a routing, in the last column
 DECODED = (("all experts decoded", "--"), ("active experts decoded", ":"))
 
-Places = Callable[[Case, Row], Spread | None]
+Places = Callable[[BenchCase, BenchRow], Spread | None]
 
 
-def plot(path: Path, cases: list[Case], title: str) -> None:
-    """Writes the picture, whole or not at all: a row for each layer and direction, a column for each routing."""
-    panels = {key: list(group) for key, group in groupby(cases, _key)}
-    lines = list(dict.fromkeys((name, direction) for name, direction, _ in panels))
-    columns = list(dict.fromkeys(routing for _, _, routing in panels))
+def plot(path: Path, cases: list[BenchCase], title: str) -> None:
+    """Writes the picture: a row for each layer and direction, a column for each routing."""
+    groups = {key: list(group) for key, group in groupby(cases, _key)}
+    lines = list(dict.fromkeys((name, direction) for name, direction, _ in groups))
+    columns = list(dict.fromkeys(routing for _, _, routing in groups))
     if any(row.peak is not None for case in cases for row in case.rows):
         columns.append(MEMORY)
     names = list(dict.fromkeys(row.name for case in cases for row in case.rows if row.seconds))
-    figure, axes = plt.subplots(
-        len(lines),
-        len(columns),
-        figsize=(2.2 + 3.6 * len(columns), 1.6 + 2.9 * len(lines)),
-        dpi=130,
-        layout="constrained",
-        squeeze=False,
-    )
+    figure, axes = panels(len(lines), len(columns), (2.2 + 3.6 * len(columns), 1.6 + 2.9 * len(lines)))
     for i, (layer, direction) in enumerate(lines):
         row = [case for case in cases if _key(case)[:2] == (layer, direction)]
         for j, column in enumerate(columns):
-            found = panels.get((layer, direction, column), [])
+            found = groups.get((layer, direction, column), [])
             if column == MEMORY:
                 _memory_panel(axes[i, j], [case for case in row if case.routing == row[0].routing], names)
             elif found:
@@ -61,42 +44,23 @@ def plot(path: Path, cases: list[Case], title: str) -> None:
                 axes[i, j].set_title(f"{layer}, {DIRECTIONS[direction]}\n{column} routing", fontsize=9)
             else:
                 axes[i, j].set_axis_off()
-        axes[i, 0].set_ylabel(f"times as fast as\n{_reference(row)}", fontsize=9)
-    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=min(4, 2 * len(columns)), fontsize=9, frameon=False
-    )
-    figure.suptitle(title, fontsize=10)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        plt.close(figure)
-        temporary.unlink(missing_ok=True)
+        axes[i, 0].set_ylabel(f"times as fast as\n{_comparison(row)[0]}", fontsize=9)
+    finish(figure, axes, title, min(4, 2 * len(columns)), path)
 
 
-def _reference(cases: list[Case]) -> str:
-    """Whom a row of panels compares with."""
+def _comparison(cases: list[BenchCase]) -> tuple[str, Places]:
+    """Whom a row of panels compares with, and the ratio to it."""
     if all(case.stack_row() for case in cases):
-        return cases[0].stack
-    return "the fastest peer"
+        return cases[0].stack, BenchCase.stack_ratio
+    return "the fastest peer", BenchCase.ratio
 
 
-def _ratio_of(cases: list[Case]) -> Places:
-    if all(case.stack_row() for case in cases):
-        return Case.stack_ratio
-    return Case.ratio
+def _limits(cases: list[BenchCase]) -> tuple[float, float]:
+    _, ratio_of = _comparison(cases)
+    return ratio_limits([ratio for case in cases for row in case.rows if (ratio := ratio_of(case, row))])
 
 
-def _limits(cases: list[Case]) -> tuple[float, float]:
-    """Of the ratio's axis: everything in sight, and at least from 0.45 to 2.2."""
-    ratio_of = _ratio_of(cases)
-    found = [ratio for case in cases for row in case.rows if (ratio := ratio_of(case, row))]
-    return min([0.45, *(r.low / 1.2 for r in found)]), max([2.2, *(r.high * 1.2 for r in found)])
-
-
-def _speed_panel(ax: Axes, cases: list[Case], names: list[str], limits: tuple[float, float]) -> None:
+def _speed_panel(ax: Axes, cases: list[BenchCase], names: list[str], limits: tuple[float, float]) -> None:
     for place, case in enumerate(cases):
         control = case.control()
         if control is not None:
@@ -104,14 +68,14 @@ def _speed_panel(ax: Axes, cases: list[Case], names: list[str], limits: tuple[fl
             label = "a contender against itself (no result)" if place == 0 else None
             ax.fill_between([place - 0.46, place + 0.46], 1 / within, within, color=GREY, linewidth=0, label=label)
     ax.axhline(1.0, color="black", linewidth=0.8)
-    _points(ax, cases, names, _ratio_of(cases))
+    _points(ax, cases, names, _comparison(cases)[1])
     ax.set_yticks(TICKS)
     ax.set_ylim(*limits)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_major_formatter(AS_IT_IS)
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-def _memory_panel(ax: Axes, cases: list[Case], names: list[str]) -> None:
+def _memory_panel(ax: Axes, cases: list[BenchCase], names: list[str]) -> None:
     for place, case in enumerate(cases):
         for size, (label, style) in zip(reversed(case.decoded()), DECODED, strict=True):
             ax.plot(
@@ -122,16 +86,16 @@ def _memory_panel(ax: Axes, cases: list[Case], names: list[str]) -> None:
     low, high = ax.get_ylim()
     ax.set_ylim(low / 1.5, high * 1.5)
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high < 100 * low else LogLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_major_formatter(AS_IT_IS)
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_title("peak memory of a call, MiB\nabove layer and input", fontsize=9)
 
 
-def _peak(case: Case, row: Row) -> Spread | None:
+def _peak(case: BenchCase, row: BenchRow) -> Spread | None:
     return None if not row.peak else Spread(*[row.peak / MIB] * 3)
 
 
-def _points(ax: Axes, cases: list[Case], names: list[str], value_of: Places) -> None:
+def _points(ax: Axes, cases: list[BenchCase], names: list[str], value_of: Places) -> None:
     """All contenders side by side at each T."""
     places = np.arange(len(cases), dtype=float)
     step = WIDEST / max(len(names), 1)
@@ -148,11 +112,8 @@ def _points(ax: Axes, cases: list[Case], names: list[str], value_of: Places) -> 
     ax.set_yscale("log")
     ax.set_xticks(places, [f"T={case.tokens}" for case in cases], fontsize=9)
     ax.set_xlim(-0.5, len(cases) - 0.5)
-    ax.tick_params(axis="y", labelsize=9)
-    ax.grid(axis="y", color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax, "y")
 
 
-def _key(case: Case) -> tuple[str, str, str]:
+def _key(case: BenchCase) -> tuple[str, str, str]:
     return case.shape.name, case.direction, case.routing

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
-from executors._bench.layers import BenchLayer, Form
+from executors._bench.layers import BenchLayer, Storage
 from executors._bench.mxfp4 import in_mxfp4
+from executors._compare.report import version_of
 from executors.nf4 import quantize_tensor
 from moe_ref.nf4 import NESTED_BLOCKSIZE
 from moe_ref.types import NF4Tensor, PackedTensor
@@ -25,6 +26,8 @@ MX_BLOCKSIZE = 32
 QuantType = Literal["nf4", "fp4", "mxfp4"]
 QUANT_TYPES: tuple[QuantType, ...] = ("nf4", "fp4", "mxfp4")
 
+bitsandbytes_version = partial(version_of, "bitsandbytes")  # None where it is not installed
+
 
 @dataclass(frozen=True)
 class Quantisation:
@@ -32,7 +35,7 @@ class Quantisation:
 
     Attributes:
         quant_type: "nf4", "fp4" or "mxfp4".
-        nested: whether the scales are quantised too; those of MXFP4 are bytes as they are.
+        nested: whether the scales are quantised too; those of MXFP4 always have one byte.
     """
 
     quant_type: QuantType
@@ -60,18 +63,10 @@ class Quantisation:
         return f"{self.quant_type}, blocks of {self.blocksize}{nested}"
 
 
-def bitsandbytes_version() -> str | None:
-    """The version of bitsandbytes, or None where it is not installed."""
-    try:
-        return version("bitsandbytes")
-    except PackageNotFoundError:
-        return None
-
-
 def quantised(layer: BenchLayer, how: Quantisation, progress: Callable[[int, int], None]) -> BenchLayer:
     """The layer with both projections in 4 bits, and nothing in it trained.
 
-    bitsandbytes quantises, or where it is not installed `executors.nf4`; `executors.mxfp4` its own format.
+    bitsandbytes quantises to NF4 and FP4, or `executors.nf4` where it is not installed; `executors.mxfp4` to MXFP4.
 
     Args:
         layer: with dense projections.
@@ -92,7 +87,7 @@ def quantised(layer: BenchLayer, how: Quantisation, progress: Callable[[int, int
         quantise = _by_us if bitsandbytes_version() is None else _by_bitsandbytes
         packed[name] = quantise(stack, how, tell)
     packed.update(stacks)
-    return BenchLayer(layer.shape, {}, packed, Form(how.weight_bytes, frozen=True))
+    return BenchLayer(layer.shape, {}, packed, Storage(how.weight_bytes, frozen=True))
 
 
 def _by_us(stack: Tensor, how: Quantisation, progress: Callable[[int, int], None]) -> NF4Tensor:
@@ -101,7 +96,7 @@ def _by_us(stack: Tensor, how: Quantisation, progress: Callable[[int, int], None
 
 
 def _by_bitsandbytes(stack: Tensor, how: Quantisation, progress: Callable[[int, int], None]) -> NF4Tensor:
-    """One expert after the other, which gives the bytes of the whole stack: no block straddles two experts."""
+    """Quantises expert by expert. The bytes are those of the whole stack: no block straddles two experts."""
     assert how.quant_type != MXFP4
     functional = _functional()
     parts = []
@@ -138,10 +133,7 @@ def quant_state(tensor: NF4Tensor) -> Any:
     nested = None
     if tensor.nested_absmax is not None:
         nested = functional.QuantState(
-            absmax=tensor.nested_absmax,
-            code=tensor.nested_code,
-            blocksize=tensor.nested_blocksize,
-            dtype=torch.float32,
+            absmax=tensor.nested_absmax, code=tensor.nested_code, blocksize=tensor.nested_blocksize, dtype=torch.float32
         )
     return functional.QuantState(
         absmax=tensor.absmax,

@@ -1,4 +1,4 @@
-"""What holds for all of the benchmark's tables, and its JSON for programs."""
+"""The heading and the notes of the benchmark's tables, and its JSON."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from executors._bench.case import DENSE_WEIGHTS, FORWARD, LORA, WITH_BACKWARD, Case, Row
+from executors._bench.case import DENSE_WEIGHTS, FORWARD, LORA, WITH_BACKWARD, BenchCase, BenchRow
 from executors._bench.ceilings import Ceilings
-from executors._bench.measure import is_no_result, spread
+from executors._bench.measure import Spread, is_no_result, spread
 from executors._bench.peers import gnf4, kt
 from executors._bench.peers.bitsandbytes import STACK
 from executors._bench.peers.liger import DISTRIBUTION, NAME, liger_version
@@ -21,38 +21,35 @@ from executors._bench.table import rates
 from executors._compare import report
 
 SCHEMA = 1
-BUSY = 0.5  # processes that were running or waiting, over the last minute, from which the reader is warned
+BUSY = 0.5  # load average from which the reader is warned
 WHERE = {FORWARD: "forward", WITH_BACKWARD: "with backward", LORA: "with adapters"}
 
 
 def machine(settings: Settings) -> list[str]:
     """The machine, the weights where they are not dense, and who takes part."""
     found = report.machine()
-    where = found["gpu"] if settings.device.startswith("cuda") else found["processor"]
-    lines = [f"{where}, {found['threads']} threads, torch {found['torch']}; {_named(PREFIX, 'transformers')}"]
+    chip = report.chip(settings.device)
+    transformers = _named(PREFIX, "transformers", peers_version())
+    lines = [f"{chip}, {found['threads']} threads, torch {found['torch']}; {transformers}"]
     if settings.quantisation:
-        mxfp4 = settings.quantisation.quant_type == MXFP4
-        decoder = "torch: decodes with torch" if mxfp4 else _named("bnb:", "bitsandbytes")
+        bitsandbytes = _named("bnb:", "bitsandbytes", bitsandbytes_version())
+        decoder = "torch: decodes with torch" if settings.quantisation.quant_type == MXFP4 else bitsandbytes
         lines.append(f"weights: {settings.quantisation}; {decoder}")
-        if settings.gpu:
-            lines.append(f"Triton {report.version_of('triton')}; {_named(gnf4.NAME, gnf4.DISTRIBUTION)}")
-    elif settings.gpu:
-        lines.append(f"Triton {report.version_of('triton')}; {_named(NAME, DISTRIBUTION)}")
-    elif kt.kt_version():
-        lines.append(f"{_named(kt.NAME, kt.DISTRIBUTION)}, {kt.kt_variant()} variant")
+    if settings.gpu:
+        own = (gnf4.NAME, gnf4.DISTRIBUTION, gnf4.gnf4_version())
+        peer = own if settings.quantisation else (NAME, DISTRIBUTION, liger_version())
+        lines.append(f"Triton {found['triton']}; {_named(*peer)}")
+    elif kt.kt_version() and not settings.quantisation:
+        lines.append(f"{_named(kt.NAME, kt.DISTRIBUTION, kt.kt_version())}, {kt.kt_variant()} variant")
     return lines
 
 
-def _named(prefix: str, package: str) -> str:
-    versions = {"transformers": peers_version, "bitsandbytes": bitsandbytes_version}
-    versions |= {DISTRIBUTION: liger_version, gnf4.DISTRIBUTION: gnf4.gnf4_version}
-    versions[kt.DISTRIBUTION] = kt.kt_version
-    version = versions[package]()
+def _named(prefix: str, package: str, version: str | None) -> str:
     return f"{prefix} is {package} {version}" if version else f"{package} is not installed: no peers"
 
 
 def heading(settings: Settings, ceilings: Ceilings) -> list[str]:
-    """What holds for all tables."""
+    """The lines above all tables."""
     busy = f"other work ran here before (load {settings.load:.1f}): do not trust the times"
     return [
         *machine(settings),
@@ -68,25 +65,21 @@ def heading(settings: Settings, ceilings: Ceilings) -> list[str]:
 
 
 _RATIOS = (
-    "x best: how many times as fast as the fastest that is not ours; median, 10th and",
-    "90th percentile over the rounds. ~: no result, a contender differs as much from",
-    "itself: it is timed twice in each round, see 'again'",
+    "x best: speed over that of the best peer; median, 10th and 90th percentile over",
+    "the rounds. The best peer is timed twice in each round (see 'again'); the",
+    "difference is the noise. ~: no result, the ratio lies within the noise",
 )
 _RATIOS_IN_4_BITS = (
-    "x best: how many times as fast as the fastest that is not ours. x stack: as",
+    "x best: speed over that of the best peer. x stack: over that of",
     f"{STACK}, which decodes the whole stack in every call. Medians over",
-    "the rounds. 10-90%: percentiles of x stack, or where there is none of x best.",
+    "the rounds. 10-90%: percentiles of x stack, or of x best where there is none.",
 )
-_BEST = "x best: times as fast as the fastest that is not ours, median over the rounds"
-_BF16 = f"x bf16: as {DENSE_WEIGHTS}, our kernels on weights decoded before (medians)"
-_RATIOS_TO_BF16 = (
-    *_RATIOS_IN_4_BITS[:1],
-    f"{STACK}, which decodes the whole stack in every call.",
-    _BF16,
-)
+_BEST = "x best: speed over that of the best peer, median over the rounds"
+_BF16 = f"x bf16: over that of {DENSE_WEIGHTS}, our kernels on decoded weights (medians)"
+_RATIOS_TO_BF16 = (*_RATIOS_IN_4_BITS[:1], f"{STACK}, which decodes the whole stack in every call.", _BF16)
 _NO_RESULT = (
-    "~: no result, a contender differs as much from itself: the fastest is timed",
-    "twice in each round, see 'again'",
+    "The best peer is timed twice in each round (see 'again'); the difference is the",
+    "noise. ~: no result, the ratio lies within the noise",
 )
 
 
@@ -94,7 +87,7 @@ def _ratios(settings: Settings) -> tuple[str, ...]:
     if not settings.quantisation:
         return _RATIOS
     dense = settings.gpu and DENSE_WEIGHTS in settings.names
-    if settings.quantisation.quant_type == MXFP4:  # which nobody decodes as a whole stack
+    if settings.quantisation.quant_type == MXFP4:  # no peer decodes its whole stack
         return (_BEST, *((_BF16,) if dense else ()), *_NO_RESULT)
     return (*(_RATIOS_TO_BF16 if dense else _RATIOS_IN_4_BITS), *_NO_RESULT)
 
@@ -109,9 +102,9 @@ _INTERPRETED = ("[in brackets]: interpreted kernels, whose times are no measurem
 _ROOF = ("roof: share of the ceiling of products (P) or of reading (R), the larger",)
 
 
-def notes(cases: list[Case]) -> list[str]:
-    """Why contenders did not run, what failed, and what could not be measured, each once."""
-    places: dict[tuple[str, str, str], list[Case]] = {}
+def notes(cases: list[BenchCase]) -> list[str]:
+    """Remarks on all rows, each once: not run, failed, or not measured, and why."""
+    places: dict[tuple[str, str, str], list[BenchCase]] = {}
     for case in cases:
         for row in case.rows:
             for what, why in _remarks(row):
@@ -120,8 +113,8 @@ def notes(cases: list[Case]) -> list[str]:
     return [f"{what} ({_where(found, of_layer[name])}): {why}" for (what, name, why), found in places.items()]
 
 
-def _remarks(row: Row) -> list[tuple[str, str]]:
-    """What is to be said of a row, and why."""
+def _remarks(row: BenchRow) -> list[tuple[str, str]]:
+    """Remarks on a row, each with its reason."""
     remarks = [
         ("not run", row.reason),
         ("not timed", row.untimed),
@@ -133,7 +126,7 @@ def _remarks(row: Row) -> list[tuple[str, str]]:
     return [(what, why) for what, why in remarks if why]
 
 
-def _where(found: list[Case], of_layer: list[Case]) -> str:
+def _where(found: list[BenchCase], of_layer: list[BenchCase]) -> str:
     """The layer, and which of its cases if not all."""
     places = [found[0].shape.name]
     for direction in dict.fromkeys(case.direction for case in found):
@@ -186,23 +179,18 @@ def commit() -> str | None:
     return head + "+" if head and git("status", "--porcelain", "--untracked-files=no") else head
 
 
-def _case(case: Case, ceilings: Ceilings) -> dict[str, Any]:
-    best, control, shape = case.best_peer(), case.control(), case.shape
+def _case(case: BenchCase, ceilings: Ceilings) -> dict[str, Any]:
+    best, control = case.best_peer(), case.control()
     active, stack = case.decoded()
     return {
-        "layer": shape.name,
-        "E": shape.experts,
-        "K": shape.top_k,
-        "H": shape.hidden,
-        "I": shape.intermediate,
-        "cut": shape.cut,
+        **case.shape.as_json(),
         "T": case.tokens,
         "routing": case.routing,
         "direction": case.direction,
         "load": asdict(case.load) | {"active": case.active},
         "flops": case.flops,
         "bytes": case.bytes_moved,
-        "form": asdict(case.form),
+        "form": asdict(case.storage),
         "decoded_bytes": {"active": active, "stack": stack},
         "best_peer": best.name if best else None,
         "stack": case.stack if case.stack_row() else None,
@@ -213,9 +201,8 @@ def _case(case: Case, ceilings: Ceilings) -> dict[str, Any]:
     }
 
 
-def _contender(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
+def _contender(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> dict[str, Any]:
     judgement, ratio, control = row.judgement, case.ratio(row), case.control()
-    against_stack, against_dense = case.stack_ratio(row), case.dense_ratio(row)
     found: dict[str, Any] = {
         "name": row.name,
         "ours": row.ours,
@@ -230,39 +217,33 @@ def _contender(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
         "launches": row.launches,
     }
     if row.seconds and not row.interpreted:
-        time = spread(row.seconds)
-        tflops, gbs = rates(case, time)
-        found |= {
-            "time": asdict(time),
-            "times_best": asdict(ratio) if ratio else None,
-            "times_stack": asdict(against_stack) if against_stack else None,
-            "times_bf16": asdict(against_dense) if against_dense else None,
-            "no_result": is_no_result(ratio, control) if ratio and control else None,
-            "tflops": tflops,
-            "gbs": gbs,
-            "of_product": tflops / ceilings.tflops,
-            "of_bandwidth": gbs / ceilings.gbs,
-            "of_copy": gbs / ceilings.copy_gbs,
-        }
-    if row.graph or row.no_graph:
-        found["graph"] = _graph(case, row, ceilings)
+        found |= _speed(case, row.seconds, ratio, case.dense_ratio(row), ceilings)
+        found["times_stack"] = _spread(case.stack_ratio(row))
+        found["no_result"] = is_no_result(ratio, control) if ratio and control else None
+        found["of_bandwidth"] = found["gbs"] / ceilings.gbs
+    if row.graph:  # captured in a CUDA graph
+        speed = _speed(case, row.graph, case.graph_ratio(row), case.dense_graph_ratio(row), ceilings)
+        found["graph"] = {"reason": "", "seconds": row.graph} | speed
+    elif row.no_graph:
+        found["graph"] = {"reason": row.no_graph, "seconds": []}
     return found
 
 
-def _graph(case: Case, row: Row, ceilings: Ceilings) -> dict[str, Any]:
-    """What came of a call captured in a CUDA graph."""
-    if not row.graph:
-        return {"reason": row.no_graph, "seconds": []}
-    time, ratio, against_dense = spread(row.graph), case.graph_ratio(row), case.dense_graph_ratio(row)
+def _speed(
+    case: BenchCase, seconds: list[float], to_best: Spread | None, to_bf16: Spread | None, ceilings: Ceilings
+) -> dict[str, Any]:
+    time = spread(seconds)
     tflops, gbs = rates(case, time)
     return {
-        "reason": "",
-        "seconds": row.graph,
         "time": asdict(time),
-        "times_best": asdict(ratio) if ratio else None,
-        "times_bf16": asdict(against_dense) if against_dense else None,
+        "times_best": _spread(to_best),
+        "times_bf16": _spread(to_bf16),
         "tflops": tflops,
         "gbs": gbs,
         "of_product": tflops / ceilings.tflops,
         "of_copy": gbs / ceilings.copy_gbs,
     }
+
+
+def _spread(found: Spread | None) -> dict[str, float] | None:
+    return asdict(found) if found else None

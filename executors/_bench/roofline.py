@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
 
-from executors._bench.case import FORWARD, LORA, WITH_BACKWARD, Case, Row
+from executors._bench.case import FORWARD, LORA, WITH_BACKWARD, BenchCase, BenchRow
 from executors._bench.ceilings import Ceilings
+from executors._bench.figure import AS_IT_IS, COLOURS, MARKERS, finish, panels, tidy
 from executors._bench.measure import spread
-from executors._bench.plot import COLOURS, MARKERS
 from executors._bench.table import DIRECTIONS, rates
 from executors._bench.timing import DECODE
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter
 
 IN_A_GRAPH = " in a graph"
 
 
-def plot(path: Path, cases: list[Case], ceilings: Ceilings, title: str) -> None:
-    """Writes the picture, whole or not at all: a row for each layer, for the first routing that was measured.
+def plot(path: Path, cases: list[BenchCase], ceilings: Ceilings, title: str) -> None:
+    """Writes the picture: a row for each layer, for the first routing that was measured.
 
     Args:
         path: the file.
-        cases: those of adapters have a panel where there are no others with backward.
+        cases: those with adapters have a panel only where no others have backward.
         ceilings: the machine's.
         title: above all.
     """
@@ -39,9 +32,7 @@ def plot(path: Path, cases: list[Case], ceilings: Ceilings, title: str) -> None:
     cases = [case for case in cases if case.routing == routing]
     layers = list(dict.fromkeys(case.shape.name for case in cases))
     names = list(dict.fromkeys(row.name for case in cases for row in case.rows if row.seconds))
-    figure, axes = plt.subplots(
-        len(layers), 3, figsize=(13.0, 1.6 + 3.2 * len(layers)), dpi=130, layout="constrained", squeeze=False
-    )
+    figure, axes = panels(len(layers), 3, (13.0, 1.6 + 3.2 * len(layers)))
     for line, layer in zip(axes, layers, strict=True):
         own = [case for case in cases if case.shape.name == layer]
         backward = WITH_BACKWARD if any(case.direction == WITH_BACKWARD for case in own) else LORA
@@ -51,20 +42,10 @@ def plot(path: Path, cases: list[Case], ceilings: Ceilings, title: str) -> None:
             ax.set_title(f"{layer}, {DIRECTIONS[direction]}\nTFLOP/s, {routing} routing", fontsize=9)
         _decode_panel(line[2], [c for c in own if c.direction == FORWARD and c.tokens <= DECODE], names, ceilings)
         line[2].set_title(f"{layer}, forward, T up to {DECODE}\nshare of a large copy's GB/s", fontsize=9)
-    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if handles:
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    figure.suptitle(title, fontsize=10)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        plt.close(figure)
-        temporary.unlink(missing_ok=True)
+    finish(figure, axes, title, 4, path)
 
 
-def _speed_panel(ax: Axes, cases: list[Case], names: list[str], ceilings: Ceilings) -> None:
+def _speed_panel(ax: Axes, cases: list[BenchCase], names: list[str], ceilings: Ceilings) -> None:
     """TFLOP/s by T under the product's ceiling and under the roof of both ceilings."""
     if not cases:
         ax.set_axis_off()
@@ -75,28 +56,24 @@ def _speed_panel(ax: Axes, cases: list[Case], names: list[str], ceilings: Ceilin
     ax.plot(places, roof, color="black", linewidth=1.0, linestyle="--", label="roof: that product, or the copy's bytes")
     _lines(ax, cases, names, lambda case, row: rates(case, spread(row.seconds))[0])
     ax.set_ylim(0.0, 1.1 * ceilings.tflops)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_major_formatter(AS_IT_IS)
     _finish(ax, cases)
 
 
-def _decode_panel(ax: Axes, cases: list[Case], names: list[str], ceilings: Ceilings) -> None:
+def _decode_panel(ax: Axes, cases: list[BenchCase], names: list[str], ceilings: Ceilings) -> None:
     """The share of the copy's bandwidth: calls as they are, and in a graph."""
     if not cases:
         ax.set_axis_off()
         return
     ax.axhline(1.0, color="black", linewidth=1.0)
 
-    def share(case: Case, seconds: list[float]) -> float:
+    def share(case: BenchCase, seconds: list[float]) -> float:
         return rates(case, spread(seconds))[1] / ceilings.copy_gbs
 
     _lines(ax, cases, names, lambda case, row: share(case, row.seconds))
     for number, name in enumerate(names):
-        found = [
-            (place, share(case, row.graph))
-            for place, case in enumerate(cases)
-            for row in case.rows
-            if row.name == name and row.graph
-        ]
+        rows = [(place, case, row) for place, case in enumerate(cases) for row in case.rows if row.name == name]
+        found = [(place, share(case, row.graph)) for place, case, row in rows if row.graph]
         if found:
             style = _style(number) | {"linestyle": ":", "markerfacecolor": "white"}
             ax.plot(*zip(*found, strict=True), **style, label=name + IN_A_GRAPH)
@@ -105,7 +82,9 @@ def _decode_panel(ax: Axes, cases: list[Case], names: list[str], ceilings: Ceili
     _finish(ax, cases)
 
 
-def _lines(ax: Axes, cases: list[Case], names: list[str], value_of: Callable[[Case, Row], float]) -> None:
+def _lines(
+    ax: Axes, cases: list[BenchCase], names: list[str], value_of: Callable[[BenchCase, BenchRow], float]
+) -> None:
     """A line for each contender that was timed; interpreted ones are crosses: no measurement."""
     for number, name in enumerate(names):
         rows = [(place, case, row) for place, case in enumerate(cases) for row in case.rows if row.name == name]
@@ -126,10 +105,7 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _finish(ax: Axes, cases: list[Case]) -> None:
+def _finish(ax: Axes, cases: list[BenchCase]) -> None:
     ax.set_xticks(range(len(cases)), [f"T={case.tokens}" for case in cases], fontsize=9)
     ax.set_xlim(-0.3, len(cases) - 0.7)
-    ax.tick_params(axis="y", labelsize=9)
-    ax.grid(axis="y", color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax, "y")

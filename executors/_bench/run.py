@@ -9,7 +9,7 @@ from itertools import groupby
 
 import torch
 
-from executors._bench.case import FORWARD, LORA, Case, Row
+from executors._bench.case import FORWARD, LORA, BenchCase, BenchRow
 from executors._bench.ceilings import Ceilings, measure_ceilings
 from executors._bench.contenders import Contender, action_of, our_contenders
 from executors._bench.cuda import launches
@@ -40,7 +40,7 @@ class Findings:
     """
 
     ceilings: Ceilings
-    cases: list[Case] = field(default_factory=list)
+    cases: list[BenchCase] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     complete: bool = False
 
@@ -87,7 +87,7 @@ def run(settings: Settings, show: Show, keep: Keep) -> Findings:
 
 
 def _add_launches(settings: Settings, found: Findings, show: Show) -> None:
-    """Counts the kernels of every call that was timed: last of all, since a profiler slows what comes after it."""
+    """Counts the kernels of every call that was timed. It comes last: a profiler slows what runs after it."""
     for name, of_layer in groupby(found.cases, lambda case: case.shape.name):
         plain = _make_layer(settings, name, lambda _: None)
         for case in of_layer:
@@ -108,16 +108,16 @@ def _add_launches(settings: Settings, found: Findings, show: Show) -> None:
 def run_layer(
     settings: Settings,
     plain: BenchLayer,
-    cases: list[Case],
+    cases: list[BenchCase],
     say: Callable[[str], None],
     in_time: Callable[[], bool],
     keep: Callable[[], None],
 ) -> None:
-    """Measures all cases of one layer, and appends them."""
+    """Measures all cases of one layer, and appends them to ``cases``."""
     layers = dict.fromkeys(settings.directions, plain)
     if LORA in layers:
         layers[LORA] = with_adapters(plain, settings.lora_rank, settings.seed)
-    theirs = {layer.form: everyone_else(layer, settings.without) for layer in layers.values()}
+    theirs = {layer.storage: everyone_else(layer, settings.without) for layer in layers.values()}
     for contender in (c for found in theirs.values() for c in found):
         if contender.prepare is not None:
             say(f"preparing {contender.name}")
@@ -134,32 +134,24 @@ def run_layer(
             def tell(what: str, where: str = f"T={tokens} {routing} {direction}") -> None:
                 say(f"{where}: {what}")
 
-            key = routing, layer.form.rank, len(given.judged)
+            key = routing, layer.storage.rank, len(given.judged)
             if key not in truths:  # the judged tokens are the same for every T
                 tell("sampling error bars")
                 both = any(r == routing and d != FORWARD for r, d in settings.pairs())
                 truths[key] = sample_truth(layer, given, both, settings.seed)
             ours = our_contenders(layer, given, list(settings.names), settings.interpreted)
-            found = ours + theirs[layer.form]
+            found = ours + theirs[layer.storage]
             cases.append(measure_case(settings, layer, given, truths[key], routing, direction, found, tell))
             keep()
-    if settings.memory and not settings.gpu:  # there it is measured beside the times
-        add_peaks(
-            plain,
-            cases[first:],
-            device=settings.device,
-            seed=settings.seed,
-            rank=settings.lora_rank,
-            tell=say,
-        )
+    if settings.memory and not settings.gpu:  # on a GPU it is measured beside the times
+        device, seed, rank = settings.device, settings.seed, settings.lora_rank
+        add_peaks(plain, cases[first:], device=device, seed=seed, rank=rank, tell=say)
 
 
 def _make_layer(settings: Settings, name: str, say: Callable[[str], None]) -> BenchLayer:
     how = settings.quantisation
     shape = sized(name, settings.scale, settings.device, how.blocksize if how else MULTIPLE)
-    layer = random_layer(
-        shape, settings.device, settings.seed, lambda i, e: say(f"drawing weights of expert {i} of {e}")
-    )
+    layer = random_layer(shape, settings.device, settings.seed, lambda i, e: say(f"drawing expert {i} of {e}"))
     return layer if how is None else quantised(layer, how, lambda i, e: say(f"quantising expert {i} of {e}"))
 
 
@@ -173,31 +165,28 @@ def measure_case(
     everyone: list[Contender],
     tell: Callable[[str], None],
     refused: Callable[[list[str]], dict[str, str]] = lambda names: {},
-) -> Case:
+) -> BenchCase:
     """Judges all contenders, then times those that are right, in turn.
 
-    ``refused`` is told who is right, and says who is not to be timed, and why.
+    ``refused`` is called with the names of those that are right. It returns the names of those that must not be timed,
+    each with the reason.
     """
-    tokens, backward, shape = given.x.shape[0], direction != FORWARD, layer.shape
-    rows = [Row(c.name, c.ours, c.why_not(tokens, backward), interpreted=c.interpreted) for c in everyone]
-    actions: dict[str, Callable[[], None]] = {}
-    for row, contender in zip(rows, everyone, strict=True):
-        if row.reason or contender.call is None:
-            continue
-        tell(f"judging {row.name}")
-        judgement = judge_contender(contender.call, layer, given, truth, backward)
-        row.reason = judgement.reason
-        if not row.reason:
-            row.judgement = judgement
-            if not row.failed:
-                actions[row.name] = action_of(contender.call, given, direction)
+    rows, actions = _judge_all(layer, given, truth, direction, everyone, tell)
     for name, why in refused(list(actions)).items():
         actions.pop(name)
         next(row for row in rows if row.name == name).untimed = why
-    active = int(torch.unique(given.topk_ids).numel())
-    case = Case(shape, tokens, routing, direction, load(given.topk_ids, shape), active, rows, form=layer.form)
-    case.stack = STACK if settings.quantisation else ""
-    case.gpu = settings.gpu
+    case = BenchCase(
+        layer.shape,
+        given.x.shape[0],
+        routing,
+        direction,
+        load(given.topk_ids, layer.shape),
+        int(torch.unique(given.topk_ids).numel()),
+        rows,
+        storage=layer.storage,
+        stack=STACK if settings.quantisation else "",
+        gpu=settings.gpu,
+    )
 
     def after() -> None:
         clear_gradients(layer, given)
@@ -211,3 +200,30 @@ def measure_case(
         )
         time_case(case, actions, timing, after, tell)
     return case
+
+
+def _judge_all(
+    layer: BenchLayer,
+    given: Batch,
+    truth: Truth,
+    direction: str,
+    everyone: list[Contender],
+    tell: Callable[[str], None],
+) -> tuple[list[BenchRow], dict[str, Callable[[], None]]]:
+    """A row for each contender, and the calls of those that are right."""
+    tokens, backward = given.x.shape[0], direction != FORWARD
+    rows, actions = [], {}
+    for contender in everyone:
+        name, call = contender.name, contender.call
+        row = BenchRow(name, contender.ours, contender.why_not(tokens, backward), interpreted=contender.interpreted)
+        rows.append(row)
+        if row.reason or call is None:
+            continue
+        tell(f"judging {name}")
+        judgement = judge_contender(call, layer, given, truth, backward)
+        row.reason = judgement.reason
+        if not row.reason:
+            row.judgement = judgement
+            if not row.failed:
+                actions[name] = action_of(call, given, direction)
+    return rows, actions

@@ -1,4 +1,4 @@
-"""What the benchmark is asked to measure, and what it measures where nothing is asked for."""
+"""What the benchmark measures: settings, and their defaults."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ class Settings:
 
 
 def default_names(everyone: list[str], weights: str, device: str, interpreted: bool) -> list[str]:
-    """Our contenders where none is asked for.
+    """Our contenders by default.
 
-    In 4 bits ``triton`` has the kernels that ``grouped_nf4`` has; where it runs, it takes part with dense weights.
+    In 4 bits ``triton`` and ``grouped_nf4`` have the same kernels, so ``triton`` takes part with dense weights only.
     """
     found = [name for name in everyone if takes(name, weights)]
     if weights == DENSE:
@@ -112,7 +112,7 @@ def default_names(everyone: list[str], weights: str, device: str, interpreted: b
 
 
 def takes(name: str, weights: str) -> bool:
-    """Whether an executor declares such weights, or cannot be had to tell: then it is shown with the reason."""
+    """Whether an executor declares such weights. An unavailable one counts: its row says why it did not run."""
     try:
         return weights in executors.get(name).capabilities.weights
     except executors.Unavailable:
@@ -127,30 +127,6 @@ def known_peers() -> list[str]:
     return [*(PREFIX + name for name in IMPLEMENTATIONS), *products, *stacks, *loops]
 
 
-def known_routings() -> list[str]:
-    """The kinds of routing."""
-    return list(KINDS)
-
-
-def default_tokens(device: str) -> tuple[int, ...]:
-    """T where none is asked for."""
-    return _of(DEFAULT_TOKENS, device)
-
-
-def default_layers(device: str) -> tuple[str, ...]:
-    """The layers where none is asked for."""
-    return _of(DEFAULT_LAYERS, device)
-
-
-def default_seconds(device: str) -> float:
-    """How long a case is timed where nothing is said of it."""
-    return _of(DEFAULT_SECONDS, device)
-
-
-def _of(by_device: dict[str, Value], device: str) -> Value:
+def default(by_device: dict[str, Value], device: str) -> Value:
+    """The default on a device, such as of `DEFAULT_TOKENS`."""
     return by_device.get(torch.device(device).type, by_device["cpu"])
-
-
-def known_layers() -> list[str]:
-    """The names of the layers."""
-    return list(LAYERS)

@@ -9,7 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from executors._bench.case import FORWARD, LORA, WITH_BACKWARD, Case, Row
+from executors._bench.case import FORWARD, LORA, WITH_BACKWARD, BenchCase, BenchRow
 from executors._bench.ceilings import Ceilings
 from executors._bench.measure import Spread, is_no_result, spread
 
@@ -19,35 +19,34 @@ MILLISECONDS = 1000.0
 MIB = 2**20
 DIRECTIONS = {FORWARD: "forward", WITH_BACKWARD: "forward + backward", LORA: "forward + backward with adapters"}
 
-Column = tuple[str, Callable[[Case, Row], str]]
+Column = tuple[str, Callable[[BenchCase, BenchRow], str]]
 
 
-def tables(cases: list[Case], ceilings: Ceilings) -> list[tuple[str, Table]]:
+def tables(cases: list[BenchCase], ceilings: Ceilings) -> list[tuple[str, Table]]:
     """A title and a table for each layer, routing and direction."""
 
-    def key(case: Case) -> tuple[str, str, str]:
+    def key(case: BenchCase) -> tuple[str, str, str]:
         return case.shape.name, case.routing, case.direction
 
     grouped = (list(group) for _, group in groupby(cases, key))
     return [(title(group), table(group, ceilings)) for group in grouped]
 
 
-def title(cases: list[Case]) -> str:
+def title(cases: list[BenchCase]) -> str:
     """Two lines on the layer and on the load, or three."""
-    shape, first = cases[0].shape, cases[0]
-    cut = f" (H and I cut by {shape.cut})" if shape.cut > 1 else ""
-    frozen = ", base frozen" if first.backward and first.form.frozen else ""
-    rank = f" of rank {first.form.rank}" if first.form.rank else ""
+    first = cases[0]
+    frozen = ", base frozen" if first.backward and first.storage.frozen else ""
+    rank = f" of rank {first.storage.rank}" if first.storage.rank else ""
     loads = ", ".join(f"{c.load.max_over_mean:.1f}" for c in cases)
     end = "\n" if first.stack else "; "
     return (
-        f"{shape.name}{cut}: E={shape.experts}, K={shape.top_k}, H={shape.hidden}, I={shape.intermediate}, bfloat16\n"
+        f"{first.shape}, bfloat16\n"
         f"{DIRECTIONS[first.direction]}{rank}{frozen}, {first.routing} routing{end}busiest expert / mean: {loads}"
     )
 
 
-def table(cases: list[Case], ceilings: Ceilings) -> Table:
-    """A row for each T and contender; who did not run stands with the reason."""
+def table(cases: list[BenchCase], ceilings: Ceilings) -> Table:
+    """A row for each T and contender."""
     columns = _columns(cases, ceilings)
     out = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     out.add_column("T", justify="right", no_wrap=True)
@@ -71,13 +70,13 @@ def table(cases: list[Case], ceilings: Ceilings) -> Table:
     return out
 
 
-def _columns(cases: list[Case], ceilings: Ceilings) -> list[Column]:
-    """What a table shows; the names of the columns tell them apart."""
+def _columns(cases: list[BenchCase], ceilings: Ceilings) -> list[Column]:
+    """The columns of a table: name, and text of a row."""
     rows = [row for case in cases for row in case.rows]
     columns: list[Column] = [
         ("max z", lambda case, row: _max_z(row)),
         ("ms", lambda case, row: _short(MILLISECONDS * spread(row.seconds).median)),
-        ("+-", lambda case, row: _relative(spread(row.seconds))),
+        ("+-", lambda case, row: relative(spread(row.seconds))),
     ]
     best: Column = ("x best", lambda case, row: _ratio(case, case.ratio(row), row is case.best_peer(), "best"))
     memory: list[Column] = [("MiB", lambda case, row: "?" if row.peak is None else _short(row.peak / MIB))]
@@ -108,7 +107,7 @@ def _columns(cases: list[Case], ceilings: Ceilings) -> list[Column]:
     return [*columns, tflops, gbs]
 
 
-def _cells(case: Case, row: Row, columns: list[Column]) -> list[str]:
+def _cells(case: BenchCase, row: BenchRow, columns: list[Column]) -> list[str]:
     name = escape(row.name)
     if row.reason:
         return [f"[dim]{name}[/dim]", *_only({"ms": "[dim]not run[/dim]"}, columns)]
@@ -122,7 +121,7 @@ def _cells(case: Case, row: Row, columns: list[Column]) -> list[str]:
     return [name, *(cell(case, row) for _, cell in columns)]
 
 
-def _again(case: Case) -> dict[str, str]:
+def _again(case: BenchCase) -> dict[str, str]:
     """The second times of the reference."""
     control = case.control()
     if control is None:
@@ -130,18 +129,18 @@ def _again(case: Case) -> dict[str, str]:
     time = spread(case.again)
     return {
         "ms": _short(MILLISECONDS * time.median),
-        "+-": _relative(time),
+        "+-": relative(time),
         "x best": f"{control.median:.2f}",
         "10-90%": _range(control),
     }
 
 
-def _in_a_graph(case: Case, row: Row, ceilings: Ceilings) -> dict[str, str]:
+def _in_a_graph(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> dict[str, str]:
     """The times of a call captured in a CUDA graph."""
     time, ratio, of_dense = spread(row.graph), case.graph_ratio(row), case.dense_graph_ratio(row)
     return {
         "ms": _short(MILLISECONDS * time.median),
-        "+-": _relative(time),
+        "+-": relative(time),
         "x best": f"{ratio.median:.2f}" if ratio else "",
         "x bf16": f"{of_dense.median:.2f}" if of_dense else "",
         "TFLOP/s": _tflops(case, time, ceilings),
@@ -157,17 +156,17 @@ def _only(cells: dict[str, str], columns: list[Column]) -> list[str]:
     return [cells.get(name, "") for name, _ in columns]
 
 
-def rates(case: Case, time: Spread) -> tuple[float, float]:
+def rates(case: BenchCase, time: Spread) -> tuple[float, float]:
     """TFLOP/s and GB/s at the median."""
     return case.flops / time.median / 1e12, case.bytes_moved / time.median / 1e9
 
 
-def _max_z(row: Row) -> str:
+def _max_z(row: BenchRow) -> str:
     z = row.judgement.max_z if row.judgement else None
     return "" if z is None else f"{min(z, 9999.0):.1f}"
 
 
-def _ratio(case: Case, ratio: Spread | None, itself: bool, name: str) -> str:
+def _ratio(case: BenchCase, ratio: Spread | None, itself: bool, name: str) -> str:
     if ratio is None:
         return ""
     if itself:
@@ -178,25 +177,26 @@ def _ratio(case: Case, ratio: Spread | None, itself: bool, name: str) -> str:
     return f"{'~' if unsure else ''}{ratio.median:.{digits}f}"
 
 
-def _tflops(case: Case, time: Spread, ceilings: Ceilings) -> str:
+def _tflops(case: BenchCase, time: Spread, ceilings: Ceilings) -> str:
     tflops, _ = rates(case, time)
     return f"{_short(tflops)} {tflops / ceilings.tflops:4.0%}"
 
 
-def _gbs(case: Case, time: Spread, ceilings: Ceilings) -> str:
+def _gbs(case: BenchCase, time: Spread, ceilings: Ceilings) -> str:
     _, gbs = rates(case, time)
     ceiling = ceilings.copy_gbs if case.gpu else ceilings.gbs
     return f"{gbs:.{0 if gbs >= 10 else 1}f} {gbs / ceiling:4.0%}"
 
 
-def _roof(case: Case, row: Row, ceilings: Ceilings) -> str:
+def _roof(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> str:
     """The larger share of the two ceilings."""
     tflops, gbs = rates(case, spread(row.seconds))
     share, what = max((tflops / ceilings.tflops, "P"), (gbs / ceilings.gbs, "R"))
     return f"{share:.0%} {what}" if share >= 0.01 else f"{share:.1%} {what}"
 
 
-def _relative(time: Spread) -> str:
+def relative(time: Spread) -> str:
+    """Half of what lies between the 10th and 90th percentile, over the median."""
     return f"{min((time.high - time.low) / 2 / time.median, 9.99):.0%}"
 
 

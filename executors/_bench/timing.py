@@ -1,4 +1,4 @@
-"""Times the contenders of one case that were judged right, and on a GPU measures what else it can tell."""
+"""Times the right contenders of one case; on a GPU also measures their peak memory, and times them in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from executors._bench import cuda as bench_cuda
-from executors._bench.case import FORWARD, LORA, Case, Row
+from executors._bench.case import FORWARD, LORA, BenchCase, BenchRow
 from executors._bench.measure import MIN_ROUNDS, Clock, time_rounds, warm_seconds, warm_up
 from executors._compare.memory import peak_of
 
@@ -47,9 +47,9 @@ class Timing:
 
 
 def time_case(
-    case: Case, actions: dict[str, Action], timing: Timing, after: Action, tell: Callable[[str], None]
+    case: BenchCase, actions: dict[str, Action], timing: Timing, after: Action, tell: Callable[[str], None]
 ) -> None:
-    """Times the actions in turn, and fills in the rows of the same names.
+    """Times the actions in turn, and writes the times into the rows of the same names.
 
     Args:
         case: its rows get their times.
@@ -62,7 +62,7 @@ def time_case(
     tell("warming up")
     warm = warm_up(actions, after, timing.device)
     limit = SLOWEST_S[torch.device(timing.device).type]
-    if not timing.gpu and warm:  # calls take longer there: only those that are far from the best are left out
+    if not timing.gpu and warm:  # calls take longer on a CPU: leave out only those far from the best peer
         limit = max(limit, 2 * min([warm[name] for name in warm if not rows[name].ours] or warm.values()))
     for name, seconds in list(warm.items()):
         if seconds > limit:
@@ -76,21 +76,21 @@ def time_case(
     entries = {name: actions[name] for name in warm}
     if case.reference:
         entries[case.reference + AGAIN] = actions[case.reference]
-    clock: Clock | None = bench_cuda.Clock(timing.device) if timing.gpu else None
-    if not timing.gpu and case.direction != FORWARD:  # whose memory is large, and given back after each call
+    clock: Clock | None = bench_cuda.ColdClock(timing.device) if timing.gpu else None
+    if not timing.gpu and case.direction != FORWARD:  # gradients are large, and freed after each call
         clock = partial(warm_seconds, after=after)
     times = _rounds(entries, timing, after, tell, clock) if entries else {}
     case.again = times.pop(case.reference + AGAIN, [])
     for name, samples in times.items():
         rows[name].seconds = samples
     if timing.gpu:
-        _tell_more(case, {name: actions[name] for name in rows}, rows, timing, after, tell)
+        _measure_on_gpu(case, {name: actions[name] for name in rows}, rows, timing, after, tell)
 
 
-def _tell_more(
-    case: Case,
+def _measure_on_gpu(
+    case: BenchCase,
     actions: dict[str, Action],
-    rows: dict[str, Row],
+    rows: dict[str, BenchRow],
     timing: Timing,
     after: Action,
     tell: Callable[[str], None],
@@ -110,13 +110,13 @@ def _tell_more(
         except bench_cuda.NotCaptured as error:
             rows[name].no_graph = str(error)
     if replays:
-        found = _rounds(replays, timing, lambda: None, tell, bench_cuda.Clock(timing.device, queued=True))
+        found = _rounds(replays, timing, lambda: None, tell, bench_cuda.ColdClock(timing.device, queued=True))
         for name, times in found.items():
             rows[name].graph = times
 
 
-def is_captured(case: Case) -> bool:
-    """Whether calls are captured in a graph: a server's decoding, and fine-tuning, to take Python's part away."""
+def is_captured(case: BenchCase) -> bool:
+    """Whether calls are timed in a graph too, without Python's part: a server's decoding, and fine-tuning."""
     return case.direction == LORA or (case.direction == FORWARD and case.tokens <= DECODE)
 
 
@@ -124,12 +124,5 @@ def _rounds(
     actions: dict[str, Action], timing: Timing, after: Action, tell: Callable[[str], None], clock: Clock | None
 ) -> dict[str, list[float]]:
     return time_rounds(
-        actions,
-        after,
-        timing.device,
-        timing.seconds,
-        timing.seed,
-        lambda n: tell(f"round {n}"),
-        timing.rounds,
-        clock,
+        actions, after, timing.device, timing.seconds, timing.seed, lambda n: tell(f"round {n}"), timing.rounds, clock
     )

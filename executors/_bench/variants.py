@@ -1,7 +1,7 @@
 """Contenders that are an executor in one of its ways, named ``executor[way]``.
 
-In 4 bits ``grouped_nf4`` is one contender for each path that this machine can take, since a rule chooses among them
-elsewhere; and ``triton[bf16]`` is what 4 bits must beat: the same layer decoded once and for all, in bf16.
+In 4 bits each path of ``grouped_nf4`` that this machine can take is a contender; outside the benchmark a rule chooses
+among them. ``triton[bf16]`` is what 4 bits must beat: the same layer decoded beforehand, in bf16.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def refusal_of(name: str, x: torch.Tensor, layer: BenchLayer) -> str:
     """Why that contender cannot take the layer, or ""."""
     try:
         executor = executor_of(name)
-        if name != DENSE_WEIGHTS:  # which decodes what it takes at its first call
+        if name != DENSE_WEIGHTS:  # it decodes its weights at its first call
             executor.check(x, layer.weights())
     except (Unavailable, Unsupported) as error:
         return " ".join(str(error).split())
@@ -90,7 +90,7 @@ def weights_of(name: str, layer: BenchLayer) -> MoEWeights:
 
 
 def dense_stacks(layer: BenchLayer) -> dict[str, torch.Tensor]:
-    """Both projections decoded, in canonical shapes; kept with the layer, as they take four times its memory."""
+    """Both projections decoded, in canonical shapes. The layer keeps them: they take four times its memory."""
     for name, stack in layer.frozen.items():
         if isinstance(stack, PackedTensor) and name not in layer.decoded:
             dense = torch.empty(stack.stored_shape, dtype=getattr(torch, stack.dtype), device=stack.device)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -13,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import executors
-from executors._cli.options import choice, new_console, progress_bar, refuse
-from executors._compare import report
+from executors._cli import options as cli
+from executors._compare.files import write_json
 
 if TYPE_CHECKING:
     from executors._triton.inspect.cases import Kernel
@@ -44,7 +43,7 @@ in 4 bits: nf4 is qwen3; nf4-nest, nf4-peft (with adapters) and mxfp4 are
   gpt-oss, k last in memory in mxfp4 only"""
 
 
-class Row(NamedTuple):
+class KernelRow(NamedTuple):
     """A compiled kernel and what it takes."""
 
     kernel: Kernel
@@ -64,7 +63,7 @@ class Row(NamedTuple):
         None of other kernels, and beside an adapter, where another loop is the innermost one.
         """
         constants, own = self.kernel.constants, self.resources
-        if constants.get("FORM") is None or constants.get("BLOCK_R"):
+        if constants.get("FORMAT") is None or constants.get("BLOCK_R"):
             return None
         metadata = self.kernel.compiled.metadata
         threads = metadata.num_warps * metadata.target.warp_size
@@ -80,63 +79,79 @@ class Row(NamedTuple):
         return [text for text, wrong in ((spills, own.spills), (large, own.shared > shared)) if wrong]
 
 
-def kernels(
+@dataclass(frozen=True)
+class KernelsOptions:
+    """What can be asked of the compiled kernels."""
+
     target: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
             help="sm75, sm80, sm86, sm90, sm100 or gfx942; repeatable. Default: the last three and sm80.",
         ),
-    ] = None,
+    ] = None
     dtype: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
             help="bfloat16, float16, float32 or all; repeatable. Default: bfloat16 (sm75: float16) and float32.",
         ),
-    ] = None,
+    ] = None
     largest: Annotated[
         bool, typer.Option("--largest", help="Only the products' largest tiles, the nearest to their limits.")
-    ] = False,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures there too.")] = None,
-) -> None:
+    ] = False
+    json: cli.JsonOption = None
+
+    def targets(self) -> dict[str, tuple[str, ...]]:
+        """The dtypes to compile for, by target."""
+        with cli.needing_triton("kernels need"):
+            from executors._triton.inspect.compile import TARGETS
+        targets = cli.checked("--target", self.target, list(TARGETS)) or DEFAULT_TARGETS
+        dtypes = cli.checked("--dtype", self.dtype, (*DTYPES, ALL))
+        if "sm75" in targets and dtypes and "bfloat16" in dtypes:
+            cli.refuse("--dtype bfloat16: sm75 has none")
+        return {target: _dtypes(target, dtypes) for target in targets}
+
+
+@cli.with_options(KernelsOptions)
+def kernels(options: KernelsOptions) -> None:
     """Compiles the Triton kernels, and shows what they take.
 
     Every shipped configuration is compiled on layers of real models, without a GPU. One table for each target:
     registers, shared memory, tensor-core instructions, how wide loads are, and what decoding 4 bits takes. Exit
     status: 0, or 1 if a kernel spills or takes more shared memory than there is, 2 for bad arguments.
     """
-    try:
-        from executors._triton import configs
-        from executors._triton.inspect.cases import family_of
-        from executors._triton.inspect.compile import TARGETS
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "triton":
-            raise
-        refuse('kernels need triton: pip install "moe-ref[triton]"')
-    targets = choice("--target", target, list(TARGETS)) or DEFAULT_TARGETS
-    dtypes = choice("--dtype", dtype, (*DTYPES, ALL))
-    if json is not None and not json.parent.is_dir():
-        refuse(f"--json {json}: must be in a folder that exists")
-    if "sm75" in targets and dtypes and "bfloat16" in dtypes:
-        refuse("--dtype bfloat16: sm75 has none")
-    console, everything, failed = new_console(), {}, False
-    for name in targets:
-        rows = compile_rows(name, _dtypes(name, dtypes), largest)
-        family = family_of(name)
-        shared = configs.FAMILIES[family].shared
-        console.print(f"\n{name}: {len(rows)} kernels")
-        console.print(table(rows, shared))
-        console.print(NOTES.format(shared=shared // KIB, target=name), style="dim")
-        for line in faults(name, rows, shared):
-            failed = True
-            console.print(escape(line), style="red", soft_wrap=True)
-        everything[name] = {"family": family, "shared": shared, "kernels": [as_json(row) for row in rows]}
-    if json is not None:
-        report.write_json(json, {"schema": SCHEMA, "targets": everything})
-        console.print(escape(f"wrote {json}"))
+    everything, failed = {}, False
+    for target, dtypes in options.targets().items():
+        rows = compile_rows(target, dtypes, options.largest)
+        family, shared = _family(target)
+        failed |= _print(target, rows, shared)
+        everything[target] = {"family": family, "shared": shared, "kernels": [as_json(row) for row in rows]}
+    if options.json is not None:
+        write_json(options.json, {"schema": SCHEMA, "targets": everything})
+        cli.print_lines([f"wrote {options.json}"])
     if failed:
         raise typer.Exit(1)
+
+
+def _family(target: str) -> tuple[str, int]:
+    """A target's family of configurations, and the bytes of shared memory of a program there."""
+    from executors._triton import configs
+    from executors._triton.inspect.cases import family_of
+
+    family = family_of(target)
+    return family, configs.FAMILIES[family].shared
+
+
+def _print(target: str, rows: list[KernelRow], shared: int) -> bool:
+    """Prints the table of a target, and whether anything is wrong there."""
+    console, wrong = cli.new_console(), faults(target, rows, shared)
+    console.print(f"\n{target}: {len(rows)} kernels")
+    console.print(table(rows, shared))
+    console.print(NOTES.format(shared=shared // KIB, target=target), style="dim")
+    for line in wrong:
+        console.print(escape(line), style="red", soft_wrap=True)
+    return bool(wrong)
 
 
 def _dtypes(target: str, chosen: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -147,23 +162,23 @@ def _dtypes(target: str, chosen: tuple[str, ...] | None) -> tuple[str, ...]:
     return tuple(d for d in DTYPES if (target, d) != ("sm75", "bfloat16")) if chosen else default_dtypes(target)
 
 
-def compile_rows(target: str, dtypes: tuple[str, ...], largest: bool) -> list[Row]:
+def compile_rows(target: str, dtypes: tuple[str, ...], largest: bool) -> list[KernelRow]:
     """Compiles everything for a target."""
     from executors._triton.inspect.cases import compile_kernels
     from executors._triton.inspect.resources import resources_of
 
-    with progress_bar() as show:
+    with cli.progress_bar() as show:
         try:
             found = compile_kernels(
                 target, dtypes, lambda done, total: show(f"compiling for {target}", done, total), largest
             )
             resources = resources_of([kernel.compiled for kernel in found])
         except executors.Unavailable as error:
-            refuse(str(error))
-    return [Row(*pair) for pair in zip(found, resources, strict=True)]
+            cli.refuse(str(error))
+    return [KernelRow(*pair) for pair in zip(found, resources, strict=True)]
 
 
-def table(rows: list[Row], shared: int) -> Table:
+def table(rows: list[KernelRow], shared: int) -> Table:
     """A row for each kernel, in 80 columns."""
     out = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     for name in ("kernel", "layer", "type", "tile"):
@@ -190,9 +205,9 @@ def table(rows: list[Row], shared: int) -> Table:
     return out
 
 
-def _most_registers(rows: list[Row]) -> list[Row]:
+def _most_registers(rows: list[KernelRow]) -> list[KernelRow]:
     """Of kernels that differ only in which arguments are multiples of 16, the one with most registers."""
-    found: dict[tuple[str, ...], Row] = {}
+    found: dict[tuple[str, ...], KernelRow] = {}
     for row in rows:
         key = (row.kernel.name, row.kernel.layer, row.kernel.dtype, row.tile)
         if key not in found or found[key].resources.registers < row.resources.registers:
@@ -200,7 +215,7 @@ def _most_registers(rows: list[Row]) -> list[Row]:
     return list(found.values())
 
 
-def faults(target: str, rows: list[Row], shared: int) -> list[str]:
+def faults(target: str, rows: list[KernelRow], shared: int) -> list[str]:
     """A line for each thing that is wrong."""
     return [
         f"{target}: {row.kernel.name} {row.tile} ({row.kernel.layer}, {row.kernel.dtype}) {fault}"
@@ -209,17 +224,17 @@ def faults(target: str, rows: list[Row], shared: int) -> list[str]:
     ]
 
 
-def as_json(row: Row) -> dict[str, Any]:
+def as_json(row: KernelRow) -> dict[str, Any]:
     """All that is known of a kernel."""
     kernel = row.kernel
-    form = kernel.constants.get("FORM")
+    form = kernel.constants.get("FORMAT")
     return {
         "kernel": kernel.name,
         "layer": kernel.layer,
         "dtype": kernel.dtype,
         "tile": list(kernel.tile),
         "warps": kernel.compiled.metadata.num_warps,
-        "constants": kernel.constants | {"FORM": form and form._asdict()},
+        "constants": kernel.constants | {"FORMAT": form and form._asdict()},
         **asdict(row.resources),
         "instructions_per_weight": row.per_weight,
     }

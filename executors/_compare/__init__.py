@@ -1,1 +1,1 @@
-"""All executors on one layer: judged, timed, measured, told."""
+"""All executors on one layer: judged, timed, measured, reported."""

@@ -28,7 +28,7 @@ from moe_ref.conformance.judgement.gates import judge, standardise
 from moe_ref.conformance.problems.kinks import pushes_off_kinks
 from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.error_bars import TensorBars, error_bars
-from moe_ref.routing import route, weigh
+from moe_ref.routing import route, scale_by_expert, weigh
 from moe_ref.types import MoEWeights
 from moe_ref.validation import dtype_name
 
@@ -72,7 +72,7 @@ def exact_answer(layer: Layer, seed: int, progress: Callable[[int, int], None] |
     """
     truth = unjudged(layer, seed)
     ids, weights = truth.inputs.topk_ids.cpu().numpy(), _wide_weights(layer.weights)
-    topk_weights = weigh(_wide(layer.router_logits), ids, weights.config)
+    topk_weights = scale_by_expert(weigh(_wide(layer.router_logits), ids, weights.config), ids, weights.expert_scale)
     near = pushes_off_kinks(_wide(layer.x), ids, topk_weights, weights, dtype_name(layer.x)).any(axis=1)
     dy = truth.inputs.dy.masked_fill(torch.from_numpy(near).to(layer.x.device)[:, None], 0.0)
     inputs = replace(truth.inputs, dy=dy)
@@ -108,9 +108,12 @@ def inputs_for(executor: Executor, truth: Truth) -> Inputs:
         return truth.inputs
     assert truth.inputs.router_logits is not None
     given = truth.inputs.weights
-    routing = route(truth.inputs.router_logits.detach(), given.config, given.selection_bias)
+    routing = route(
+        truth.inputs.router_logits.detach(), given.config, given.selection_bias, expert_scale=given.expert_scale
+    )
     wide = torch.promote_types(truth.inputs.x.dtype, torch.float32)
-    return replace(truth.inputs, router_logits=None, topk_weights=_leaf(routing.topk_weights.to(wide)))
+    weights = replace(given, expert_scale=None)
+    return replace(truth.inputs, router_logits=None, topk_weights=_leaf(routing.topk_weights.to(wide)), weights=weights)
 
 
 def judge_executor(executor: Executor, truth: Truth) -> Judgement:

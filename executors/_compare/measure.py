@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -50,27 +50,39 @@ def measure_times(
 def peak_memory(name: str, path: Path, seed: int, device: str, tokens: int | None) -> float | None:
     """Peak memory of one call, forward and backward, above what the layer itself takes.
 
-    A process of its own for each executor, so that nothing another one left is used again unseen. How it measures is
-    told in `executors._compare.memory`.
+    Each executor has a process of its own, so that none uses memory again that another one left.
+    `executors._compare.memory` says how it measures.
 
     Returns:
         MiB, or None where it cannot be measured: not Linux with glibc, or an executor registered in this process only.
     """
-    command = [sys.executable, "-m", "executors._compare.memory", name, str(path), str(seed), device, str(tokens or 0)]
+    found, _ = in_a_process("executors._compare.memory", name, str(path), str(seed), device, str(tokens or 0))
+    return float(found["peak_mib"]) if found else None
+
+
+def in_a_process(module: str, *arguments: str) -> tuple[Any, str]:
+    """The JSON that a module prints as its last line, and ""; or None, and why there is none."""
+    command = [sys.executable, "-m", module, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=MEMORY_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return None
+        return None, f"took longer than {MEMORY_TIMEOUT_S} s"
     if done.returncode != 0:
-        return None
-    return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return None, said[-1]
+    return json.loads(done.stdout.splitlines()[-1]), ""
 
 
 def forward_backward(executor: Executor, inputs: Inputs) -> None:
     """A call and its backward pass; the gradients stay where they are."""
+    clear_gradients(inputs)
+    torch.autograd.backward(call(executor, inputs), inputs.dy)
+
+
+def clear_gradients(inputs: Inputs) -> None:
+    """Gives back the memory of all gradients."""
     for leaf in inputs.tensors().values():
         leaf.grad = None
-    torch.autograd.backward(call(executor, inputs), inputs.dy)
 
 
 def _forward(executor: Executor, inputs: Inputs) -> None:

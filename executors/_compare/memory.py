@@ -2,8 +2,8 @@
 
 On a GPU: the allocator's peak. On a CPU: how far the peak resident set of the second call passes the resident set
 before it. The first call is not counted: it loads code and fills caches of compiled kernels (for bf16 products that is
-80 MiB, whatever the layer). Before the second one the heap is given back, or what the first call freed would be used
-again unseen; and large blocks are mapped one by one, so that the resident set follows what is allocated.
+80 MiB, whatever the layer). Before the second call the heap is given back to the system; otherwise that call could use
+again what the first one freed, unseen. Large blocks are mapped one by one, so the resident set follows allocations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import executors
 from executors import Executor
 from executors._compare.judge import inputs_for, unjudged
-from executors._compare.measure import forward_backward
+from executors._compare.measure import clear_gradients, forward_backward
 from executors.layer_file import first_tokens, load_layer
 from moe_ref.conformance.judgement.call import Inputs, call
 
@@ -33,7 +33,7 @@ def main(name: str, path: str, seed: str, device: str, tokens: str) -> None:
     executor = executors.get(name)
     layer = first_tokens(load_layer(Path(path), device), int(tokens) or None)
     inputs = inputs_for(executor, unjudged(layer, int(seed)))
-    peak = peak_of(lambda: _act(executor, inputs), lambda: _drop_gradients(inputs), device)
+    peak = peak_of(lambda: _act(executor, inputs), lambda: clear_gradients(inputs), device)
     print(json.dumps({"peak_mib": peak / MIB}))
 
 
@@ -77,11 +77,6 @@ def _resident_peak(action: Callable[[], None], clear: Callable[[], None]) -> int
     before = _status("VmRSS")
     action()
     return max(0, _status("VmHWM") - before)
-
-
-def _drop_gradients(inputs: Inputs) -> None:
-    for leaf in inputs.tensors().values():
-        leaf.grad = None
 
 
 def _status(key: str) -> int:

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from executors._compare.run import LABELS, Row
+from executors._compare.files import replacing
+from executors._compare.run import LABELS, CompareRow
 from moe_ref.conformance.judgement.gates import MAX_Z
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's, for colour-blind eyes
 EDGES = np.linspace(-9, 9, 73)
+DPI = 130
 
 
-def plot(path: Path, rows: list[Row], title: str) -> None:
-    """Writes the picture, whole or not at all."""
+def plot(path: Path, rows: list[CompareRow], title: str) -> None:
+    """Writes the picture."""
     ran = [row for row in rows if row.judgement is not None and row.judgement.z]
     tensors = [name for name in LABELS if any(name in row.judgement.z for row in ran if row.judgement)]
-    figure = plt.figure(figsize=(10.5, 1.3 + 0.72 * max(len(tensors), 5)), dpi=130, layout="constrained")
+    figure = Figure(figsize=(10.5, 1.3 + 0.72 * max(len(tensors), 5)), dpi=DPI, layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.75, 1])[0]
     axes = left.subplots(max(len(tensors), 1), 1, sharex=True, squeeze=False)
     _errors(list(axes[:, 0]), tensors, ran)
@@ -37,16 +33,19 @@ def plot(path: Path, rows: list[Row], title: str) -> None:
     _times(times, ran)
     _memory(memory, ran)
     figure.suptitle(title, fontsize=11)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png")
-    plt.close(figure)
-    os.replace(temporary, path)
+    save(figure, path)
 
 
-def _errors(axes: list[Axes], tensors: list[str], ran: list[Row]) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _errors(axes: list[Axes], tensors: list[str], ran: list[CompareRow]) -> None:
     for ax, name in zip(axes, tensors, strict=False):
         most = 1
-        for row, colour in zip(ran, _colours(ran), strict=True):
+        for row, colour in zip(ran, cycle(COLOURS), strict=False):
             if row.judgement is None or name not in row.judgement.z:
                 continue
             z = row.judgement.z[name]
@@ -67,9 +66,9 @@ def _errors(axes: list[Axes], tensors: list[str], ran: list[Row]) -> None:
     axes[-1].set_xlabel("z = (actual - exact) / error bar; grey: beyond the limit of 6")
 
 
-def _times(ax: Axes, ran: list[Row]) -> None:
+def _times(ax: Axes, ran: list[CompareRow]) -> None:
     height = 0.38
-    for index, (row, colour) in enumerate(zip(ran, _colours(ran), strict=True)):
+    for index, (row, colour) in enumerate(zip(ran, cycle(COLOURS), strict=False)):
         for shift, what, alpha in ((-height / 2, "forward", 1.0), (height / 2, "forward_backward", 0.55)):
             value = row.milliseconds(what)
             if value is not None:
@@ -78,15 +77,15 @@ def _times(ax: Axes, ran: list[Row]) -> None:
     _finish(ax, ran, "median time of a call (ms)\ndark: forward; light: with backward")
 
 
-def _memory(ax: Axes, ran: list[Row]) -> None:
-    for index, (row, colour) in enumerate(zip(ran, _colours(ran), strict=True)):
+def _memory(ax: Axes, ran: list[CompareRow]) -> None:
+    for index, (row, colour) in enumerate(zip(ran, cycle(COLOURS), strict=False)):
         if row.peak_mib is not None:
             ax.barh(index, row.peak_mib, 0.5, color=colour)
             ax.text(row.peak_mib, index, f" {row.peak_mib:.1f}", va="center", fontsize=8)
     _finish(ax, ran, "peak memory, with backward (MiB)")
 
 
-def _finish(ax: Axes, ran: list[Row], label: str) -> None:
+def _finish(ax: Axes, ran: list[CompareRow], label: str) -> None:
     names = [f"{textwrap.fill(row.name, 20)}\n{'FAIL' if row.failed else 'pass'}" for row in ran]
     ax.set_yticks(range(len(ran)), names, fontsize=9)
     ax.set_ylim(max(len(ran), 3) - 0.4, -0.6)
@@ -94,7 +93,3 @@ def _finish(ax: Axes, ran: list[Row], label: str) -> None:
     ax.set_xlim(0, 1.25 * longest if math.isfinite(longest) and longest > 0 else 1.0)
     ax.set_xlabel(label)
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def _colours(ran: list[Row]) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(ran))]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import platform
 from dataclasses import asdict
@@ -17,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from executors._compare.judge import Truth
-from executors._compare.run import LABELS, Row, sizes, skew
+from executors._compare.run import LABELS, CompareRow, sizes, skew
 from executors.layer_file import Layer
 from moe_ref.conformance.judgement.gates import CLAUSES
 from moe_ref.validation import dtype_name
@@ -26,8 +24,8 @@ SCHEMA = 1
 LONGEST_NAME = 20
 
 
-def table(rows: list[Row]) -> Table:
-    """One row for each executor, in 80 columns; what could not run stands with its reason."""
+def table(rows: list[CompareRow]) -> Table:
+    """One row for each executor, in 80 columns. A row that did not run has the reason."""
     out = Table(width=80)
     out.add_column("executor", overflow="fold", max_width=LONGEST_NAME)
     out.add_column("verdict", ratio=1)
@@ -48,7 +46,7 @@ def table(rows: list[Row]) -> Table:
     return out
 
 
-def failures(rows: list[Row]) -> list[str]:
+def failures(rows: list[CompareRow]) -> list[str]:
     """For each executor that failed, the first broken clause in full."""
     return [f"{row.name}: {row.judgement.failure}" for row in rows if row.judgement and row.failed]
 
@@ -62,7 +60,7 @@ def heading(layer: Layer, truth: Truth, name: str) -> str:
     return "\n".join(lines)
 
 
-def as_json(layer: Layer, truth: Truth, rows: list[Row], arguments: dict[str, Any]) -> dict[str, Any]:
+def as_json(layer: Layer, truth: Truth, rows: list[CompareRow], arguments: dict[str, Any]) -> dict[str, Any]:
     """Everything that was measured."""
     return {
         "schema": SCHEMA,
@@ -97,6 +95,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def chip(device: str) -> str:
+    """The GPU, or the processor where the device is none."""
+    return machine()["gpu" if device.startswith("cuda") else "processor"]
+
+
 def version_of(distribution: str) -> str | None:
     """The installed version of a package, or None."""
     try:
@@ -105,26 +108,7 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _finite(value: Any) -> Any:
-    """The same, with null for NaN and infinity: JSON has neither."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: CompareRow) -> dict[str, Any]:
     judgement = row.judgement
     return {
         "executor": row.name,
@@ -139,7 +123,7 @@ def _row(row: Row) -> dict[str, Any]:
     }
 
 
-def _verdict(row: Row) -> str:
+def _verdict(row: CompareRow) -> str:
     """A word, the broken clause, and the tensor that errs most."""
     assert row.judgement is not None
     if row.judgement.fault:

@@ -14,6 +14,7 @@ import executors
 from executors._compare.judge import Truth, inputs_for, judge_executor
 from executors._compare.measure import measure_times, peak_memory
 from executors.layer_file import Layer
+from moe_ref.conformance.judgement.call import Inputs
 from moe_ref.conformance.judgement.faults import Judgement
 
 MILLISECONDS = 1000.0
@@ -31,7 +32,7 @@ LABELS = {
 
 
 @dataclass(eq=False)
-class Row:
+class CompareRow:
     """What came of one executor.
 
     Attributes:
@@ -81,48 +82,51 @@ def compare(
     seed: int,
     tokens: int | None,
     progress: Callable[[str], None],
-) -> list[Row]:
+) -> list[CompareRow]:
     """Judges and measures executors.
 
     Args:
         layer: the layer.
         truth: its exact answer.
-        names: executors to run; those that cannot get a row with the reason.
+        names: executors to run; one that cannot run gets a row with the reason.
         repeats: timed calls of each.
         seed: of the upstream gradient, for the processes that measure memory.
         tokens: how many of the file's tokens the layer was cut down to, or None.
         progress: called with a line on what is being done.
     """
     reasons = {row.name: row.reason for row in executors.explain(truth.inputs.x, truth.inputs.weights)}
-    rows = [Row(name, reason=reasons[name]) for name in names]
-    by_name = {row.name: row for row in rows}
-    running = [row for row in rows if not row.reason]
-    for row in running:
+    rows = [CompareRow(name, reason=reasons[name]) for name in names]
+    timed: dict[str, tuple[executors.Executor, Inputs]] = {}
+    for row in (row for row in rows if not row.reason):
         progress(f"judging {row.name}")
         try:
-            row.judgement = judge_executor(executors.get(row.name), truth)
+            executor = executors.get(row.name)
+            row.judgement = judge_executor(executor, truth)
         except (executors.Unavailable, executors.Unsupported) as error:
             row.reason = " ".join(str(error).split())
-    measured = [row for row in running if row.judgement is not None and not row.judgement.fault]
-    contenders = {row.name: (executors.get(row.name), inputs_for(executors.get(row.name), truth)) for row in measured}
-    for name, (executor, _) in contenders.items():
-        lacks = (
-            ("forward only", executor.capabilities.backward),
-            ("routing done elsewhere", executor.capabilities.routing),
-            ("interpreted, not timed", not executor.capabilities.interpreted),
-        )
-        by_name[name].note = ", ".join(text for text, offered in lacks if not offered)
-    timed = {name: pair for name, pair in contenders.items() if not pair[0].capabilities.interpreted}
+            continue
+        if not row.judgement.fault:
+            row.note = _note(executor.capabilities)
+            if not executor.capabilities.interpreted:
+                timed[row.name] = executor, inputs_for(executor, truth)
     times = measure_times(timed, repeats, lambda: progress("timing"))
     device = str(truth.inputs.x.device)
     progress("memory")
     with ThreadPoolExecutor(PROCESSES if device == "cpu" else 1) as pool:
-        peaks = dict(
-            zip(timed, pool.map(lambda n: peak_memory(n, layer.path, seed, device, tokens), timed), strict=True)
-        )
-    for name in timed:
-        by_name[name].seconds, by_name[name].peak_mib = times[name], peaks[name]
+        peaks = list(pool.map(lambda name: peak_memory(name, layer.path, seed, device, tokens), timed))
+    for row, peak in zip((row for row in rows if row.name in timed), peaks, strict=True):
+        row.seconds, row.peak_mib = times[row.name], peak
     return rows
+
+
+def _note(able: executors.Capabilities) -> str:
+    """What an executor does not offer."""
+    lacks = {
+        "forward only": not able.backward,
+        "routing done elsewhere": not able.routing,
+        "interpreted, not timed": able.interpreted,
+    }
+    return ", ".join(text for text, lacking in lacks.items() if lacking)
 
 
 def skew(group_sizes: np.ndarray) -> str:
@@ -146,7 +150,7 @@ def sizes(layer: Layer) -> dict[str, int]:
 
 
 def display(path: Path) -> str:
-    """The path as short as it stays clear."""
+    """The path relative to this folder, or the name of a file elsewhere."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:

@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
 
+from executors._bench.figure import AS_IT_IS, COLOURS, MARKERS, finish, panels, ratio_limits, tidy
 from executors._bench.measure import Spread
-from executors._compare import report
-from executors._compare.plot import COLOURS
-from executors._crossover.points import DECODED, Curve
-from executors._crossover.report import DIRECTIONS
-from executors._crossover.run import Plan
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from executors._crossover.points import DECODED, CrossoverCurve
+from executors._crossover.report import DIRECTIONS, conditions
+from executors._crossover.run import CrossoverPlan
 
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
-MARKERS = "osD^"
 GREY = "#666666"
 
 
-def plot(path: Path, curves: list[Curve], plan: Plan) -> None:
-    """Writes the picture, whole or not at all: a row for each layer, a column for each direction."""
+def plot(path: Path, curves: list[CrossoverCurve], plan: CrossoverPlan) -> None:
+    """Writes the picture: a row for each layer, a column for each direction."""
     layers = list(dict.fromkeys(curve.shape.name for curve in curves))
     directions = list(dict.fromkeys(curve.direction for curve in curves))
     formats = list(dict.fromkeys(curve.weights for curve in curves))
-    figure, axes = plt.subplots(
-        len(layers),
-        len(directions),
-        figsize=(1.2 + 4.6 * len(directions), 1.7 + 3.0 * len(layers)),
-        dpi=130,
-        layout="constrained",
-        squeeze=False,
-        sharex=True,
-        sharey="row",
-    )
+    size = (1.2 + 4.6 * len(directions), 1.7 + 3.0 * len(layers))
+    figure, axes = panels(len(layers), len(directions), size, sharex=True, sharey="row")
     for line, layer in zip(axes, layers, strict=True):
         limits = _limits([curve for curve in curves if curve.shape.name == layer])
         for ax, direction in zip(line, directions, strict=True):
@@ -51,33 +33,17 @@ def plot(path: Path, curves: list[Curve], plan: Plan) -> None:
         line[0].set_ylabel("time over that of\ndecoding in the products", fontsize=9)
     for ax in axes[-1]:
         ax.set_xlabel("mean rows per expert", fontsize=9)
-    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    columns = 2 if len(directions) == 1 else 4
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
-    figure.suptitle(_title(plan), fontsize=10)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        plt.close(figure)
-        temporary.unlink(missing_ok=True)
-
-
-def _title(plan: Plan) -> str:
-    found = report.machine()
-    where = found["gpu"] if plan.device.startswith("cuda") else found["processor"]
     means = "\ninterpreted kernels: times mean nothing" if plan.interpreted else ""
-    return f"{where}, torch {found['torch']}, Triton {found['triton']}; {plan.routing} routing{means}"
+    finish(figure, axes, conditions(plan) + means, 2 if len(directions) == 1 else 4, path)
 
 
-def _limits(curves: list[Curve]) -> tuple[float, float]:
-    """Of the ratio's axis: everything in sight, and at least from 0.45 to 2.2."""
-    found = [ratio for curve in curves for name in (DECODED, "bf16") for ratio in _line(curve, name)[1]]
-    return min([0.45, *(r.low / 1.2 for r in found)]), max([2.2, *(r.high * 1.2 for r in found)])
+def _limits(curves: list[CrossoverCurve]) -> tuple[float, float]:
+    return ratio_limits([ratio for curve in curves for name in (DECODED, "bf16") for ratio in _line(curve, name)[1]])
 
 
-def _panel(ax: Axes, curves: list[Curve], formats: list[str], plan: Plan, limits: tuple[float, float]) -> None:
+def _panel(
+    ax: Axes, curves: list[CrossoverCurve], formats: list[str], plan: CrossoverPlan, limits: tuple[float, float]
+) -> None:
     ax.axhline(1.0, color="black", linewidth=0.8)
     ax.axvline(
         plan.rule.rows, color=GREY, linewidth=1.0, linestyle="--", label=f"the rule now: {plan.rule.rows:g} rows"
@@ -102,14 +68,11 @@ def _panel(ax: Axes, curves: list[Curve], formats: list[str], plan: Plan, limits
     ax.set_ylim(*limits)
     ax.xaxis.set_major_locator(FixedLocator(plan.rows))
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_formatter(AS_IT_IS)
         axis.set_minor_locator(NullLocator())
-    ax.tick_params(labelsize=9)
-    ax.grid(color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax)
 
 
-def _line(curve: Curve, name: str) -> tuple[list[float], list[Spread]]:
+def _line(curve: CrossoverCurve, name: str) -> tuple[list[float], list[Spread]]:
     found = [(point.rows, ratio) for point in curve.points if (ratio := point.ratio(name))]
     return [rows for rows, _ in found], [ratio for _, ratio in found]

@@ -1,4 +1,4 @@
-"""What was measured of the two ways of decoding, which is faster where, and the rule that loses least."""
+"""Measurements of the two ways of decoding, where each is faster, and the rule that loses least."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FUSED, DECODED = "fused", "decoded"
 
 
 @dataclass(eq=False)
-class Point:
+class CrossoverPoint:
     """One number of rows per expert.
 
     Attributes:
@@ -52,7 +52,7 @@ class Point:
 
     @property
     def winner(self) -> str:
-        """The faster way, or "" where it is no result: a contender differs as much from itself."""
+        """The faster way, or "" where the ratio lies within the noise of a contender against itself."""
         ratio, control = self.ratio(), self.control()
         if ratio is None or (control is not None and is_no_result(ratio, control)) or ratio.median == 1.0:
             return ""
@@ -60,7 +60,7 @@ class Point:
 
 
 @dataclass(eq=False)
-class Curve:
+class CrossoverCurve:
     """One layer, format and direction.
 
     Attributes:
@@ -76,7 +76,7 @@ class Curve:
     weights: str
     direction: str
     bound: float
-    points: list[Point] = field(default_factory=list)
+    points: list[CrossoverPoint] = field(default_factory=list)
     complete: bool = False
 
     def crossover(self) -> tuple[float | None, float | None]:
@@ -102,7 +102,7 @@ class Loss:
     worst: float
 
 
-def loss(curves: Sequence[Curve], bound: float) -> Loss:
+def loss(curves: Sequence[CrossoverCurve], bound: float) -> Loss:
     """What is lost if calls of up to ``bound`` rows are fused, and the others decoded; no result costs nothing."""
     lost = []
     for point in _measured(curves):
@@ -113,7 +113,7 @@ def loss(curves: Sequence[Curve], bound: float) -> Loss:
     return Loss(math.expm1(statistics.fmean(lost)), math.expm1(max(lost))) if lost else Loss(0.0, 0.0)
 
 
-def best_bound(curves: Sequence[Curve]) -> float | None:
+def best_bound(curves: Sequence[CrossoverCurve]) -> float | None:
     """The bound among the rows measured, or 0, that loses least; of equal ones the largest: fused takes no memory."""
     bounds = sorted({0.0, *(point.rows for point in _measured(curves))})
     if len(bounds) == 1:
@@ -121,5 +121,5 @@ def best_bound(curves: Sequence[Curve]) -> float | None:
     return min(bounds, key=lambda bound: (loss(curves, bound).mean, -bound))
 
 
-def _measured(curves: Sequence[Curve]) -> list[Point]:
+def _measured(curves: Sequence[CrossoverCurve]) -> list[CrossoverPoint]:
     return [point for curve in curves for point in curve.points if point.ratio() is not None]

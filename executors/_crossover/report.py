@@ -1,4 +1,4 @@
-"""What a measurement of the crossover tells: tables in 80 columns, the rule it suggests, and JSON."""
+"""The report of a crossover: tables in 80 columns, the suggested rule, and JSON."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ from rich.table import Table
 from executors._bench.case import LORA
 from executors._bench.measure import Spread, spread
 from executors._bench.report import commit as commit_of_git
+from executors._bench.table import MILLISECONDS, relative
 from executors._compare import report
-from executors._crossover.points import DECODED, FUSED, Curve, Loss, Point, best_bound, loss
-from executors._crossover.run import Plan
+from executors._crossover.points import DECODED, FUSED, CrossoverCurve, CrossoverPoint, Loss, best_bound, loss
+from executors._crossover.run import CrossoverPlan
 
 SCHEMA = 1
-MILLISECONDS = 1000.0
 WAYS = (FUSED, DECODED, "torch", "bf16")
 DIRECTIONS = {"forward": "forward", LORA: "forward + backward with adapters, base frozen"}
 MEANINGLESS = "interpreted: times mean nothing, and nothing is suggested"
 
 
-def heading(plan: Plan) -> list[str]:
-    """What holds for all tables."""
-    found = report.machine()
-    where = found["processor"] if torch.device(plan.device).type == "cpu" else found["gpu"]
+def heading(plan: CrossoverPlan) -> list[str]:
+    """The lines above all tables."""
     return [
-        f"{where}, torch {found['torch']}, Triton {found['triton']}; {plan.routing} routing",
+        conditions(plan),
         f"the rule of {plan.family} at present: fused up to {plan.rule.rows:g} rows per expert,",
         plan.rule.basis,
         "rows: mean of an expert. Times in ms: grouped_nf4[fused], [decoded], [torch],",
         "and triton in bf16 on weights decoded before. +-: half of what lies between",
         "the 10th and 90th percentile. ratio: decoded over fused, median over the",
-        "rounds. '~': no result, a contender differs as much from itself",
+        "rounds. '~': no result, the ratio lies within the noise",
         *([MEANINGLESS] if plan.interpreted else []),
     ]
 
 
-def title(curve: Curve) -> str:
+def conditions(plan: CrossoverPlan) -> str:
+    """The machine and the routing, in one line."""
+    found = report.machine()
+    return f"{report.chip(plan.device)}, torch {found['torch']}, Triton {found['triton']}; {plan.routing} routing"
+
+
+def title(curve: CrossoverCurve) -> str:
     """Two lines on the layer and the direction."""
-    shape = curve.shape
-    cut = f" (H and I cut by {shape.cut})" if shape.cut > 1 else ""
-    sizes = f"E={shape.experts}, K={shape.top_k}, H={shape.hidden}, I={shape.intermediate}"
-    return f"{shape.name}{cut}: {sizes}\n{curve.weights}, {DIRECTIONS[curve.direction]}"
+    return f"{curve.shape}\n{curve.weights}, {DIRECTIONS[curve.direction]}"
 
 
-def table(curve: Curve, interpreted: bool) -> Table:
+def table(curve: CrossoverCurve, interpreted: bool) -> Table:
     """A row for each number of rows per expert."""
     out = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for name in ("rows", "T", "max z", FUSED, "+-", DECODED, "+-", "torch", "bf16", "ratio", "10-90%", "wins"):
@@ -62,7 +63,7 @@ def table(curve: Curve, interpreted: bool) -> Table:
     return out
 
 
-def found(curve: Curve, interpreted: bool) -> str:
+def found(curve: CrossoverCurve, interpreted: bool) -> str:
     """The crossover in a line."""
     if interpreted or not curve.points:
         return "crossover: not measured"
@@ -74,7 +75,7 @@ def found(curve: Curve, interpreted: bool) -> str:
     return f"crossover: {', '.join(parts)}"
 
 
-def remarks(curves: Sequence[Curve]) -> list[str]:
+def remarks(curves: Sequence[CrossoverCurve]) -> list[str]:
     """What failed, and why contenders were not timed, each once."""
     places: dict[str, list[str]] = {}
     for curve in curves:
@@ -87,7 +88,7 @@ def remarks(curves: Sequence[Curve]) -> list[str]:
     return [f"{line}, rows {','.join(rows)})" for line, rows in places.items()]
 
 
-def suggestion(plan: Plan, curves: Sequence[Curve]) -> list[str]:
+def suggestion(plan: CrossoverPlan, curves: Sequence[CrossoverCurve]) -> list[str]:
     """The line for the table of rules, and what it loses; or why there is none."""
     if plan.interpreted:
         return ["no rule is suggested: the kernels were interpreted"]
@@ -108,7 +109,12 @@ def suggestion(plan: Plan, curves: Sequence[Curve]) -> list[str]:
 
 
 def as_json(
-    plan: Plan, curves: Sequence[Curve], left_out: list[str], complete: bool, commit: str | None, seconds: float
+    plan: CrossoverPlan,
+    curves: Sequence[CrossoverCurve],
+    left_out: list[str],
+    complete: bool,
+    commit: str | None,
+    seconds: float,
 ) -> dict[str, Any]:
     """Everything that was measured."""
     done = [curve for curve in curves if curve.complete]
@@ -129,16 +135,10 @@ def as_json(
     }
 
 
-def _curve(curve: Curve, interpreted: bool) -> dict[str, Any]:
-    shape = curve.shape
+def _curve(curve: CrossoverCurve, interpreted: bool) -> dict[str, Any]:
     won, lost = (None, None) if interpreted else curve.crossover()
     return {
-        "layer": shape.name,
-        "E": shape.experts,
-        "K": shape.top_k,
-        "H": shape.hidden,
-        "I": shape.intermediate,
-        "cut": shape.cut,
+        **curve.shape.as_json(),
         "weights": curve.weights,
         "direction": curve.direction,
         "complete": curve.complete,
@@ -148,7 +148,7 @@ def _curve(curve: Curve, interpreted: bool) -> dict[str, Any]:
     }
 
 
-def _point(point: Point, interpreted: bool) -> dict[str, Any]:
+def _point(point: CrossoverPoint, interpreted: bool) -> dict[str, Any]:
     def times(samples: list[float]) -> dict[str, Any]:
         time = spread(samples)
         rates = {"tflops": point.tflop / time.median, "gbs": point.size / time.median / 1e9}
@@ -176,7 +176,7 @@ def _loss(own: Loss) -> str:
     return f"{own.mean:.1%} on average, {own.worst:.1%} at most"
 
 
-def _times(point: Point, way: str, interpreted: bool) -> list[str]:
+def _times(point: CrossoverPoint, way: str, interpreted: bool) -> list[str]:
     """The median in ms, and the spread."""
     if way not in point.seconds:
         return ["-", ""]
@@ -185,10 +185,10 @@ def _times(point: Point, way: str, interpreted: bool) -> list[str]:
     text = f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
     if interpreted:
         return [f"[{text}]", ""]
-    return [text, f"{min((time.high - time.low) / 2 / time.median, 9.99):.0%}"]
+    return [text, relative(time)]
 
 
-def _ratio(point: Point, interpreted: bool) -> list[str]:
+def _ratio(point: CrossoverPoint, interpreted: bool) -> list[str]:
     ratio = point.ratio()
     if point.failure:
         return ["", "", "FAIL"]
@@ -206,5 +206,5 @@ def _short(value: float) -> str:
     return f"{value:.{2 if value < 10 else 1}f}"
 
 
-def _max_z(point: Point) -> str:
+def _max_z(point: CrossoverPoint) -> str:
     return f"{max(point.max_z.values()):.1f}" if point.max_z else ""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from executors._bench import run as bench
-from executors._bench.case import DENSE_WEIGHTS, FORWARD, LORA, Case
+from executors._bench.case import DENSE_WEIGHTS, FORWARD, LORA, BenchCase
 from executors._bench.contenders import Contender, our_contenders
 from executors._bench.judge import clear_gradients
 from executors._bench.layers import BenchLayer, random_layer, sized, with_adapters
@@ -19,7 +19,7 @@ from executors._bench.routing import Batch, batch
 from executors._bench.settings import Settings
 from executors._bench.truth import Truth, judged_tokens, sample_truth
 from executors._bench.variants import PATHS, path_name
-from executors._crossover.points import DECODED, FUSED, Curve, Point
+from executors._crossover.points import DECODED, FUSED, CrossoverCurve, CrossoverPoint
 from executors._triton import decode_rule
 from executors._triton.device import device_of
 from executors._tune.contest import agree
@@ -35,11 +35,11 @@ CONTENDERS = {path: path_name(path) for path in PATHS} | {"bf16": DENSE_WEIGHTS}
 BOTH = (CONTENDERS[FUSED], CONTENDERS[DECODED])
 
 Show = Callable[[str, int, int], None]
-Keep = Callable[[list[Curve], list[str], bool], None]
+Keep = Callable[[list[CrossoverCurve], list[str], bool], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class CrossoverPlan:
     """What is measured.
 
     Attributes:
@@ -55,7 +55,7 @@ class Plan:
         device: where.
         seed: of weights, inputs and the order of calls.
         rank: of the adapters.
-        interpreted: whether the kernels are interpreted, so that times mean nothing.
+        interpreted: whether the kernels are interpreted; their times are no measurement.
     """
 
     layers: tuple[str, ...]
@@ -74,16 +74,16 @@ class Plan:
 
     @property
     def family(self) -> str:
-        """Of the device: the rule's name."""
+        """The device's family, which names its rule."""
         return device_of(torch.device(self.device)).family
 
     @property
     def rule(self) -> decode_rule.Rule:
-        """The present one."""
+        """The present rule."""
         return decode_rule.RULES[self.family]
 
     def settings(self, weights: str) -> Settings:
-        """As the benchmark takes them."""
+        """The benchmark's settings for a format."""
         how = FORMATS[weights]
         return Settings(
             tuple(CONTENDERS.values()),
@@ -99,7 +99,7 @@ class Plan:
         )
 
 
-def run(plan: Plan, show: Show, keep: Keep) -> tuple[list[Curve], list[str]]:
+def run(plan: CrossoverPlan, show: Show, keep: Keep) -> tuple[list[CrossoverCurve], list[str]]:
     """Measures everything; returns the curves, and in a line each what was left out.
 
     Args:
@@ -107,7 +107,7 @@ def run(plan: Plan, show: Show, keep: Keep) -> tuple[list[Curve], list[str]]:
         show: called with what is being done, points done, and points in all.
         keep: called after each point with what there is, so that a run that is ended keeps it.
     """
-    curves: list[Curve] = []
+    curves: list[CrossoverCurve] = []
     left_out: list[str] = []
     total = len(plan.layers) * len(plan.formats) * len(plan.directions) * len(plan.rows)
     started = time.monotonic()
@@ -130,7 +130,7 @@ def run(plan: Plan, show: Show, keep: Keep) -> tuple[list[Curve], list[str]]:
                 continue
             for direction in plan.directions:
                 layer = with_adapters(plain, plan.rank, plan.seed) if direction == LORA else plain
-                curve = Curve(layer.shape, weights, direction, plan.rule.rows)
+                curve = CrossoverCurve(layer.shape, weights, direction, plan.rule.rows)
                 curves.append(curve)
                 _measure(plan, layer, curve, say, in_time, lambda: keep(curves, left_out, False))
                 if not curve.complete:
@@ -140,7 +140,7 @@ def run(plan: Plan, show: Show, keep: Keep) -> tuple[list[Curve], list[str]]:
     return curves, left_out
 
 
-def _layer(plan: Plan, name: str, weights: str, say: Callable[[str], None]) -> BenchLayer:
+def _layer(plan: CrossoverPlan, name: str, weights: str, say: Callable[[str], None]) -> BenchLayer:
     shape = sized(name, plan.scale, plan.device, BLOCKSIZE)
     dense = random_layer(shape, plan.device, plan.seed, lambda i, e: say(f"{name}: drawing expert {i} of {e}"))
     how = FORMATS[weights]
@@ -148,9 +148,9 @@ def _layer(plan: Plan, name: str, weights: str, say: Callable[[str], None]) -> B
 
 
 def _measure(
-    plan: Plan,
+    plan: CrossoverPlan,
     layer: BenchLayer,
-    curve: Curve,
+    curve: CrossoverCurve,
     say: Callable[[str], None],
     in_time: Callable[[], bool],
     keep: Callable[[], None],
@@ -187,10 +187,10 @@ def _measure(
     curve.complete = True
 
 
-def _point(case: Case) -> Point:
+def _point(case: BenchCase) -> CrossoverPoint:
     """What the benchmark found, by the names of the ways."""
     names = {name: way for way, name in CONTENDERS.items()}
-    point = Point(case.tokens * case.shape.top_k / case.shape.experts, case.tokens)
+    point = CrossoverPoint(case.tokens * case.shape.top_k / case.shape.experts, case.tokens)
     point.tflop, point.size = case.flops / 1e12, case.bytes_moved
     point.reference, point.again = names.get(case.reference, ""), case.again
     for row in case.rows:
@@ -209,7 +209,7 @@ def _point(case: Case) -> Point:
 
 
 def difference(layer: BenchLayer, given: Batch, pair: list[Contender], backward: bool) -> str:
-    """Where the two ways differ by more than rounding, or ""; all tokens and gradients, of which few are judged."""
+    """The results in which the two ways differ by more than rounding, or "". All tokens count, not only judged ones."""
     try:
         found, expected = (_results(layer, given, own, backward) for own in pair)
     except torch.OutOfMemoryError:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from executors._pipeline import cpu_product
 from executors._pipeline.loop import LoopProducts
 from executors._protocol import Unsupported
+from moe_ref.types import PARAMETERS
 from moe_ref.validation import dtype_name
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def host_note(x: Tensor, weights: MoEWeights) -> str:
     """Why a call waits for the GPU: that torch's operator reads the group offsets on the host; or ""."""
     if not x.is_cuda:
         return ""
-    adapters = [] if weights.lora is None else list(weights.parameters().values())
+    own = [parameter for name, parameter in weights.parameters().items() if name in PARAMETERS]
+    adapters = [] if weights.lora is None else own
     narrow = all(tensor.dtype == torch.bfloat16 for tensor in (x, *adapters))
     if narrow and torch.cuda.get_device_capability(x.device) in WITHOUT_HOST:
         return ""

@@ -1,8 +1,8 @@
 """The configurations of the product kernels that ship with this package: which tiles, by device, dtype and load.
 
-A configuration is chosen by the architecture, the dtype, the alignment of the operands and the mean rows per expert,
-S / E: never by T itself, and never by timing. They were chosen from registers, spills and shared memory as compiled
-(``python -m executors kernels``).
+The architecture, the dtype, the alignment of the operands and the mean rows per expert, S / E, select a configuration.
+T itself does not, and nothing is timed. The tiles were chosen by registers, spills and shared memory of the compiled
+kernels (``python -m executors kernels``).
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ class Tile(NamedTuple):
     """How one program works: on BLOCK_M rows times BLOCK_N columns, BLOCK_K of the inner dimension at a time.
 
     Attributes:
-        block_m, block_n, block_k: powers of two. Of an up projection with a gate, half of the columns are gates.
+        block_m, block_n, block_k: powers of two. In an up projection with a gate half of the columns are gates.
         warps: of a program.
-        stages: of the loop over k, loaded ahead of their use.
-        per_sm: programs on a multiprocessor, each with a share of the tiles; 0 is a program for each tile that there
-            can be, which a device starts as others end: for tiles so short that memory bounds them. Of ``outer`` it is
-            always 0.
+        stages: steps of the loop over k that are loaded ahead of their use.
+        per_sm: programs on a multiprocessor, which share the tiles. 0 starts a program for each tile that there can be:
+            for tiles so short that memory bounds them. ``outer`` always has 0.
     """
 
     block_m: int
@@ -29,15 +28,19 @@ class Tile(NamedTuple):
     stages: int
     per_sm: int = 1
 
+    def no_wider_than(self, columns: int) -> Tile:
+        """The tile, with so many columns at most."""
+        return self._replace(block_n=min(self.block_n, columns))
 
-class Regime(NamedTuple):
-    """The tiles of all products. But for ``outer``'s they share BLOCK_M: one list of row tiles serves them.
+
+class KernelConfig(NamedTuple):
+    """The tiles of all products. All but ``outer`` have the same BLOCK_M: one list of row tiles serves them.
 
     Attributes:
-        rows: mean rows per expert up to which it is chosen.
+        rows: the configuration serves up to so many mean rows per expert.
         up, down: of the projections.
         dh, dx: of the products with their transposes, in the backward pass.
-        outer: of the gradients of matrices; its inner dimension are rows.
+        outer: of the gradients of matrices; its inner dimension is rows.
         inner: of the first factors of adapters; its columns follow from the rank.
     """
 
@@ -50,7 +53,8 @@ class Regime(NamedTuple):
     inner: Tile
 
 
-LEAST_APART = (16, 128)
+WIDEST = 256  # columns of any tile
+LEAST_MIXED_LIMITS = (16, 128)
 
 
 class Packed(NamedTuple):
@@ -60,58 +64,58 @@ class Packed(NamedTuple):
         narrow, wide, odd: as of `Family`.
     """
 
-    narrow: tuple[Regime, ...]
-    wide: tuple[Regime, ...]
-    odd: tuple[Regime, ...]
+    narrow: tuple[KernelConfig, ...]
+    wide: tuple[KernelConfig, ...]
+    odd: tuple[KernelConfig, ...]
 
 
 class Family(NamedTuple):
     """Configurations for one kind of device.
 
     Attributes:
-        shared: bytes of shared memory that a program may have.
+        shared: bytes of shared memory that a program may use.
         descriptors: whether 16-bit matrices are loaded through tensor descriptors (TMA) where strides allow it.
         narrow: for 16-bit dtypes, in order of rows.
         wide: for fp32.
-        odd: for operands whose rows are no whole 16 bytes, of any dtype.
-        packed: for matrices in 4 bits. Decoding takes registers: tiles are smaller.
-        apart: ranks at a time, and columns of a tile at most, beside an adapter that is taken apart: of bf16 x, and of
-            another dtype. It needs registers, or room next to the tensor cores.
+        odd: for operands whose rows are not a multiple of 16 bytes, of any dtype.
+        packed: for matrices in 4 bits. Their tiles are smaller, because decoding takes registers.
+        mixed_dtype_limits: ranks at a time, and the most columns of a tile, where x is in bf16 and an adapter's
+            factors are not: three products need more registers, or more memory next to the tensor cores.
         widened: columns of a tile at most whose results are in fp32 beside operands in fp16 (E7).
     """
 
     shared: int
     descriptors: bool
-    narrow: tuple[Regime, ...]
-    wide: tuple[Regime, ...]
-    odd: tuple[Regime, ...]
+    narrow: tuple[KernelConfig, ...]
+    wide: tuple[KernelConfig, ...]
+    odd: tuple[KernelConfig, ...]
     packed: Packed
-    apart: tuple[int, int] = LEAST_APART
-    widened: int = 256
+    mixed_dtype_limits: tuple[int, int] = LEAST_MIXED_LIMITS
+    widened: int = WIDEST
 
 
 ANY = float("inf")
 GROUP_M = 8  # row tiles that share a column tile before the next one is taken
 
 
-def _regime(rows: float, tile: Tile, **others: Tile) -> Regime:
+def _config(rows: float, tile: Tile, **others: Tile) -> KernelConfig:
     """One tile for all products but those named; adapters take few warps."""
     names = ("up", "down", "dh", "dx", "outer")
     inner = tile._replace(warps=4, stages=min(tile.stages, 3))
-    return Regime(rows, **(dict.fromkeys(names, tile) | {"inner": inner} | others))
+    return KernelConfig(rows, **(dict.fromkeys(names, tile) | {"inner": inner} | others))
 
 
-def _same(rows: float, *tile: int, **others: Tile) -> Regime:
-    return _regime(rows, Tile(*tile), **others)
+def _same(rows: float, *tile: int, **others: Tile) -> KernelConfig:
+    return _config(rows, Tile(*tile), **others)
 
 
-# Gradients of matrices are written once whatever the rows: with few of them, few at a time into large tiles.
+# Gradients of matrices are written once, however many rows are summed: few rows, in small steps, into large tiles.
 _FEW = {"outer": Tile(128, 128, 16, 8, 2, 0)}
 _SOME = {"outer": Tile(128, 128, 32, 8, 3, 0)}
 _FEW_AMD = {"outer": Tile(128, 128, 16, 4, 2, 0)}
 _FEW_WIDE_AMD = {"outer": Tile(64, 64, 16, 4, 2, 0)}
 _FEW_WIDE = {"outer": Tile(64, 64, 16, 8, 2, 0)}
-# Small, so that small problems have several tiles, and each product's another, so that a wrong one shows.
+# Small, so that small problems have several tiles. Each product has another tile, so that a mix-up shows.
 _INTERPRETED = (
     _same(
         4, 16, 64, 64, 4, 1, 0, dh=Tile(16, 128, 64, 4, 1), dx=Tile(16, 128, 32, 4, 1), outer=Tile(64, 128, 16, 4, 1)
@@ -124,7 +128,7 @@ _PACKED_WIDE = (_same(16, 16, 64, 32, 4, 2, 0, **_FEW_WIDE), _same(ANY, 32, 64, 
 _PACKED_ODD = (_same(16, 16, 32, 16, 4, 1, 0, **_FEW_WIDE), _same(ANY, 32, 32, 16, 4, 1, 2))
 
 
-def _packed(*narrow: Regime) -> Packed:
+def _packed(*narrow: KernelConfig) -> Packed:
     return Packed(narrow, _PACKED_WIDE, _PACKED_ODD)
 
 
@@ -173,7 +177,7 @@ FAMILIES = {
             _same(64, 64, 128, 64, 8, 3, **_SOME),
             _same(ANY, 128, 128, 64, 8, 3),
         ),
-        apart=(32, 256),
+        mixed_dtype_limits=(32, 256),
     ),
     "sm100": Family(
         227 * 1024,
@@ -181,11 +185,11 @@ FAMILIES = {
         (
             _same(16, 16, 64, 64, 4, 6, 0, **_FEW),
             _same(64, 64, 128, 64, 4, 4, **_SOME),
-            _regime(ANY, Tile(128, 256, 64, 8, 4), up=Tile(128, 128, 64, 8, 4)),  # a wider tile's activation spills
+            _config(ANY, Tile(128, 256, 64, 8, 4), up=Tile(128, 128, 64, 8, 4)),  # a wider tile's activation spills
         ),
         (
             _same(16, 16, 64, 32, 4, 3, 0, **_FEW_WIDE),
-            _regime(ANY, Tile(64, 64, 32, 8, 3, 2), up=Tile(64, 64, 32, 4, 3, 2)),
+            _config(ANY, Tile(64, 64, 32, 8, 3, 2), up=Tile(64, 64, 32, 4, 3, 2)),
         ),
         _ODD,
         _packed(
@@ -195,7 +199,7 @@ FAMILIES = {
         ),
         widened=128,
     ),
-    # Two stages here are one buffer in shared memory, and the next tile in registers on its way there.
+    # Two stages are one buffer in shared memory here, and the next tile in registers.
     "gfx942": Family(
         64 * 1024,
         False,
@@ -212,7 +216,7 @@ FAMILIES = {
             _same(ANY, 128, 128, 64, 8, 2),
         ),
     ),
-    # Numbers are checked here, never times.
+    # For checking numbers, never for timing.
     "interpreter": Family(
         2**30,
         False,
@@ -227,31 +231,29 @@ FAMILIES = {
 def family_of(backend: str, arch: str | int) -> str:
     """The name of the family for a device: "cuda" with 90 for 9.0, or "hip" with "gfx942".
 
-    Devices without configurations of their own take those of the next that has no more shared memory.
+    A device without configurations of its own takes those of the nearest one that has no more shared memory.
     """
     if backend == "hip":
         return "gfx942"
     assert isinstance(arch, int)
     if arch < 80:
         return "sm75"
-    own = {80: "sm80", 87: "sm80", 90: "sm90", 100: "sm100", 103: "sm100"}
-    return own.get(arch, "sm86")
+    return {80: "sm80", 87: "sm80", 90: "sm90", 100: "sm100", 103: "sm100"}.get(arch, "sm86")
 
 
-def regime_of(
+def config_of(
     family: str, *, narrow: bool, aligned: bool, rows: float, batch_invariant: bool, packed: bool = False
-) -> Regime:
+) -> KernelConfig:
     """The configuration for a call.
 
     Args:
         family: a name of `FAMILIES`.
         narrow: whether the dtype has 16 bits.
-        aligned: whether rows of every operand are whole 16 bytes.
+        aligned: whether rows of every operand are a multiple of 16 bytes.
         rows: mean rows per expert, S / E.
-        batch_invariant: whether one configuration serves any number of rows (C2): the last one.
-        packed: whether a projection is in 4 bits.
+        batch_invariant: whether one configuration, the last one, serves any number of rows (C2).
+        packed: whether a projection is in 4 bits, and decoded in the products.
     """
-    whole = FAMILIES[family]
-    own = whole.packed if packed else whole
-    regimes = own.odd if not aligned else own.narrow if narrow else own.wide
-    return regimes[-1] if batch_invariant else next(regime for regime in regimes if rows <= regime.rows)
+    owner = FAMILIES[family].packed if packed else FAMILIES[family]
+    in_order = owner.odd if not aligned else owner.narrow if narrow else owner.wide
+    return in_order[-1] if batch_invariant else next(config for config in in_order if rows <= config.rows)

@@ -1,8 +1,8 @@
-"""What is in 4 bits: decoded in the products, or before them. A rule by the mean rows of an expert.
+"""Whether 4-bit weights are decoded in the products or before them: a rule by the mean rows of an expert.
 
-In the product a number is decoded once for each row tile that uses it, in registers, and nothing is written. Before
-it, each number is decoded once, but written and read again in 16 bits. So the first wins for few rows, the second for
-many.
+A product decodes a number once for each row tile that uses it, in registers, and writes nothing. Decoding before the
+product decodes each number once, but writes it and reads it again in 16 bits. So the first wins for few rows, and the
+second for many.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class Rule(NamedTuple):
     """When a kind of device decodes in the products.
 
     Attributes:
-        rows: mean rows of an expert, S / E, up to which it does.
-        basis: what the number stands on.
+        rows: up to so many mean rows of an expert, S / E.
+        basis: where the number comes from.
     """
 
     rows: float
@@ -37,7 +37,7 @@ RULES = {
 
 
 def path_of(family: str, rows: float) -> str:
-    """The way for a call: "fused" or "decoded".
+    """The path of a call: "fused" or "decoded".
 
     Args:
         family: of the device.
@@ -46,8 +46,8 @@ def path_of(family: str, rows: float) -> str:
     return FUSED if rows <= RULES[family].rows else DECODED
 
 
-def told(family: str, rows: float | None) -> str:
-    """Which way a call goes and why, in one line; without rows, the rule."""
+def describe(family: str, rows: float | None) -> str:
+    """Which path a call takes and why, in one line; without rows, the rule."""
     rule = RULES[family]
     bound = f"up to {rule.rows:g} rows per expert ({rule.basis})"
     if rows is None:

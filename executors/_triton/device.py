@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 from executors._triton import configs
 from executors._triton.kernels.combine import combine_kernel
 
-INTERPRETED = not isinstance(combine_kernel, JITFunction)  # settled when the kernels were imported
+INTERPRETED = not isinstance(combine_kernel, JITFunction)  # Triton decides when it makes a kernel
 
 
 class Device(NamedTuple):
@@ -25,7 +25,7 @@ class Device(NamedTuple):
 
 @cache
 def device_of(device: torch.device) -> Device:
-    """What is known of a torch device."""
+    """The `Device` of a torch device."""
     if INTERPRETED:
         return Device("interpreter", 3)
     properties = torch.cuda.get_device_properties(device)
@@ -36,5 +36,5 @@ def device_of(device: torch.device) -> Device:
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's GPU the current one: kernels run there."""
+    """Makes the tensor's GPU the current one, on which kernels run."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

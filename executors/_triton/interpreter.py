@@ -1,8 +1,8 @@
 """Mends what Triton's interpreter gets wrong in bfloat16, so that kernels need no code for it.
 
-The interpreter keeps bfloat16 as raw 16-bit integers: it multiplies those integers in a dot product, and truncates
-where a GPU rounds to nearest even. Here conversions and dot products are right, and every other arithmetic in bfloat16
-is refused. Only `TRITON_INTERPRET=1` has an interpreter.
+The interpreter keeps bfloat16 as raw 16-bit integers. It multiplies those integers in a dot product, and it truncates
+where a GPU rounds to nearest even. This module mends conversions and dot products, and refuses all other arithmetic in
+bfloat16. It is used only under `TRITON_INTERPRET=1`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def mend() -> None:
 
     def run(self: Any, *args: Any, **options: Any) -> Any:
         patched.clear()
-        with np.errstate(all="ignore"):  # a GPU does not warn of infinities either
+        with np.errstate(all="ignore"):  # as a GPU, which does not warn of infinities
             return plain_run(self, *args, **options)
 
     def call(self: Any, *args: Any, **options: Any) -> Any:
-        """A function that a kernel calls: the language is put in its place once for a launch, not at every call."""
+        """A function that a kernel calls: the language is patched once for a launch, not at every call."""
         if id(self.fn.__globals__) in patched:
             return self.rewrite()(*args, **options)
         patched.add(id(self.fn.__globals__))
@@ -64,7 +64,7 @@ def widened(handle: Any) -> Any:
 
 
 def in_rows(handle: Any) -> Any:
-    """The same in rows of memory: NumPy sums a product of a transposed operand in another order."""
+    """The same in contiguous rows: NumPy sums a product of a transposed operand in another order."""
     return TensorHandle(np.ascontiguousarray(handle.data), handle.dtype)
 
 

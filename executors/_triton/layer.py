@@ -11,7 +11,7 @@ from executors._base.arguments import Activation, Projection
 from executors._triton.launch import gradients as _gradients
 from executors._triton.launch import products
 from executors._triton.launch.narrow import Narrow, between, by_columns, by_rows
-from executors._triton.launch.operands import Adapter, Matrices, Plan
+from executors._triton.launch.operands import Adapter, LaunchPlan, Matrices
 from moe_ref.types import PARAMETERS
 
 NONE = Activation("", 1.0, None, 0.0, "")  # no activation
@@ -67,25 +67,25 @@ class Layer(NamedTuple):
         return None if self.scale_input else self.topk_weights
 
 
-def forward(layer: Layer, plan: Plan, keep_z: bool) -> tuple[Tensor, Tensor]:
+def forward(layer: Layer, plan: LaunchPlan, keep_z: bool) -> tuple[Tensor, Tensor]:
     """y [T, H], and z [S, J] or no rows of it."""
     h, z = activations(layer, plan, keep_z)
     down = layer.down
     rows = by_rows(h, layer.dtype, plan)
     del h
     adapter = adapter_of(rows, down, plan, of_tokens=False)
-    slots = products.down(rows, down.matrices, down.bias, adapter, layer.after, plan.regime.down, plan)
+    slots = products.down(rows, down.matrices, down.bias, adapter, layer.after, plan.config.down, plan)
     return products.combine(slots, layer.dtype, layer.topk_ids, layer.num_experts), z
 
 
-def activations(layer: Layer, plan: Plan, keep_z: bool) -> tuple[Tensor, Tensor]:
+def activations(layer: Layer, plan: LaunchPlan, keep_z: bool) -> tuple[Tensor, Tensor]:
     """h [S, I], and z [S, J] or no rows of it; in fp32 where x is in fp16 (E7)."""
     up = layer.up
     adapter = adapter_of(Narrow(layer.x), up, plan, of_tokens=True)
-    return products.up(layer.x, up.matrices, up.bias, adapter, layer.before, layer.act, plan.regime.up, plan, keep_z)
+    return products.up(layer.x, up.matrices, up.bias, adapter, layer.before, layer.act, plan.config.up, plan, keep_z)
 
 
-def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
+def backward(layer: Layer, plan: LaunchPlan, z: Tensor, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
     """Gradients of whatever ``needs`` asks for, by name; what nobody asks for costs nothing.
 
     Args:
@@ -148,16 +148,16 @@ def backward(layer: Layer, plan: Plan, z: Tensor, dy: Tensor, needs: dict[str, b
     return found
 
 
-def activation_gradient(layer: Layer, plan: Plan, dy: Tensor, d_inner: Tensor | None) -> Tensor:
+def activation_gradient(layer: Layer, plan: LaunchPlan, dy: Tensor, d_inner: Tensor | None) -> Tensor:
     """dh [S, I] from dy [T, H] without the weights of slots, and from the gradient between the adapter's factors."""
-    down, tile = layer.down, plan.regime.dh
+    down, tile = layer.down, plan.config.dh
     transposed, adapter = down.matrices.transpose(1, 2), _back(d_inner, down, layer, plan)
     return products.up(dy, transposed, None, adapter, None, NONE, tile, plan, keep_z=False)[0]
 
 
 def preactivation_gradient(
     layer: Layer,
-    plan: Plan,
+    plan: LaunchPlan,
     dh: Tensor | None,
     z: Tensor,
     dy: Tensor,
@@ -172,14 +172,14 @@ def preactivation_gradient(
     return _gradients.dz(dh, z, layer.topk_weights, weighted, dy, bias, act, plan, **wanted)
 
 
-def input_gradient(layer: Layer, plan: Plan, dz: Narrow, d_inner: Tensor | None) -> Tensor:
+def input_gradient(layer: Layer, plan: LaunchPlan, dz: Narrow, d_inner: Tensor | None) -> Tensor:
     """[S, H] The gradient of the experts' input, from dz [S, J] and the gradient between the adapter's factors."""
-    up, tile = layer.up, plan.regime.dx
+    up, tile = layer.up, plan.config.dx
     return products.down(dz, up.matrices.transpose(1, 2), None, _back(d_inner, up, layer, plan), None, tile, plan)
 
 
 def down_gradients(
-    layer: Layer, plan: Plan, h: Tensor, dy: Tensor, d_inner: Tensor | None, needs: dict[str, bool]
+    layer: Layer, plan: LaunchPlan, h: Tensor, dy: Tensor, d_inner: Tensor | None, needs: dict[str, bool]
 ) -> dict[str, Tensor]:
     """Gradients of the down projection and its adapter, from h with its weight, and dy without."""
     found: dict[str, Tensor] = {}
@@ -198,7 +198,7 @@ def down_gradients(
 
 
 def up_gradients(
-    layer: Layer, plan: Plan, dz: Tensor, d_inner: Tensor | None, needs: dict[str, bool]
+    layer: Layer, plan: LaunchPlan, dz: Tensor, d_inner: Tensor | None, needs: dict[str, bool]
 ) -> dict[str, Tensor]:
     """Gradients of the up projection and its adapter."""
     found: dict[str, Tensor] = {}
@@ -230,7 +230,7 @@ def zeros(owners: dict[str, Tensor | None], needs: dict[str, bool]) -> dict[str,
     }
 
 
-def adapter_of(rows: Narrow, projection: Projection[Matrices], plan: Plan, *, of_tokens: bool) -> Adapter | None:
+def adapter_of(rows: Narrow, projection: Projection[Matrices], plan: LaunchPlan, *, of_tokens: bool) -> Adapter | None:
     """An adapter's part of rows W^T."""
     if projection.lora_a is None or projection.lora_b is None:
         return None
@@ -238,13 +238,13 @@ def adapter_of(rows: Narrow, projection: Projection[Matrices], plan: Plan, *, of
     return Adapter(*by_rows(inner, rows.values.dtype, plan), projection.lora_b)
 
 
-def inner_gradient(d_out: Narrow, projection: Projection[Matrices], plan: Plan, *, of_tokens: bool) -> Tensor:
+def inner_gradient(d_out: Narrow, projection: Projection[Matrices], plan: LaunchPlan, *, of_tokens: bool) -> Tensor:
     """[S, r] The gradient of rows A^T."""
     assert projection.lora_b is not None
     return products.inner(d_out, projection.lora_b.transpose(1, 2), projection.scaling, plan, of_tokens=of_tokens)
 
 
-def _back(d_inner: Tensor | None, projection: Projection[Matrices], layer: Layer, plan: Plan) -> Adapter | None:
+def _back(d_inner: Tensor | None, projection: Projection[Matrices], layer: Layer, plan: LaunchPlan) -> Adapter | None:
     """An adapter's part of d_out W."""
     if d_inner is None or projection.lora_a is None:
         return None

@@ -12,14 +12,14 @@ from executors._base.operator import Kept, Operator, define, owners_of
 from executors._triton import configs, interpreter
 from executors._triton import layer as _layer
 from executors._triton import tuned as _tuned
-from executors._triton.configs import Regime
-from executors._triton.decode_rule import DECODED, FUSED, path_of, told
+from executors._triton.configs import KernelConfig
+from executors._triton.decode_rule import DECODED, FUSED, describe, path_of
 from executors._triton.device import INTERPRETED, device_guard, device_of
 from executors._triton.launch import operands
 from executors._triton.launch.grouping import Groups, bounds_of, group
 from executors._triton.launch.grouping import check_slots as check_slots
 from executors._triton.launch.narrow import between
-from executors._triton.launch.operands import Plan
+from executors._triton.launch.operands import LaunchPlan
 from executors._triton.layer import Layer
 from moe_ref.types import PackedTensor
 
@@ -78,23 +78,21 @@ class Kernels(NamedTuple):
         """Slots are sorted anew in backward: hooks may hand back weights with other strides, and so other tiles."""
         return Kept(z, *(z.new_empty(0) for _ in Kept._fields[1:]))
 
-    def _plan(self, layer: Layer) -> Plan:
-        decoded = is_packed(layer) and self._path(layer) == DECODED
-        regime = self._regime(layer, decoded)
-        groups = group(layer.topk_ids, layer.num_experts, regime.up.block_m)
-        return plan_of(layer, groups, regime, decoded=decoded)
-
-    def _path(self, layer: Layer) -> str:
-        return self.path or path_of(device_of(layer.x.device).family, rows_of(layer))
-
-    def _regime(self, layer: Layer, decoded: bool) -> Regime:
-        tuned = _tuned.regime_for(layer, precision_of(layer)) if self.tuned and not is_packed(layer) else None
-        return tuned or shipped_regime(layer, batch_invariant=self.batch_invariant, decoded=decoded)
+    def _plan(self, layer: Layer) -> LaunchPlan:
+        packed, family = is_packed(layer), device_of(layer.x.device).family
+        decoded = packed and (self.path or path_of(family, rows_of(layer))) == DECODED
+        aligned = operands.are_aligned(layer.up.matrices, layer.down.matrices, decoded=decoded)
+        config = _tuned.config_for(layer, precision_of(layer), aligned) if self.tuned and not packed else None
+        if config is None:
+            fused = packed and not decoded
+            config = shipped_config(layer, aligned, fused=fused, batch_invariant=self.batch_invariant)
+        groups = group(layer.topk_ids, layer.num_experts, config.up.block_m)
+        return plan_of(layer, groups, config, aligned, decoded=decoded)
 
 
 def is_packed(layer: Layer) -> bool:
     """Whether a projection is in 4 bits."""
-    return any(isinstance(own.matrices, PackedTensor) for own in (layer.up, layer.down))
+    return isinstance(layer.up.matrices, PackedTensor) or isinstance(layer.down.matrices, PackedTensor)
 
 
 def rows_of(layer: Layer) -> float:
@@ -102,19 +100,20 @@ def rows_of(layer: Layer) -> float:
     return layer.topk_ids.numel() / layer.num_experts
 
 
-def shipped_regime(layer: Layer, *, batch_invariant: bool = False, decoded: bool = False) -> Regime:
+def shipped_config(layer: Layer, aligned: bool, *, fused: bool = False, batch_invariant: bool = False) -> KernelConfig:
     """The configuration that ships with this package.
 
     Args:
         layer: the layer.
+        aligned: as `executors._triton.launch.operands.are_aligned` has it.
+        fused: whether a projection is in 4 bits, and decoded in the products.
         batch_invariant: whether one configuration serves any number of rows.
-        decoded: whether what is in 4 bits is decoded before the products.
     """
-    return configs.regime_of(
+    return configs.config_of(
         device_of(layer.x.device).family,
-        packed=is_packed(layer) and not decoded,
+        packed=fused,
         narrow=layer.x.element_size() == 2,
-        aligned=operands.are_aligned(layer.up.matrices, layer.down.matrices, decoded=decoded),
+        aligned=aligned,
         rows=rows_of(layer),
         batch_invariant=batch_invariant,
     )
@@ -126,17 +125,16 @@ def layer_of(given: Arguments) -> Layer:
     return Layer(given.x, *slots, *given.projections(*given.matrices()), given.act(), given.scale_input)
 
 
-def readable(layer: Layer, plan: Plan) -> Layer:
+def readable(layer: Layer, plan: LaunchPlan) -> Layer:
     """The layer; x is copied only where its own strides keep it from being loaded 16 bytes at a time."""
     return layer._replace(x=operands.readable(layer.x, plan.aligned))
 
 
-def plan_of(layer: Layer, groups: Groups, regime: Regime, *, decoded: bool = False) -> Plan:
+def plan_of(layer: Layer, groups: Groups, config: KernelConfig, aligned: bool, *, decoded: bool = False) -> LaunchPlan:
     """How the products run on the layer's device; what is in 4 bits is decoded in them or before them."""
-    aligned = operands.are_aligned(layer.up.matrices, layer.down.matrices, decoded=decoded)
     device = device_of(layer.x.device)
-    bounds = bounds_of(groups, regime.up.block_m) if decoded else None
-    return Plan(groups, layer.topk_ids.shape[1], regime, device, precision_of(layer), aligned, bounds)
+    bounds = bounds_of(groups, config.up.block_m) if decoded else None
+    return LaunchPlan(groups, layer.topk_ids.shape[1], config, device, precision_of(layer), aligned, bounds)
 
 
 def precision_of(layer: Layer) -> str:
@@ -165,4 +163,4 @@ def path_note(x: Tensor, rows: float | None, path: str = "") -> str:
         path: "fused" or "decoded" if that was asked for.
     """
     device = "interpreted on the CPU (TRITON_INTERPRET=1): slow, for numbers only; " if INTERPRETED else ""
-    return device + (f"4 bits: {path}, as asked" if path else told(device_of(x.device).family, rows))
+    return device + (f"4 bits: {path}, as asked" if path else describe(device_of(x.device).family, rows))

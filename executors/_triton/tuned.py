@@ -1,7 +1,7 @@
-"""Tiles that ``python -m executors tune`` chose on this machine: read once per process, and only where asked for.
+"""Tiles that ``python -m executors tune`` chose on this machine: read once per process, and only if asked for.
 
-They change a result's last bits, so ``executors.get("triton")`` never looks; ``executors.get("triton", tuned=True)``
-does. Where there is no entry for a call, the shipped configuration serves it.
+They change the last bits of a result. So only ``executors.get("triton", tuned=True)`` reads them. A call without an
+entry takes the shipped configuration.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from executors._base.arguments import Projection
 from executors._triton import tuned_file
-from executors._triton.configs import Regime
+from executors._triton.configs import KernelConfig
 from executors._triton.device import INTERPRETED
 from executors._triton.launch import operands
 from executors._triton.launch.operands import Matrices
@@ -27,7 +27,7 @@ from executors._triton.layer import Layer
 from executors._triton.tuned_file import Entries, Key
 from moe_ref.validation import dtype_name
 
-DIGESTED = ("kernels", "launch")  # folders: what launches do with a tile counts as well
+DIGESTED = ("kernels", "launch")  # folders; launches decide what becomes of a tile
 DIGITS = 12
 
 
@@ -39,25 +39,23 @@ def default_path() -> Path:
 
 @cache
 def table() -> Entries:
-    """The entries of the default file for these versions, as they were when first asked for.
-
-    So forward and backward of one call see the same.
-    """
+    """The entries of the default file for these versions, as at the first call: forward and backward see the same."""
     return tuned_file.read(default_path(), versions())
 
 
-def regime_for(layer: Layer, precision: str) -> Regime | None:
+def config_for(layer: Layer, precision: str, aligned: bool) -> KernelConfig | None:
     """The tiles that were chosen for such a call, or None."""
     entries = table()
-    return entries.get(key_of(layer, precision)) if entries else None
+    return entries.get(key_of(layer, precision, aligned)) if entries else None
 
 
-def key_of(layer: Layer, precision: str) -> Key:
+def key_of(layer: Layer, precision: str, aligned: bool) -> Key:
     """What the choice for a call depends on.
 
     Args:
         layer: the layer, with one slot or more.
         precision: of products: "ieee" or "tf32".
+        aligned: as `executors._triton.launch.operands.are_aligned` has it.
     """
     experts, both, hidden = layer.up.matrices.shape
     act = layer.act
@@ -70,7 +68,7 @@ def key_of(layer: Layer, precision: str) -> Key:
         layer.topk_ids.shape[1],
         hidden,
         both // 2 if act.layout else both,
-        storage_of(layer.up, layer.down),
+        storage_of(layer.up, layer.down) if aligned else "not aligned",
         f"{act.name} {act.layout}".rstrip(),
         max(map(_rank_of, (layer.up, layer.down))),
         bucket_of(layer.topk_ids.numel(), experts),
@@ -85,9 +83,7 @@ def bucket_of(slots: int, experts: int) -> int:
 
 
 def storage_of(up: Projection[Matrices], down: Projection[Matrices]) -> str:
-    """Which dimension of both is last in memory, such as "rows, columns"; or "not aligned"."""
-    if not operands.are_aligned(up.matrices, down.matrices):
-        return "not aligned"
+    """Which dimension of each is last in memory, such as "rows, columns"."""
     strides = [own.matrices.stride(2) for own in (up, down) if isinstance(own.matrices, Tensor)]
     return ", ".join("rows" if stride == 1 else "columns" for stride in strides)
 
@@ -105,7 +101,7 @@ def device_name(device: torch.device) -> str:
 
 @cache
 def versions() -> str:
-    """Of torch, Triton and this package, and a digest of the kernels' text: another kernel wants other tiles."""
+    """The versions of torch, Triton and this package, and a digest of the kernels: other kernels want other tiles."""
     try:
         own = version("moe-ref")
     except PackageNotFoundError:
@@ -121,6 +117,6 @@ def versions() -> str:
 
 
 def _rank_of(projection: Projection[Matrices]) -> int:
-    """As the kernels take it."""
+    """The rank of a projection's adapter, rounded up as the kernels do; 0 without one."""
     factor = projection.lora_b
     return 0 if factor is None else operands.ranks_at_a_time(factor.shape[2])

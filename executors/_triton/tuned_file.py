@@ -1,8 +1,8 @@
-"""The file of tuned tiles: JSON that is written whole or not at all, and of which nothing is believed unread.
+"""The file of tuned tiles, in JSON. Writes are atomic, and every entry is validated on reading.
 
 ``{"schema": 1, "entries": [{"key": {...}, "tiles": {product: {...}}, "found": {...}}, ...]}``. Entries of other devices
-and versions stay in the file and are not used. A tile that no kernel can take would crash, or be wrong: each entry is
-checked as it is read.
+and versions stay in the file and are not used. Reading rejects a tile that no kernel can take: it would crash, or give
+wrong results.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from executors._triton.configs import Regime, Tile
+from executors._triton.configs import KernelConfig, Tile
 
 SCHEMA = 1
-POWERS = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 256), "warps": (1, 16)}  # of two, least and most
+POWERS = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 256), "warps": (1, 16)}  # of two: least, most
 COUNTS = {"stages": (1, 8), "per_sm": (0, 8)}
-PRODUCTS = tuple(name for name in Regime._fields if name != "rows")
+PRODUCTS = tuple(name for name in KernelConfig._fields if name != "rows")
 SHARING = tuple(name for name in PRODUCTS if name != "outer")  # one list of row tiles serves them
 GATED_COLUMNS = 32  # of ``up``, at least: half of them are gates
 
 
 class Key(NamedTuple):
-    """What a choice of tiles depends on. Biases, limits and scales are left out: they cost next to nothing.
+    """What a choice of tiles depends on. It omits biases, limits and scales, which cost next to nothing.
 
     Attributes:
         device: its name and architecture.
@@ -32,7 +32,7 @@ class Key(NamedTuple):
         dtype: of x and the projections.
         precision: of products: "ieee" or "tf32".
         experts, top_k, hidden, intermediate: E, K, H, I.
-        storage: of both projections: which of the inner dimensions is last, or that they are not aligned.
+        storage: which inner dimension of each projection is last, or "not aligned".
         act: activation and layout.
         rank: of adapters, rounded up as the kernels take it; 0 without.
         bucket: S / E is at most 2**bucket, and more than half of it.
@@ -52,14 +52,14 @@ class Key(NamedTuple):
     bucket: int
 
 
-Entries = dict[Key, Regime]
+Entries = dict[Key, KernelConfig]
 
 
 def read(path: Path, versions: str) -> Entries:
-    """The entries of a file for these versions; a RuntimeWarning of one line where anything is wrong with it.
+    """The entries of a file for these versions. Warns in one line (RuntimeWarning) if anything is wrong with the file.
 
     Args:
-        path: of the file; where there is none, there are no entries.
+        path: of the file; a missing file has no entries.
         versions: as in `Key`.
     """
     try:
@@ -73,12 +73,12 @@ def read(path: Path, versions: str) -> Entries:
     found, faults = {}, []
     for number, entry in enumerate(raw):
         try:
-            key, regime = parse(entry)
+            key, config = parse(entry)
         except ValueError as error:
             faults.append(f"entry {number}: {error}")
             continue
-        found[key] = regime
-    own = {key: regime for key, regime in found.items() if key.versions == versions}
+        found[key] = config
+    own = {key: config for key, config in found.items() if key.versions == versions}
     if faults:
         _warn(path, f"{faults[0]}; left out, {len(faults)} of {len(raw)} entries")
     elif found and not own:
@@ -86,19 +86,19 @@ def read(path: Path, versions: str) -> Entries:
     return own
 
 
-def save(path: Path, key: Key, regime: Regime, told: dict[str, Any]) -> Path | None:
+def save(path: Path, key: Key, config: KernelConfig, found: dict[str, Any]) -> Path | None:
     """Adds an entry, or replaces the one of that key; all others stay.
 
-    Two processes that save within the same milliseconds may lose one of the two entries, and never more.
+    Two processes that save within the same milliseconds may lose one of the two entries, never more.
 
     Args:
         path: of the file; folders are made.
         key: of the entry.
-        regime: the tiles.
-        told: whatever else is worth keeping, such as times.
+        config: the tiles.
+        found: whatever else is worth keeping, such as times.
 
     Returns:
-        Where a file that could not be understood was moved to, or None.
+        Where a file that could not be parsed was moved to, or None.
 
     Raises:
         OSError: it cannot be written.
@@ -112,7 +112,7 @@ def save(path: Path, key: Key, regime: Regime, told: dict[str, Any]) -> Path | N
     except (ValueError, RecursionError):
         aside = path.with_name(f"{path.name}.old")
         os.replace(path, aside)
-    new = as_entry(key, regime, told)
+    new = as_entry(key, config, found)
     others = [entry for entry in old if not (isinstance(entry, dict) and entry.get("key") == new["key"])]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -123,17 +123,17 @@ def save(path: Path, key: Key, regime: Regime, told: dict[str, Any]) -> Path | N
     return aside
 
 
-def as_entry(key: Key, regime: Regime, told: dict[str, Any]) -> dict[str, Any]:
+def as_entry(key: Key, config: KernelConfig, found: dict[str, Any]) -> dict[str, Any]:
     """An entry as it stands in the file."""
-    tiles = {name: getattr(regime, name)._asdict() for name in PRODUCTS}
-    return {"key": key._asdict(), "tiles": tiles, "found": told}
+    tiles = {name: getattr(config, name)._asdict() for name in PRODUCTS}
+    return {"key": key._asdict(), "tiles": tiles, "found": found}
 
 
-def parse(entry: Any) -> tuple[Key, Regime]:
+def parse(entry: Any) -> tuple[Key, KernelConfig]:
     """The key and the tiles of an entry.
 
     Raises:
-        ValueError: it has other fields, or tiles that no kernel takes; in one line.
+        ValueError: the entry has other fields, or tiles that no kernel takes; in one line.
     """
     key = _fields(_part(entry, "key"), get_type_hints(Key), "key")
     tiles = _part(entry, "tiles")
@@ -147,7 +147,7 @@ def parse(entry: Any) -> tuple[Key, Regime]:
         raise ValueError(f"block_m={rows}: must be the same for all")
     if not -64 <= key["bucket"] <= 64:
         raise ValueError(f"key.bucket={key['bucket']}: must be from -64 to 64")
-    return Key(**key), Regime(2.0 ** key["bucket"], **found)
+    return Key(**key), KernelConfig(2.0 ** key["bucket"], **found)
 
 
 def check_tile(name: str, tile: Tile) -> None:
@@ -163,11 +163,11 @@ def check_tile(name: str, tile: Tile) -> None:
 
 
 def _load(path: Path) -> list[Any]:
-    """The entries, of which nothing is known yet.
+    """The entries, not yet validated.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such file; in one line.
+        OSError: the file cannot be read.
+        ValueError: it is not a file of tuned tiles; in one line.
     """
     raw = json.loads(path.read_text(encoding="utf-8"))
     schema = raw.get("schema") if isinstance(raw, dict) else None

@@ -1,4 +1,4 @@
-"""One choice of tiles: searched for, confirmed on the whole layer, and what is told of it."""
+"""One choice of tiles: its search, its confirmation on the whole layer, and its report."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from rich import box
 from rich.table import Table
 
-from executors._triton.configs import Regime
+from executors._triton.configs import KernelConfig
 from executors._triton.device import INTERPRETED
 from executors._triton.tuned_file import Key, as_entry
 from executors._tune.contest import Contest, Duel, GpuClock, Tally, host_clock
 from executors._tune.search import Search, text_of
 from executors._tune.workload import LAYER, Workload
 
-ROUNDS = 15  # of a duel; interpreted, times mean nothing, and one does
+ROUNDS = 15  # of a duel; one where kernels are interpreted
 CONFIRMING = 3  # times as many rounds for the whole layer
 MS = 1000
 
@@ -39,8 +39,8 @@ class Choice:
     tokens: int
     key: Key
     products: tuple[str, ...]
-    shipped: Regime
-    chosen: Regime
+    shipped: KernelConfig
+    chosen: KernelConfig
     duels: dict[str, Duel]
     tally: Tally
     interrupted: bool
@@ -137,12 +137,12 @@ def as_json(choice: Choice) -> dict[str, Any]:
         "tiles": vars(choice.tally),
         "shipped": {name: getattr(choice.shipped, name)._asdict() for name in choice.products},
         "seconds": {name: duel._asdict() for name, duel in choice.duels.items()},
-        "entry": as_entry(choice.key, choice.chosen, told(choice)),
+        "entry": as_entry(choice.key, choice.chosen, figures(choice)),
     }
 
 
-def told(choice: Choice) -> dict[str, Any]:
-    """What stands beside an entry: who reads the file may want to know."""
+def figures(choice: Choice) -> dict[str, Any]:
+    """The figures that are stored beside an entry."""
     old, new = (_median(times) for times in choice.duels[LAYER])
     return {
         "tokens": choice.tokens,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from executors._triton.configs import Regime
+from executors._triton.configs import KernelConfig
 from moe_ref.conformance.problems.poison import poisoned
 
 Clock = Callable[[Callable[[], object]], float]  # seconds of a call
@@ -34,7 +34,7 @@ REFUSED = (TritonError, RuntimeError, ValueError, AssertionError)  # of a tile: 
 class Products(Protocol):
     """What a contest is about; see `executors._tune.workload.Workload`."""
 
-    def run(self, product: str, regime: Regime) -> list[Tensor]:
+    def run(self, product: str, config: KernelConfig) -> list[Tensor]:
         """A product's results with these tiles."""
 
 
@@ -87,20 +87,20 @@ class Contest:
     """
 
     products: Products
-    shipped: Regime
+    shipped: KernelConfig
     clock: Clock
     rounds: int
     wait: Callable[[], None] = lambda: None
     tally: Tally = field(default_factory=Tally)
     _expected: tuple[str, list[Tensor]] = ("", [])
 
-    def admits(self, product: str, regime: Regime) -> bool:
+    def admits(self, product: str, config: KernelConfig) -> bool:
         """Whether a product compiles, launches and is right with these tiles."""
         self.tally.tried += 1
         expected = self._right(product)
         try:
             with poisoned():
-                found = self.products.run(product, regime)
+                found = self.products.run(product, config)
             self.wait()
         except REFUSED:
             self.wait()  # raises where the device is lost: then there is nothing to go on with
@@ -111,7 +111,7 @@ class Contest:
             return False
         return True
 
-    def duel(self, product: str, old: Regime, new: Regime, rounds: int | None = None) -> Duel:
+    def duel(self, product: str, old: KernelConfig, new: KernelConfig, rounds: int | None = None) -> Duel:
         """Times both in turn; the first changes from round to round."""
         duel = Duel([], [])
         actions = [
@@ -128,7 +128,7 @@ class Contest:
                 break
         return duel
 
-    def beats(self, product: str, new: Regime, old: Regime) -> bool:
+    def beats(self, product: str, new: KernelConfig, old: KernelConfig) -> bool:
         """Whether ``new`` is right, and faster than ``old`` by more than noise."""
         return self.admits(product, new) and self.duel(product, old, new).won
 

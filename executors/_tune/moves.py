@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from executors._triton.configs import Regime, Tile
+from executors._triton.configs import KernelConfig, Tile
 from executors._triton.tuned_file import SHARING, check_tile
 
 THREADS = {"gfx942": 64}  # of a warp
@@ -25,7 +25,7 @@ def moves(product: str, tile: Tile, size: int, family: str, shared: int) -> list
     """The tiles one step from this one which a kernel may be able to take, each once.
 
     Args:
-        product: a field of ``Regime``.
+        product: a field of ``KernelConfig``.
         tile: where the search stands.
         size: bytes of a number.
         family: of configurations.
@@ -50,26 +50,26 @@ def fits(product: str, tile: Tile, size: int, family: str, shared: int) -> bool:
     return LEAST_ACCUMULATORS <= accumulators <= OF_TENSOR_MEMORY.get(family, MOST_ACCUMULATORS)
 
 
-def with_rows(regime: Regime, product: str, block_m: int) -> list[Tile]:
+def with_rows(config: KernelConfig, product: str, block_m: int) -> list[Tile]:
     """A product's tile with another BLOCK_M: as it is, or smaller or wider in another size to make up for it."""
-    tile = getattr(regime, product)._replace(block_m=block_m)
-    if block_m > getattr(regime, product).block_m:
+    tile = getattr(config, product)._replace(block_m=block_m)
+    if block_m > getattr(config, product).block_m:
         others = [tile._replace(warps=2 * tile.warps), _scaled(tile, "block_n", 0.5)]
         return [tile, *others, _scaled(_scaled(tile, "block_n", 0.5), "block_k", 0.5)._replace(stages=2)]
     others = [tile._replace(warps=max(1, tile.warps // 2)), _scaled(tile, "block_n", 2.0)]
     return [*others[:1], tile, others[1], Tile(block_m, 64, 32, 4, 2, tile.per_sm)]
 
 
-def replaced(regime: Regime, tiles: dict[str, Tile]) -> Regime:
-    """The regime with other tiles; those not named take over BLOCK_M, but for that of ``outer``."""
-    block_m = tiles["up"].block_m if "up" in tiles else regime.up.block_m
-    others = {name: getattr(regime, name)._replace(block_m=block_m) for name in SHARING if name not in tiles}
-    return with_tiles(regime, others | tiles)
+def replaced(config: KernelConfig, tiles: dict[str, Tile]) -> KernelConfig:
+    """The config with other tiles; those not named take over BLOCK_M, but for that of ``outer``."""
+    block_m = tiles["up"].block_m if "up" in tiles else config.up.block_m
+    others = {name: getattr(config, name)._replace(block_m=block_m) for name in SHARING if name not in tiles}
+    return with_tiles(config, others | tiles)
 
 
-def with_tiles(regime: Regime, tiles: dict[str, Tile]) -> Regime:
-    """The regime with other tiles, by product."""
-    return Regime(**(regime._asdict() | tiles))
+def with_tiles(config: KernelConfig, tiles: dict[str, Tile]) -> KernelConfig:
+    """The config with other tiles, by product."""
+    return KernelConfig(**(config._asdict() | tiles))
 
 
 def _neighbours(product: str, tile: Tile) -> Iterator[Tile]:

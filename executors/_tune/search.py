@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from executors._triton.configs import Regime, Tile
+from executors._triton.configs import KernelConfig, Tile
 from executors._triton.tuned_file import SHARING
 from executors._tune.contest import Contest
 from executors._tune.moves import fits, moves, replaced, with_rows, with_tiles
@@ -45,7 +45,7 @@ class Search:
     now: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        self.best: Regime = self.contest.shipped
+        self.best: KernelConfig = self.contest.shipped
 
     def go(self, seconds: float) -> None:
         """Searches for so long, or until nothing better is near; `best` holds what it has found at any time."""
@@ -70,58 +70,58 @@ class Search:
             return
         for product in (name for name in SHARING if name not in (*self.products, OF_ADAPTERS)):
             self.tell(f"{product}, as shipped")
-            regime = self._start(product, self.best, with_rows(shipped, product, self.best.up.block_m))
-            if regime is None:
+            config = self._start(product, self.best, with_rows(shipped, product, self.best.up.block_m))
+            if config is None:
                 self.best = shipped
                 return
-            self.best = regime
+            self.best = config
 
     def _share(self, end: float, parts: int) -> float:
         return self.now() + max(0.0, end - self.now()) / parts
 
-    def _descend(self, product: str, regime: Regime, end: float, *, keep: bool) -> Regime:
+    def _descend(self, product: str, config: KernelConfig, end: float, *, keep: bool) -> KernelConfig:
         """Goes to a better neighbour as long as there is one, and time."""
-        seen = {getattr(regime, product)}
+        seen = {getattr(config, product)}
         improved = True
         while improved:
             improved = False
-            for tile in moves(product, getattr(regime, product), self.size, self.family, self.shared):
+            for tile in moves(product, getattr(config, product), self.size, self.family, self.shared):
                 if self.now() >= end:
-                    return regime
+                    return config
                 if tile in seen:
                     continue
                 seen.add(tile)
                 self.tell(f"{product} {text_of(tile)}")
-                challenger = with_tiles(regime, {product: tile})
-                if self.contest.beats(product, challenger, regime):
-                    regime, improved = challenger, True
+                challenger = with_tiles(config, {product: tile})
+                if self.contest.beats(product, challenger, config):
+                    config, improved = challenger, True
                     if keep:
-                        self.best = regime
+                        self.best = config
                     break
-        return regime
+        return config
 
     def _other_rows(self, block_m: int, products: list[str], end: float) -> bool:
         """Whether all products together are faster with so many rows in a tile, each with its best tile."""
-        regime = replaced(self.best, {"up": self.best.up._replace(block_m=block_m)})
+        config = replaced(self.best, {"up": self.best.up._replace(block_m=block_m)})
         for product in products:
-            started = self._start(product, regime, with_rows(self.best, product, block_m))
+            started = self._start(product, config, with_rows(self.best, product, block_m))
             if started is None:
                 return False
-            regime = started
+            config = started
         for number, product in enumerate(products):
-            regime = self._descend(product, regime, self._share(end, len(products) - number + 1), keep=False)
+            config = self._descend(product, config, self._share(end, len(products) - number + 1), keep=False)
         self.tell(f"all with {block_m} rows")
-        if not self.contest.beats(LAYER, regime, self.best):
+        if not self.contest.beats(LAYER, config, self.best):
             return False
-        self.best = regime
+        self.best = config
         return True
 
-    def _start(self, product: str, regime: Regime, tiles: list[Tile]) -> Regime | None:
+    def _start(self, product: str, config: KernelConfig, tiles: list[Tile]) -> KernelConfig | None:
         """The first of these tiles that a product can take."""
         for tile in tiles:
             if fits(product, tile, self.size, self.family, self.shared):
                 self.tell(f"{product} {text_of(tile)}")
-                challenger = with_tiles(regime, {product: tile})
+                challenger = with_tiles(config, {product: tile})
                 if self.contest.admits(product, challenger):
                     return challenger
         return None

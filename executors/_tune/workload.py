@@ -12,16 +12,16 @@ from torch import Tensor
 
 from executors._base.arguments import arguments_of
 from executors._base.operator import NAMES
-from executors._bench.layers import BenchLayer, Form
+from executors._bench.layers import BenchLayer, Storage
 from executors._bench.routing import Batch
 from executors._triton import layer, operator
 from executors._triton import tuned as _tuned
-from executors._triton.configs import FAMILIES, Regime
+from executors._triton.configs import FAMILIES, KernelConfig
 from executors._triton.device import device_guard, device_of
 from executors._triton.launch import products
 from executors._triton.launch.grouping import Groups, group
 from executors._triton.launch.narrow import Narrow, by_rows
-from executors._triton.launch.operands import Adapter, Plan
+from executors._triton.launch.operands import Adapter, LaunchPlan, are_aligned
 from executors._triton.tuned_file import Key
 
 LAYER = "layer"  # all products together, and what lies between them
@@ -66,13 +66,14 @@ class Workload:
         given = arguments_of(batch.x, batch.topk_ids, batch.topk_weights, owner.weights())
         given = given.with_tensors([narrowed(tensor) for tensor in given.tensors()])
         self.layer = operator.layer_of(given._replace(topk_weights=batch.topk_weights.detach()))
-        self.dy, self.backward, self.form = batch.dy.to(dtype), backward, owner.form
-        self.key: Key = _tuned.key_of(self.layer, operator.precision_of(self.layer))
-        self.shipped: Regime = operator.shipped_regime(self.layer)
+        self.dy, self.backward, self.storage = batch.dy.to(dtype), backward, owner.storage
+        self.aligned = are_aligned(self.layer.up.matrices, self.layer.down.matrices)
+        self.key: Key = _tuned.key_of(self.layer, operator.precision_of(self.layer), self.aligned)
+        self.shipped: KernelConfig = operator.shipped_config(self.layer, self.aligned)
         self.device = device_of(self.layer.x.device)
         self.shared = FAMILIES[self.device.family].shared
-        self.needs = needs_of(self.layer, owner.form)
-        inner = ("inner",) if owner.form.rank else ()
+        self.needs = needs_of(self.layer, owner.storage)
+        inner = ("inner",) if owner.storage.rank else ()
         self.products = ("up", "down", *(("dh", "dx", "outer") if backward else ()), *inner)
         self.groups: Callable[[int], Groups] = cache(self._groups)
 
@@ -80,41 +81,41 @@ class Workload:
         """Makes the layer's GPU the current one."""
         return device_guard(self.layer.x)
 
-    def plan(self, regime: Regime) -> Plan:
+    def plan(self, config: KernelConfig) -> LaunchPlan:
         """How products run with these tiles."""
-        return operator.plan_of(self.layer, self.groups(regime.up.block_m), regime)
+        return operator.plan_of(self.layer, self.groups(config.up.block_m), config, self.aligned)
 
-    def run(self, product: str, regime: Regime) -> list[Tensor]:
+    def run(self, product: str, config: KernelConfig) -> list[Tensor]:
         """The results of a product, or of the whole `LAYER`."""
-        return getattr(self, f"_run_{product}")(self.plan(regime))
+        return getattr(self, f"_run_{product}")(self.plan(config))
 
     def _groups(self, block_m: int) -> Groups:
         return group(self.layer.topk_ids, self.layer.num_experts, block_m)
 
-    def _run_up(self, plan: Plan) -> list[Tensor]:
-        own, up, adapter, tile = self.layer, self.layer.up, self._adapters[0], plan.regime.up
+    def _run_up(self, plan: LaunchPlan) -> list[Tensor]:
+        own, up, adapter, tile = self.layer, self.layer.up, self._adapters[0], plan.config.up
         found = products.up(own.x, up.matrices, up.bias, adapter, own.before, own.act, tile, plan, self.backward)
         return list(found)
 
-    def _run_down(self, plan: Plan) -> list[Tensor]:
-        own, down, adapter, tile = self.layer, self.layer.down, self._adapters[1], plan.regime.down
+    def _run_down(self, plan: LaunchPlan) -> list[Tensor]:
+        own, down, adapter, tile = self.layer, self.layer.down, self._adapters[1], plan.config.down
         return [products.down(self._activations, down.matrices, down.bias, adapter, own.after, tile, plan)]
 
-    def _run_dh(self, plan: Plan) -> list[Tensor]:
+    def _run_dh(self, plan: LaunchPlan) -> list[Tensor]:
         return [layer.activation_gradient(self.layer, plan, self.dy, self._known.of_down)]
 
-    def _run_dx(self, plan: Plan) -> list[Tensor]:
+    def _run_dx(self, plan: LaunchPlan) -> list[Tensor]:
         rows = by_rows(self._known.dz, self.layer.dtype, plan)
         return [layer.input_gradient(self.layer, plan, rows, self._known.of_up)]
 
-    def _run_outer(self, plan: Plan) -> list[Tensor]:
+    def _run_outer(self, plan: LaunchPlan) -> list[Tensor]:
         own, known = self.layer, self._known
-        part = "lora_a" if self.form.rank else "proj"
+        part = "lora_a" if self.storage.rank else "proj"
         wanted = {name: name in (f"gate_up_{part}", f"down_{part}") for name in NAMES}
         found = layer.down_gradients(own, plan, known.h, self.dy, known.of_down, wanted)
         return list((found | layer.up_gradients(own, plan, known.dz, known.of_up, wanted)).values())
 
-    def _run_inner(self, plan: Plan) -> list[Tensor]:
+    def _run_inner(self, plan: LaunchPlan) -> list[Tensor]:
         own, up, down = self.layer, self.layer.up, self.layer.down
         assert up.lora_a is not None
         assert down.lora_a is not None
@@ -128,7 +129,7 @@ class Workload:
             found.append(layer.inner_gradient(dz, up, plan, of_tokens=False))
         return found
 
-    def _run_layer(self, plan: Plan) -> list[Tensor]:
+    def _run_layer(self, plan: LaunchPlan) -> list[Tensor]:
         y, z = layer.forward(self.layer, plan, keep_z=self.backward)
         if not self.backward:
             return [y]
@@ -151,16 +152,16 @@ class Workload:
         own, up, down, plan = self.layer, self.layer.up, self.layer.down, self.plan(self.shipped)
         _, z = layer.activations(own, plan, keep_z=True)
         of_down = of_up = None
-        if self.form.rank:
+        if self.storage.rank:
             of_down = layer.inner_gradient(Narrow(self.dy), down, plan, of_tokens=True)
         dh = layer.activation_gradient(own, plan, self.dy, of_down)
         dz, h, _ = layer.preactivation_gradient(own, plan, dh, z, self.dy)
-        if self.form.rank:
+        if self.storage.rank:
             of_up = layer.inner_gradient(by_rows(dz, own.dtype, plan), up, plan, of_tokens=False)
         return Backward(dz, h, of_down, of_up)
 
 
-def needs_of(own: layer.Layer, form: Form) -> dict[str, bool]:
+def needs_of(own: layer.Layer, storage: Storage) -> dict[str, bool]:
     """Which gradients a training step wants: beside adapters, none of other weights."""
     there = {
         f"{prefix}_{name}": getattr(projection, field) is not None
@@ -168,5 +169,5 @@ def needs_of(own: layer.Layer, form: Form) -> dict[str, bool]:
         for name, field in (("proj", "matrices"), ("proj_bias", "bias"), ("lora_a", "lora_a"), ("lora_b", "lora_b"))
     }
     return {
-        name: name in ("x", "topk_weights") or (there[name] and ("lora" in name or not form.rank)) for name in NAMES
+        name: name in ("x", "topk_weights") or (there[name] and ("lora" in name or not storage.rank)) for name in NAMES
     }

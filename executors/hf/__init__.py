@@ -9,9 +9,24 @@ or, before a model is made,
 
 Nothing is downloaded. A module's configuration is found from the flags that its class declares, and from what its gate
 computes; never from ``hidden_act``. What no `MoEConfig` expresses is refused by name.
+
+`config_of` gives a router's rule: top-k, scoring, renormalisation, groups, selection bias, learned
+scales of experts.
 """
 
 from executors.hf.interface import Layer, Switched, register, use
 from executors.hf.module import config_of_experts, is_experts, weights_of
+from executors.hf.router import config_of
+from executors.hf.router_rules import RouterRule
 
-__all__ = ["Layer", "Switched", "config_of_experts", "is_experts", "register", "use", "weights_of"]
+__all__ = [
+    "Layer",
+    "RouterRule",
+    "Switched",
+    "config_of",
+    "config_of_experts",
+    "is_experts",
+    "register",
+    "use",
+    "weights_of",
+]

@@ -38,12 +38,13 @@ class Row:
     reason: str
 
 
-def explain_model(model: nn.Module, executor: str = "auto") -> list[Row]:
+def explain_model(model: nn.Module, executor: str = "auto", device: str = "cpu") -> list[Row]:
     """A row for each kind of MoE layer, in the model's order. Nothing is switched.
 
     Args:
         model: of transformers; a model on the meta device will do.
         executor: a name of `executors.names`; "auto" tells which one it would choose.
+        device: where parameters that are on the meta device would be.
 
     Raises:
         UnknownExecutor, Unavailable: as `executors.get`.
@@ -52,7 +53,7 @@ def explain_model(model: nn.Module, executor: str = "auto") -> list[Row]:
     found: dict[tuple[str, ...], list[str]] = {}
     for name, module in model.named_modules():
         if is_experts(module):
-            found.setdefault(_fate(module, asked), []).append(name)
+            found.setdefault(_fate(module, asked, device), []).append(name)
         elif (kind := type(module).__name__) in OWN_LOOPS:
             found.setdefault(
                 (kind, "", "", "", "it has a loop of its own, which transformers does not dispatch"), []
@@ -60,15 +61,16 @@ def explain_model(model: nn.Module, executor: str = "auto") -> list[Row]:
     return [Row(tuple(names), *fate) for fate, names in found.items()]
 
 
-def meta_model(name: str) -> nn.Module:
+def meta_model(name: str, changes: dict[str, Any] | None = None) -> nn.Module:
     """A model without memory.
 
     Args:
         name: a folder with a config.json, or a model class of transformers, such as "MixtralForCausalLM", which gets
             its default configuration.
+        changes: of the configuration, such as {"num_local_experts": 8}; a text configuration within it gets them too.
 
     Raises:
-        ValueError: it is neither, or transformers cannot make the model.
+        ValueError: it is neither, one of ``changes`` is no field, or transformers cannot make the model.
     """
     if Path(name).is_dir():
         try:
@@ -84,6 +86,12 @@ def meta_model(name: str) -> nn.Module:
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class):
             raise ValueError(f"model={name!r}: must be a folder, or a model class of transformers")
         config = kind.config_class()
+    for field, value in (changes or {}).items():
+        owners = [own for own in {id(c): c for c in (config, config.get_text_config())}.values() if hasattr(own, field)]
+        if not owners:
+            raise ValueError(f"model={name}: {field}={value}: must be a field of its configuration")
+        for own in owners:
+            setattr(own, field, value)
     try:
         with torch.device("meta"):
             return kind(config)
@@ -93,14 +101,16 @@ def meta_model(name: str) -> nn.Module:
         ) from error
 
 
-def _fate(module: Any, executor: Executor) -> tuple[str, ...]:
+def _fate(module: Any, executor: Executor, device: str) -> tuple[str, ...]:
     kind = type(module).__name__
     try:
         weights = weights_of(module)
     except Unsupported as error:
         return kind, "", "", "", _line(error)
     sizes = f"E={weights.num_experts} H={weights.hidden_size} I={weights.intermediate_size}"
-    x = torch.empty(1, weights.hidden_size, dtype=weights.gate_up_proj.dtype, device=weights.gate_up_proj.device)
+    if weights.gate_up_proj.is_meta:  # shapes of any size take the memory of one number
+        weights = weights.map(lambda stack: torch.empty((), dtype=stack.dtype, device=device).expand(stack.shape))
+    x = weights.gate_up_proj.new_empty(1, weights.hidden_size)
     try:
         if hasattr(executor, "choose"):
             chosen, _why = executor.choose(x, weights)

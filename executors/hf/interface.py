@@ -12,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from executors import _registry
 from executors._protocol import Executor, UnknownExecutor, Unsupported
-from executors.hf.module import config_of_experts, is_experts, weights_of
+from executors.hf.module import find_config, is_experts, weights_of
 from moe_ref.types import MoEConfig
 
 PREFIX = "moe_"
@@ -82,6 +82,8 @@ def register(*names: str) -> tuple[str, ...]:
     for name in names:
         if name not in known:
             raise UnknownExecutor(f"executor={name!r}: must be one of {', '.join(map(repr, known))}")
+    for name in names:
+        _made.pop(name, None)  # a plug-in may be another by now
     chosen = names or tuple(known)
     for name in chosen:
         ALL_EXPERTS_FUNCTIONS.register(PREFIX + name, _function(name))
@@ -107,9 +109,10 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
     if others or not found:
         has = f"has {', '.join(others)}, with a loop of its own" if others else "has no experts"
         raise Unsupported(f"model={type(model).__name__}: {has}: must have experts that transformers dispatches")
-    _make(executor)
+    made = _registry.get(executor)
     (implementation,) = register(executor)
-    layers = tuple(Layer(name, type(module).__name__, config_of_experts(module)) for name, module in found.items())
+    layers = tuple(Layer(name, type(module).__name__, find_config(module)) for name, module in found.items())
+    _made[executor] = made
     for module in (model, *found.values()):  # the model's own is what transformers shows; each layer's is what it asks
         if hasattr(module, "config"):
             module.config._experts_implementation = implementation

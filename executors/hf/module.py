@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -49,14 +50,27 @@ def config_of_experts(module: nn.Module) -> MoEConfig:
         Unsupported: as `weights_of`.
     """
     found = getattr(module, FOUND, None)
-    return _find(module) if found is None else found
+    return find_config(module) if found is None else found
 
 
 @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
     reason="executors.hf finds what a gate computes before it is traced: call the model once before it is compiled "
     "or exported, or switch it by executors.hf.use(model)"
 )
-def _find(module: Any) -> MoEConfig:
+def find_config(module: Any) -> MoEConfig:
+    """What the module computes, found anew: its gate may be another than at the first call.
+
+    Raises:
+        Unsupported: as `weights_of`.
+    """
+    vars(module).pop(FOUND, None)
+    with ThreadPoolExecutor(1) as other:  # in a thread of its own no mode is on: no device, no tracer, no autocast
+        config = other.submit(_probed, module).result()
+    setattr(module, FOUND, config)
+    return config
+
+
+def _probed(module: Any) -> MoEConfig:
     name = type(module).__name__
     if not is_experts(module):
         raise Unsupported(f"module is a {name}: must be an experts module that transformers dispatches")
@@ -71,6 +85,4 @@ def _find(module: Any) -> MoEConfig:
     declared = "concatenated" if module.is_concatenated else "interleaved"
     if activation.layout not in ("", declared):
         raise Unsupported(f"{name}: is_concatenated={module.is_concatenated}: but its gate is {activation.layout}")
-    config = MoEConfig(None, **as_config(activation))
-    setattr(module, FOUND, config)
-    return config
+    return MoEConfig(None, **as_config(activation))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from executors._decode.dense import check_dense, decoded_dtype
-from executors._progress import Progress, check_progress, told
+from executors._progress import Progress, check_progress, reporter
 from executors.nf4.convert import from_linears, from_quant_state, unnest
 from executors.nf4.file import load, save
 from executors.nf4.quantization import quantized
@@ -119,7 +119,7 @@ def _quantize(
     check_progress(progress)
     form: dict[str, Any] = {"quant_type": quant_type, "blocksize": int(blocksize), "nested": nested}
     found, before = {}, 0
-    with told(progress, sum(values.numel() for values in dense.values())) as tell, torch.no_grad():
+    with reporter(progress, sum(values.numel() for values in dense.values())) as tell, torch.no_grad():
         tell(0)
         for name, values in dense.items():
             found[name] = quantized(name, values, dtype=decoded[name], done=_from(before, tell), **form)

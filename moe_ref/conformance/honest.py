@@ -125,6 +125,7 @@ def rounded_at_every_site(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, we
 
 def specified(x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, rounding: Rounding) -> Tensor:
     """Runs the specification as an executor, forward and backward, with a rounding policy."""
+    weights = replace(weights, expert_scale=None)  # ignored where routing is given (R9)
     parameters = weights.parameters()
     return _Twin.apply(x, ids, w, weights, rounding, *parameters.values())  # type: ignore[no-untyped-call]
 

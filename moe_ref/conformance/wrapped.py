@@ -38,8 +38,9 @@ class Wrapped:
         rows, logits = x.reshape(-1, x.shape[-1]), router_logits.reshape(-1, weights.num_experts)
         if self.layer is not None:
             return self.layer(self.inner, rows, logits, weights).reshape(x.shape)
-        routing = route(logits, weights.config, weights.selection_bias)
-        y = self.experts(rows, topk_ids=routing.topk_ids, topk_weights=narrow(routing.topk_weights, x), weights=weights)
+        routing = route(logits, weights.config, weights.selection_bias, expert_scale=weights.expert_scale)
+        given = routing.topk_ids, narrow(routing.topk_weights, x), replace(weights, expert_scale=None)
+        y = self.experts(rows, topk_ids=given[0], topk_weights=given[1], weights=given[2])
         return y.reshape(x.shape)
 
     def experts(self, x: Tensor, *, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:

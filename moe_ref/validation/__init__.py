@@ -18,7 +18,9 @@ from moe_ref.types import (
     MoEConfig,
     MoEWeights,
     MXFP4Tensor,
+    RenormalizeForm,
     Scoring,
+    SelectionKey,
 )
 from moe_ref.validation.arrays import (
     FLOAT_DTYPES,
@@ -70,7 +72,9 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
             most = "" if num_experts is None else f" and at most {num_experts} (E)"
             raise ValueError(f"top_k={top_k}: must be at least 1{most}")
     check_choice("scoring", config.scoring, get_args(Scoring))
+    check_choice("renormalize_form", config.renormalize_form, get_args(RenormalizeForm))
     check_choice("group_score", config.group_score, get_args(GroupScore))
+    check_choice("selection_key", config.selection_key, get_args(SelectionKey))
     check_choice("activation", config.activation, get_args(Activation))
     check_choice("gate_up_layout", config.gate_up_layout, get_args(GateUpLayout))
     for name in ("renormalize", "scale_input"):
@@ -164,6 +168,7 @@ def check_weights(weights: MoEWeights) -> None:
         ("gate_up_proj_bias", (experts, both), "(E, 2*I)" if gated else "(E, I)"),
         ("down_proj_bias", (experts, hidden), "(E, H)"),
         ("selection_bias", (experts,), "(E,)"),
+        ("expert_scale", (experts,), "(E,)"),
     )
     for name, expected, letters in optional:
         value = getattr(weights, name)
@@ -228,8 +233,10 @@ def check_inputs(x: Array, router_logits: Array, weights: MoEWeights) -> None:
     check_shape("router_logits", router_logits, expected, "x's leading dimensions and E")
 
 
-def check_route_inputs(router_logits: Array, config: MoEConfig, selection_bias: Array | None) -> None:
-    """Checks the arguments of ``moe_ref.route(router_logits, config, selection_bias)``.
+def check_route_inputs(
+    router_logits: Array, config: MoEConfig, selection_bias: Array | None, expert_scale: Array | None = None
+) -> None:
+    """Checks the arguments of ``moe_ref.route(router_logits, config, selection_bias, expert_scale=expert_scale)``.
 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
@@ -240,9 +247,10 @@ def check_route_inputs(router_logits: Array, config: MoEConfig, selection_bias: 
     check_config(config, router_logits.shape[-1])
     if config.top_k is None:
         raise ValueError("top_k=None: must be an integer from 1 to E, to choose experts")
-    if selection_bias is not None:
-        check_array("selection_bias", selection_bias, like=("router_logits", router_logits))
-        check_shape("selection_bias", selection_bias, (router_logits.shape[-1],), "(E,)")
+    for name, value in (("selection_bias", selection_bias), ("expert_scale", expert_scale)):
+        if value is not None:
+            check_array(name, value, like=("router_logits", router_logits))
+            check_shape(name, value, (router_logits.shape[-1],), "(E,)")
 
 
 def check_router_logits(router_logits: Array, weights: MoEWeights) -> None:

@@ -1,7 +1,7 @@
 """The benchmark: who takes part, what is judged, what is written. Small layers, and no timed assertion."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 import executors
 from executors._bench import measure, report
-from executors._bench.case import Case, Row
+from executors._bench.case import BenchCase, BenchRow
 from executors._bench.contenders import our_contenders
 from executors._bench.judge import judge_contender
 from executors._bench.layers import LAYERS, BenchLayer, random_layer, sized
@@ -26,21 +26,12 @@ from executors._cli.app import app
 from moe_ref import routed_experts
 from moe_ref.conformance.judgement.faults import Judgement
 from moe_ref.conformance.judgement.gates import Verdict
-from moe_ref.conformance.mutants import mutants
 
 pytestmark = pytest.mark.usefixtures("one_thread", "known_ceilings")
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = ("--scale", 32, "--tokens", 1, "--tokens", 4, "--seconds", 0.0)
 MIXTRAL = ("--routing", "real", "--layer", "mixtral-8x7b")
-
-
-@pytest.fixture
-def one_percent_more() -> Iterator[str]:
-    name = "one_percent_more"
-    executors.register(name, lambda: mutants(executors.get("native"))[name])
-    yield name
-    executors.unregister(name)
 
 
 def layer_of(name: str) -> BenchLayer:
@@ -51,8 +42,10 @@ def bench(out: Path, *arguments: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in ("bench", "--out", out, *arguments)])
 
 
-def case_of(rows: list[Row], again: list[float] | None = None, **changes: Any) -> Case:
-    case = Case(LAYERS["qwen3-30b-a3b"], 8, "real", "forward", Load(1.0, 0, 1.0), 64, rows, rows[-1].name, again or [])
+def case_of(rows: list[BenchRow], again: list[float] | None = None, **changes: Any) -> BenchCase:
+    case = BenchCase(
+        LAYERS["qwen3-30b-a3b"], 8, "real", "forward", Load(1.0, 0, 1.0), 64, rows, rows[-1].name, again or []
+    )
     return replace(case, **changes)
 
 
@@ -179,8 +172,8 @@ def test_spread_and_ratios() -> None:
 
 def test_case_compares_with_the_fastest_peer_round_by_round() -> None:
     right = Judgement(verdicts=(Verdict("y", 1.0),))
-    native = Row("native", True, judgement=right, seconds=[1.0, 2.0, 4.0])
-    slow, fast = (Row(n, False, judgement=right, seconds=s) for n, s in (("slow", [9.0] * 3), ("fast", [2.0] * 3)))
+    native = BenchRow("native", True, judgement=right, seconds=[1.0, 2.0, 4.0])
+    slow, fast = (BenchRow(n, False, judgement=right, seconds=s) for n, s in (("slow", [9.0] * 3), ("fast", [2.0] * 3)))
     case = case_of([native, slow, fast], [2.0, 1.0, 4.0])
     assert case.best_peer() is fast
     assert case.ratio(native) == Spread(1.0, 0.6, pytest.approx(1.8))
@@ -193,9 +186,9 @@ def test_case_compares_with_the_fastest_peer_round_by_round() -> None:
 
 def test_peers_may_round_elsewhere_but_executors_must_pass() -> None:
     wrong = Judgement(verdicts=(Verdict("y", 7.0, failure="max z 7.0"),))
-    assert Row("native", True, judgement=wrong).failed
-    assert not Row("peer", False, judgement=wrong).failed
-    assert Row("peer", False, judgement=Judgement(fault="raised")).failed
+    assert BenchRow("native", True, judgement=wrong).failed
+    assert not BenchRow("peer", False, judgement=wrong).failed
+    assert BenchRow("peer", False, judgement=Judgement(fault="raised")).failed
 
 
 def test_rounds_take_turns() -> None:

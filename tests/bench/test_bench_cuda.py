@@ -47,7 +47,7 @@ def test_bench_on_a_gpu(tmp_path: Path) -> None:
 
 def test_clock_measures_the_gpu_s_own_time() -> None:
     left = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
-    clock = bench_cuda.Clock("cuda", queued=True)
+    clock = bench_cuda.ColdClock("cuda", queued=True)
 
     def median(count: int) -> float:
         def action() -> None:

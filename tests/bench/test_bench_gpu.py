@@ -69,9 +69,9 @@ def shortened(out: Path, run: set[str], skipped: set[str]) -> None:
 
 
 def test_all_stages_are_shortened_below() -> None:
-    from gpu_stages import Plan, stages
+    from gpu_stages import StagePlan, stages
 
-    plan = Plan("py", ROOT, ROOT, ROOT, short=True)
+    plan = StagePlan("py", ROOT, ROOT, ROOT, short=True)
     assert {stage.name for stage in stages(plan)} == CHECKS | BENCHMARKS | WITHOUT_A_GPU
 
 
@@ -228,9 +228,9 @@ def test_late_stage_is_ended_with_its_children(tmp_path: Path) -> None:
 
 def test_no_stage_is_ended_on_a_slow_cpu() -> None:
     """Shortened stages check that all still works; how fast is no question there."""
-    from gpu_stages import Plan, stages
+    from gpu_stages import StagePlan, stages
 
-    plans = (Plan("py", ROOT, ROOT, ROOT, short=short) for short in (True, False))
+    plans = (StagePlan("py", ROOT, ROOT, ROOT, short=short) for short in (True, False))
     short, full = ([stage.cap for stage in stages(plan)] for plan in plans)
     assert set(short) == {math.inf}
     assert all(map(math.isfinite, full))
@@ -258,12 +258,12 @@ def test_a_stage_s_own_work_ends_before_the_stage(tmp_path: Path) -> None:
 def test_on_a_gpu_everything_is_asked_for(tmp_path: Path) -> None:
     """The commands of a run that has no GPU here: options that the programs they call know."""
     import gpu_four_bit
-    from gpu_stages import NAMES, ONLY_IF_ASKED, Plan, stages
+    from gpu_stages import NAMES, ONLY_IF_ASKED, StagePlan, stages
     from typer.testing import CliRunner
 
     from executors._cli.app import app
 
-    found = {stage.name: stage for stage in stages(Plan(sys.executable, ROOT, tmp_path, tmp_path / "site"))}
+    found = {stage.name: stage for stage in stages(StagePlan(sys.executable, ROOT, tmp_path, tmp_path / "site"))}
     assert list(found) == [name for name in NAMES if name not in ONLY_IF_ASKED]
     assert not any(stage.skip for stage in found.values())
     benches = [stage for name, stage in found.items() if name.startswith("bench")]
@@ -286,7 +286,7 @@ def test_on_a_gpu_everything_is_asked_for(tmp_path: Path) -> None:
         assert found[name].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     every = [part for name in ("suite", "suite-triton") for part in found[name].command]
     assert {"triton", "native", "grouped_mm", "grouped_nf4", "cuda"} <= set(every)
-    for stage in stages(Plan(sys.executable, ROOT, tmp_path, tmp_path / "site", chosen=NAMES)):
+    for stage in stages(StagePlan(sys.executable, ROOT, tmp_path, tmp_path / "site", chosen=NAMES)):
         for part in stage.command:
             if part.endswith(".py"):
                 assert (ROOT / part).exists()

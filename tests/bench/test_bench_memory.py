@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from executors._bench import memory as bench_memory
-from executors._bench.case import Case, Row
+from executors._bench.case import BenchCase, BenchRow
 from executors._bench.ceilings import Ceilings
 from executors._bench.everyone import contenders
 from executors._bench.layers import BenchLayer, random_layer, sized, with_adapters
@@ -37,7 +37,7 @@ def test_layer_reaches_the_other_process_unchanged(tmp_path: Path, how: Quantisa
     layer = layer_of("gpt-oss-20b", how, rank)
     spec = json.loads(json.dumps(bench_memory._save(layer, tmp_path / "file")))
     found = bench_memory._load(tmp_path / "file", spec | {"device": "cpu"})
-    assert (found.shape, found.form) == (layer.shape, layer.form)
+    assert (found.shape, found.storage) == (layer.shape, layer.storage)
     assert found.parameters.keys() == layer.parameters.keys()
     given = batch("real", 6, 4, layer.shape, "cpu", 0)
     for ours, theirs in zip(*(contenders(o, given, ["grouped_nf4"]) for o in (layer, found)), strict=True):
@@ -47,8 +47,10 @@ def test_layer_reaches_the_other_process_unchanged(tmp_path: Path, how: Quantisa
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     layer = layer_of("mixtral-8x7b", PLAIN)
-    rows = [Row(name, name == "grouped_nf4", judgement=Judgement(), seconds=[1.0]) for name in ("grouped_nf4", STACK)]
-    case = Case(layer.shape, 4, "real", "forward", Load(1.0, 0, 1.0), 8, rows, form=layer.form, stack=STACK)
+    rows = [
+        BenchRow(name, name == "grouped_nf4", judgement=Judgement(), seconds=[1.0]) for name in ("grouped_nf4", STACK)
+    ]
+    case = BenchCase(layer.shape, 4, "real", "forward", Load(1.0, 0, 1.0), 8, rows, storage=layer.storage, stack=STACK)
     told: list[str] = []
     bench_memory.add_peaks(layer, [case], device="cpu", seed=0, rank=0, tell=told.append)
     ours, stack = rows

@@ -13,12 +13,12 @@ from typer.testing import CliRunner, Result
 from executors._bench import memory as bench_memory
 from executors._bench import report, variants
 from executors._bench import table as bench_table
-from executors._bench.case import Case, Row
+from executors._bench.case import BenchCase, BenchRow
 from executors._bench.ceilings import Ceilings
 from executors._bench.contenders import our_contenders
 from executors._bench.everyone import contenders
 from executors._bench.judge import judge_contender
-from executors._bench.layers import LAYERS, BenchLayer, Form, random_layer, sized, with_adapters
+from executors._bench.layers import LAYERS, BenchLayer, Storage, random_layer, sized, with_adapters
 from executors._bench.measure import Spread
 from executors._bench.peers import loops
 from executors._bench.peers.bitsandbytes import NO_ADAPTERS, NO_MXFP4, STACK, parametrised_module, peers_in_4_bits
@@ -64,9 +64,9 @@ def bench(out: Path, *arguments: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in ("bench", "--out", out, *arguments)])
 
 
-def case_of(rows: list[Row], **changes: Any) -> Case:
-    case = Case(LAYERS["qwen3-30b-a3b"], 4, "real", "forward", Load(1.0, 0, 1.0), 24, rows, stack=STACK)
-    return replace(case, form=Form(PLAIN.weight_bytes, frozen=True), **changes)
+def case_of(rows: list[BenchRow], **changes: Any) -> BenchCase:
+    case = BenchCase(LAYERS["qwen3-30b-a3b"], 4, "real", "forward", Load(1.0, 0, 1.0), 24, rows, stack=STACK)
+    return replace(case, storage=Storage(PLAIN.weight_bytes, frozen=True), **changes)
 
 
 @pytest.mark.parametrize("rank", [0, 16])
@@ -174,7 +174,7 @@ def test_mxfp4_keeps_the_numbers_in_checkpoints_order() -> None:
         expected = mxfp4.quantize(dense.parameters[name].detach().mT)
         assert torch.equal(packed.blocks, expected.blocks)
         assert torch.equal(packed.scales, expected.scales)
-    assert (layer.form.weight_bytes, str(MX)) == (0.5 + 1 / 32, "mxfp4, blocks of 32")
+    assert (layer.storage.weight_bytes, str(MX)) == (0.5 + 1 / 32, "mxfp4, blocks of 32")
 
 
 def small_layer(how: Quantisation, rank: int = 0) -> BenchLayer:
@@ -231,10 +231,10 @@ def test_the_told_loop_reads_sizes_once_for_a_batch() -> None:
 def test_tables_of_a_gpu_compare_with_bf16_in_80_columns() -> None:
     right, times = Judgement(), [1.234, 1.3, 1.35]
 
-    def row(name: str, factor: float) -> Row:
+    def row(name: str, factor: float) -> BenchRow:
         ours = name.startswith(("grouped", "triton"))
         graph = [0.5 * factor * t for t in times]
-        return Row(name, ours, judgement=right, seconds=[factor * t for t in times], graph=graph, peak=123 * 2**20)
+        return BenchRow(name, ours, judgement=right, seconds=[factor * t for t in times], graph=graph, peak=123 * 2**20)
 
     names = [*(f"grouped_nf4[{path}]" for path in variants.PATHS), "triton[bf16]", "bnb:told-loop", STACK]
     rows = [row(name, factor) for name, factor in zip(names, (0.4, 1.0, 2.0, 1.0, 3.0, 40.0), strict=True)]
@@ -273,7 +273,7 @@ def test_loops_need_whole_nested_blocks_for_each_expert() -> None:
 
 def test_work_is_counted_in_the_form_in_which_weights_are_kept() -> None:
     qwen, one = LAYERS["qwen3-30b-a3b"], 3 * 2048 * 768
-    frozen = Form(PLAIN.weight_bytes, frozen=True)
+    frozen = Storage(PLAIN.weight_bytes, frozen=True)
     adapted = replace(frozen, rank=16)
     factors = 16 * (2 * 2048 + 3 * 768)
     assert (PLAIN.weight_bytes, NESTED.weight_bytes) == (0.5625, 0.5 + 1 / 64 + 4 / 64 / 256)
@@ -289,8 +289,10 @@ def test_work_is_counted_in_the_form_in_which_weights_are_kept() -> None:
 
 def test_case_compares_with_the_parametrised_stack_and_with_the_best() -> None:
     right = Judgement()
-    ours = Row("grouped_nf4", True, judgement=right, seconds=[1.0, 1.0])
-    fast, stack = (Row(n, False, judgement=right, seconds=s) for n, s in (("bnb:loop", [2.0] * 2), (STACK, [8.0, 8.0])))
+    ours = BenchRow("grouped_nf4", True, judgement=right, seconds=[1.0, 1.0])
+    fast, stack = (
+        BenchRow(n, False, judgement=right, seconds=s) for n, s in (("bnb:loop", [2.0] * 2), (STACK, [8.0, 8.0]))
+    )
     case = case_of([ours, fast, stack])
     assert case.best_peer() is fast
     assert (case.ratio(ours), case.stack_ratio(ours)) == (Spread(2.0, 2.0, 2.0), Spread(8.0, 8.0, 8.0))
@@ -298,8 +300,8 @@ def test_case_compares_with_the_parametrised_stack_and_with_the_best() -> None:
 
 
 def test_notes_say_once_where_a_reason_holds() -> None:
-    def case(direction: str, tokens: int, reason: str) -> Case:
-        return case_of([Row("peer", False, reason=reason)], direction=direction, tokens=tokens)
+    def case(direction: str, tokens: int, reason: str) -> BenchCase:
+        return case_of([BenchRow("peer", False, reason=reason)], direction=direction, tokens=tokens)
 
     cases = [case("forward", 1, ""), case("forward", 8, "large"), case("lora", 1, "none"), case("lora", 8, "none")]
     assert report.notes(cases) == [

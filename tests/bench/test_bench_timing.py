@@ -18,7 +18,7 @@ from executors._bench import roofline as bench_roofline
 from executors._bench import run as bench
 from executors._bench import table as bench_table
 from executors._bench import timing as bench_timing
-from executors._bench.case import Case, Row
+from executors._bench.case import BenchCase, BenchRow
 from executors._bench.ceilings import Ceilings
 from executors._bench.judge import judge_contender
 from executors._bench.layers import LAYERS, BenchLayer, random_layer, sized
@@ -45,15 +45,15 @@ def layer_of(name: str) -> BenchLayer:
     return random_layer(sized(name, 128, "cpu"), "cpu", 0, lambda *_: None)
 
 
-def case_of(rows: list[Row], tokens: int = 8, direction: str = "forward") -> Case:
-    return Case(LAYERS["qwen3-30b-a3b"], tokens, "real", direction, Load(1.0, 0, 1.0), 64, rows, gpu=True)
+def case_of(rows: list[BenchRow], tokens: int = 8, direction: str = "forward") -> BenchCase:
+    return BenchCase(LAYERS["qwen3-30b-a3b"], tokens, "real", direction, Load(1.0, 0, 1.0), 64, rows, gpu=True)
 
 
-def row(name: str, seconds: list[float], **fields: Any) -> Row:
-    return Row(name, ":" not in name, judgement=RIGHT, seconds=seconds, **fields)
+def row(name: str, seconds: list[float], **fields: Any) -> BenchRow:
+    return BenchRow(name, ":" not in name, judgement=RIGHT, seconds=seconds, **fields)
 
 
-def gpu_cases() -> list[Case]:
+def gpu_cases() -> list[BenchCase]:
     """As a GPU would have them."""
     milliseconds = [1e-3, 1.1e-3, 1.2e-3]
     triton = row("triton", milliseconds, graph=[5e-4] * 3, launches=5, peak=2**20)
@@ -80,7 +80,7 @@ class Gpu:
     def __init__(self, patch: pytest.MonkeyPatch, slow: str = "") -> None:
         self.calls: list[str] = []
         self.slow = slow
-        patch.setattr(bench_cuda, "Clock", self.clock)
+        patch.setattr(bench_cuda, "ColdClock", self.clock)
         patch.setattr(bench_cuda, "captured", self.captured)
         patch.setattr(bench_timing, "peak_of", lambda action, after, device: 1000)
         patch.setattr(bench_measure, "seconds_of", lambda action, device: self.seconds(action))
@@ -105,7 +105,7 @@ class Gpu:
             raise bench_cuda.NotCaptured("waits for the GPU")
         return lambda: self.calls.append("replayed")
 
-    def measure(self, names: list[str], tokens: int, direction: str, graphs: bool = True) -> dict[str, Row]:
+    def measure(self, names: list[str], tokens: int, direction: str, graphs: bool = True) -> dict[str, BenchRow]:
         case = case_of([row(name, []) for name in names], tokens, direction)
         actions = {name: lambda name=name: self.calls.append(name) for name in names}
         timing = Timing("cuda", 0.0, memory=True, graphs=graphs)
@@ -235,7 +235,7 @@ def test_the_limit_holds_within_a_layer(monkeypatch: pytest.MonkeyPatch) -> None
     now = [0.0]
     measure = bench.measure_case
 
-    def takes_a_minute(*arguments: Any) -> Case:
+    def takes_a_minute(*arguments: Any) -> BenchCase:
         now[0] += 60
         return measure(*arguments)
 
@@ -251,9 +251,9 @@ def test_the_limit_holds_within_a_layer(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.usefixtures("known_ceilings")
 def test_what_was_measured_outlives_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = bench.measure_case
-    seen: list[Case] = []
+    seen: list[BenchCase] = []
 
-    def ended(*arguments: Any) -> Case:
+    def ended(*arguments: Any) -> BenchCase:
         if seen:
             raise KeyboardInterrupt
         seen.append(measure(*arguments))

@@ -12,8 +12,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 import executors
+from executors import __main__ as program
 from executors._cli.app import app
-from executors._compare import report
+from executors._compare.files import write_json
 from executors._compare.measure import peak_memory
 from executors.layer_file import bundled_layer, save_layer
 from moe_ref import MoEConfig, MoEWeights
@@ -34,15 +35,6 @@ def layer(tmp_path: Path) -> Path:
     path = tmp_path / "small.safetensors"
     save_layer(path, normal(32, 16), torch.randn(32, 4, generator=generator), weights)
     return path
-
-
-@pytest.fixture
-def one_percent_more() -> Iterator[str]:
-    """A wrong executor, for as long as the test runs."""
-    name = "one_percent_more"
-    executors.register(name, lambda: mutants(executors.get("native"))[name])
-    yield name
-    executors.unregister(name)
 
 
 @pytest.fixture
@@ -176,7 +168,7 @@ def test_executor_without_routing_is_judged_in_float64(tmp_path: Path) -> None:
 
 def test_json_holds_no_infinity(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
-    report.write_json(path, {"z": [float("inf"), 1.0]})
+    write_json(path, {"z": [float("inf"), 1.0]})
     assert path.read_text() == '{\n "z": [\n  null,\n  1.0\n ]\n}\n'
 
 
@@ -285,11 +277,23 @@ def test_list_and_explain_say_why_not(layer: Path, unavailable: str) -> None:
     assert "auto chooses native" in run("explain", layer).output
 
 
-@pytest.mark.parametrize("command", [[], ["compare"], ["list"], ["explain"]])
+COMMANDS = ["list", "explain", "compare", "bench", "crossover", "kernels", "tune"]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_names_all_commands_with_whole_sentences(arguments: list[str]) -> None:
+    lines = run(*arguments).output.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in lines] == COMMANDS
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+    assert program.__doc__ is not None
+    assert " | ".join(COMMANDS) in program.__doc__
 
 
 def test_module_runs() -> None:

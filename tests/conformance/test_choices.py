@@ -1,6 +1,7 @@
 """Choosing with a bias and in groups, and which choices rounding admits (R2, R3)."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from moe_ref.conformance.judgement.checks import ConformanceError, check_problem
 from moe_ref.conformance.judgement.choices import UNIT, admissible, have_margins
 from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.problems.strategies import undeclared, without_undeclared
+from moe_ref.types import RenormalizeForm, Scoring, SelectionKey
 
 SIGMOID = MoEConfig(2, scoring="sigmoid")
 GROUPS = MoEConfig(2, scoring="sigmoid", num_groups=2, topk_groups=1)
@@ -69,11 +72,13 @@ def test_the_specification_chooses_right(config: MoEConfig) -> None:
     assert admissible(route(logits, config, bias).topk_ids, logits, config, bias).all()
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid"])
-def test_executors_choose_right_where_keys_tie(scoring: str) -> None:
+@pytest.mark.parametrize("selection_key", ["score", "logit"])
+@pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"])
+def test_executors_choose_right_where_keys_tie(scoring: str, selection_key: str) -> None:
     """R2: fp32 against float64, on logits with few distinct values."""
     rng = np.random.default_rng(1)
-    config = MoEConfig(3, scoring, num_groups=4, topk_groups=2, group_score="top2_sum")
+    groups = {"num_groups": 4, "topk_groups": 2, "group_score": "top2_sum"}
+    config = MoEConfig(3, scoring, selection_key=selection_key, **groups)
     logits, bias = rng.integers(-2, 3, (2000, 16)).astype(float), rng.choice([0.0, 0.25, 1.0], 16)
     weights = MoEWeights(
         torch.zeros(16, 4, 3), torch.zeros(16, 3, 2), selection_bias=torch.tensor(bias).float(), config=config
@@ -126,3 +131,60 @@ def test_another_right_choice_is_judged_on_its_own() -> None:
     check_problem(other, problem)
     with pytest.raises(ConformanceError, match="breaks R2"):
         check_problem(Otherwise(0.2), problem)
+
+
+def test_slack_is_that_of_the_logit_under_its_key() -> None:
+    """R2: with logits of 100 the key is far coarser than a sigmoid."""
+    by_logit = replace(SIGMOID, selection_key="logit")
+    logits = np.array([[100.0, 99.0, 98.9999, 50.0]])
+    assert admissible(np.array([[0, 2]]), logits, by_logit, NO_BIAS).tolist() == [False]
+    assert have_margins(logits, by_logit, NO_BIAS).tolist() == [False]
+    logits[0, 2] = 98.99999
+    assert admissible(np.array([[0, 2]]), logits, by_logit, NO_BIAS).tolist() == [True]
+
+
+def test_at_equality_with_epsilon_the_divisor_is_the_sum() -> None:
+    """R5: a weight of s / s has no gradient; that of s / eps would have one."""
+    config = MoEConfig(1, renormalize=True, renormalize_eps=0.5, renormalize_form="max")
+    weights = MoEWeights(torch.zeros(2, 2, 1), torch.zeros(2, 1, 1), config=config)
+    logits = torch.zeros(1, 2, requires_grad=True)
+    routing = executors.get("native").route(logits, weights)
+    routing.topk_weights.sum().backward()
+    assert routing.topk_weights.tolist() == [[1.0]]
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_no_sum_of_scores_is_near_the_epsilon() -> None:
+    """There the gradient jumps, and rounding decides which one it is (R5)."""
+    config = MoEConfig(1, renormalize=True, renormalize_eps=0.5, renormalize_form="max")
+    problem = Problem(64, 2, 4, 4, config, logits="ties", seed=1)
+    totals = np.sort(np.exp(build(problem).router_logits), axis=1)
+    assert not np.isclose(totals[:, 1] / totals.sum(axis=1), 0.5, rtol=1e-3).any()
+    ties = build(replace(problem, config=replace(config, renormalize_form="add"))).router_logits
+    assert (ties[:, 0] == ties[:, 1]).any()
+
+
+def test_every_name_of_the_configuration_is_declared_by_default() -> None:
+    able = executors.Capabilities()
+    assert able.scorings == set(get_args(Scoring))
+    assert able.renormalize_forms == set(get_args(RenormalizeForm))
+    assert able.selection_keys == set(get_args(SelectionKey))
+
+
+def test_forms_that_an_executor_lacks_are_named_and_not_drawn() -> None:
+    some = executors.Capabilities(
+        scorings=frozenset({"sigmoid"}),
+        renormalize_forms=frozenset({"add"}),
+        selection_keys=frozenset({"score"}),
+        expert_scale=False,
+    )
+    config = MoEConfig(2, "sqrtsoftplus", True, renormalize_form="max", selection_key="logit")
+    problem = Problem(4, 4, 4, 4, config, expert_scale=True)
+    lacking = "scoring sqrtsoftplus, renormalize_form max, selection_key logit, expert_scale"
+    assert undeclared(problem, some) == lacking
+    assert undeclared(problem, executors.Capabilities()) == ""
+    drawn = without_undeclared(problem, some)
+    assert undeclared(drawn, some) == ""
+    assert drawn == Problem(4, 4, 4, 4, MoEConfig(2, "sigmoid", True))
+    assert undeclared(replace(problem, entry="experts"), some) == ""

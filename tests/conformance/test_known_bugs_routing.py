@@ -19,7 +19,7 @@ from moe_ref.routing import route, weigh
 from moe_ref.types import Routing
 from planted import NAMES, Bug, Catches, Check, demand_caught
 
-SCORINGS = ("softmax", "topk_softmax", "sigmoid")
+SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrtsoftplus")
 SIGMOID = MoEConfig(2, scoring="sigmoid", renormalize=True)
 GROUPED = replace(SIGMOID, num_groups=2, topk_groups=1)
 

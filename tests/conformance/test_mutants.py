@@ -49,12 +49,14 @@ WHOLE_GROUP = replace(GROUPED, top_k=4, topk_groups=1)
 BY_LOGIT = replace(WHOLE_GROUP, scoring="topk_softmax")  # keys below 0 must be chosen
 LATE = MoEConfig(4, alpha=1.702, limit=0.5, up_offset=1.0, clamp="after", gate_up_layout="interleaved")
 CAPPED = MoEConfig(4, alpha=1.702, up_offset=1.0, gate_softcap=2.0, up_softcap=0.5, gate_up_layout="interleaved")
+SQRTSOFTPLUS = MoEConfig(6, scoring="sqrtsoftplus", renormalize=True)
+EPSILON = MoEConfig(2, renormalize=True, renormalize_eps=0.6)
 SCALED = MoEConfig(2, scoring="topk_softmax", scale_input=True, activation="relu2")
 
 
 def panel(name: str, tokens: int) -> tuple[Problem, ...]:
     """Problems that together have every feature that a mutant may get wrong."""
-    return panel_in_4_bits(tokens) if name == "grouped_nf4" else dense_panel(tokens)
+    return panel_in_4_bits(tokens) if name == "grouped_nf4" else (*dense_panel(tokens), *scoring_panel(tokens))
 
 
 @cache
@@ -94,6 +96,22 @@ def dense_panel(tokens: int) -> tuple[Problem, ...]:
         replace(base, experts=17, dtype="float16", entry="experts", cut_points=True, seed=5),
         replace(base, config=LATE, seed=12),
         replace(base, dtype="bfloat16", config=CAPPED, seed=13),
+    )
+
+
+@cache
+def scoring_panel(tokens: int) -> tuple[Problem, ...]:
+    """Scores, keys and epsilons of families that differ from the common form."""
+    base = Problem(tokens, 9, 32, 33, SQRTSOFTPLUS, seed=1)
+    biased = replace(base, selection_bias="small")
+    return (
+        replace(base, logits="shifted"),
+        replace(base, logits="masked", selection_bias="small", seed=2),
+        replace(biased, config=replace(PLAIN, selection_key="logit"), seed=3),
+        replace(biased, config=replace(EPSILON, renormalize_form="max"), seed=4),
+        replace(base, config=EPSILON, seed=5),
+        replace(base, config=replace(FULL, routed_scaling_factor=1.0), expert_scale=True, gate_up_bias=True, seed=6),
+        replace(base, entry="experts", config=PLAIN, expert_scale=True, frozen=frozenset({"expert_scale"}), seed=7),
     )
 
 

@@ -18,7 +18,7 @@ BASE = {"_base", "_decode", "_protocol"}
 PIPELINE = BASE | {"_pipeline"}
 # Which rooms of executors a room may look into, beside itself.
 ROOMS: dict[str, set[str]] = {
-    "executors": {"_protocol", "_registry", "_checkpoint", "hf", "nf4", "mxfp4"},
+    "executors": {"_protocol", "_registry", "_checkpoint", "checkpoint", "hf", "nf4", "mxfp4"},
     "_registry": {"_protocol"},
     "_base": {"_protocol"},
     "_pipeline": BASE,
@@ -33,11 +33,12 @@ ROOMS: dict[str, set[str]] = {
     "nf4": {"_decode", "_progress"},
     "mxfp4": {"_decode", "_progress"},
     "hf": PIPELINE | {"_registry"},
+    "checkpoint": {"_decode", "layer_file", "nf4", "mxfp4"},
     "_compare": FACE | {"layer_file"},
-    "_bench": FACE | {"layer_file", "nf4", "mxfp4", "_decode", "_compare"},
+    "_bench": FACE | {"layer_file", "hf", "nf4", "mxfp4", "_decode", "_compare"},
     "_tune": FACE | {"_base", "_triton", "_bench"},
     "_crossover": FACE | {"_triton", "_compare", "_bench", "_tune"},
-    "_cli": FACE | {"layer_file", "_triton", "_compare", "_bench", "_tune", "_crossover"},
+    "_cli": FACE | {"checkpoint", "layer_file", "hf", "_triton", "_compare", "_bench", "_tune", "_crossover"},
     "__main__": {"_cli"},
 }
 TOOLS = tuple(f"executors.{room}" for room in ("_compare", "_bench", "_tune", "_crossover", "_cli"))  # of ours

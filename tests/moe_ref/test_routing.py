@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_ref import MoEConfig, route
+from moe_ref.routing import route_vjp, sqrtsoftplus, sqrtsoftplus_slope
 
 INF = math.inf
 
@@ -66,19 +67,20 @@ def test_epsilon_is_added_to_the_sum() -> None:
 
 def test_minus_infinity_weighs_exactly_nothing() -> None:
     """R4: such an expert is chosen because no other is left."""
-    for scoring in ("softmax", "topk_softmax", "sigmoid"):
+    for scoring in ("softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"):
         ids, weights = routed([[-INF, 1.0, -INF]], top_k=2, scoring=scoring)
         assert ids == [[1, 0]]
         assert weights[0, 1] == 0.0
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid"])
+@pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("spoiled", [[math.nan, 0.0, 1.0], [0.0, 1.0, math.nan], [INF, 0.0, 1.0], [-INF] * 3])
 def test_broken_rows_are_nan_and_alone(scoring: str, spoiled: list[float]) -> None:
     """R4: a NaN breaks its row even if it is not chosen; ids stay in range and distinct; other rows are unaffected."""
     clean = [0.5, 0.25, 0.125]
     ids, weights = routed([clean, spoiled, clean], top_k=2, scoring=scoring)
-    defined = scoring == "sigmoid" and not any(map(math.isnan, spoiled))
+    undefined = {"sigmoid": (), "sqrtsoftplus": (INF,)}.get(scoring, (INF, -INF))
+    defined = not any(math.isnan(v) or v in undefined for v in spoiled)
     assert np.isnan(weights[1]).all() != defined
     assert len(set(ids[1])) == 2
     assert set(ids[1]) <= {0, 1, 2}
@@ -104,3 +106,46 @@ def test_a_group_of_plus_and_minus_infinity_is_no_warning() -> None:
     config = MoEConfig(2, scoring="topk_softmax", num_groups=2, topk_groups=1, group_score="top2_sum")
     routing = route(np.array([[np.inf, -np.inf, 0.0, 1.0]]), config)
     assert routing.topk_ids.tolist() == [[3, 2]]
+
+
+def test_sqrtsoftplus_has_all_digits_on_both_sides() -> None:
+    """R2: where exp(v) underflows, where 1 + exp(v) is 1, at 0, and where exp(v) overflows."""
+    found = sqrtsoftplus(np.array([-INF, -1400.0, -60.0, -36.0, 0.0, 60.0, 1000.0]))
+    tail = math.exp(-36.0)
+    small = [0.0, math.exp(-700), math.exp(-30), math.sqrt(tail - tail**2 / 2)]
+    expected = [*small, *map(math.sqrt, (math.log(2), 60, 1000))]
+    np.testing.assert_allclose(found, expected, rtol=4e-16)
+
+
+def test_slope_of_sqrtsoftplus() -> None:
+    """D1: 0 at -inf; half the score far below 0; 1 / (2 score) far above."""
+    values = np.array([-INF, -1400.0, -60.0, 0.0, 60.0])
+    scores = sqrtsoftplus(values)
+    expected = [0.0, scores[1] / 2, scores[2] / 2, 1 / (4 * scores[3]), 1 / (2 * scores[4])]
+    np.testing.assert_allclose(sqrtsoftplus_slope(values), expected, rtol=4e-16)
+
+
+def test_a_bias_on_the_logit_chooses_otherwise() -> None:
+    """R3: sigmoids are .5 and .999; a bias of 1 lifts a sigmoid above the other, but not a logit."""
+    logits, bias = np.array([[0.0, 7.0]]), np.array([1.0, 0.0])
+    for key, chosen, weight in (("score", 0, 0.5), ("logit", 1, 1 / (1 + math.exp(-7)))):
+        routing = route(logits, MoEConfig(1, scoring="sigmoid", selection_key=key), bias)  # type: ignore[arg-type]
+        assert routing.topk_ids.tolist() == [[chosen]]
+        np.testing.assert_allclose(routing.topk_weights, [[weight]], rtol=1e-15)
+
+
+@pytest.mark.parametrize(("eps", "gradient"), [(0.25, 0.0), (0.5, 0.0), (1.0, 0.25)])
+def test_the_larger_of_sum_and_epsilon(eps: float, gradient: float) -> None:
+    """R5: the score is .5; with the sum below epsilon the divisor is constant, at equality it is the sum."""
+    config = MoEConfig(1, renormalize=True, renormalize_eps=eps, renormalize_form="max")
+    logits, ids = np.zeros((1, 2)), np.zeros((1, 1), dtype=int)
+    assert route(logits, config).topk_weights.tolist() == [[0.5 / max(0.5, eps)]]
+    assert route_vjp(logits, ids, config, np.ones((1, 1))).tolist() == [[gradient, -gradient]]
+
+
+def test_scales_are_of_the_chosen_experts() -> None:
+    """R9: after renormalisation; a scale that nobody chose may be anything."""
+    config, scale = MoEConfig(2, renormalize=True, renormalize_eps=0.0), np.array([3.0, -1.0, math.nan])
+    routing = route(np.log([[1.0, 3.0, 0.5]]), config, expert_scale=scale)
+    assert routing.topk_ids.tolist() == [[1, 0]]
+    np.testing.assert_allclose(routing.topk_weights, [[-0.75, 0.75]], rtol=1e-15)

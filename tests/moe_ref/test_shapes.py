@@ -6,6 +6,7 @@ place of `moe_ref._typing`.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import itertools
@@ -131,7 +132,7 @@ def call_everything(array: Callable[[np.ndarray], Any]) -> None:
     from moe_ref.error_bars import error_bars
 
     rng = np.random.default_rng(0)
-    scorings, layouts = ("softmax", "topk_softmax", "sigmoid"), ("concatenated", "interleaved")
+    scorings, layouts = ("softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"), ("concatenated", "interleaved")
     for scoring, layout, bias, batch in itertools.product(scorings, layouts, (False, True), ((0,), (5,), (), (2, 3))):
         forms = {"activation": "relu2", "scale_input": True} if bias else {"limit": 1.0, "gate_up_layout": layout}
         groups = {"num_groups": 2, "topk_groups": 2, "group_score": "top2_sum"} if bias else {}
@@ -146,6 +147,8 @@ def call_everything(array: Callable[[np.ndarray], Any]) -> None:
             activation(array(rng.standard_normal((2, 2 * I))), moe_ref.MoEConfig(K, **form))
         routing = moe_ref.route(logits.reshape(-1, E), config, weights.selection_bias)
         slots = routing.topk_ids.reshape(*batch, K), routing.topk_weights.reshape(*batch, K)
+        if bias:
+            weights = dataclasses.replace(weights, expert_scale=array(rng.standard_normal(E)))
         moe_ref.moe(x, logits, weights)
         moe_ref.moe_vjp(x, logits, weights, dy)
         moe_ref.routed_experts(x, *slots, weights)

@@ -22,6 +22,7 @@ from moe_ref.validation import check_config, check_router_logits
 E, K, H, I = 5, 2, 4, 3  # noqa: E741
 FLOATS = "must be one of float64, float32, bfloat16, float16"
 IDS = "must be one of int32, int64"
+SCORINGS = "'softmax', 'topk_softmax', 'sigmoid', 'sqrtsoftplus'"
 NAN, INF = float("nan"), float("inf")
 
 GOOD: dict[str, Any] = {
@@ -149,8 +150,10 @@ def assert_refused(functions: tuple[Callable[..., Any], ...], changes: dict[str,
         ({"top_k": 2.0}, TypeError, "top_k=2.0: must be an integer"),
         ({"top_k": True}, TypeError, "top_k=True: must be an integer"),
         ({"top_k": "2"}, TypeError, "top_k='2': must be an integer"),
-        ({"scoring": "relu"}, ValueError, "scoring='relu': must be one of 'softmax', 'topk_softmax', 'sigmoid'"),
-        ({"scoring": None}, ValueError, "scoring=None: must be one of 'softmax', 'topk_softmax', 'sigmoid'"),
+        ({"scoring": "relu"}, ValueError, f"scoring='relu': must be one of {SCORINGS}"),
+        ({"scoring": None}, ValueError, f"scoring=None: must be one of {SCORINGS}"),
+        ({"selection_key": "bias"}, ValueError, "selection_key='bias': must be one of 'score', 'logit'"),
+        ({"renormalize_form": True}, ValueError, "renormalize_form=True: must be one of 'add', 'max'"),
         (
             {"gate_up_layout": "packed"},
             ValueError,

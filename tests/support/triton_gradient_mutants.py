@@ -5,11 +5,16 @@ GRADIENT_MUTANTS = {
     "the bias term of D3 is missing": ("gradients", "if HAS_BIAS:", "if HAS_BIAS and TOP_K < 0:", "interleaved"),
     "the bias of the neighbouring expert": (
         "gradients",
-        "offset(tl.load(record), stride_be)",
-        "offset(tl.maximum(tl.load(record) - 1, 0), stride_be)",
+        "offset(tl.load(record), bias_strides[0])",
+        "offset(tl.maximum(tl.load(record) - 1, 0), bias_strides[0])",
         "concatenated",
     ),
-    "the weight's gradient from a weighted dh": ("gradients", "own * value, axis", "own * scale * value, axis", "ties"),
+    "the weight's gradient from a weighted dh": (
+        "gradients",
+        "of_dh * value, axis",
+        "of_dh * scale * value, axis",
+        "ties",
+    ),
     "dz lacks the last columns": (
         "gradients",
         "range(0, N, BLOCK_N):\n            columns",
@@ -23,12 +28,12 @@ GRADIENT_MUTANTS = {
         "tl.store(d_weights + rows, total.to(d_weights.dtype.element_ty), mask=rows < end)",
         "interleaved",
     ),
-    "dz without its weight": ("gradients", "own *= scale", "own *= 1.0", "interleaved"),
+    "dz without its weight": ("gradients", "of_dh *= scale", "of_dh *= 1.0", "interleaved"),
     "h without its weight": ("gradients", "(value * scale)", "value", "concatenated"),
     "dz's halves swapped, interleaved": (
         "gradients",
-        "tl.join(own * of_gate, own * of_up)",
-        "tl.join(own * of_up, own * of_gate)",
+        "tl.join(of_dh * of_gate, of_dh * of_up)",
+        "tl.join(of_dh * of_up, of_dh * of_gate)",
         "interleaved",
     ),
     "dz's halves swapped, concatenated": (
@@ -55,11 +60,11 @@ GRADIENT_MUTANTS = {
         "((ids >= 0) & (ids <= num_experts))[:, None]",
         "empty slots, scaled",
     ),
-    "an empty slot's input weight": ("gradients", "there = full & (columns", "there = (columns", "empty slots, scaled"),
+    "an empty slot's input weight": ("gradients", "mask = full & (columns", "mask = (columns", "empty slots, scaled"),
     "the input of another token": (
         "gradients",
-        "places = offset(slots // TOP_K, stride_xt)",
-        "places = offset(slots % TOP_K, stride_xt)",
+        "offsets = offset(slots // TOP_K, x_strides[0])",
+        "offsets = offset(slots % TOP_K, x_strides[0])",
         "scaled",
     ),
     "a bias gradient lacks the first row": (
@@ -70,26 +75,26 @@ GRADIENT_MUTANTS = {
     ),
     "a bias gradient has the next expert's row": (
         "gradients",
-        "mask = (rows < end)[:, None] & (columns < N)[None, :]\n        own",
-        "mask = (rows < end + 1)[:, None] & (columns < N)[None, :]\n        own",
+        "mask = (rows < end)[:, None] & (columns < N)[None, :]\n        block",
+        "mask = (rows < end + 1)[:, None] & (columns < N)[None, :]\n        block",
         "interleaved",
     ),
     "a bias gradient without weights": (
         "gradients",
-        "own *= tl.load(topk_weights + slots, mask=rows < end, other=0.0)",
-        "own *= tl.full((BLOCK_M,), 1.0, tl.float32)",
+        "block *= tl.load(topk_weights + slots, mask=rows < end, other=0.0)",
+        "block *= tl.full((BLOCK_M,), 1.0, tl.float32)",
         "concatenated",
     ),
     "the bias gradient of the neighbouring expert": (
         "gradients",
-        "offset(expert, stride_oe) + offset(columns, stride_on)",
-        "offset((expert + 1) % tl.num_programs(1), stride_oe) + offset(columns, stride_on)",
+        "offset(expert, out_strides[0]) + offset(columns, out_strides[1])",
+        "offset((expert + 1) % tl.num_programs(1), out_strides[0]) + offset(columns, out_strides[1])",
         "interleaved",
     ),
     "no bias gradient for an empty expert": (
         "gradients",
-        "tl.store(out + places, total.to(out.dtype.element_ty), mask=columns < N)",
-        "tl.store(out + places, total.to(out.dtype.element_ty), mask=(columns < N) & (end > 0))",
+        "tl.store(out + offsets, total.to(out.dtype.element_ty), mask=columns < N)",
+        "tl.store(out + offsets, total.to(out.dtype.element_ty), mask=(columns < N) & (end > 0))",
         "first expert empty",
     ),
     "the last tile of dW is dropped": (
@@ -98,12 +103,12 @@ GRADIENT_MUTANTS = {
         "mask=(ms < M // BLOCK_M * BLOCK_M)[:, None] & (ns < N)",
         "interleaved",
     ),
-    "dW lacks the last row of each group": ("outer", "there = rows < end", "there = rows < end - 1", "plain"),
-    "dW has the next expert's first row": ("outer", "there = rows < end", "there = rows < end + 1", "concatenated"),
+    "dW lacks the last row of each group": ("outer", "mask = rows < end", "mask = rows < end - 1", "plain"),
+    "dW has the next expert's first row": ("outer", "mask = rows < end", "mask = rows < end + 1", "concatenated"),
     "dW of the neighbouring expert": (
         "outer",
-        "offset(expert, stride_oe)",
-        "offset(tl.maximum(expert - 1, 0), stride_oe)",
+        "offset(expert, out_strides[0])",
+        "offset(tl.maximum(expert - 1, 0), out_strides[0])",
         "interleaved",
     ),
     "stale memory in an empty expert's dW": (
@@ -135,8 +140,8 @@ GRADIENT_MUTANTS = {
     "an adapter's scaling forgotten": ("adapters", "total * scaling", "total", "adapters"),
     "the first factor of the neighbouring expert": (
         "adapters",
-        "load_matrix(factor, (), expert, rs",
-        "load_matrix(factor, (), tl.maximum(expert - 1, 0), rs",
+        "load_dense(factor, factor_strides, expert, rs",
+        "load_dense(factor, factor_strides, tl.maximum(expert - 1, 0), rs",
         "adapters",
     ),
     "a rank of the first factor is dropped": (
@@ -155,14 +160,14 @@ GRADIENT_MUTANTS = {
     ),
     "the second factor of the neighbouring expert": (
         "products",
-        "load_matrix(factor, (), expert, columns",
-        "load_matrix(factor, (), tl.maximum(expert - 1, 0), columns",
+        "load_dense(factor, strides, expert, columns",
+        "load_dense(factor, strides, tl.maximum(expert - 1, 0), columns",
         "adapters",
     ),
     "no adapter for up": (
         "products",
-        "                up = add_adapter(\n                    up,",
-        "                up += 0 * add_adapter(\n                    up,",
+        "up = add_adapter(up,",
+        "up += 0 * add_adapter(up,",
         "adapters, concatenated",
     ),
     "an adapter beside a scaled input is not scaled": (
@@ -180,8 +185,7 @@ GRADIENT_MUTANTS = {
     "z without its bias": (
         "products",
         "total.to(z.dtype.element_ty)",
-        "(total - (load_bias(bias, expert, columns, limit, stride_be, stride_bn) if HAS_BIAS else 0.0)).to("
-        "z.dtype.element_ty)",
+        "(total - (load_bias(bias, bias_strides, expert, columns, limit) if HAS_BIAS else 0.0)).to(z.dtype.element_ty)",
         "interleaved",
     ),
     "dx without the input's weight": ("combine", "if WEIGHTED:", "if WEIGHTED and TOP_K < 0:", "scaled"),
@@ -226,11 +230,11 @@ GRADIENT_MUTANTS = {
     "gelu's slope without its density": ("activation", "+ gate * density", "", "erf"),
     "the router's gradient lacks renormalisation": (
         "routing",
-        "(of_weights - tl.sum(of_weights * chosen, axis=1)[:, None] / divisor) / divisor",
-        "of_weights / divisor",
+        "(of_weights - of_sum) / total",
+        "of_weights / total",
         "groups",
     ),
-    "no epsilon in the router's gradient": ("routing", "divisor = whole + EPS", "divisor = whole", "routing"),
+    "no epsilon in the router's gradient": ("routing", "divisor(whole, EPS, MAX)", "whole", "routing"),
     "the factor forgotten in the router's gradient": ("routing", "other=0.0) * SCALING", "other=0.0)", "groups"),
     "the router's softmax without its mean": ("routing", "scores * (found - mean)", "scores * found", "softmax"),
     "the softmax of the chosen without its mean": (
@@ -242,8 +246,8 @@ GRADIENT_MUTANTS = {
     "gradients of rows that are undefined": ("routing", " | (whole != whole)", "", "routing"),
     "<dy, b> past the last column": (
         "gradients",
-        "there = (rows < end)[:, None] & (columns < H)[None, :]",
-        "there = (rows < end)[:, None] & (columns < 2 * H)[None, :]",
+        "mask = (rows < end)[:, None] & (columns < H)[None, :]",
+        "mask = (rows < end)[:, None] & (columns < 2 * H)[None, :]",
         "sliced",
     ),
     "no gradient of weights beside frozen matrices": (
@@ -252,11 +256,29 @@ GRADIENT_MUTANTS = {
         "if STORE_H:",
         "frozen",
     ),
+    "the epsilon's gradient is the sum's": (
+        "routing",
+        "of_sum = tl.where(whole < EPS, 0.0, of_sum)",
+        "of_sum = of_sum",
+        "routing",
+    ),
+    "half of sqrtsoftplus' slope": (
+        "routing",
+        "of_weights * sqrtsoftplus_slope(own_logits, chosen)",
+        "0.5 * of_weights",
+        "routing",
+    ),
+    "the slope of a square root at 0": (
+        "routing",
+        "tl.where(value < -40.0, 0.5 * score, sigmoid(value) / (2.0 * score))",
+        "sigmoid(value) / (2.0 * score)",
+        "routing",
+    ),
     "half of the sigmoid's slope": ("routing", "of_weights * chosen * (1.0 - chosen)", "of_weights * chosen", "ties"),
     "the router's gradient of the next expert": (
         "routing",
-        "tl.where(experts == own, value, found)",
-        "tl.where(experts == own + 1, value, found)",
+        "tl.where(experts == expert, value, found)",
+        "tl.where(experts == expert + 1, value, found)",
         "ties",
     ),
 }

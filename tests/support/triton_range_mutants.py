@@ -19,9 +19,9 @@ RANGE_MUTANTS = {
     "rows by their first columns": (
         "narrow",
         "for first in range(0, N, BLOCK_N):\n        columns = first + tl.arange(0, BLOCK_N)\n"
-        "        there = (rows < end)[:, None] & (columns < N)[None, :]\n        largest",
+        "        mask = (rows < end)[:, None] & (columns < N)[None, :]\n        largest",
         "for first in range(0, BLOCK_N, BLOCK_N):\n        columns = first + tl.arange(0, BLOCK_N)\n"
-        "        there = (rows < end)[:, None] & (columns < N)[None, :]\n        largest",
+        "        mask = (rows < end)[:, None] & (columns < N)[None, :]\n        largest",
         "activations",
     ),
     "rows by their first row": (
@@ -32,8 +32,8 @@ RANGE_MUTANTS = {
     ),
     "columns by their first rows": (
         "narrow",
-        "for row in range(start, end, BLOCK_M):\n        rows = row + tl.arange(0, BLOCK_M)\n        own, _",
-        "for row in range(start, start + 1, BLOCK_M):\n        rows = row + tl.arange(0, BLOCK_M)\n        own, _",
+        "for row in range(start, end, BLOCK_M):\n        rows = row + tl.arange(0, BLOCK_M)\n        block, _",
+        "for row in range(start, start + 1, BLOCK_M):\n        rows = row + tl.arange(0, BLOCK_M)\n        block, _",
         "activations",
     ),
     "the last row of a group is not narrowed": (
@@ -52,20 +52,20 @@ RANGE_MUTANTS = {
     ),
     "h stays divided": (
         "products",
-        "o *= tl.load(h_powers + tl.minimum(rows, end - 1))[:, None]",
+        "o *= tl.load(h_powers + sources)[:, None]",
         "o *= 1.0",
         "activations",
     ),
     "h with the power of a tile's first row": (
         "products",
-        "tl.load(h_powers + tl.minimum(rows, end - 1))",
+        "tl.load(h_powers + sources)",
         "tl.load(h_powers + row + 0 * rows)",
         "outputs of one token",
     ),
     "h with the power of its slot": (
         "products",
-        "o *= tl.load(h_powers + tl.minimum(rows, end - 1))[:, None]",
-        "o *= tl.load(h_powers + tl.load(order + tl.minimum(rows, end - 1)))[:, None]",
+        "o *= tl.load(h_powers + sources)[:, None]",
+        "o *= tl.load(h_powers + tl.load(order + sources))[:, None]",
         "outputs of one token",
     ),
     "an adapter's part stays divided": (
@@ -82,13 +82,13 @@ RANGE_MUTANTS = {
     ),
     "an adapter with the power of another row": (
         "products",
-        "tl.load(powers + own)",
-        "tl.load(powers + own * 0 + row)",
+        "tl.load(powers + sources)",
+        "tl.load(powers + tl.min(sources, 0) + 0 * sources)",
         "past the range",
     ),
     "rows of the first factor stay divided": (
         "adapters",
-        "total *= tl.load(powers + tl.minimum(rows, end - 1))[:, None]",
+        "total *= tl.load(powers + within)[:, None]",
         "total *= 1.0",
         "past the range",
     ),

@@ -92,9 +92,9 @@ def test_routing_keeps_torch_s_rules(tokens: int) -> None:
     """Schema, autograd, fake kernels, dispatch."""
     inputs = inputs_of(replace(ALIGNED, tokens=tokens))
     assert inputs.router_logits is not None
-    logits, kind = inputs.router_logits, (2, "softmax", False, 0.0, 1.0)
-    torch.library.opcheck(_routing.operator, (logits, None, False, *kind, 1, 1, "max"))
-    weights, ids = _routing.operator(logits.detach(), None, False, *kind, 1, 1, "max")
+    logits, kind = inputs.router_logits, (2, "softmax", False, 0.0, 1.0, "add")
+    torch.library.opcheck(_routing.operator, (logits, None, False, *kind, 1, 1, "max", "score"))
+    weights, ids = _routing.operator(logits.detach(), None, False, *kind, 1, 1, "max", "score")
     torch.library.opcheck(_routing.backward_operator, (weights, ids, logits.detach(), *kind[1:]))
 
 
@@ -233,3 +233,14 @@ def test_checkpointing_never_chooses_again(policy: bool, times: int, monkeypatch
     assert len(launched) == times
     for leaf, value in expected.tensors().items():
         assert torch.equal(value.grad, inputs.tensors()[leaf].grad), leaf
+
+
+def test_at_equality_with_epsilon_the_divisor_is_the_sum() -> None:
+    """R5: a weight of s / s has no gradient; that of s / eps would have one."""
+    config = MoEConfig(1, renormalize=True, renormalize_eps=0.5, renormalize_form="max")
+    weights = MoEWeights(torch.zeros(2, 2, 1, device=DEVICE), torch.zeros(2, 1, 1, device=DEVICE), config=config)
+    logits = torch.zeros(1, 2, device=DEVICE, requires_grad=True)
+    routing = executors.get("triton").route(logits, weights)
+    routing.topk_weights.sum().backward()
+    assert routing.topk_weights.tolist() == [[1.0]]
+    assert not logits.grad.any()

@@ -94,7 +94,7 @@ def wrong_sizes(rows: list[Row], shared: int) -> Iterator[str]:
     for row in rows:
         if row["spilled"] or row["local"]:
             yield f"{name(row)}: spills {row['spilled']} bytes in {row['local']} instructions, but must spill none"
-        most = SCALARS_MOVED if row["constants"].get("FORM") else 0
+        most = SCALARS_MOVED if row["constants"].get("FORMAT") else 0
         if row["scalars_moved"] > most and row["kernel"] in PRODUCTS - {"inner"} and not row["layer"].startswith("odd"):
             yield f"{name(row)}: {row['scalars_moved']} scalar registers too many, but must be at most {most}"
         if row["shared"] > shared:
@@ -125,7 +125,7 @@ def narrow_loads(target: str, rows: list[Row]) -> Iterator[str]:
             continue  # TF32 may turn a tile round
         if row["constants"].get("BLOCK_R") and row["kernel"] != "outer":
             continue  # the innermost loop is that over the rank; without it the kernel is the same
-        if row["constants"].get("FORM"):
+        if row["constants"].get("FORMAT"):
             yield from narrow_codes(target, row)
             continue
         loads, wide, expected = row["inner_loads"], row["inner_wide_loads"], operand_loads(target, row)
@@ -134,7 +134,7 @@ def narrow_loads(target: str, rows: list[Row]) -> Iterator[str]:
 
 
 def is_nested(row: Row) -> bool:
-    return bool((row["constants"].get("FORM") or {}).get("nested"))
+    return bool((row["constants"].get("FORMAT") or {}).get("nested"))
 
 
 def fused_scales(rows: list[Row]) -> Iterator[str]:
@@ -202,18 +202,18 @@ def not_compiled(dtype: str, family: str, rows: list[Row]) -> Iterator[str]:
     whole = configs.FAMILIES[family]
     for own in (whole, whole.packed):
         aligned, packed = own.wide if dtype == "float32" else own.narrow, own is whole.packed
-        for regimes, odd in ((aligned, False), (own.odd, True)):
+        for kernel_configs, odd in ((aligned, False), (own.odd, True)):
             compiled = {
                 (row["kernel"], *row["tile"], row["warps"], row["constants"]["num_stages"])
                 for row in rows
                 if row["kernel"] in PRODUCTS
                 and row["dtype"] == dtype
                 and row["layer"].startswith("odd") == odd
-                and bool(row["constants"].get("FORM")) == packed
+                and bool(row["constants"].get("FORMAT")) == packed
             }
             shipped = {
-                (kernel, *getattr(regime, field)[:5])
-                for regime in regimes
+                (kernel, *getattr(config, field)[:5])
+                for config in kernel_configs
                 for field, kernel in (("up", "up"), ("dh", "up"), ("down", "down"), ("dx", "down"), ("outer", "outer"))
                 if field != "outer" or not packed  # what is in 4 bits has no gradient
             }
@@ -261,7 +261,7 @@ def test_older_tensor_cores_are_found() -> None:
 
 
 PLANTED = """
-from executors._cli.kernels import Row
+from executors._cli.kernels import KernelRow
 from executors._triton.inspect import cases as _cases
 from executors._triton import configs
 from executors._triton.inspect.compile import compiling
@@ -269,11 +269,11 @@ from executors._triton.inspect.resources import resources_of
 
 tile = configs.Tile({tile})
 family = configs.FAMILIES["sm80"]
-configs.FAMILIES["sm80"] = family._replace(narrow=(configs.Regime(configs.ANY, *[tile] * 6),))
+configs.FAMILIES["sm80"] = family._replace(narrow=(configs.KernelConfig(configs.ANY, *[tile] * 6),))
 with compiling("sm80") as launches:
     next(_cases.cases("sm80", ("bfloat16",))).run()
 found = [launch.compiled for launch in launches]
-print([Row(None, resources).faults(family.shared) for resources in resources_of(found)])
+print([KernelRow(None, resources).faults(family.shared) for resources in resources_of(found)])
 """
 
 

@@ -11,14 +11,14 @@ import triton.language as tl
 
 import executors
 from executors._triton import configs as _configs
-from executors._triton.configs import FAMILIES, Regime, regime_of
+from executors._triton.configs import FAMILIES, KernelConfig, config_of
 from executors._triton.device import Device
 from executors._triton.kernels import adapters, addresses, gradients, outer, packed, products, tiles
 from executors._triton.kernels.addresses import offset
 from executors._triton.launch import operands
 from executors._triton.launch import products as _products
 from executors._triton.launch.grouping import Groups
-from executors._triton.launch.operands import Plan
+from executors._triton.launch.operands import LaunchPlan
 from moe_ref import MoEConfig
 from moe_ref.conformance.judgement.call import call, run
 from moe_ref.conformance.judgement.checks import check_problem
@@ -89,8 +89,8 @@ def test_weights_and_option_decide_on_the_configuration(
 ) -> None:
     """Never the layout of x: a token's bits would depend on it (C2)."""
     asked = []
-    plain = _configs.regime_of
-    monkeypatch.setattr(_configs, "regime_of", lambda *a, **given: asked.append(given) or plain(*a, **given))
+    plain = _configs.config_of
+    monkeypatch.setattr(_configs, "config_of", lambda *a, **given: asked.append(given) or plain(*a, **given))
     call(executors.get("triton", batch_invariant=invariant), inputs_of(replace(ALIGNED, x_layout=layout)))
     assert asked == [{"narrow": True, "aligned": True, "rows": 16.0, "batch_invariant": invariant, "packed": False}]
 
@@ -98,11 +98,11 @@ def test_weights_and_option_decide_on_the_configuration(
 def test_descriptors_are_for_nested_strides() -> None:
     """Each dimension outside of the next, in whole steps of it; the stride of a single expert does not count."""
     groups = Groups(torch.empty(0), torch.empty(0), torch.empty(0), 0)
-    plan = Plan(groups, 2, FAMILIES["sm90"].narrow[0], Device("sm90", 132), "ieee", aligned=True)
+    plan = LaunchPlan(groups, 2, FAMILIES["sm90"].narrow[0], Device("sm90", 132), "ieee", aligned=True)
     room = torch.zeros(2**16, dtype=torch.bfloat16)
 
     def kind(shape: tuple[int, ...], strides: tuple[int, ...]) -> str:
-        return operands.operand(room.as_strided(shape, strides), 64, plan.regime.up, plan).tma
+        return operands.operand(room.as_strided(shape, strides), 64, plan.config.up, plan).tma
 
     assert kind((2, 48, 32), (48 * 32, 32, 1)) == "rows"
     assert kind((2, 48, 32), (64 * 64, 64, 1)) == "rows"
@@ -110,19 +110,19 @@ def test_descriptors_are_for_nested_strides() -> None:
     assert kind((1, 48, 32), (7, 32, 1)) == "rows"
     assert kind((2, 48, 32), (0, 32, 1)) == kind((2, 48, 32), (32, 64, 1)) == kind((2, 48, 32), (48 * 32, 16, 1)) == ""
     assert kind((2, 48, 32), (48 * 32 + 16, 32, 1)) == ""
-    assert operands.operand(room.float().view(4, 128, 128), 64, plan.regime.up, plan).tma == ""
+    assert operands.operand(room.float().view(4, 128, 128), 64, plan.config.up, plan).tma == ""
 
 
 def test_configurations_are_well_formed() -> None:
     for name, family in FAMILIES.items():
         packed = family.packed
-        for regimes in (family.narrow, family.wide, family.odd, packed.narrow, packed.wide, packed.odd):
-            assert regimes[-1].rows == float("inf"), name
-            assert [r.rows for r in regimes] == sorted({r.rows for r in regimes}), name
-            for regime in regimes:
-                tiles = regime._asdict()
+        for kernel_configs in (family.narrow, family.wide, family.odd, packed.narrow, packed.wide, packed.odd):
+            assert kernel_configs[-1].rows == float("inf"), name
+            assert [r.rows for r in kernel_configs] == sorted({r.rows for r in kernel_configs}), name
+            for config in kernel_configs:
+                tiles = config._asdict()
                 del tiles["rows"]
-                assert {tile.block_m for product, tile in tiles.items() if product != "outer"} == {regime.up.block_m}, (
+                assert {tile.block_m for product, tile in tiles.items() if product != "outer"} == {config.up.block_m}, (
                     name
                 )
                 for size in (size for tile in tiles.values() for size in tile[:3]):
@@ -133,9 +133,9 @@ def test_configurations_are_well_formed() -> None:
 def test_configuration_follows_rows_per_expert() -> None:
     few, some, many = FAMILIES["sm90"].narrow
 
-    def chosen(rows: float, **changed: bool) -> Regime:
+    def chosen(rows: float, **changed: bool) -> KernelConfig:
         given = {"narrow": True, "aligned": True, "batch_invariant": False} | changed
-        return regime_of("sm90", rows=rows, **given)
+        return config_of("sm90", rows=rows, **given)
 
     assert [chosen(rows) for rows in (0.1, 16, 16.5, 64, 65, 1e6)] == [few, few, some, some, many, many]
     assert chosen(1, narrow=False) == FAMILIES["sm90"].wide[0]
@@ -182,7 +182,7 @@ def test_offsets_are_64_bit() -> None:
 
 def test_addresses_are_made_by_offset_only() -> None:
     """No kernel of products or gradients multiplies with a stride or a size by itself, but within a tile (E5)."""
-    size = r"(?:stride\w*|strides\[|width\b|num_slots\b|OUTER\b|INNER\b|scales\[|[NKHMR]\b)"
+    size = r"(?:\w*stride\w*|width\b|num_slots\b|OUTER\b|INNER\b|scales\[|[NKHMR]\b)"
     found = [
         line
         for module in (addresses, products, packed, tiles, adapters, gradients, outer)
@@ -190,7 +190,7 @@ def test_addresses_are_made_by_offset_only() -> None:
         if "offset(rows, 2 * N)" not in line and "< 2 * N)" not in line  # twice a size is no product of sizes
     ]
     assert [line.strip() for line in found] == [
-        '"""index * stride in 64 bits, whatever the two have (E5)."""',
+        '"""index * stride in 64 bits, whatever the dtypes of the two (E5)."""',
         "return index.to(tl.int64) * stride",
         "z_rows = z + offset(row, N) + (tl.arange(0, BLOCK_M) * N)[:, None]",
     ]

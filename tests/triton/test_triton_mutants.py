@@ -7,6 +7,7 @@ from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 from unittest.mock import patch
 
 import numpy as np
@@ -25,7 +26,7 @@ from executors._triton.launch import narrow as _narrow
 from executors._triton.launch import products as _products
 from executors._triton.launch import routing as _routing
 from executors._triton.launch.grouping import CHUNK
-from executors._triton.launch.operands import Plan
+from executors._triton.launch.operands import LaunchPlan
 from guarded import guarded
 from moe_ref import MoEConfig, MoEWeights, MXFP4Tensor, NF4Tensor
 from moe_ref.conformance.judgement.call import run, to_torch
@@ -39,6 +40,7 @@ from moe_ref.conformance.problems.pinned import PAST_RANGE
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.grouping import group
 from moe_ref.routing import route, route_vjp
+from moe_ref.types import Scoring
 from triton_gradient_mutants import GRADIENT_MUTANTS
 from triton_mutants import MUTANTS
 from triton_packed_mutants import PACKED_MUTANTS
@@ -188,6 +190,8 @@ def special_logits() -> np.ndarray:
     rows[8] = [0.0, -0.0] * 6
     rows[9] = [3.0, 3.0, -9.0, -9.0, 5.0, 0.0, 0.0, 0.0, 4.0, 4.0, -1.0, -1.0]  # the second of a group equals the first
     rows[10, 4:] = -np.inf
+    rows[11] -= 50  # exp of it is no subnormal number yet
+    rows[12] -= 12  # 1 + exp of it has few digits of exp
     return rows
 
 
@@ -195,21 +199,23 @@ def check_routing() -> None:
     """Every scoring, with and without groups and a bias, on logits that break what is careless."""
     logits = special_logits()
     bias = 1 + np.random.default_rng(1).permutation(36).reshape(12, 3)[:, 1] / 1000  # equal in bf16; a stride of 3
-    for scoring, (groups, kept, score), use_bias, renormalize in product(
-        ("softmax", "topk_softmax", "sigmoid"),
+    for scoring, (groups, kept, score), use_bias, (renormalize, form, key) in product(
+        get_args(Scoring),
         ((1, 1, "max"), (3, 2, "max"), (3, 2, "top2_sum")),
         (False, True),
-        (False, True),
+        ((False, "add", "score"), (True, "add", "logit"), (True, "max", "score")),
     ):
         config = MoEConfig(
             5,
             scoring=scoring,
             renormalize=renormalize,
-            renormalize_eps=0.125,
+            renormalize_eps=0.125 if form == "add" else 0.7,
+            renormalize_form=form,  # type: ignore[arg-type]
             routed_scaling_factor=2.5,
             num_groups=groups,
             topk_groups=kept,
             group_score=score,
+            selection_key=key,  # type: ignore[arg-type]
         )
         own = torch.from_numpy(np.tile(bias[:, None], 3))[:, 1] if use_bias else None
         weights = MoEWeights(torch.zeros(12, 4, 4), torch.zeros(12, 4, 2), selection_bias=own, config=config)
@@ -233,7 +239,7 @@ def check_routing() -> None:
                 torch.from_numpy(d_weights).to(found.topk_weights.dtype),
                 found.topk_ids,
                 given,
-                *(scoring, renormalize, config.renormalize_eps, config.routed_scaling_factor),
+                *(scoring, renormalize, config.renormalize_eps, config.routed_scaling_factor, form),
             )
             d_logits = route_vjp(given.double().numpy(), ids.astype(np.int64), config, d_weights)
             np.testing.assert_allclose(
@@ -279,7 +285,7 @@ def check_decoding() -> None:
             packed = replace(tensor, dtype=dtype)
             expected = decode_experts(packed, torch.arange(packed.shape[0]))
             groups = _grouping.Groups(torch.empty(0), torch.arange(packed.shape[0] + 1), torch.empty(0), 0)
-            plan = Plan(groups, 1, FAMILIES["interpreter"].narrow[0], Device("interpreter", 3), "ieee", True)
+            plan = LaunchPlan(groups, 1, FAMILIES["interpreter"].narrow[0], Device("interpreter", 3), "ieee", True)
             with guarded():
                 out = torch.empty(packed.shape, dtype=expected.dtype)
                 _interpreter.mend()

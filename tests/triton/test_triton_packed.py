@@ -23,7 +23,7 @@ from executors._triton.launch import grouping
 from executors._triton.launch import products as _products
 from executors._triton.launch.grouping import Groups
 from executors._triton.launch.narrow import Narrow
-from executors._triton.launch.operands import Plan
+from executors._triton.launch.operands import LaunchPlan
 from executors._triton.launch.packed import codes_of, is_aligned
 from moe_ref import MoEConfig, MXFP4Tensor, NF4Tensor
 from moe_ref.conformance.judgement.call import Inputs, call, run
@@ -91,7 +91,7 @@ def ways_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     taken = []
     plain = _operator.plan_of
 
-    def noted(*given: Any, decoded: bool = False) -> Plan:
+    def noted(*given: Any, decoded: bool = False) -> LaunchPlan:
         taken.append("decoded" if decoded else "fused")
         return plain(*given, decoded=decoded)
 
@@ -182,8 +182,8 @@ def test_configuration_that_is_asked_for(
 ) -> None:
     """Rows of 48: codes are not aligned, what they decode to is; then the dense executor's configuration (C2)."""
     asked = []
-    plain = configs.regime_of
-    monkeypatch.setattr(configs, "regime_of", lambda *a, **given: asked.append(given) or plain(*a, **given))
+    plain = configs.config_of
+    monkeypatch.setattr(configs, "config_of", lambda *a, **given: asked.append(given) or plain(*a, **given))
     call(executor, inputs_of(replace(NF4, hidden=48, intermediate=48)))
     assert [{name: given[name] for name in expected} for given in asked] == [expected]
 
@@ -191,7 +191,7 @@ def test_configuration_that_is_asked_for(
 def test_batch_invariant_takes_one_configuration_for_4_bits() -> None:
     last = FAMILIES["sm90"].packed.narrow[-1]
     given = {"narrow": True, "aligned": True, "packed": True, "batch_invariant": True}
-    assert {configs.regime_of("sm90", rows=rows, **given) for rows in (0.1, 20, 1e6)} == {last}
+    assert {configs.config_of("sm90", rows=rows, **given) for rows in (0.1, 20, 1e6)} == {last}
 
 
 def test_experts_without_rows_are_not_decoded() -> None:
@@ -199,7 +199,7 @@ def test_experts_without_rows_are_not_decoded() -> None:
     packed = inputs.weights.packed()["gate_up_proj"]
     offsets = torch.tensor([0, 3, 3, 5, 5], dtype=torch.int32, device=DEVICE)
     groups = Groups(torch.empty(0), offsets, torch.empty(0), 0)
-    plan = Plan(groups, 1, FAMILIES["interpreter"].narrow[0], Device("interpreter", 3), "ieee", True)
+    plan = LaunchPlan(groups, 1, FAMILIES["interpreter"].narrow[0], Device("interpreter", 3), "ieee", True)
     out = torch.full(packed.stored_shape, -7.0, device=DEVICE)
     _decode.decode(packed, 0, out, plan)
     assert [bool((own == -7.0).all()) for own in out] == [False, True, False, True]
@@ -317,12 +317,12 @@ def test_codes_past_32_bits(path: str, transposed: bool, tmp_path: Any) -> None:
     offsets = torch.zeros(experts + 1, dtype=torch.int32)
     offsets[-1] = rows
     groups = Groups(torch.arange(rows, dtype=torch.int32), offsets, tiles, 2)
-    regime = FAMILIES["interpreter"].wide[-1]
-    plan = Plan(groups, 1, regime, Device("interpreter", 3), "ieee", True)
+    config = FAMILIES["interpreter"].wide[-1]
+    plan = LaunchPlan(groups, 1, config, Device("interpreter", 3), "ieee", True)
     expected = decode(small)[0]
     expected = expected.mT if transposed else expected
     if path == "fused":
-        found = _products.down(Narrow(h), large, None, None, None, regime.down, plan)
+        found = _products.down(Narrow(h), large, None, None, None, config.down, plan)
         assert torch.equal(found, expected.mT)  # row j of the identity takes column j of W^T
     else:
         out = torch.empty(1, m, k)
@@ -337,7 +337,7 @@ def test_grains_divide_all_that_tiles_and_rows_begin_at() -> None:
         size = shape[0] * shape[1] * shape[2]
         codes, absmax = torch.zeros(-(-size // 2), dtype=torch.uint8), torch.zeros(-(-size // blocksize))
         tensor = NF4Tensor(codes, absmax, shape=shape, dtype="float32", blocksize=blocksize, transposed=transposed)
-        return codes_of(tensor, (128, 32), halves).form.grain
+        return codes_of(tensor, (128, 32), halves).format.grain
 
     assert grain((2, 64, 2880)) == 32  # of a tile's k
     assert grain((2, 64, 2880), transposed=True) == 64  # m is last: the block
@@ -346,7 +346,7 @@ def test_grains_divide_all_that_tiles_and_rows_begin_at() -> None:
     assert grain((2, 64, 17)) == 1
     assert grain((2, 34, 8), transposed=True, halves=2) == 1  # ups begin at 17
     blocks, scales = torch.zeros(2, 64, 3, 16, dtype=torch.uint8), torch.zeros(2, 64, 3, dtype=torch.uint8)
-    assert codes_of(MXFP4Tensor(blocks, scales), (128, 64), 1).form.grain == 32
+    assert codes_of(MXFP4Tensor(blocks, scales), (128, 64), 1).format.grain == 32
 
 
 def test_alignment() -> None:

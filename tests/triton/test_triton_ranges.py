@@ -12,7 +12,7 @@ from executors._triton.device import INTERPRETED, Device
 from executors._triton.launch import narrow as _narrow
 from executors._triton.launch import products
 from executors._triton.launch.grouping import group
-from executors._triton.launch.operands import Plan
+from executors._triton.launch.operands import LaunchPlan
 from moe_ref.conformance.judgement.call import run
 from moe_ref.conformance.judgement.checks import ConformanceError
 from moe_ref.conformance.judgement.ranges import check_range
@@ -23,11 +23,13 @@ from triton_cases import DEVICE, inputs_of
 LARGEST = 65504.0
 
 
-def plan_for(ids: torch.Tensor, experts: int) -> Plan:
+def plan_for(ids: torch.Tensor, experts: int) -> LaunchPlan:
     if INTERPRETED:
         _interpreter.mend()
-    regime = FAMILIES["interpreter"].narrow[0]
-    return Plan(group(ids, experts, regime.up.block_m), ids.shape[1], regime, Device("interpreter", 3), "ieee", True)
+    config = FAMILIES["interpreter"].narrow[0]
+    return LaunchPlan(
+        group(ids, experts, config.up.block_m), ids.shape[1], config, Device("interpreter", 3), "ieee", True
+    )
 
 
 def values_of(rows: int, columns: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The command ``tune``: its search, what it admits, and what it prints and stores. Times are made up."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from executors._bench.routing import batch
 from executors._cli.app import app
 from executors._triton import interpreter, tuned_file
 from executors._triton import layer as _layer
-from executors._triton import tuned as _tuned
-from executors._triton.configs import FAMILIES, Regime, Tile
+from executors._triton.configs import FAMILIES, KernelConfig, Tile
 from executors._triton.device import INTERPRETED
 from executors._triton.tuned_file import PRODUCTS, SHARING
 from executors._tune import choice as tune_choice
@@ -29,12 +28,12 @@ from moe_ref import MoEConfig
 from triton_cases import DEVICE, python
 
 TILE = Tile(32, 64, 32, 4, 2, 1)
-SHIPPED = Regime(16.0, *[TILE] * len(PRODUCTS))
+SHIPPED = KernelConfig(16.0, *[TILE] * len(PRODUCTS))
 TOY = Shape("toy", 4, 32, 32, MoEConfig(2), biases=True)
 SIZES = ("--experts", 4, "--top-k", 2, "--hidden", 32, "--intermediate", 32)
 QUICK = (*SIZES, "--tokens", 6, "--seconds", 0.5, "--direction", "forward")
 
-Times = Callable[[str, Regime], float]
+Times = Callable[[str, KernelConfig], float]
 
 
 class Made:
@@ -42,13 +41,13 @@ class Made:
 
     def __init__(self, times: Times, wrong: Callable[[Tile], bool], fails: Callable[[Tile], bool]) -> None:
         self.times, self.wrong, self.fails = times, wrong, fails
-        self.launched: list[tuple[str, Regime]] = []
+        self.launched: list[tuple[str, KernelConfig]] = []
 
-    def run(self, product: str, regime: Regime) -> list[torch.Tensor]:
-        tile = regime.up if product == LAYER else getattr(regime, product)
+    def run(self, product: str, config: KernelConfig) -> list[torch.Tensor]:
+        tile = config.up if product == LAYER else getattr(config, product)
         if self.fails(tile):
             raise RuntimeError("out of resources")
-        self.launched.append((product, regime))
+        self.launched.append((product, config))
         return [torch.full((4, 4), 2.0 if self.wrong(tile) else 1.0)]
 
     def clock(self, action: Callable[[], object]) -> float:
@@ -84,9 +83,9 @@ def away(tile: Tile, best: Tile) -> float:
 def test_search_finds_the_best_tile_of_each_product() -> None:
     best = {"up": Tile(32, 256, 64, 8, 4, 2), "down": Tile(32, 32, 128, 2, 3, 0), "outer": Tile(128, 128, 32, 8, 3, 1)}
 
-    def times(product: str, regime: Regime) -> float:
+    def times(product: str, config: KernelConfig) -> float:
         own = best if product == LAYER else [product]
-        return sum(away(getattr(regime, name), best[name]) for name in own)
+        return sum(away(getattr(config, name), best[name]) for name in own)
 
     found = searched(times, ("up", "down", "outer")).best
     assert {name: getattr(found, name) for name in best} == best
@@ -96,28 +95,28 @@ def test_search_finds_the_best_tile_of_each_product() -> None:
 @pytest.mark.parametrize("rows", [16, 64, 128])
 def test_search_finds_the_best_number_of_rows(rows: int) -> None:
     """Shared by all products: more are better for one, and together decide."""
-    search = searched(lambda _product, regime: 1.0 + abs(regime.up.block_m - rows) / 100)
+    search = searched(lambda _product, config: 1.0 + abs(config.up.block_m - rows) / 100)
     assert {getattr(search.best, name).block_m for name in SHARING} == {rows}
     assert search.best.outer == TILE
 
 
 def test_rows_that_only_one_product_likes_are_not_taken() -> None:
-    def times(product: str, regime: Regime) -> float:
-        up, down = 0.9 if regime.up.block_m == 64 else 1.0, 1.2 if regime.down.block_m == 64 else 1.0
+    def times(product: str, config: KernelConfig) -> float:
+        up, down = 0.9 if config.up.block_m == 64 else 1.0, 1.2 if config.down.block_m == 64 else 1.0
         return {"up": up, "down": down, LAYER: up + down}[product]
 
     assert searched(times).best == SHIPPED
 
 
 def test_wrong_tiles_are_rejected_however_fast() -> None:
-    search = searched(lambda _, regime: 1.0 / regime.up.block_n, ("up",), wrong=lambda tile: tile.block_n > 64)
+    search = searched(lambda _, config: 1.0 / config.up.block_n, ("up",), wrong=lambda tile: tile.block_n > 64)
     assert search.best == SHIPPED
     assert search.contest.tally.wrong > 0
     assert search.contest.tally.failed == 0
 
 
 def test_tiles_that_do_not_compile_are_skipped_and_counted() -> None:
-    search = searched(lambda _, regime: 1.0 / regime.up.stages, ("up",), fails=lambda tile: tile.stages >= 4)
+    search = searched(lambda _, config: 1.0 / config.up.stages, ("up",), fails=lambda tile: tile.stages >= 4)
     assert search.best.up.stages == 3
     assert search.contest.tally.failed > 0
     assert search.contest.tally.wrong == 0
@@ -155,7 +154,7 @@ def test_interruption_keeps_what_was_found(monkeypatch: pytest.MonkeyPatch) -> N
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Search, "go", press)
-    use_times(monkeypatch, lambda _, regime: 1.0 / regime.up.stages)
+    use_times(monkeypatch, lambda _, config: 1.0 / config.up.stages)
     choice = tune_choice.choose(workload, 6, 1.0, lambda _: None)
     assert choice.interrupted
     assert choice.chosen.up.stages == 2
@@ -200,9 +199,9 @@ def test_comparing_takes_large_results_in_parts(monkeypatch: pytest.MonkeyPatch)
 
 def test_moves_are_such_as_a_kernel_may_take() -> None:
     for family in FAMILIES.values():
-        for regime in (*family.narrow, *family.wide):
+        for config in (*family.narrow, *family.wide):
             for product in PRODUCTS:
-                tile = getattr(regime, product)
+                tile = getattr(config, product)
                 found = moves(product, tile, 2, "sm90", family.shared)
                 assert tile not in found
                 assert len(found) == len(set(found))
@@ -253,7 +252,7 @@ def test_every_product_is_right_with_other_tiles(shape: Shape, rank: int, dtype:
     other = Tile(32, 32, 16, 2, 1, 2)
     with torch.no_grad():
         for product in (*workload.products, LAYER):
-            assert contest.admits(product, Regime(1.0, *[other] * len(PRODUCTS))), product
+            assert contest.admits(product, KernelConfig(1.0, *[other] * len(PRODUCTS))), product
     assert workload.products == ("up", "down", "dh", "dx", "outer", *(("inner",) if rank else ()))
 
 
@@ -291,10 +290,10 @@ def test_rows_of_a_forward_pass_are_rows_of_a_backward_pass_too(monkeypatch: pyt
         assert contest.tally.tried == 2  # dh and dx
         plain = workload.run
 
-        def refuses(product: str, regime: Regime) -> list[torch.Tensor]:
-            if product == "dh" and regime != workload.shipped:
+        def refuses(product: str, config: KernelConfig) -> list[torch.Tensor]:
+            if product == "dh" and config != workload.shipped:
                 raise ValueError("too large")
-            return plain(product, regime)
+            return plain(product, config)
 
         monkeypatch.setattr(workload, "run", refuses)
         search.settle()
@@ -302,18 +301,9 @@ def test_rows_of_a_forward_pass_are_rows_of_a_backward_pass_too(monkeypatch: pyt
 
 
 @pytest.fixture
-def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where a choice is stored, and looked for from now on."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _tuned.table.cache_clear()
-    yield tmp_path / "moe-ref" / "tuned.json"
-    _tuned.table.cache_clear()
-
-
-@pytest.fixture
 def wide_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times that follow the columns of ``up`` alone."""
-    use_times(monkeypatch, lambda _, regime: 1.0 / regime.up.block_n)
+    use_times(monkeypatch, lambda _, config: 1.0 / config.up.block_n)
 
 
 def tune(*arguments: object) -> Result:
@@ -367,7 +357,7 @@ def test_shipped_tiles_are_not_stored(stored: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_is_slower_on_the_whole_layer_is_not_stored(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_times(monkeypatch, lambda product, regime: regime.up.block_n ** (1.0 if product == LAYER else -1.0))
+    use_times(monkeypatch, lambda product, config: config.up.block_n ** (1.0 if product == LAYER else -1.0))
     result = tune(*QUICK)
     assert "nothing to store" in result.output
     assert not stored.exists()

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -18,8 +18,9 @@ import executors
 from executors._base.arguments import arguments_of
 from executors._triton import operator, tuned_file
 from executors._triton import tuned as _tuned
-from executors._triton.configs import FAMILIES, Regime, Tile
+from executors._triton.configs import FAMILIES, KernelConfig, Tile
 from executors._triton.launch import products as _products
+from executors._triton.launch.operands import are_aligned
 from executors._triton.layer import Layer
 from executors._triton.tuned_file import PRODUCTS, Key, as_entry, parse, read, save
 from moe_ref.conformance.judgement.call import Inputs, call
@@ -28,18 +29,9 @@ from moe_ref.conformance.judgement.faults import same_bits
 from triton_cases import ALIGNED, DEVICE, inputs_of
 
 OTHER = Tile(16, 32, 16, 2, 2, 1)  # no family ships it
-TILES = Regime(16.0, *[OTHER] * len(PRODUCTS))
+TILES = KernelConfig(16.0, *[OTHER] * len(PRODUCTS))
 SMALL = replace(ALIGNED, tokens=12, hidden=32, intermediate=32)
 KEY = Key("GPU 1", "torch 1", "bfloat16", "ieee", 8, 2, 64, 32, "rows, rows", "swiglu concatenated", 0, 4)
-
-
-@pytest.fixture
-def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where this process looks for the file, which it has not yet done."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _tuned.table.cache_clear()
-    yield tmp_path / "moe-ref" / "tuned.json"
-    _tuned.table.cache_clear()
 
 
 @pytest.fixture
@@ -58,7 +50,8 @@ def layer_of(inputs: Inputs) -> Layer:
 
 
 def key_of(inputs: Inputs) -> Key:
-    return _tuned.key_of(layer_of(inputs), "ieee")
+    layer = layer_of(inputs)
+    return _tuned.key_of(layer, "ieee", are_aligned(layer.up.matrices, layer.down.matrices))
 
 
 def gradients(executor: executors.Executor, inputs: Inputs) -> list[torch.Tensor]:
@@ -73,8 +66,8 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
     assert read(path, KEY.versions) == {}
     other = KEY._replace(bucket=-3)
     wide = TILES._replace(down=OTHER._replace(block_n=128))
-    for key, regime in ((KEY, wide), (other, TILES), (KEY, TILES), (KEY._replace(versions="torch 2"), TILES)):
-        assert save(path, key, regime, {"ms": 1.5}) is None
+    for key, config in ((KEY, wide), (other, TILES), (KEY, TILES), (KEY._replace(versions="torch 2"), TILES)):
+        assert save(path, key, config, {"ms": 1.5}) is None
     assert read(path, KEY.versions) == {KEY: TILES, other: TILES._replace(rows=2.0**-3)}
     assert len(json.loads(path.read_text())["entries"]) == 3  # the other versions' too
     assert os.listdir(path.parent) == [path.name]
@@ -208,8 +201,8 @@ def test_all_that_ships_would_be_believed() -> None:
     """So a search may start from it; and every field of a tile is checked."""
     assert set(tuned_file.POWERS) | set(tuned_file.COUNTS) == set(Tile._fields)
     for family in FAMILIES.values():
-        for regime in (*family.narrow, *family.wide, *family.odd):
-            assert parse(as_entry(KEY, regime, {})) == (KEY, regime._replace(rows=16.0))
+        for config in (*family.narrow, *family.wide, *family.odd):
+            assert parse(as_entry(KEY, config, {})) == (KEY, config._replace(rows=16.0))
 
 
 def test_tiles_of_the_file_are_launched(stored: Path, launched: list[Tile]) -> None:
@@ -276,7 +269,7 @@ def test_key_has_the_precision_of_products() -> None:
     try:
         for setting, precision in (("highest", "ieee"), ("high", "tf32")):
             torch.set_float32_matmul_precision(setting)
-            assert _tuned.key_of(layer, operator.precision_of(layer)).precision == precision
+            assert _tuned.key_of(layer, operator.precision_of(layer), True).precision == precision
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -316,7 +309,7 @@ def test_strides_may_change_between_forward_and_backward(stored: Path) -> None:
     key = key_of(inputs)
     assert key.storage == "columns, columns"
     large = OTHER._replace(block_m=64)
-    save(stored, key, Regime(16.0, *[large] * len(PRODUCTS)), {})
+    save(stored, key, KernelConfig(16.0, *[large] * len(PRODUCTS)), {})
     save(stored, key._replace(storage="rows, rows"), TILES, {})
     expected = gradients(executors.get("triton"), inputs)
     with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda tensor: tensor):

@@ -40,7 +40,7 @@ def peers_in_4_bits(layer: BenchLayer) -> list[Contender]:
         return torch_loops(layer) + left_out
     if bitsandbytes_version() is None:
         return [Contender(name, False, reason="bitsandbytes is not installed") for name in (*loops, *on_stacks)]
-    if layer.form.rank:
+    if layer.storage.rank:
         stacks = [Contender(name, False, reason=NO_ADAPTERS) for name in on_stacks]
     elif peers_version() is None:
         stacks = [Contender(name, False, reason="transformers is not installed") for name in on_stacks]

@@ -3,14 +3,14 @@
 It has NF4 in blocks of 64 with plain scales, gradients for the rows, and adapters (``nf4_qlora.fused_grouped_lora``);
 and MXFP4 forward (``mxfp4_grouped.gemm_mxfp4_grouped``). Both take bytes with the dimension that is summed over last,
 rows sorted by expert, and the sizes of groups on the host; so sorting, activation, biases and the sum over slots are
-those of the sorted loop. Signatures as its own documentation of 0.51.0 tells them.
+those of the sorted loop. Signatures are those of its documentation of 0.51.0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from executors._bench.contenders import Contender
 from executors._bench.layers import LORA_SCALING, BenchLayer
 from executors._bench.peers.loops import Sizes, activate, on_sorted
 from executors._bench.routing import Batch
+from executors._compare.report import version_of
 from moe_ref.types import MXFP4Tensor, NF4Tensor
 
 NAME = "gnf4"
@@ -29,13 +30,7 @@ NF4_FUNCTION, MXFP4_FUNCTION = ("nf4_qlora", "fused_grouped_lora"), ("mxfp4_grou
 
 Product = Callable[[str, Tensor, list[int], list[int]], Tensor]  # projection, rows, sizes of groups, their experts
 
-
-def gnf4_version() -> str | None:
-    """The version of grouped-nf4-gemm, or None where it is not installed."""
-    try:
-        return version(DISTRIBUTION)
-    except PackageNotFoundError:
-        return None
+gnf4_version = partial(version_of, DISTRIBUTION)  # None where it is not installed
 
 
 def gnf4_peers(layer: BenchLayer) -> list[Contender]:
@@ -57,7 +52,7 @@ def refusal(layer: BenchLayer) -> str:
     if gnf4_version() is None:
         return f"{DISTRIBUTION} is not installed"
     if _is_mxfp4(layer):
-        return "it has MXFP4 without adapters" if layer.form.rank else ""
+        return "it has MXFP4 without adapters" if layer.storage.rank else ""
     up = layer.frozen["gate_up_proj"]
     assert isinstance(up, NF4Tensor)
     if up.quant_type != "nf4" or up.blocksize != BLOCKSIZE or up.nested_absmax is not None:

@@ -1,8 +1,8 @@
 """kt-kernel's experts in bf16 on a CPU (KTransformers), through its compiled classes: a peer where it is installed.
 
 It has swiglu without clamp and biases, on dense stacks that it lays out anew, so it holds the layer a second time; and
-no gradients. Routing is outside. Its kernels come in variants for instruction sets, which its own module
-``_cpu_detect`` tells and loads; the package itself is not imported, as that needs more than kernels do.
+no gradients. Routing is outside. Its kernels come in variants for instruction sets; its own module ``_cpu_detect``
+chooses and loads one. The package itself is not imported, as that needs more than kernels do.
 
 Beside its workers one more thread is busy: it waits for them without sleeping. On a machine whose cores are all
 workers it takes their time; so there are two contenders, with as many workers as torch has threads and with one fewer.
@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import ModuleSpec
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from torch import Tensor
 from executors._bench.contenders import Contender
 from executors._bench.layers import BenchLayer
 from executors._bench.routing import Batch
+from executors._compare.report import version_of
 
 NAME = "kt-kernel"
 DISTRIBUTION, PACKAGE, LOADER = "kt-kernel", "kt_kernel", "_cpu_detect.py"
@@ -43,10 +43,7 @@ STDOUT = 1
 
 def kt_version() -> str | None:
     """The version of kt-kernel, or None where it is not installed."""
-    try:
-        return version(DISTRIBUTION) if find_spec(PACKAGE) else None
-    except PackageNotFoundError:
-        return None
+    return version_of(DISTRIBUTION) if find_spec(PACKAGE) else None
 
 
 def kt_variant() -> str | None:
@@ -197,7 +194,7 @@ def library() -> Any:
 
 
 def variant(capability: str, detected: str) -> str:
-    """AVX2 where torch has no more than that, or was told to use no more; else what kt-kernel finds."""
+    """AVX2 where torch uses no more than that; else what kt-kernel finds."""
     return detected if capability.startswith("AVX512") else "avx2"
 
 

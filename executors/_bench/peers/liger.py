@@ -7,8 +7,8 @@ call with many tokens comes before all others. It waits for the GPU once in a fo
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -19,18 +19,13 @@ from executors._bench.contenders import Contender, action_of
 from executors._bench.judge import clear_gradients
 from executors._bench.layers import BenchLayer
 from executors._bench.routing import Batch, batch
+from executors._compare.report import version_of
 
 NAME = "liger"
 DISTRIBUTION = "liger-kernel"
 TUNED_AT = 4096  # tokens
 
-
-def liger_version() -> str | None:
-    """The version of liger-kernel, or None where it is not installed."""
-    try:
-        return version(DISTRIBUTION)
-    except PackageNotFoundError:
-        return None
+liger_version = partial(version_of, DISTRIBUTION)  # None where it is not installed
 
 
 def liger_peers(layer: BenchLayer) -> list[Contender]:
@@ -41,7 +36,7 @@ def liger_peers(layer: BenchLayer) -> list[Contender]:
     if reason := _refusal(layer):
         return [Contender(NAME, False, reason=reason)]
     try:
-        function = _function()
+        function = import_module("liger_kernel.ops").LigerFusedMoEFunction
     except (ImportError, AttributeError) as error:
         return [Contender(NAME, False, reason=f"not in this {DISTRIBUTION}: {' '.join(str(error).split())}")]
     return [peer(layer, function)]
@@ -78,7 +73,3 @@ def _refusal(layer: BenchLayer) -> str:
     if shape.transposed:
         return "it would copy transposed stacks in every call"
     return ""
-
-
-def _function() -> Any:
-    return import_module("liger_kernel.ops").LigerFusedMoEFunction

@@ -1,8 +1,8 @@
 """Loops over experts in 4 bits, as people write them: one expert after the other is decoded and multiplied.
 
-The plain one looks for each expert's tokens. The sorted one sorts the slots once. The told one is the sorted one that
-was told beforehand how many slots each expert has: nothing in it waits for the GPU, so that it can be captured in a
-CUDA graph, and what Python takes is out of the comparison. Autograd keeps the decoded matrices for the backward pass.
+The plain loop looks for each expert's tokens. The sorted loop sorts the slots once. The told loop is a sorted one that
+knows beforehand how many slots each expert has. Nothing in it waits for the GPU, so a CUDA graph can capture it, and
+Python's time is out of the comparison. Autograd keeps the decoded matrices for the backward pass.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Expert = tuple[FourBitLinear, FourBitLinear]
 
 
 def names_of(prefix: str, device: torch.device) -> list[str]:
-    """Of the loops; the told one takes part on a GPU, and elsewhere it would be the sorted one."""
+    """Names of the loops. The told one takes part on a GPU only: elsewhere it is the sorted one."""
     return [prefix + kind for kind in KINDS if kind != TOLD or device.type == "cuda"]
 
 
@@ -70,7 +70,7 @@ def loops_of(layer: BenchLayer, prefix: str, decoders: dict[str, list[Decode]]) 
         pairs = [_linears(layer, name, decoders[f"{name}_proj"]) for name in ("gate_up", "down")]
         return list(zip(*pairs, strict=True))
 
-    once = None if layer.form.rank else built()  # adapters: views, whose gradients belong to one call
+    once = None if layer.storage.rank else built()  # adapters: views, whose gradients belong to one call
     config, sizes = layer.shape.config, Sizes(layer.shape.experts)
     calls: dict[str, Callable[[Batch], Tensor]] = {
         LOOP: lambda batch: loop(batch, once or built(), config),

@@ -6,8 +6,8 @@ own loop is "eager"; the others are entries of its ExpertsInterface. Routing is 
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from executors._bench.contenders import Contender
 from executors._bench.layers import BenchLayer, Shape
 from executors._bench.routing import Batch
+from executors._compare.report import version_of
 from moe_ref.types import PackedTensor
 
 PREFIX = "hf:"
@@ -53,13 +54,7 @@ CLASSES = {
     ),
 }
 
-
-def peers_version() -> str | None:
-    """The version of transformers, or None where it is not installed."""
-    try:
-        return version("transformers")
-    except PackageNotFoundError:
-        return None
+peers_version = partial(version_of, "transformers")  # None where it is not installed
 
 
 def peers(layer: BenchLayer) -> list[Contender]:

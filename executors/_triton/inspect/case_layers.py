@@ -1,4 +1,4 @@
-"""Layers on which the kernels are compiled: of real models, and of what matters to a compiler."""
+"""Layers for which the kernels are compiled: of real models, and with what matters to a compiler."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
 from moe_ref.validation import dtype_name
 
 
-class Layer(NamedTuple):
+class CaseLayer(NamedTuple):
     """A layer as the products see it.
 
     Attributes:
-        name: the model, or what is special.
+        name: the model, or what is special about the layer.
         experts, top_k, hidden, intermediate: E, K, H, I.
         act: the activation.
         biases: whether both projections have one.
-        by_columns: whether (E, H, 2I) and (E, I, H) are stored, as gpt-oss does.
+        by_columns: whether (E, H, 2I) and (E, I, H) are stored, as in gpt-oss.
         scale_input: C3.
-        rank: of both adapters, beside frozen projections; 0 is none.
-        lora_dtype: of the adapters; "" is x's.
-        packed: both projections in 4 bits, frozen: "nf4", "nested" (its scales too), "mxfp4"; "" is dense.
+        rank: of both adapters, with frozen projections; 0 for none.
+        lora_dtype: of the adapters; "" for x's.
+        packed: how both projections are frozen in 4 bits: "nf4", "nested" (scales in 8 bits) or "mxfp4"; "" for dense.
         decoded: whether they are decoded before the products.
     """
 
@@ -45,16 +45,16 @@ class Layer(NamedTuple):
 
 SWIGLU = Activation("swiglu", 1.0, None, 0.0, "concatenated")
 CLAMPED = Activation("swiglu", 1.702, 7.0, 1.0, "interleaved")
-QWEN3 = Layer("qwen3", 128, 8, 2048, 768, SWIGLU)
-GPT_OSS = Layer("gpt-oss", 32, 4, 2880, 2880, CLAMPED, biases=True, by_columns=True)
+QWEN3 = CaseLayer("qwen3", 128, 8, 2048, 768, SWIGLU)
+GPT_OSS = CaseLayer("gpt-oss", 32, 4, 2880, 2880, CLAMPED, biases=True, by_columns=True)
 GPT_OSS_ROWS = GPT_OSS._replace(name="oss-rows", by_columns=False)
-DEEPSEEK = Layer("deepseek", 256, 8, 7168, 2048, SWIGLU, by_columns=True)  # 15 GB: offsets need 64 bits
+DEEPSEEK = CaseLayer("deepseek", 256, 8, 7168, 2048, SWIGLU, by_columns=True)  # 15 GB: offsets need 64 bits
 GEGLU = QWEN3._replace(name="geglu", act=SWIGLU._replace(name="geglu"), biases=True)
 STEP = QWEN3._replace(name="step", act=SWIGLU._replace(limit=7.0, clamp="after"))
-INKLING2 = Layer("inkling2", 384, 8, 4608, 2304, SWIGLU._replace(gate_softcap=4.0, up_softcap=25.0))
-GELU = Layer("gelu", 128, 8, 1040, 528, Activation("gelu", 1.0, None, 0.0, ""), biases=True, scale_input=True)
+INKLING2 = CaseLayer("inkling2", 384, 8, 4608, 2304, SWIGLU._replace(gate_softcap=4.0, up_softcap=25.0))
+GELU = CaseLayer("gelu", 128, 8, 1040, 528, Activation("gelu", 1.0, None, 0.0, ""), biases=True, scale_input=True)
 RELU2 = QWEN3._replace(name="relu2", act=Activation("relu2", 1.0, None, 0.0, ""))
-ODD = Layer("odd", 5, 2, 50, 17, CLAMPED._replace(layout="concatenated"), biases=True)
+ODD = CaseLayer("odd", 5, 2, 50, 17, CLAMPED._replace(layout="concatenated"), biases=True)
 
 LORA = QWEN3._replace(name="lora", rank=16)
 LORA_FP32 = GPT_OSS._replace(name="lora-fp32", rank=32, lora_dtype="float32")  # as PEFT makes them
@@ -68,7 +68,7 @@ ODD_NF4 = ODD._replace(name="odd-nf4", packed="nested")
 
 
 def packed_like(kind: str, matrices: torch.Tensor, transposed: bool) -> PackedTensor:
-    """A projection in 4 bits of the shape of matrices [E, m, k], in their order in memory.
+    """A projection in 4 bits with the shape of matrices [E, m, k], in the same order in memory.
 
     Args:
         kind: "nf4", "nested" or "mxfp4".

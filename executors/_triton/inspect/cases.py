@@ -1,4 +1,4 @@
-"""What is compiled to see what the kernels take: every shipped configuration, on layers that differ in what matters."""
+"""What is compiled to see what the kernels take: every shipped configuration, on layers that cover all features."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from executors._base.arguments import Projection
 from executors._base.operator import NAMES
 from executors._triton import configs
-from executors._triton import layer as _layer
-from executors._triton.configs import Regime
+from executors._triton.configs import KernelConfig
 from executors._triton.device import Device
 from executors._triton.inspect.case_layers import (
     DECODED,
@@ -33,31 +32,33 @@ from executors._triton.inspect.case_layers import (
     QWEN3,
     RELU2,
     STEP,
-    Layer,
+    CaseLayer,
     packed_like,
 )
 from executors._triton.inspect.compile import TARGETS, compiling
-from executors._triton.launch import operands as _operands
 from executors._triton.launch.grouping import bounds_of, group
-from executors._triton.launch.operands import Matrices, Plan
+from executors._triton.launch.operands import LaunchPlan, Matrices, are_aligned
 from executors._triton.launch.routing import backward_operator, route
+from executors._triton.layer import Layer, backward, forward
 from moe_ref.types import LORA_FACTORS, MoEConfig, MoEWeights
 
 TF32 = "tf32"  # float32 whose products may round their operands
-MULTIPROCESSORS = 128  # decides how many programs run, not what they are
+MULTIPROCESSORS = 128  # decides how many programs run, not how they are compiled
 
-
-INFERENCE = (GPT_OSS,)  # forward alone, with every regime
-INFERENCE_LARGEST = (QWEN3, DEEPSEEK)  # with the largest tiles only, the nearest to their limits
-TRAINED = (QWEN3,)  # both ways, with every regime
+INFERENCE = (GPT_OSS,)  # forward alone, with every configuration
+INFERENCE_LARGEST = (QWEN3, DEEPSEEK)  # only with the largest tiles, the nearest to their limits
+TRAINED = (QWEN3,)  # forward and backward, with every configuration
 TRAINED_LARGEST = (GPT_OSS, GPT_OSS_ROWS, GELU, GEGLU, RELU2, STEP, INKLING2, LORA_FP32)
 MANY = MoEConfig(10)
 GROUPED = MoEConfig(
     8, scoring="sigmoid", num_groups=8, topk_groups=4, group_score="top2_sum", routed_scaling_factor=2.5
 )
+NEWER = MoEConfig(  # every other way through the kernels at once
+    6, scoring="sqrtsoftplus", renormalize=True, renormalize_form="max", selection_key="logit"
+)
 
 
-class Case(NamedTuple):
+class CompileCase(NamedTuple):
     """One call of the launchers.
 
     Attributes:
@@ -72,7 +73,7 @@ class Case(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A compiled kernel, and the case in which it came up first.
+    """A compiled kernel, and the first case that launched it.
 
     Attributes:
         name: of the kernel, without "_kernel".
@@ -130,7 +131,7 @@ def compile_kernels(
         target: a name of `executors._triton.inspect.compile.TARGETS`.
         dtypes: "bfloat16", "float16" or "float32"; the last compiles for TF32 too.
         show: called with the cases done and the cases in all.
-        largest: whether to leave out all but the largest tiles of the products.
+        largest: whether to compile only the largest tiles of the products.
 
     Raises:
         Unavailable: the kernels are interpreted in this process.
@@ -151,8 +152,8 @@ def compile_kernels(
     return sorted(found.values(), key=lambda kernel: order.index(kernel.name))
 
 
-def cases(family: str, dtypes: tuple[str, ...], largest: bool = False) -> Iterator[Case]:
-    """The cases for a family of configurations; or only those of its largest tiles, the nearest to their limits."""
+def cases(family: str, dtypes: tuple[str, ...], largest: bool = False) -> Iterator[CompileCase]:
+    """The cases of a family of configurations; with ``largest``, only its largest tiles, nearest to their limits."""
     if largest:
         for dtype in dtypes:
             yield from _largest_cases(family, dtype)
@@ -180,54 +181,58 @@ def cases(family: str, dtypes: tuple[str, ...], largest: bool = False) -> Iterat
         for layer in (NESTED, MXFP4, PEFT):
             yield _largest(layer, own.packed.narrow, dtype, device, trained=True)
         yield _largest(DECODED, own.narrow, dtype, device, trained=True)
-        if own.apart != configs.LEAST_APART:  # where tiles beside adapters depend on x's dtype
+        if own.mixed_dtype_limits != configs.LEAST_MIXED_LIMITS:  # where tiles beside adapters depend on x's dtype
             yield _largest(LORA_FP32, own.narrow, "float16", device)
             yield _largest(LORA, own.narrow, dtype, device)
     for dtype in dtypes:
         yield from _of_products(ODD, own.odd, dtype, device, trained=True)
         yield from _of_products(ODD_NF4, own.packed.odd, dtype, device, trained=True)
-        yield Case("gpt-oss", dtype, partial(_route, 32, dtype, MoEConfig(4, scoring="topk_softmax")))
-        yield Case("E=512", dtype, partial(_route, 512, dtype, MANY))
-    yield Case("deepseek", "float32", partial(_route, 256, "float32", GROUPED))
-    yield Case("deepseek", "float64", partial(_route, 256, "float64", GROUPED))
-    yield Case("E=512", "float64", partial(_route, 512, "float64", MANY))
+        yield CompileCase("gpt-oss", dtype, partial(_route, 32, dtype, MoEConfig(4, scoring="topk_softmax")))
+        yield CompileCase("E=512", dtype, partial(_route, 512, dtype, MANY))
+    yield CompileCase("deepseek", "float32", partial(_route, 256, "float32", GROUPED))
+    yield CompileCase("deepseek", "float64", partial(_route, 256, "float64", GROUPED))
+    yield CompileCase("E=512", "float64", partial(_route, 512, "float64", MANY))
+    for dtype in ("float32", "float64"):
+        yield CompileCase("deepseek", dtype, partial(_route, 256, dtype, NEWER))
     for tokens in (64, 1024):
         ids = torch.empty(tokens, 10, dtype=torch.int64, device="meta")
-        yield Case("E=512", "int64", partial(group, ids, 512, own.narrow[0].up.block_m))
+        yield CompileCase("E=512", "int64", partial(group, ids, 512, own.narrow[0].up.block_m))
 
 
 def _of_products(
-    layer: Layer, regimes: tuple[Regime, ...], dtype: str, device: Device, trained: bool = False
-) -> Iterator[Case]:
-    """A case for each regime, with as few tokens as it takes."""
-    least = [0.0, *(regime.rows for regime in regimes)]
-    for rows, regime in zip(least, regimes, strict=False):
+    layer: CaseLayer, kernel_configs: tuple[KernelConfig, ...], dtype: str, device: Device, trained: bool = False
+) -> Iterator[CompileCase]:
+    """A case for each configuration, with as few tokens as select it."""
+    least = [0.0, *(config.rows for config in kernel_configs)]
+    for rows, config in zip(least, kernel_configs, strict=False):
         tokens = int(rows * layer.experts / layer.top_k) + 1
-        yield Case(layer.name, dtype, partial(_call, layer, tokens, dtype, device, regime, trained))
+        yield CompileCase(layer.name, dtype, partial(_call, layer, tokens, dtype, device, config, trained))
 
 
-def _largest_cases(family: str, dtype: str) -> Iterator[Case]:
+def _largest_cases(family: str, dtype: str) -> Iterator[CompileCase]:
     own, device = configs.FAMILIES[family], Device(family, MULTIPROCESSORS)
-    regimes = own.wide if dtype == "float32" else own.narrow
-    yield _largest(GPT_OSS, regimes, dtype, device)
+    kernel_configs = own.wide if dtype == "float32" else own.narrow
+    yield _largest(GPT_OSS, kernel_configs, dtype, device)
     for layer in (QWEN3, GPT_OSS) if dtype == "float32" else (QWEN3, *TRAINED_LARGEST):
-        yield _largest(layer, regimes, dtype, device, trained=True)
+        yield _largest(layer, kernel_configs, dtype, device, trained=True)
     if dtype == "float32":
         yield _largest(NF4, own.packed.wide, dtype, device, trained=True)
     else:
         for layer in (NF4, MXFP4, PEFT):
             yield _largest(layer, own.packed.narrow, dtype, device, trained=True)
-        yield _largest(DECODED, regimes, dtype, device)
+        yield _largest(DECODED, kernel_configs, dtype, device)
     yield _largest(ODD, own.odd, dtype, device, trained=True)
     yield _largest(ODD_NF4, own.packed.odd, dtype, device, trained=True)
 
 
-def _largest(layer: Layer, regimes: tuple[Regime, ...], dtype: str, device: Device, trained: bool = False) -> Case:
-    return list(_of_products(layer, regimes, dtype, device, trained))[-1]
+def _largest(
+    layer: CaseLayer, kernel_configs: tuple[KernelConfig, ...], dtype: str, device: Device, trained: bool = False
+) -> CompileCase:
+    return list(_of_products(layer, kernel_configs, dtype, device, trained))[-1]
 
 
-def _call(layer: Layer, tokens: int, dtype: str, device: Device, regime: Regime, trained: bool) -> None:
-    """Forward, or both ways with a gradient of everything; of adapters alone where there are some."""
+def _call(layer: CaseLayer, tokens: int, dtype: str, device: Device, config: KernelConfig, trained: bool) -> None:
+    """Forward, or forward and backward with the gradients of all that is not frozen."""
     absent = partial(torch.empty, dtype=getattr(torch, "float32" if dtype == TF32 else dtype), device="meta")
 
     def projection(m: int, k: int) -> Projection[Matrices]:
@@ -244,23 +249,24 @@ def _call(layer: Layer, tokens: int, dtype: str, device: Device, regime: Regime,
     x, weights = absent(tokens, hidden), absent(tokens, layer.top_k, dtype=torch.float32)
     ids = absent(tokens, layer.top_k, dtype=torch.int32)
     up = projection(2 * intermediate if layer.act.layout else intermediate, hidden)
-    whole = _layer.Layer(x, ids, weights, up, projection(hidden, intermediate), layer.act, layer.scale_input)
-    groups = group(ids, layer.experts, regime.up.block_m)
-    aligned = _operands.are_aligned(whole.up.matrices, whole.down.matrices)
-    bounds = bounds_of(groups, regime.up.block_m) if layer.decoded else None
-    plan = Plan(groups, layer.top_k, regime, device, "tf32" if dtype == TF32 else "ieee", aligned, bounds)
-    y, z = _layer.forward(whole, plan, keep_z=trained)
+    whole = Layer(x, ids, weights, up, projection(hidden, intermediate), layer.act, layer.scale_input)
+    groups = group(ids, layer.experts, config.up.block_m)
+    aligned = are_aligned(whole.up.matrices, whole.down.matrices)
+    bounds = bounds_of(groups, config.up.block_m) if layer.decoded else None
+    plan = LaunchPlan(groups, layer.top_k, config, device, "tf32" if dtype == TF32 else "ieee", aligned, bounds)
+    y, z = forward(whole, plan, keep_z=trained)
     if trained:
         frozen = {"gate_up_proj", "down_proj"} if layer.rank or layer.packed else set()
         frozen |= set() if layer.rank else set(LORA_FACTORS)
-        _layer.backward(whole, plan, z, y, {name: name not in frozen for name in NAMES})
+        backward(whole, plan, z, y, {name: name not in frozen for name in NAMES})
 
 
 def _route(experts: int, dtype: str, config: MoEConfig) -> None:
-    """Both ways."""
-    # A custom operator would not launch anything for tensors without values: these have some, and nobody reads them.
+    """Routing, forward and backward."""
+    # A custom operator launches nothing for tensors without values: these have some, which nobody reads.
     logits = torch.zeros(64, experts, dtype=getattr(torch, dtype))
-    bias = torch.zeros(experts) if config.num_groups > 1 else None
+    bias = torch.zeros(experts) if config.num_groups > 1 or config.selection_key == "logit" else None
     none = logits.new_zeros(experts, 0, 0)
     routing = route(logits, MoEWeights(none, none, selection_bias=bias, config=config))
-    backward_operator(routing.topk_weights, routing.topk_ids, logits, config.scoring, config.renormalize, 1e-20, 1.0)
+    static = config.scoring, config.renormalize, 1e-20, 1.0, config.renormalize_form
+    backward_operator(routing.topk_weights, routing.topk_ids, logits, *static)

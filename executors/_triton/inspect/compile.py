@@ -1,7 +1,7 @@
 """Compiles the kernels for devices that are not here, by launching them without one.
 
-The launchers themselves run, on tensors without values: what is compiled is what they would launch. Needs Triton, no
-GPU, and no interpreter.
+The launchers run on tensors without values, so what is compiled is what they would launch. This needs Triton, but
+neither a GPU nor the interpreter.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Absent:
 
 @contextmanager
 def compiling(target: str) -> Iterator[list[Launch]]:
-    """Within it, every launch of a kernel compiles for the target, is listed, and runs nothing.
+    """A context in which each launch compiles its kernel for the target, is listed, and runs nothing.
 
     Args:
         target: a name of `TARGETS`.
@@ -84,5 +84,5 @@ def compiling(target: str) -> Iterator[list[Launch]]:
     try:
         yield launches
     finally:
-        driver.set_active(None)  # found anew when asked for, where there is one
+        driver.set_active(None)  # Triton looks for a real one when it next needs one
         JITFunction.run = plain_run

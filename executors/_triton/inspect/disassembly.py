@@ -1,4 +1,4 @@
-"""Compiled kernels as lists of instructions, alike for NVIDIA and AMD."""
+"""Compiled kernels as lists of instructions, in one form for NVIDIA and AMD."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Instruction(NamedTuple):
 
     Attributes:
         opcode: with its suffixes.
-        target: of a branch within the kernel, the place in the list that it goes to.
+        target: the index of the instruction that a branch within the kernel goes to.
     """
 
     opcode: str
@@ -37,7 +37,7 @@ class Instruction(NamedTuple):
 def disassemble_nvidia(cubins: Sequence[bytes], arch: int) -> list[list[Instruction]]:
     """The instructions of each cubin.
 
-    The tool takes a third of a second to start, so it is given the code of all of them at once.
+    The tool takes a third of a second to start, so it gets the code of all of them at once.
 
     Args:
         cubins: of one architecture.
@@ -58,7 +58,7 @@ def disassemble_nvidia(cubins: Sequence[bytes], arch: int) -> list[list[Instruct
 
 
 def run_tool(name: str, *arguments: str) -> str:
-    """What one of the tools prints that come with Triton.
+    """The output of a tool that comes with Triton.
 
     Raises:
         Unavailable: this Triton has no such tool.

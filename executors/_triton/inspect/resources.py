@@ -26,16 +26,16 @@ class Resources:
 
     Attributes:
         registers: of a thread.
-        spilled: bytes of a thread's registers that did not fit and are kept in memory.
-        scalars_moved: scalar registers that did not fit, kept in vector registers instead; AMD only, and no spill.
-        local: instructions that load and store what was spilled.
+        spilled: bytes of a thread's registers that did not fit and are in memory.
+        scalars_moved: scalar registers that did not fit and are in vector registers; AMD only, and no spill.
+        local: instructions that load and store spilled registers.
         shared: bytes of shared memory of a program.
         tensor_core: instructions that multiply matrices.
         tensor_core_kind: which: HMMA, HGMMA (wgmma), UTCHMMA (tcgen05), v_mfma, or "" for none.
-        loads, wide_loads: instructions that load from global memory; of those, 16 bytes of a thread or a whole tile.
+        loads, wide_loads: instructions that load from global memory; those of 16 bytes of a thread or a whole tile.
         inner_loads, inner_wide_loads: the same in the innermost loop that multiplies, the one over k.
         instructions: in all, without padding.
-        multiply_adds: instructions that round a product and a sum once, of fp32.
+        multiply_adds: instructions in fp32 that round a product and a sum once.
         inner_instructions: of the innermost loop that multiplies, without padding.
     """
 
@@ -80,7 +80,7 @@ def resources_of(compiled: Sequence[Any]) -> list[Resources]:
 
 
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and the bytes of its stack, which these kernels use for nothing but spills."""
+    """Registers of a thread, and the bytes of its stack, which these kernels use only for spills."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

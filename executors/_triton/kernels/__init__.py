@@ -1,1 +1,1 @@
-"""Triton kernels, and nothing else: what launches them stands beside this package."""
+"""Triton kernels, and nothing else; `executors._triton.launch` launches them."""

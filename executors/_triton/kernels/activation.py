@@ -8,7 +8,7 @@ from executors._triton.kernels.routing import sigmoid
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 ONE_OVER_SQRT_2_PI = tl.constexpr(0.3989422804014327)
-STEEP = tl.constexpr(20.0)  # beyond, the tanh form's slope is 0 or 1 in fp32, and its cube may overflow
+STEEP = tl.constexpr(20.0)  # beyond it the slope of the tanh form is 0 or 1 in fp32, and the cube may overflow
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def softcap_slope(value, CAP: tl.constexpr):
 
 @triton.jit
 def act(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, GATE_SOFTCAP: tl.constexpr = None):
-    """The activation of each element, without the up half; "" is none. The sigmoid sees the gate without its cap."""
+    """The activation of each element, without the up half; "" is for none. The sigmoid sees the uncapped gate."""
     if ACTIVATION == "":
         value = gate
     elif ACTIVATION == "relu2":
@@ -115,7 +115,7 @@ def gated_slopes(
     GATE_SOFTCAP: tl.constexpr,
     UP_SOFTCAP: tl.constexpr,
 ):
-    """The derivatives of `gated` with respect to gate and up; a clamp's is 1 where it is met exactly."""
+    """The derivatives of `gated` with respect to gate and up; at the limit itself a clamp has the slope 1."""
     near = gate
     far = up
     if LIMIT is not None:

@@ -6,5 +6,5 @@ import triton.language as tl
 
 @triton.jit
 def offset(index, stride):
-    """index * stride in 64 bits, whatever the two have (E5)."""
+    """index * stride in 64 bits, whatever the dtypes of the two (E5)."""
     return index.to(tl.int64) * stride

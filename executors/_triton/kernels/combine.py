@@ -18,18 +18,18 @@ def combine_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Sums each token's slots, times their weights where WEIGHTED, in increasing k, in fp32, and rounds once."""
+    """Sums each token's slots in fp32, in increasing k, times their weights where WEIGHTED, and rounds once."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    there = (tokens < num_tokens)[:, None] & (columns < hidden)[None, :]
+    mask = (tokens < num_tokens)[:, None] & (columns < hidden)[None, :]
     total = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     for k in range(TOP_K):
         slot = tokens * TOP_K + k
         ids = tl.load(topk_ids + slot, mask=tokens < num_tokens, other=-1)
         full = (ids >= 0) & (ids < num_experts)
-        places = slot[:, None] * hidden + columns[None, :]
-        own = tl.load(slots + places, mask=there & full[:, None], other=0.0).to(tl.float32)
+        offsets = slot[:, None] * hidden + columns[None, :]
+        values = tl.load(slots + offsets, mask=mask & full[:, None], other=0.0).to(tl.float32)
         if WEIGHTED:
-            own *= tl.load(topk_weights + slot, mask=full, other=0.0).to(tl.float32)[:, None]
-        total += own
-    tl.store(out + tokens[:, None] * hidden + columns[None, :], total.to(out.dtype.element_ty), mask=there)
+            values *= tl.load(topk_weights + slot, mask=full, other=0.0).to(tl.float32)[:, None]
+        total += values
+    tl.store(out + tokens[:, None] * hidden + columns[None, :], total.to(out.dtype.element_ty), mask=mask)

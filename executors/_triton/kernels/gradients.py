@@ -21,10 +21,8 @@ def dz_kernel(
     d_weights,  # [S] out where STORE_WEIGHTS, each row at its slot
     N,
     H,
-    stride_yt,
-    stride_yh,
-    stride_be,
-    stride_bh,
+    dy_strides,
+    bias_strides,
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     STORE_DZ: tl.constexpr,
@@ -44,7 +42,7 @@ def dz_kernel(
 ):
     """dz, h and the gradients of the weights, <dh, h> + <dy, b>, for a few rows of a row tile.
 
-    dh comes from dy without its weight, so that <dh, h> needs no division (D3): the weight multiplies dz and h.
+    dh comes from dy without the weight, so <dh, h> needs no division (D3). The weight multiplies dz and h.
     """
     if tl.program_id(0) < tl.load(tiles):
         record = tiles + 3 * (tl.program_id(0) + 1)
@@ -57,23 +55,23 @@ def dz_kernel(
             scale = tl.load(topk_weights + slots).to(tl.float32)[:, None]
         for first in range(0, N, BLOCK_N):
             columns = first + tl.arange(0, BLOCK_N)
-            places = offset(rows, N)[:, None] + columns[None, :]
-            there = (rows < end)[:, None] & (columns < N)[None, :]
+            offsets = offset(rows, N)[:, None] + columns[None, :]
+            mask = (rows < end)[:, None] & (columns < N)[None, :]
             if STORE_DZ or STORE_WEIGHTS:
-                own = tl.load(dh + places, mask=there, other=0.0).to(tl.float32)
-            z_places, z_there = places, there
+                of_dh = tl.load(dh + offsets, mask=mask, other=0.0).to(tl.float32)
+            z_offsets, z_mask = offsets, mask
             if LAYOUT == "interleaved":
                 both = 2 * first + tl.arange(0, 2 * BLOCK_N)
-                z_places = offset(rows, 2 * N)[:, None] + both[None, :]
-                z_there = (rows < end)[:, None] & (both < 2 * N)[None, :]
-                pairs = tl.load(z + z_places, mask=z_there, other=0.0).to(tl.float32)
+                z_offsets = offset(rows, 2 * N)[:, None] + both[None, :]
+                z_mask = (rows < end)[:, None] & (both < 2 * N)[None, :]
+                pairs = tl.load(z + z_offsets, mask=z_mask, other=0.0).to(tl.float32)
                 gate, up = tl.split(pairs.reshape(BLOCK_M, BLOCK_N, 2))
             elif LAYOUT == "concatenated":
-                z_places = offset(rows, 2 * N)[:, None] + columns[None, :]
-                gate = tl.load(z + z_places, mask=there, other=0.0).to(tl.float32)
-                up = tl.load(z + z_places + N, mask=there, other=0.0).to(tl.float32)
+                z_offsets = offset(rows, 2 * N)[:, None] + columns[None, :]
+                gate = tl.load(z + z_offsets, mask=mask, other=0.0).to(tl.float32)
+                up = tl.load(z + z_offsets + N, mask=mask, other=0.0).to(tl.float32)
             else:
-                gate = tl.load(z + z_places, mask=there, other=0.0).to(tl.float32)
+                gate = tl.load(z + z_offsets, mask=mask, other=0.0).to(tl.float32)
                 up = gate
             if STORE_WEIGHTS or STORE_H:
                 if LAYOUT == "":
@@ -81,33 +79,33 @@ def dz_kernel(
                 else:
                     value = gated(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET, LATE, GATE_SOFTCAP, UP_SOFTCAP)
                 if STORE_WEIGHTS:
-                    total += tl.sum(own * value, axis=1)
+                    total += tl.sum(of_dh * value, axis=1)
                 if STORE_H:
-                    tl.store(h + places, (value * scale).to(h.dtype.element_ty), mask=there)
+                    tl.store(h + offsets, (value * scale).to(h.dtype.element_ty), mask=mask)
             if STORE_DZ:
-                own *= scale
+                of_dh *= scale
                 if LAYOUT == "":
-                    tl.store(dz + places, (own * slope(gate, ACTIVATION, ALPHA)).to(dz.dtype.element_ty), mask=there)
+                    tl.store(dz + offsets, (of_dh * slope(gate, ACTIVATION, ALPHA)).to(dz.dtype.element_ty), mask=mask)
                 else:
                     of_gate, of_up = gated_slopes(
                         gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET, LATE, GATE_SOFTCAP, UP_SOFTCAP
                     )
                     if LAYOUT == "interleaved":
-                        pairs = tl.join(own * of_gate, own * of_up).reshape(BLOCK_M, 2 * BLOCK_N)
-                        tl.store(dz + z_places, pairs.to(dz.dtype.element_ty), mask=z_there)
+                        pairs = tl.join(of_dh * of_gate, of_dh * of_up).reshape(BLOCK_M, 2 * BLOCK_N)
+                        tl.store(dz + z_offsets, pairs.to(dz.dtype.element_ty), mask=z_mask)
                     else:
-                        tl.store(dz + z_places, (own * of_gate).to(dz.dtype.element_ty), mask=there)
-                        tl.store(dz + z_places + N, (own * of_up).to(dz.dtype.element_ty), mask=there)
+                        tl.store(dz + z_offsets, (of_dh * of_gate).to(dz.dtype.element_ty), mask=mask)
+                        tl.store(dz + z_offsets + N, (of_dh * of_up).to(dz.dtype.element_ty), mask=mask)
         if STORE_WEIGHTS:
             if HAS_BIAS:
-                y_rows = offset(slots // TOP_K, stride_yt)[:, None]
-                b_row = offset(tl.load(record), stride_be)
+                y_rows = offset(slots // TOP_K, dy_strides[0])[:, None]
+                b_row = offset(tl.load(record), bias_strides[0])
                 for first in range(0, H, BLOCK_N):
                     columns = first + tl.arange(0, BLOCK_N)
-                    there = (rows < end)[:, None] & (columns < H)[None, :]
-                    own = tl.load(dy + y_rows + offset(columns, stride_yh)[None, :], mask=there, other=0.0)
-                    added = tl.load(bias + b_row + offset(columns, stride_bh), mask=columns < H, other=0.0)
-                    total += tl.sum(own.to(tl.float32) * added.to(tl.float32)[None, :], axis=1)
+                    mask = (rows < end)[:, None] & (columns < H)[None, :]
+                    of_dy = tl.load(dy + y_rows + offset(columns, dy_strides[1])[None, :], mask=mask, other=0.0)
+                    of_bias = tl.load(bias + b_row + offset(columns, bias_strides[1]), mask=columns < H, other=0.0)
+                    total += tl.sum(of_dy.to(tl.float32) * of_bias.to(tl.float32)[None, :], axis=1)
             tl.store(d_weights + slots, total.to(d_weights.dtype.element_ty), mask=rows < end)
 
 
@@ -120,8 +118,7 @@ def input_weights_kernel(
     num_slots,
     num_experts,
     N,
-    stride_xt,
-    stride_xn,
+    x_strides,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -133,10 +130,10 @@ def input_weights_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(0, N, BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
-        there = full & (columns < N)[None, :]
-        own = tl.load(d_inputs + offset(slots, N)[:, None] + columns[None, :], mask=there, other=0.0)
-        places = offset(slots // TOP_K, stride_xt)[:, None] + offset(columns, stride_xn)[None, :]
-        total += tl.sum(own.to(tl.float32) * tl.load(x + places, mask=there, other=0.0).to(tl.float32), axis=1)
+        mask = full & (columns < N)[None, :]
+        values = tl.load(d_inputs + offset(slots, N)[:, None] + columns[None, :], mask=mask, other=0.0)
+        offsets = offset(slots // TOP_K, x_strides[0])[:, None] + offset(columns, x_strides[1])[None, :]
+        total += tl.sum(values.to(tl.float32) * tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32), axis=1)
     tl.store(d_weights + slots, total.to(d_weights.dtype.element_ty), mask=slots < num_slots)
 
 
@@ -148,10 +145,8 @@ def sums_kernel(
     group_offsets,  # [E + 1]
     out,  # [E, N] out
     N,
-    stride_v,
-    stride_vn,
-    stride_oe,
-    stride_on,
+    strides,
+    out_strides,
     TOP_K: tl.constexpr,  # 0 for rows that are sorted already
     WEIGHTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -168,11 +163,11 @@ def sums_kernel(
         if TOP_K:
             slots = tl.load(order + tl.minimum(rows, end - 1))
             sources = slots // TOP_K
-        places = offset(sources, stride_v)[:, None] + offset(columns, stride_vn)[None, :]
+        offsets = offset(sources, strides[0])[:, None] + offset(columns, strides[1])[None, :]
         mask = (rows < end)[:, None] & (columns < N)[None, :]
-        own = tl.load(values + places, mask=mask, other=0.0).to(tl.float32)
+        block = tl.load(values + offsets, mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
-            own *= tl.load(topk_weights + slots, mask=rows < end, other=0.0).to(tl.float32)[:, None]
-        total += tl.sum(own, axis=0)
-    places = offset(expert, stride_oe) + offset(columns, stride_on)
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=columns < N)
+            block *= tl.load(topk_weights + slots, mask=rows < end, other=0.0).to(tl.float32)[:, None]
+        total += tl.sum(block, axis=0)
+    offsets = offset(expert, out_strides[0]) + offset(columns, out_strides[1])
+    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=columns < N)

@@ -1,7 +1,7 @@
 """Slots sorted stably by expert, and the row tiles that the products work through (clauses G1, R7).
 
-Slots are taken in chunks: each counts its experts, the counts are summed up, each places its slots. One program does
-all of it where one chunk holds every slot.
+Slots are split into chunks. Each chunk counts its experts, the counts are summed over chunks, and each chunk places its
+slots. If one chunk holds every slot, one program does all of it.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def experts_of(topk_ids, slots, num_slots, num_experts):
-    """Each slot's expert, and whether it names one; an empty slot's ids may be any integers."""
+    """Each slot's expert, and whether it has one; the id of an empty slot may be any integer."""
     ids = tl.load(topk_ids + slots, mask=slots < num_slots, other=-1)
     full = (ids >= 0) & (ids < num_experts)
     return tl.where(full, ids, 0).to(tl.int32), full
@@ -28,13 +28,12 @@ def count(topk_ids, start, num_slots, num_experts, CHUNK, BLOCK_S, BLOCK_E):
 
 @triton.jit
 def place(topk_ids, order, rows, start, num_slots, num_experts, CHUNK, BLOCK_S, BLOCK_E):
-    """Writes each slot of a chunk into the next free row of its expert, from [BLOCK_E] rows on."""
+    """Writes each slot of a chunk into the next free row of its expert; ``rows`` [BLOCK_E] are the first free ones."""
     earlier = tl.arange(0, BLOCK_S)[None, :] < tl.arange(0, BLOCK_S)[:, None]
     for first in range(0, CHUNK, BLOCK_S):
         slots = start + first + tl.arange(0, BLOCK_S)
         ids, full = experts_of(topk_ids, slots, num_slots, num_experts)
-        others, others_full = experts_of(topk_ids, slots, num_slots, num_experts)
-        same = (ids[:, None] == others[None, :]) & others_full[None, :] & earlier
+        same = (ids[:, None] == ids[None, :]) & full[None, :] & earlier
         row = tl.gather(rows, ids, 0) + tl.sum(same.to(tl.int32), axis=1)
         tl.store(order + row, slots, mask=full)
         rows += tl.histogram(ids, BLOCK_E, full)
@@ -42,7 +41,7 @@ def place(topk_ids, order, rows, start, num_slots, num_experts, CHUNK, BLOCK_S, 
 
 @triton.jit
 def schedule_tiles(tiles, sizes, offsets, first, step, BLOCK_M, BLOCK_TILES, BLOCK_E):
-    """Writes (expert, first row, end of rows) of row tiles, BLOCK_TILES at a time; before them how many there are."""
+    """Writes how many row tiles there are, then (expert, first row, end of rows) of each, BLOCK_TILES at a time."""
     counts = (sizes + (BLOCK_M - 1)) // BLOCK_M
     ends = tl.cumsum(counts, 0)
     total = tl.sum(counts, 0)
@@ -73,7 +72,7 @@ def group_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
-    """All of it, for slots that one chunk holds."""
+    """Counts, places and lists, for slots that one chunk holds."""
     sizes = count(topk_ids, 0, num_slots, num_experts, CHUNK, BLOCK_S, BLOCK_E)
     ends = tl.cumsum(sizes, 0)
     experts = tl.arange(0, BLOCK_E)
@@ -114,10 +113,10 @@ def scan_kernel(
     total = tl.zeros((BLOCK_E,), tl.int32)
     for first in range(0, chunks, BLOCK_C):
         rows = first + tl.arange(0, BLOCK_C)
-        places = counts + rows.to(tl.int64)[:, None] * num_experts + experts[None, :]
+        pointers = counts + rows.to(tl.int64)[:, None] * num_experts + experts[None, :]
         mask = (rows < chunks)[:, None] & (experts < num_experts)[None, :]
-        found = tl.load(places, mask=mask, other=0)
-        tl.store(places, total[None, :] + tl.cumsum(found, 0) - found, mask=mask)
+        found = tl.load(pointers, mask=mask, other=0)
+        tl.store(pointers, total[None, :] + tl.cumsum(found, 0) - found, mask=mask)
         total += tl.sum(found, 0)
     tl.store(sizes + experts, total, mask=experts < num_experts)
 
@@ -141,13 +140,13 @@ def place_kernel(
     """Places one chunk's slots, and writes a share of the row tiles."""
     chunk = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
-    there = experts < num_experts
-    own = tl.load(sizes + experts, mask=there, other=0)
-    ends = tl.cumsum(own, 0)
+    mask = experts < num_experts
+    counted = tl.load(sizes + experts, mask=mask, other=0)
+    ends = tl.cumsum(counted, 0)
     if chunk == 0:
         tl.store(group_offsets, 0)
-        tl.store(group_offsets + 1 + experts, ends, mask=there)
-    schedule_tiles(tiles, own, ends - own, chunk, tl.num_programs(0), BLOCK_M, BLOCK_TILES, BLOCK_E)
-    before = tl.load(counts + chunk.to(tl.int64) * num_experts + experts, mask=there, other=0)
-    rows = ends - own + before
+        tl.store(group_offsets + 1 + experts, ends, mask=mask)
+    schedule_tiles(tiles, counted, ends - counted, chunk, tl.num_programs(0), BLOCK_M, BLOCK_TILES, BLOCK_E)
+    before = tl.load(counts + chunk.to(tl.int64) * num_experts + experts, mask=mask, other=0)
+    rows = ends - counted + before
     place(topk_ids, order, rows, chunk * CHUNK, num_slots, num_experts, CHUNK, BLOCK_S, BLOCK_E)

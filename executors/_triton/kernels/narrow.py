@@ -1,7 +1,7 @@
 """From fp32 to fp16 without overflow: rows or columns divided by powers of two (clause E7).
 
-A row's power is 1 where its numbers are within the range: what is added to its product stands beside ordinary numbers.
-Columns always get one, so that small ones are not subnormal either.
+A row whose numbers are within the range is divided by 1, so what is added to its product needs no scaling. Every column
+is divided by its own power, so small numbers do not become subnormal either.
 """
 
 import triton
@@ -14,7 +14,7 @@ LARGEST = tl.constexpr(65504.0)  # of fp16
 
 @triton.jit
 def power_of(largest):
-    """The power of two that brings numbers of up to ``largest`` below 2**15; 1 where they are in fp16's range."""
+    """The power of two that brings numbers of up to ``largest`` below 2**15; 1 if they are in fp16's range."""
     bits = largest.to(tl.int32, bitcast=True) & 0x7F800000  # 2**exponent
     power = (bits - (14 << 23)).to(tl.float32, bitcast=True)
     return tl.where(largest > LARGEST, power, 1.0)
@@ -44,34 +44,34 @@ def narrow_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Each row divided by its power of two. Rows of no group are neither read nor written."""
+    """Divides each row by its power of two. Rows of no group are neither read nor written."""
     end = tl.load(group_offsets + num_experts)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     starts = offset(rows, N)[:, None]
     largest = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, N, BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
-        there = (rows < end)[:, None] & (columns < N)[None, :]
-        largest = tl.maximum(largest, tl.abs(tl.load(values + starts + columns[None, :], mask=there, other=0.0)))
+        mask = (rows < end)[:, None] & (columns < N)[None, :]
+        largest = tl.maximum(largest, tl.abs(tl.load(values + starts + columns[None, :], mask=mask, other=0.0)))
     power = power_of(tl.max(largest, axis=1))
     inverse = inverse_of(power)[:, None]
     for first in range(0, N, BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
-        there = (rows < end)[:, None] & (columns < N)[None, :]
-        own = tl.load(values + starts + columns[None, :], mask=there, other=0.0) * inverse
-        tl.store(out + starts + columns[None, :], own.to(out.dtype.element_ty), mask=there)
+        mask = (rows < end)[:, None] & (columns < N)[None, :]
+        block = tl.load(values + starts + columns[None, :], mask=mask, other=0.0) * inverse
+        tl.store(out + starts + columns[None, :], block.to(out.dtype.element_ty), mask=mask)
     tl.store(powers + rows, power, mask=rows < end)
 
 
 @triton.jit
 def load_weighted(values, topk_weights, order, rows, end, columns, N, WEIGHTED):
     """[rows, columns] of values, times the weights of the rows' slots where WEIGHTED."""
-    there = (rows < end)[:, None] & (columns < N)[None, :]
-    own = tl.load(values + offset(rows, N)[:, None] + columns[None, :], mask=there, other=0.0)
+    mask = (rows < end)[:, None] & (columns < N)[None, :]
+    block = tl.load(values + offset(rows, N)[:, None] + columns[None, :], mask=mask, other=0.0)
     if WEIGHTED:
         slots = tl.load(order + rows, mask=rows < end, other=0)
-        own *= tl.load(topk_weights + slots, mask=rows < end, other=0.0).to(tl.float32)[:, None]
-    return own, there
+        block *= tl.load(topk_weights + slots, mask=rows < end, other=0.0).to(tl.float32)[:, None]
+    return block, mask
 
 
 @triton.jit
@@ -87,20 +87,20 @@ def narrow_columns_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Each column of each expert divided by its power of two, after the weights multiplied the rows where WEIGHTED."""
+    """Divides each column of each expert by its power of two; before that, weights multiply the rows where WEIGHTED."""
     expert = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     start, end = tl.load(group_offsets + expert), tl.load(group_offsets + expert + 1)
     largest = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for row in range(start, end, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
-        own, _ = load_weighted(values, topk_weights, order, rows, end, columns, N, WEIGHTED)
-        largest = tl.maximum(largest, tl.abs(own))
+        block, _ = load_weighted(values, topk_weights, order, rows, end, columns, N, WEIGHTED)
+        largest = tl.maximum(largest, tl.abs(block))
     power = power_of_columns(tl.max(largest, axis=0))
     inverse = inverse_of(power)[None, :]
     for row in range(start, end, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
-        own, there = load_weighted(values, topk_weights, order, rows, end, columns, N, WEIGHTED)
-        own *= inverse
-        tl.store(out + offset(rows, N)[:, None] + columns[None, :], own.to(out.dtype.element_ty), mask=there)
+        block, mask = load_weighted(values, topk_weights, order, rows, end, columns, N, WEIGHTED)
+        block *= inverse
+        tl.store(out + offset(rows, N)[:, None] + columns[None, :], block.to(out.dtype.element_ty), mask=mask)
     tl.store(powers + offset(expert, N) + columns, power, mask=columns < N)

@@ -7,15 +7,15 @@ from executors._triton.kernels.addresses import offset
 
 
 @triton.jit
-def load_rows(values, slots, rows, columns, there, N, stride, stride_n, topk_weights, TOP_K, SCALED):
-    """[rows, columns] of values: of the slots' tokens where TOP_K, times the slots' weights where SCALED."""
+def load_rows(pointer, strides, slots, rows, mask, columns, N, topk_weights, TOP_K, SCALED):
+    """[rows, columns] of a or b: of the slots' tokens where TOP_K, times the slots' weights where SCALED."""
     sources = slots // TOP_K if TOP_K else rows
-    places = offset(sources, stride)[:, None] + offset(columns, stride_n)[None, :]
-    own = tl.load(values + places, mask=there[:, None] & (columns < N)[None, :], other=0.0)
+    offsets = offset(sources, strides[0])[:, None] + offset(columns, strides[1])[None, :]
+    values = tl.load(pointer + offsets, mask=mask[:, None] & (columns < N)[None, :], other=0.0)
     if SCALED:
-        scale = tl.load(topk_weights + slots, mask=there, other=0.0).to(tl.float32)
-        own = (own.to(tl.float32) * scale[:, None]).to(own.dtype)
-    return own
+        scale = tl.load(topk_weights + slots, mask=mask, other=0.0).to(tl.float32)
+        values = (values.to(tl.float32) * scale[:, None]).to(values.dtype)
+    return values
 
 
 @triton.jit
@@ -23,20 +23,16 @@ def outer_kernel(
     a,  # [T, M] where TOP_K_A, else [S, M] sorted by expert
     b,  # [T, N] where TOP_K_B, else [S, N] sorted by expert
     a_powers,  # [E, M] by which columns of a were divided, or None
-    b_powers,  # [E, N] by which those of b were, or None
+    b_powers,  # [E, N] by which columns of b were divided, or None
     topk_weights,  # [S], read where one of the two is SCALED
     order,  # [S] the slot of each row
     group_offsets,  # [E + 1]
     out,  # [E, M, N] out
     M,
     N,
-    stride_a,
-    stride_am,
-    stride_b,
-    stride_bn,
-    stride_oe,
-    stride_om,
-    stride_on,
+    a_strides,
+    b_strides,
+    out_strides,
     TOP_K_A: tl.constexpr,
     TOP_K_B: tl.constexpr,
     SCALED_A: tl.constexpr,
@@ -60,14 +56,14 @@ def outer_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for row in tl.range(tl.load(group_offsets + expert), end, BLOCK_K):
         rows = row + tl.arange(0, BLOCK_K)
-        there = rows < end
+        mask = rows < end
         slots = tl.load(order + tl.minimum(rows, end - 1))
-        own = load_rows(a, slots, rows, ms, there, M, stride_a, stride_am, topk_weights, TOP_K_A, SCALED_A)
-        other = load_rows(b, slots, rows, ns, there, N, stride_b, stride_bn, topk_weights, TOP_K_B, SCALED_B)
-        total = tl.dot(tl.trans(own), other, total, input_precision=PRECISION)
+        of_a = load_rows(a, a_strides, slots, rows, mask, ms, M, topk_weights, TOP_K_A, SCALED_A)
+        of_b = load_rows(b, b_strides, slots, rows, mask, ns, N, topk_weights, TOP_K_B, SCALED_B)
+        total = tl.dot(tl.trans(of_a), of_b, total, input_precision=PRECISION)
     if a_powers is not None:
         total *= tl.load(a_powers + offset(expert, M) + ms, mask=ms < M, other=1.0)[:, None]
     if b_powers is not None:
         total *= tl.load(b_powers + offset(expert, N) + ns, mask=ns < N, other=1.0)[None, :]
-    places = offset(expert, stride_oe) + offset(ms, stride_om)[:, None] + offset(ns, stride_on)[None, :]
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])
+    offsets = offset(expert, out_strides[0]) + offset(ms, out_strides[1])[:, None] + offset(ns, out_strides[2])[None, :]
+    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])

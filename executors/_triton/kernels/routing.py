@@ -26,7 +26,7 @@ def without_nan(keys):
 
 @triton.jit
 def outside(ranks):
-    """What is below every key: for places that do not exist, or were taken."""
+    """Ranks below every key, for positions that do not exist or are taken."""
     if ranks.dtype == tl.int64:
         return tl.full(ranks.shape, -0x8000000000000000, tl.int64)
     else:
@@ -41,6 +41,31 @@ def sigmoid(value):
 
 
 @triton.jit
+def log1p_of_exp(value):
+    """log(1 + exp(v)) for v at most 0, from the series of atanh(e / (2 + e)): all digits, whatever tl.log gives."""
+    small = tl.exp(value)
+    ratio = small / (2.0 + small)  # at most 1/3
+    square = ratio * ratio
+    total = tl.zeros_like(ratio)
+    for n in tl.static_range(16, -1, -1):
+        total = total * square + tl.full(ratio.shape, 1.0, ratio.dtype) / (2 * n + 1)
+    return 2.0 * ratio * total
+
+
+@triton.jit
+def sqrtsoftplus(value):
+    """sqrt(log(1 + exp(v))): exp(v / 2) far below 0, where exp(v) underflows."""
+    near = tl.where(value > 0, value, 0.0) + log1p_of_exp(-tl.abs(value))
+    return tl.where(value < -40.0, tl.exp(0.5 * value), tl.sqrt(near))
+
+
+@triton.jit
+def sqrtsoftplus_slope(value, score):
+    """The derivative of `sqrtsoftplus`, whose value is the score: 0 at -inf."""
+    return tl.where(value < -40.0, 0.5 * score, sigmoid(value) / (2.0 * score))
+
+
+@triton.jit
 def softmax(values):
     """The softmax of each row."""
     exponentials = tl.exp(values - tl.max(values, axis=1)[:, None])
@@ -48,36 +73,50 @@ def softmax(values):
 
 
 @triton.jit
-def load_logits(router_logits, tokens, experts, num_tokens, num_experts, stride_t, stride_e, dtype):
-    """Logits, -inf where there is none, and which rows hold a NaN: 1 or 0."""
-    there = (tokens < num_tokens)[:, None] & (experts < num_experts)
-    places = tokens[:, None] * stride_t + experts.to(tl.int64) * stride_e
-    logits = tl.load(router_logits + places, mask=there, other=LOWEST).to(dtype)
-    return logits, tl.max((logits != logits).to(tl.int32), axis=1)  # +inf, or nothing but -inf: NaN in a softmax itself
+def divisor(total, EPS, MAX):
+    """What renormalisation divides by (R5)."""
+    if MAX:
+        return tl.where(total < EPS, EPS, total)
+    else:
+        return total + EPS
+
+
+@triton.jit
+def load_logits(router_logits, strides, tokens, experts, num_tokens, num_experts, SCORING, dtype):
+    """Logits, -inf outside of them, and which rows hold a NaN or an infinite score: 1 or 0."""
+    mask = (tokens < num_tokens)[:, None] & (experts < num_experts)
+    offsets = tokens[:, None] * strides[0] + experts.to(tl.int64) * strides[1]
+    logits = tl.load(router_logits + offsets, mask=mask, other=LOWEST).to(dtype)
+    broken = logits != logits  # a softmax itself makes NaN of +inf, and of -inf alone
+    if SCORING == "sqrtsoftplus":
+        broken = broken | (logits == -LOWEST)
+    return logits, tl.max(broken.to(tl.int32), axis=1)
 
 
 @triton.jit
 def scores_of(logits, broken, experts, num_experts, SCORING):
-    """Scores of all experts, from logits without their NaN; of "topk_softmax" those logits."""
+    """Scores of all experts, from logits in which 0 replaces rows with NaN; for "topk_softmax", those logits."""
     sound = tl.where(broken[:, None] == 1, 0.0, logits)
     sound = tl.where(experts < num_experts, sound, LOWEST)
     if SCORING == "softmax":
         sound = softmax(sound)
     if SCORING == "sigmoid":
         sound = sigmoid(sound)
+    if SCORING == "sqrtsoftplus":
+        sound = sqrtsoftplus(sound)
     return sound
 
 
 @triton.jit
 def keys_within_groups(keys, experts, NUM_GROUPS, TOPK_GROUPS, GROUP_SIZE, TOP2, BLOCK_G):
-    """The keys, -inf outside the groups with the largest keys; the lower group of equals is kept (R2)."""
+    """The keys, -inf outside the groups with the largest keys; of equal groups the lower one is kept (R2)."""
     groups = tl.arange(0, BLOCK_G)[None, :]
     of_groups = tl.full((keys.shape[0], BLOCK_G), LOWEST, keys.dtype)
     for g in range(NUM_GROUPS):
-        own = tl.where(experts // GROUP_SIZE == g, keys, LOWEST)
-        best, place = tl.max(own, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        of_group = tl.where(experts // GROUP_SIZE == g, keys, LOWEST)
+        best, place = tl.max(of_group, axis=1, return_indices=True, return_indices_tie_break_left=True)
         if TOP2:
-            best += tl.max(tl.where(experts == place[:, None], LOWEST, own), axis=1)
+            best += tl.max(tl.where(experts == place[:, None], LOWEST, of_group), axis=1)
         of_groups = tl.where(groups == g, best[:, None], of_groups)
     ranks = ordered(without_nan(of_groups))
     ranks = tl.where(groups < NUM_GROUPS, ranks, outside(ranks))
@@ -97,36 +136,36 @@ def route_kernel(
     topk_weights,  # [T, K] out, in the dtype of scores
     num_tokens,
     num_experts: tl.constexpr,
-    stride_t,
-    stride_e,
-    stride_bias,
+    strides,
+    bias_stride,
     TOP_K: tl.constexpr,
     SCORING: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    MAX: tl.constexpr,
     EPS: tl.constexpr,
     SCALING: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     TOPK_GROUPS: tl.constexpr,
     TOP2: tl.constexpr,
+    BY_LOGIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """Ids by (key descending, id ascending) and their weights, NaN in rows that are undefined."""
+    """Ids by (key descending, id ascending), and their weights, which are NaN in undefined rows."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)[None, :]
-    logits, broken = load_logits(
-        router_logits, tokens, experts, num_tokens, num_experts, stride_t, stride_e, topk_weights.dtype.element_ty
-    )
+    dtype: tl.constexpr = topk_weights.dtype.element_ty
+    logits, broken = load_logits(router_logits, strides, tokens, experts, num_tokens, num_experts, SCORING, dtype)
     scores = scores_of(logits, broken, experts, num_experts, SCORING)
 
-    keys = logits  # every scoring orders as the logits do: exact in any dtype
+    keys = logits  # every scoring keeps the order of the logits, which is exact in any dtype
     if HAS_BIAS or NUM_GROUPS > 1:
-        keys = scores
+        keys = logits if BY_LOGIT else scores
         if HAS_BIAS:
-            bias = tl.load(selection_bias + experts.to(tl.int64) * stride_bias, mask=experts < num_experts, other=0.0)
+            bias = tl.load(selection_bias + experts.to(tl.int64) * bias_stride, mask=experts < num_experts, other=0.0)
             keys += bias.to(keys.dtype)
         keys = tl.where(logits > LOWEST, without_nan(keys), LOWEST)
         if NUM_GROUPS > 1:
@@ -147,7 +186,7 @@ def route_kernel(
     if SCORING == "topk_softmax":
         chosen = softmax(tl.where(slots < TOP_K, chosen, LOWEST))  # all of them -inf: NaN (R4)
     if RENORMALIZE:
-        chosen = chosen / (tl.sum(tl.where(slots < TOP_K, chosen, 0.0), axis=1)[:, None] + EPS)
+        chosen = chosen / divisor(tl.sum(tl.where(slots < TOP_K, chosen, 0.0), axis=1)[:, None], EPS, MAX)
     chosen = tl.where(broken[:, None] == 1, float("nan"), chosen * SCALING)
     out = tokens[:, None] * TOP_K + slots
     wanted = (tokens < num_tokens)[:, None] & (slots < TOP_K)
@@ -163,23 +202,22 @@ def route_backward_kernel(
     out,  # [T, E] out
     num_tokens,
     num_experts: tl.constexpr,
-    stride_t,
-    stride_e,
+    strides,
     TOP_K: tl.constexpr,
     SCORING: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    MAX: tl.constexpr,
     EPS: tl.constexpr,
     SCALING: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The gradients of the logits, through the weights of the chosen (D1); 0 in rows whose weights are undefined."""
+    """Gradients of the logits, through the weights of the chosen experts (D1); 0 in rows with undefined weights."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)[None, :]
-    logits, broken = load_logits(
-        router_logits, tokens, experts, num_tokens, num_experts, stride_t, stride_e, gradients.dtype.element_ty
-    )
+    dtype: tl.constexpr = gradients.dtype.element_ty
+    logits, broken = load_logits(router_logits, strides, tokens, experts, num_tokens, num_experts, SCORING, dtype)
     scores = scores_of(logits, broken, experts, num_experts, SCORING)
     slots = tl.arange(0, BLOCK_K)[None, :]
     wanted = (tokens < num_tokens)[:, None] & (slots < TOP_K)
@@ -188,31 +226,41 @@ def route_backward_kernel(
     of_weights = tl.load(gradients + given, mask=wanted, other=0.0) * SCALING
     chosen = tl.zeros((BLOCK_T, BLOCK_K), scores.dtype)
     for k in range(TOP_K):
-        own = tl.sum(tl.where(slots == k, ids, 0), axis=1)[:, None]
-        score = tl.sum(tl.where(experts == own, scores, 0.0), axis=1)
+        expert = tl.sum(tl.where(slots == k, ids, 0), axis=1)[:, None]
+        score = tl.sum(tl.where(experts == expert, scores, 0.0), axis=1)
         chosen = tl.where(slots == k, score[:, None], chosen)
     if SCORING == "topk_softmax":
         chosen = softmax(tl.where(slots < TOP_K, chosen, LOWEST))
     chosen = tl.where(slots < TOP_K, chosen, 0.0)
     whole = tl.sum(chosen, axis=1)[:, None]
-    if RENORMALIZE:  # w = c s / (sum of s + eps)
-        divisor = whole + EPS
-        of_weights = (of_weights - tl.sum(of_weights * chosen, axis=1)[:, None] / divisor) / divisor
+    if RENORMALIZE:  # w = c s / (sum of s + eps); if eps is the larger of the two and stands alone, w = c s / eps
+        total = divisor(whole, EPS, MAX)
+        of_sum = tl.sum(of_weights * chosen, axis=1)[:, None] / total
+        if MAX:
+            of_sum = tl.where(whole < EPS, 0.0, of_sum)
+        of_weights = (of_weights - of_sum) / total
     mean = tl.sum(of_weights * chosen, axis=1)[:, None]  # of a softmax
     of_slots = of_weights
     if SCORING == "topk_softmax":
         of_slots = chosen * (of_weights - mean)
     if SCORING == "sigmoid":
         of_slots = of_weights * chosen * (1.0 - chosen)
+    if SCORING == "sqrtsoftplus":
+        own_logits = tl.zeros((BLOCK_T, BLOCK_K), scores.dtype)
+        for k in range(TOP_K):
+            own = tl.sum(tl.where(slots == k, ids, 0), axis=1)[:, None]
+            logit = tl.sum(tl.where(experts == own, logits, 0.0), axis=1)
+            own_logits = tl.where(slots == k, logit[:, None], own_logits)
+        of_slots = of_weights * sqrtsoftplus_slope(own_logits, chosen)
     of_slots = tl.where(slots < TOP_K, of_slots, 0.0)
     found = tl.zeros((BLOCK_T, BLOCK_E), scores.dtype)
     for k in range(TOP_K):
-        own = tl.sum(tl.where(slots == k, ids, 0), axis=1)[:, None]
+        expert = tl.sum(tl.where(slots == k, ids, 0), axis=1)[:, None]
         value = tl.sum(tl.where(slots == k, of_slots, 0.0), axis=1)[:, None]
-        found = tl.where(experts == own, value, found)
+        found = tl.where(experts == expert, value, found)
     if SCORING == "softmax":
         found = scores * (found - mean)
     undefined = (broken[:, None] == 1) | (whole != whole)
     found = tl.where(undefined, 0.0, found)
-    there = (tokens < num_tokens)[:, None] & (experts < num_experts)
-    tl.store(out + tokens[:, None] * num_experts + experts, found.to(out.dtype.element_ty), mask=there)
+    mask = (tokens < num_tokens)[:, None] & (experts < num_experts)
+    tl.store(out + tokens[:, None] * num_experts + experts, found.to(out.dtype.element_ty), mask=mask)

@@ -8,7 +8,7 @@ import triton.language as tl
 def tile_at(tile, tiles, num_row_tiles, num_column_tiles, GROUP_M):
     """The expert, first row, end of rows and column tile of a tile.
 
-    GROUP_M row tiles share each column tile before the next one is taken: its weights stay in the L2 cache.
+    GROUP_M row tiles take a column tile before the next one is taken, so its weights stay in the L2 cache.
     """
     per_group = GROUP_M * num_column_tiles
     first = tile // per_group * GROUP_M
@@ -20,7 +20,7 @@ def tile_at(tile, tiles, num_row_tiles, num_column_tiles, GROUP_M):
 
 @triton.jit
 def part_of(tiles, bounds, first_expert, last_expert, PART):
-    """Where the row tiles of a part of the experts are listed, and how many there are."""
+    """The list of row tiles of a part of the experts, and their number."""
     if PART:
         begin = tl.load(bounds + first_expert)
         return tiles + 3 * begin, tl.load(bounds + last_expert) - begin

@@ -1,4 +1,4 @@
-"""Decodes experts before their products: where each number is used by many rows."""
+"""Decodes experts before their products, for numbers that many rows use."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import triton
 from torch import Tensor
 
 from executors._triton.kernels.packed import decode_kernel
-from executors._triton.launch.operands import Matrices, Plan
+from executors._triton.launch.operands import LaunchPlan, Matrices
 from executors._triton.launch.packed import codes_of, is_fused
 from moe_ref.types import PackedTensor
 
-PARTS = 8  # of all experts: an eighth of a projection is decoded at a time
+PARTS = 8  # of the experts: an eighth of a projection is decoded at a time
 BLOCK_O, BLOCK_I, WARPS = 128, 64, 4
 
 
 class Part(NamedTuple):
-    """Which experts matrices are of, as the product kernels take it.
+    """Whose matrices a launch takes: an interval of experts, as the product kernels take it.
 
     Attributes:
-        bounds: [E + 1] where each expert's row tiles begin; anything else for all experts.
-        first, last: the first expert, and the first one after them; 0 for all.
+        bounds: [E + 1] where each expert's row tiles begin; any tensor for all experts.
+        first, last: the first expert, and the first one after the last; 0 and 0 for all.
     """
 
     bounds: Tensor
@@ -32,8 +32,8 @@ class Part(NamedTuple):
     last: int
 
 
-def parts_of(matrices: Matrices, plan: Plan) -> Iterator[tuple[Matrices, Part]]:
-    """The matrices, part by part. Decoded parts take the same memory, one after the other."""
+def parts_of(matrices: Matrices, plan: LaunchPlan) -> Iterator[tuple[Matrices, Part]]:
+    """The matrices, part by part. Decoded parts reuse the same memory."""
     if plan.bounds is None or not isinstance(matrices, PackedTensor):
         yield matrices, Part(plan.groups.tiles, 0, 0)
         return
@@ -47,12 +47,12 @@ def parts_of(matrices: Matrices, plan: Plan) -> Iterator[tuple[Matrices, Part]]:
         yield part.transpose(1, 2) if matrices.transposed else part, Part(plan.bounds, first, last)
 
 
-def decode(packed: PackedTensor, first: int, out: Tensor, plan: Plan) -> None:
-    """Experts from ``first`` on, those that have rows, in the order in which they are stored.
+def decode(packed: PackedTensor, first: int, out: Tensor, plan: LaunchPlan) -> None:
+    """Decodes the experts from ``first`` on that have rows, in the order in which their numbers are stored.
 
     Args:
         packed: a projection.
-        first: expert.
+        first: the first expert.
         out: [experts, m, k], or [experts, k, m] if it is transposed; written.
         plan: of the call.
     """
@@ -66,9 +66,9 @@ def decode(packed: PackedTensor, first: int, out: Tensor, plan: Plan) -> None:
         first,
         outer,
         inner,
-        *own.strides[:2],
-        FORM=own.form,
-        enable_fp_fusion=is_fused(own.form),
+        own.strides[:2],
+        FORMAT=own.format,
+        enable_fp_fusion=is_fused(own.format),
         BLOCK_O=BLOCK_O,
         BLOCK_I=BLOCK_I,
         num_warps=WARPS,

@@ -11,10 +11,10 @@ from executors._triton.configs import Tile
 from executors._triton.kernels.gradients import dz_kernel, input_weights_kernel, sums_kernel
 from executors._triton.kernels.outer import outer_kernel
 from executors._triton.launch.narrow import Narrow
-from executors._triton.launch.operands import Plan, blocks
+from executors._triton.launch.operands import LaunchPlan, blocks
 
-SUMMED_ROWS, SUMMED_COLUMNS = 32, 128  # of a bias gradient's program
-ROWS, COLUMNS = 16, 64  # of an elementwise program, at a time; a row tile is no smaller
+SUMMED_ROWS, SUMMED_COLUMNS = 32, 128  # of a program for a bias gradient
+ROWS, COLUMNS = 16, 64  # at a time, of an elementwise program; no row tile is smaller
 
 
 def dz(
@@ -25,7 +25,7 @@ def dz(
     dy: Tensor,
     bias: Tensor | None,
     act: Activation,
-    plan: Plan,
+    plan: LaunchPlan,
     *,
     want_dz: bool,
     want_h: bool,
@@ -43,15 +43,15 @@ def dz(
         act: the activation.
         plan: of the call.
         want_dz: whether dz is computed; else it has no rows.
-        want_h: whether h is; else it has no rows.
-        want_weights: whether the gradient of topk_weights is; else it has no rows.
+        want_h: whether h is computed; else it has no rows.
+        want_weights: whether the gradient of topk_weights is computed; else it has no rows.
     """
     assert dh is not None or not (want_dz or want_weights)
     slots, intermediate = z.shape[0], z.shape[1] // 2 if act.layout else z.shape[1]
     found = torch.empty(slots if want_dz else 0, z.shape[1], dtype=z.dtype, device=z.device)
     h = torch.empty(slots if want_h else 0, intermediate, dtype=z.dtype, device=z.device)
     d_weights = torch.zeros_like(topk_weights if want_weights else topk_weights[:0])  # empty slots are not written
-    dz_kernel[(max(1, plan.groups.most_tiles), plan.regime.up.block_m // ROWS)](
+    dz_kernel[(max(1, plan.groups.most_tiles), plan.config.up.block_m // ROWS)](
         z if dh is None else dh,
         z,
         topk_weights,
@@ -64,8 +64,8 @@ def dz(
         d_weights,
         intermediate,
         dy.shape[1],
-        *dy.stride(),
-        *((0, 0) if bias is None else bias.stride()),
+        dy.stride(),
+        (0, 0) if bias is None else bias.stride(),
         TOP_K=plan.top_k,
         WEIGHTED=weighted,
         STORE_DZ=want_dz,
@@ -106,7 +106,7 @@ def input_weights(d_inputs: Tensor, x: Tensor, topk_ids: Tensor, topk_weights: T
         slots,
         num_experts,
         x.shape[1],
-        *x.stride(),
+        x.stride(),
         TOP_K=topk_ids.shape[1],
         BLOCK_M=ROWS,
         BLOCK_N=COLUMNS,
@@ -114,7 +114,7 @@ def input_weights(d_inputs: Tensor, x: Tensor, topk_ids: Tensor, topk_weights: T
     return found
 
 
-def sums(values: Tensor, topk_weights: Tensor | None, like: Tensor, plan: Plan, *, of_tokens: bool) -> Tensor:
+def sums(values: Tensor, topk_weights: Tensor | None, like: Tensor, plan: LaunchPlan, *, of_tokens: bool) -> Tensor:
     """The gradient of a bias ``like`` [E, n]: the sum of each expert's rows, in order, times their weights if given.
 
     Args:
@@ -122,7 +122,7 @@ def sums(values: Tensor, topk_weights: Tensor | None, like: Tensor, plan: Plan, 
         topk_weights: [S], or None.
         like: the bias.
         plan: of the call.
-        of_tokens: whether values are to be gathered.
+        of_tokens: whether values are gathered.
     """
     assert of_tokens or topk_weights is None
     experts, columns = like.shape
@@ -134,8 +134,8 @@ def sums(values: Tensor, topk_weights: Tensor | None, like: Tensor, plan: Plan, 
         plan.groups.group_offsets,
         out,
         columns,
-        *values.stride(),
-        *out.stride(),
+        values.stride(),
+        out.stride(),
         TOP_K=plan.top_k if of_tokens else 0,
         WEIGHTED=topk_weights is not None,
         BLOCK_M=SUMMED_ROWS,
@@ -148,7 +148,7 @@ def outer(
     a: Narrow,
     b: Narrow,
     like: Tensor,
-    plan: Plan,
+    plan: LaunchPlan,
     *,
     tokens_a: bool = False,
     tokens_b: bool = False,
@@ -161,16 +161,16 @@ def outer(
         b: [T, n] where ``tokens_b``, else [S, n] sorted by expert.
         like: the matrices.
         plan: of the call.
-        tokens_a: whether rows of a are to be gathered.
-        tokens_b: whether rows of b are.
+        tokens_a: whether rows of a are gathered.
+        tokens_b: whether rows of b are gathered.
         scaled_b: [S] weights of slots that multiply the rows of b, or None.
     """
     out = torch.empty_like(like)
     target, gather, scaled = out, (tokens_a, tokens_b), (False, scaled_b is not None)
-    if out.stride(2) != 1:  # results lie next to each other along m: the same product, transposed
+    if out.stride(2) != 1:  # results are contiguous along m: compute the transposed product
         a, b, target, gather, scaled = b, a, out.transpose(1, 2), gather[::-1], scaled[::-1]
     experts, m, n = target.shape
-    tile = _fitting(plan.regime.outer, m, n)
+    tile = _fitting(plan.config.outer, m, n)
     outer_kernel[(experts * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
         a.values,
         b.values,
@@ -182,9 +182,9 @@ def outer(
         target,
         m,
         n,
-        *a.values.stride(),
-        *b.values.stride(),
-        *target.stride(),
+        a.values.stride(),
+        b.values.stride(),
+        target.stride(),
         TOP_K_A=plan.top_k if gather[0] else 0,
         TOP_K_B=plan.top_k if gather[1] else 0,
         SCALED_A=scaled[0],
@@ -196,7 +196,7 @@ def outer(
 
 
 def _fitting(tile: Tile, m: int, n: int) -> Tile:
-    """No larger than the matrix: an adapter's is narrow."""
+    """The tile, no larger than the matrix, which is narrow for an adapter."""
     block_m = min(tile.block_m, max(16, triton.next_power_of_2(m)))
     block_n = min(tile.block_n, max(16, triton.next_power_of_2(n)))
     smaller = block_m < tile.block_m or block_n < tile.block_n

@@ -11,21 +11,21 @@ from torch import Tensor
 from executors._protocol import Unsupported
 from executors._triton.kernels.grouping import count_kernel, group_kernel, place_kernel, scan_kernel
 
-CHUNK = 1024  # slots that one program takes
-BLOCK_S = 128  # of which as many at a time
+CHUNK = 1024  # slots of a program
+BLOCK_S = 128  # slots at a time
 BLOCK_TILES = 16
-MOST_SLOTS = 2**31 - 2 * CHUNK  # a slot, and where its chunk ends, are int32
-BLOCK_C, SCANNED = 128, 32  # chunks at a time, experts of a program, in the sum over chunks
+MOST_SLOTS = 2**31 - 2 * CHUNK  # slots, and the ends of chunks, are int32
+BLOCK_C, SCANNED = 128, 32  # of the sum over chunks: chunks at a time, experts of a program
 
 
 class Groups(NamedTuple):
     """Slots sorted by expert, on the device.
 
     Attributes:
-        order: [S] int32, the slot in each row; what stands past the last group is unspecified.
+        order: [S] int32, the slot in each row; unspecified past the last group.
         group_offsets: [E + 1] int32, exclusive.
         tiles: [1 + tiles, 3] int32: how many row tiles there are, then expert, first row and end of rows of each.
-        most_tiles: at most as many row tiles, whatever the routing.
+        most_tiles: an upper bound on the row tiles, whatever the routing.
     """
 
     order: Tensor

@@ -1,4 +1,4 @@
-"""Launches the kernels that bring what stands between products from fp32 to fp16, for tensor cores (clause E7)."""
+"""Launches the kernels that bring values between two products from fp32 to fp16, for tensor cores (clause E7)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import triton
 from torch import Tensor
 
 from executors._triton.kernels.narrow import narrow_columns_kernel, narrow_rows_kernel
-from executors._triton.launch.operands import Plan
+from executors._triton.launch.operands import LaunchPlan
 
-ROWS, ROW_COLUMNS = 4, 256  # of a program that narrows rows, at a time
+ROWS, ROW_COLUMNS = 4, 256  # at a time, of a program that narrows rows
 COLUMN_ROWS, COLUMNS = 32, 64  # of one that narrows columns
 
 
@@ -20,8 +20,8 @@ class Narrow(NamedTuple):
 
     Attributes:
         values: [n, k].
-        powers: [n] of rows, or [E, k] of each expert's columns: the powers of two that divided them; None where x is
-            not in fp16, and where the values are x or dy.
+        powers: the powers of two by which values were divided, [n] for rows or [E, k] for each expert's columns. None
+            if nothing was divided: x is not in fp16, or the values are x or dy.
     """
 
     values: Tensor
@@ -29,11 +29,11 @@ class Narrow(NamedTuple):
 
 
 def between(dtype: torch.dtype) -> torch.dtype:
-    """In which a kernel leaves to the next what is a site of E2: x's dtype, but fp32 for fp16 (E7)."""
+    """The dtype of values that one kernel leaves to the next (sites of E2): x's, but fp32 for fp16 (E7)."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def by_rows(values: Tensor, dtype: torch.dtype, plan: Plan) -> Narrow:
+def by_rows(values: Tensor, dtype: torch.dtype, plan: LaunchPlan) -> Narrow:
     """Rows [S, n], sorted by expert, for a product along n.
 
     Args:
@@ -57,7 +57,7 @@ def by_rows(values: Tensor, dtype: torch.dtype, plan: Plan) -> Narrow:
     return found
 
 
-def by_columns(values: Tensor, dtype: torch.dtype, plan: Plan, topk_weights: Tensor | None = None) -> Narrow:
+def by_columns(values: Tensor, dtype: torch.dtype, plan: LaunchPlan, topk_weights: Tensor | None = None) -> Narrow:
     """Rows [S, n], sorted by expert, times the weights of their slots if given, for a product along each expert's rows.
 
     Args:

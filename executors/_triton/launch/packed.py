@@ -16,15 +16,15 @@ BITS = {name: struct.unpack("16i", struct.pack("16f", *numbers)) for name, numbe
 LEAST_ROW = 32  # codes: rows of whole 16 bytes
 
 
-class Form(NamedTuple):
-    """What is known of codes when a kernel is compiled.
+class CodeFormat(NamedTuple):
+    """What a kernel knows of codes when it is compiled.
 
     Attributes:
-        table: what each code stands for, as the bits of a fp32: Triton would make 0 of a constant -0.
+        table: the number of each code, as the bits of a fp32: Triton would turn a constant -0 into 0.
         low_first: whether the low nibble comes first.
         by_rows: whether k, along which products sum, is the last dimension in memory.
-        grain: how many neighbours there share a block for sure; 1 where rows begin within bytes.
-        grain_bits, block_bits: binary logarithms of it, and of the blocksize.
+        grain: neighbours along that dimension that always share a block; 1 if rows begin within bytes.
+        grain_bits, block_bits: binary logarithms of the grain and of the blocksize.
         powers: whether scales are exponents of two.
         nested: whether scales are 8-bit codes themselves.
         segmented: whether each expert has nested statistics of its own.
@@ -48,26 +48,26 @@ class Codes(NamedTuple):
 
     Attributes:
         codes: two in a byte.
-        scales: of blocks, and what they take if they are nested.
+        scales: of blocks, and the nested statistics if there are some.
         strides: bytes from one expert to the next, and from one row in memory to the next.
-        form: what is known when the kernel is compiled.
+        format: what the kernel knows when it is compiled.
     """
 
     codes: Tensor
     scales: tuple[Any, ...]
     strides: tuple[int, int, int]
-    form: Form
+    format: CodeFormat
 
 
-def is_fused(form: Form | None) -> bool:
-    """Whether a compiler may make one rounding of a product and a sum: not of nested scales (Q3)."""
-    return form is None or not form.nested
+def is_fused(codes: CodeFormat | None) -> bool:
+    """Whether the compiler may fuse a product and a sum into one rounding: not for nested scales (Q3)."""
+    return codes is None or not codes.nested
 
 
 def is_aligned(packed: PackedTensor, *, decoded: bool = False) -> bool:
-    """Whether codes can be loaded 8 bytes at a time and more, and rows of the other operand 16.
+    """Whether codes can be loaded at least 8 bytes at a time, and rows of the other operand 16.
 
-    With ``decoded``, whether what they are decoded to can be loaded 16 bytes at a time.
+    With ``decoded``, whether the decoded numbers can be loaded 16 bytes at a time.
     """
     _, outer, inner = packed.stored_shape
     if decoded:
@@ -81,18 +81,18 @@ def codes_of(packed: PackedTensor, widths: tuple[int, int], halves: int) -> Code
     Args:
         packed: the projection.
         widths: of a tile, along m and along k.
-        halves: 2 where a tile's columns begin at m / 2 too, else 1.
+        halves: 2 if tiles begin at m / 2 too, else 1.
     """
     _, outer, inner = packed.stored_shape
     by_rows = not packed.transposed
     blocksize = packed.blocksize if isinstance(packed, NF4Tensor) else MX_BLOCKSIZE
-    begins = inner if by_rows else inner // halves  # tiles and rows begin at multiples of its powers of two
+    begins = inner if by_rows else inner // halves  # rows and tiles begin at multiples of the powers of two in it
     grain = gcd(begins, inner, blocksize, widths[1 if by_rows else 0])
     codes = packed.codes.contiguous()
     whole = grain > 1
     strides = (outer * inner // 2, inner // 2, 0) if whole else (0, 0, 0)
     scales, nested = _scales(packed)
-    form = Form(
+    code_format = CodeFormat(
         table=BITS[packed.quant_type],
         low_first=packed.quant_type in LOW_FIRST,
         by_rows=by_rows,
@@ -102,7 +102,7 @@ def codes_of(packed: PackedTensor, widths: tuple[int, int], halves: int) -> Code
         powers=isinstance(packed, MXFP4Tensor),
         **nested,
     )
-    return Codes(codes, scales, strides, form)
+    return Codes(codes, scales, strides, code_format)
 
 
 def _scales(packed: PackedTensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -112,7 +112,7 @@ def _scales(packed: PackedTensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     absmax = packed.absmax.contiguous()
     if packed.nested_absmax is None or packed.nested_code is None or packed.nested_offset is None:
         return (absmax,), {"nested": False, "segmented": False, "nested_blocksize": 0}
-    form = {"nested": True, "segmented": packed.nested_offset.ndim > 0, "nested_blocksize": packed.nested_blocksize}
+    nested = {"nested": True, "segmented": packed.nested_offset.ndim > 0, "nested_blocksize": packed.nested_blocksize}
     arrays = [value.contiguous() for value in (packed.nested_absmax, packed.nested_code, packed.nested_offset)]
     blocks = absmax.shape[0] // packed.segments
-    return (absmax, *arrays, ceil(blocks / packed.nested_blocksize), blocks), form
+    return (absmax, *arrays, ceil(blocks / packed.nested_blocksize), blocks), nested

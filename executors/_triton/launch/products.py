@@ -17,20 +17,20 @@ from executors._triton.launch.decode import parts_of
 from executors._triton.launch.narrow import Narrow, between
 from executors._triton.launch.operands import (
     Adapter,
+    LaunchPlan,
     Matrices,
-    Plan,
     adapter_of,
-    beside,
     blocks,
     grid,
+    narrow_for_adapter,
     operand,
     ranks_at_a_time,
 )
 from executors._triton.launch.packed import is_fused
 
 COMBINED = 1024  # elements of y in one program
-HALF_AS_WIDE = ("relu2", "gelu", "gelu_tanh", "silu", "geglu")  # a wider tile's activation spills
-ROWS_OF_WARP = 16  # at most, of the first factor of an adapter whose products are in fp32; more spill
+HALF_AS_WIDE = ("relu2", "gelu", "gelu_tanh", "silu", "geglu")  # activations that spill in a wider tile
+ROWS_OF_WARP = 16  # the most rows of a warp where an adapter's first factor is multiplied in fp32; more spill
 
 
 def up(
@@ -41,26 +41,26 @@ def up(
     topk_weights: Tensor | None,
     act: Activation,
     tile: Tile,
-    plan: Plan,
+    plan: LaunchPlan,
     keep_z: bool,
 ) -> tuple[Tensor, Tensor]:
-    """H [S, I] = act(z), rows sorted by expert, and z = x W^T + b, [S, J], or no rows of it.
+    """H [S, I] = act(z), and z = x W^T + b, [S, J], or no rows of it; rows are sorted by expert.
 
-    With topk_weights, x is multiplied by them (C3).
+    With topk_weights, they multiply x (C3).
     """
     both, hidden = matrices.shape[1:]
     intermediate = both // 2 if act.layout else both
-    tile = _storing(x.dtype, beside(adapter, tile, plan), plan)
-    widens = between(x.dtype) != x.dtype
+    dtype = between(x.dtype)
+    widest = _widest(x.dtype, plan)
     if act.name in HALF_AS_WIDE or act.has_softcap:
-        widest = configs.FAMILIES[plan.device.family].widened // 2 if widens else 128
-        tile = tile._replace(block_n=min(tile.block_n, widest))
-    if act.layout == "interleaved" and widens:  # pairs of fp32 spill too
-        tile = tile._replace(block_n=min(tile.block_n, 128))
+        widest //= 2
+    if act.layout == "interleaved" and dtype != x.dtype:  # pairs of fp32 spill too
+        widest = min(widest, 128)
+    tile = narrow_for_adapter(adapter, tile, plan).no_wider_than(widest)
     columns_of_tile = tile.block_n // 2 if act.layout else tile.block_n
     slots = plan.groups.order.numel()
-    h = torch.empty(slots, intermediate, dtype=between(x.dtype), device=x.device)
-    z = torch.empty(slots if keep_z else 0, both, dtype=between(x.dtype), device=x.device)
+    h = torch.empty(slots, intermediate, dtype=dtype, device=x.device)
+    z = torch.empty(slots if keep_z else 0, both, dtype=dtype, device=x.device)
     box = columns_of_tile if act.layout == "concatenated" else tile.block_n
     inner, inner_powers, factor, rank, block_r = adapter_of(adapter, x, plan)
     halves = 2 if act.layout == "concatenated" else 1
@@ -83,10 +83,10 @@ def up(
             both,
             hidden,
             rank,
-            *x.stride(),
-            *of_w.strides,
-            *((0, 0) if bias is None else bias.stride()),
-            *factor.stride(),
+            x.stride(),
+            of_w.strides,
+            (0, 0) if bias is None else bias.stride(),
+            factor.stride(),
             TOP_K=plan.top_k,
             HAS_BIAS=bias is not None,
             SCALE_INPUT=topk_weights is not None,
@@ -102,8 +102,8 @@ def up(
             PRECISION=plan.precision,
             EVEN_K=hidden % tile.block_k == 0,
             PART=part.last > 0,
-            FORM=of_w.form,
-            enable_fp_fusion=is_fused(of_w.form),
+            FORMAT=of_w.format,
+            enable_fp_fusion=is_fused(of_w.format),
             TMA=of_w.tma,
             BLOCK_R=block_r,
             **blocks(tile),
@@ -118,15 +118,15 @@ def down(
     adapter: Adapter | None,
     topk_weights: Tensor | None,
     tile: Tile,
-    plan: Plan,
+    plan: LaunchPlan,
 ) -> Tensor:
-    """The slots' (h W^T + b) [S, H], with topk_weights times them; empty slots are not written.
+    """The slots' (h W^T + b) [S, H], times topk_weights if given; empty slots are not written.
 
     ``rows`` are h [S, I].
     """
     h = rows.values
     hidden, inner_size = matrices.shape[1:]
-    tile = _storing(h.dtype, beside(adapter, tile, plan), plan)
+    tile = narrow_for_adapter(adapter, tile, plan).no_wider_than(_widest(h.dtype, plan))
     out = torch.empty(h.shape[0], hidden, dtype=between(h.dtype), device=h.device)
     inner, inner_powers, factor, rank, block_r = adapter_of(adapter, h, plan)
     for own, part in parts_of(matrices, plan):
@@ -149,16 +149,16 @@ def down(
             hidden,
             inner_size,
             rank,
-            *of_w.strides,
-            *((0, 0) if bias is None else bias.stride()),
-            *factor.stride(),
+            of_w.strides,
+            (0, 0) if bias is None else bias.stride(),
+            factor.stride(),
             HAS_BIAS=bias is not None,
             WEIGHTED=topk_weights is not None,
             PRECISION=plan.precision,
             EVEN_K=inner_size % tile.block_k == 0,
             PART=part.last > 0,
-            FORM=of_w.form,
-            enable_fp_fusion=is_fused(of_w.form),
+            FORMAT=of_w.format,
+            enable_fp_fusion=is_fused(of_w.format),
             TMA=of_w.tma,
             BLOCK_R=block_r,
             **blocks(tile),
@@ -166,14 +166,12 @@ def down(
     return out
 
 
-def _storing(dtype: torch.dtype, tile: Tile, plan: Plan) -> Tile:
-    """The tile, no wider than results allow that are wider than operands of that dtype."""
-    if between(dtype) == dtype:
-        return tile
-    return tile._replace(block_n=min(tile.block_n, configs.FAMILIES[plan.device.family].widened))
+def _widest(dtype: torch.dtype, plan: LaunchPlan) -> int:
+    """The most columns of a tile for operands of that dtype: fewer if results are wider than operands (E7)."""
+    return configs.WIDEST if between(dtype) == dtype else configs.FAMILIES[plan.device.family].widened
 
 
-def inner(narrow: Narrow, factor: Tensor, scaling: float, plan: Plan, *, of_tokens: bool) -> Tensor:
+def inner(narrow: Narrow, factor: Tensor, scaling: float, plan: LaunchPlan, *, of_tokens: bool) -> Tensor:
     """[S, r] Rows times their expert's factor [E, r, k] transposed, times scaling, sorted by expert.
 
     Args:
@@ -181,11 +179,11 @@ def inner(narrow: Narrow, factor: Tensor, scaling: float, plan: Plan, *, of_toke
         factor: of any float dtype and strides.
         scaling: of the adapter.
         plan: of the call.
-        of_tokens: whether rows are to be gathered.
+        of_tokens: whether rows are gathered.
     """
     rows = narrow.values
     rank, size = factor.shape[1:]
-    tile = plan.regime.inner
+    tile = plan.config.inner
     if rows.dtype == torch.float16 and factor.dtype != rows.dtype:
         tile = tile._replace(warps=max(tile.warps, tile.block_m // ROWS_OF_WARP))
     out = torch.empty(plan.groups.order.numel(), rank, dtype=between(rows.dtype), device=rows.device)
@@ -200,8 +198,8 @@ def inner(narrow: Narrow, factor: Tensor, scaling: float, plan: Plan, *, of_toke
         rank,
         size,
         scaling,
-        *rows.stride(),
-        *factor.stride(),
+        rows.stride(),
+        factor.stride(),
         TOP_K=plan.top_k if of_tokens else 0,
         PRECISION=plan.precision,
         EVEN_K=size % tile.block_k == 0,

@@ -40,9 +40,11 @@ def route(router_logits: Tensor, weights: MoEWeights) -> Routing:
         config.renormalize,
         float(config.renormalize_eps),
         float(config.routed_scaling_factor),
+        config.renormalize_form,
         config.num_groups,
         config.topk_groups,
         config.group_score,
+        config.selection_key,
     )
     return Routing(ids, topk_weights)
 
@@ -57,9 +59,11 @@ def operator(
     renormalize: bool,
     eps: float,
     scaling: float,
+    form: str,
     num_groups: int,
     topk_groups: int,
     group_score: str,
+    selection_key: str,
 ) -> tuple[Tensor, Tensor]:
     """Weights [T, K], float64 if ``wide``, else float32, and ids [T, K] int32."""
     if INTERPRETED:
@@ -78,17 +82,19 @@ def operator(
             weights,
             tokens,
             router_logits.shape[1],
-            *router_logits.stride(),
+            router_logits.stride(),
             0 if selection_bias is None else selection_bias.stride(0),
             TOP_K=top_k,
             SCORING=scoring,
             RENORMALIZE=renormalize,
+            MAX=form == "max",
             EPS=eps,
             SCALING=scaling,
             HAS_BIAS=selection_bias is not None,
             NUM_GROUPS=num_groups,
             TOPK_GROUPS=topk_groups,
             TOP2=group_score == "top2_sum",
+            BY_LOGIT=selection_key == "logit",
             **blocks,
             BLOCK_G=triton.next_power_of_2(num_groups),
         )
@@ -111,6 +117,7 @@ def backward_operator(
     renormalize: bool,
     eps: float,
     scaling: float,
+    form: str,
 ) -> Tensor:
     """The gradient of router_logits [T, E], contiguous, from that of topk_weights [T, K] (D1)."""
     if INTERPRETED:
@@ -127,10 +134,11 @@ def backward_operator(
             out,
             tokens,
             router_logits.shape[1],
-            *router_logits.stride(),
+            router_logits.stride(),
             TOP_K=top_k,
             SCORING=scoring,
             RENORMALIZE=renormalize,
+            MAX=form == "max",
             EPS=eps,
             SCALING=scaling,
             **blocks,
@@ -153,13 +161,13 @@ def _blocks(router_logits: Tensor, top_k: int) -> dict[str, int]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    router_logits, _bias, _wide, _top_k, *ctx.static = inputs[:8]
+    router_logits, _bias, _wide, _top_k, *ctx.static = inputs[:9]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], router_logits)
 
 
 def _autograd(ctx: Any, gradients: Tensor, _of_ids: Tensor | None) -> tuple[Any, ...]:
-    return backward_operator(gradients, *ctx.saved_tensors, *ctx.static), *(None for _ in range(10))
+    return backward_operator(gradients, *ctx.saved_tensors, *ctx.static), *(None for _ in range(12))
 
 
 def _no_double_backward(_ctx: Any, *_gradients: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from moe_ref.conformance.problems.build import Arrays
 from moe_ref.conformance.problems.problem import Problem, leading_shape
-from moe_ref.types import PARAMETERS, MoEWeights
+from moe_ref.types import PER_EXPERT, MoEWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +108,7 @@ def to_torch(problem: Problem, arrays: Arrays, device: str = "cpu") -> Inputs:
 
 def lay_out(value: Tensor, layout: str) -> Tensor:
     """The same numbers in other strides: "transposed", "sliced", "expanded" (rows equal) or "scalar" (all equal)."""
-    if layout == "transposed":
+    if layout == "transposed" and value.ndim > 1:
         return value.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "sliced":
         filler = torch.nan if value.is_floating_point() else 0
@@ -166,4 +166,4 @@ def run(executor: Executor, inputs: Inputs, backward: bool = True, passes: int =
 
 def _flat(value: Tensor, name: str) -> Tensor:
     value = value.detach().cpu()
-    return value if name in PARAMETERS else value.reshape(-1, value.shape[-1])
+    return value if name in PER_EXPERT else value.reshape(-1, value.shape[-1])

@@ -18,7 +18,7 @@ from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.routing import keys_are_rounded
-from moe_ref.types import PARAMETERS, Routing
+from moe_ref.types import PER_EXPERT, Routing
 
 if TYPE_CHECKING:
     from executors import Executor
@@ -39,7 +39,9 @@ def applicable(executor: Executor, problem: Problem) -> Problem:
     experts it chooses gets logits that leave no choice.
     """
     if problem.entry == "layer" and not executor.capabilities.routing:
-        return replace(problem, entry="experts", selection_bias="", frozen=problem.frozen - {"router_logits"})
+        return replace(
+            problem, entry="experts", selection_bias="", expert_scale=False, frozen=problem.frozen - {"router_logits"}
+        )
     return problem if hasattr(executor, "route") else with_one_choice(problem)
 
 
@@ -146,7 +148,7 @@ def verdicts_of(
     verdicts = []
     for name, actual in arrays.items():
         judged = None
-        if name in PARAMETERS:
+        if name in PER_EXPERT:
             judged = _judged_experts(actual, problem, truth, chosen)
         else:
             judged = ~truth.infinite if name == "y" else ~truth.broken

@@ -11,7 +11,14 @@ from itertools import combinations
 
 import numpy as np
 
-from moe_ref.routing import choice_keys, choose_groups, group_keys, keys_are_rounded, keys_of_groups, sigmoid, softmax
+from moe_ref.routing import (
+    choice_keys,
+    choose_groups,
+    group_keys,
+    keys_are_rounded,
+    keys_of_groups,
+    unbiased_keys,
+)
 from moe_ref.types import MoEConfig
 
 UNIT = 4 * 2.0**-23
@@ -53,11 +60,7 @@ def _gap(keys: np.ndarray, count: int) -> np.ndarray:
 def _slack(logits: np.ndarray, config: MoEConfig, selection_bias: np.ndarray | None) -> np.ndarray:
     if not keys_are_rounded(config, selection_bias):
         return np.zeros(len(logits))
-    finite = np.where(np.isfinite(logits), logits, 0.0)
-    scores = finite
-    if config.scoring != "topk_softmax":
-        scores = softmax(finite) if config.scoring == "softmax" else sigmoid(finite)
-    sizes = np.abs(scores)
+    sizes = np.abs(unbiased_keys(np.where(np.isfinite(logits), logits, 0.0), config))
     if selection_bias is not None:
         sizes = np.maximum(sizes, np.abs(selection_bias))
     return UNIT * np.maximum(1.0, sizes.max(axis=-1))

@@ -27,7 +27,7 @@ from moe_ref.conformance.problems.build import Arrays, build
 from moe_ref.conformance.problems.packed import of_experts, with_own_blocks
 from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.types import PARAMETERS
+from moe_ref.types import PER_EXPERT
 
 if TYPE_CHECKING:
     from executors import Executor
@@ -98,7 +98,7 @@ def relabel_experts(problem: Problem, arrays: Arrays) -> list[Changed]:
     )
 
     def undo(results: Results) -> Results:
-        undone = {n: v[inverse] if n in PARAMETERS else v for n, v in results.items()}
+        undone = {n: v[inverse] if n in PER_EXPERT else v for n, v in results.items()}
         if "router_logits" in undone:
             undone["router_logits"] = undone["router_logits"][:, inverse]
         return undone
@@ -170,7 +170,7 @@ def append_expert(problem: Problem, arrays: Arrays) -> list[Changed]:
 
     def undo(results: Results) -> Results:
         undone = dict(results)
-        for name in set(PARAMETERS) & set(results):
+        for name in set(PER_EXPERT) & set(results):
             clean = not results[name][-1].any()  # NaN counts as true
             undone[name] = results[name][:-1] if clean else np.full_like(results[name][:-1], math.inf)
         if "router_logits" in results:

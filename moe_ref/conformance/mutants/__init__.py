@@ -18,6 +18,7 @@ from moe_ref.conformance.mutants import (  # noqa: F401  (they register)
     packed,
     ranges,
     routing,
+    scoring,
     slots,
 )
 from moe_ref.conformance.mutants._registry import (

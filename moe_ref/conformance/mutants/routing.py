@@ -15,9 +15,11 @@ from moe_ref.routing import (
     choice_keys,
     choose_groups,
     chosen_scores,
+    divisor,
     group_keys,
     keys_of_groups,
     route,
+    scale_by_expert,
     weigh,
 )
 from moe_ref.types import MoEWeights
@@ -74,16 +76,14 @@ def choice_in_fp32(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeigh
 def softmax_without_maximum(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
     """The softmax does not subtract the largest logit first, so exp overflows in fp32 (R1)."""
     config = weights.config
-    if config.scoring == "sigmoid":
+    if not config.scoring.endswith("softmax"):
         return inner(x, logits, weights)
     routing = route(logits, config, weights.selection_bias)
     chosen = logits.float() if config.scoring == "softmax" else logits.float().gather(-1, routing.topk_ids)
     exponentials = chosen.exp()
     scores = exponentials / exponentials.sum(dim=-1, keepdim=True)
     scores = scores.gather(-1, routing.topk_ids) if config.scoring == "softmax" else scores
-    if config.renormalize:
-        scores = scores / (scores.sum(dim=-1, keepdim=True) + config.renormalize_eps)
-    return experts(inner, x, routing.topk_ids, narrow(scores * config.routed_scaling_factor, x), weights)
+    return with_scores_chosen(inner, x, weights, routing.topk_ids, scores)
 
 
 @layer_mutant
@@ -145,7 +145,8 @@ def other_groups_count_as_zero(inner: Executor, x: Tensor, logits: Tensor, weigh
 
 
 def _with_ids(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights, ids: Tensor) -> Tensor:
-    return experts(inner, x, ids, narrow(weigh(logits.double(), ids, weights.config), x), weights)
+    own = scale_by_expert(weigh(logits.double(), ids, weights.config), ids, weights.expert_scale)
+    return experts(inner, x, ids, narrow(own, x), weights)
 
 
 def _with_scores(
@@ -161,6 +162,13 @@ def _with_scores(
     if bias is None:
         return inner(x, logits, weights)
     scores = change(chosen_scores(logits.double(), ids, config), bias.detach().double()[ids]).double()
+    return with_scores_chosen(inner, x, weights, ids, scores)
+
+
+def with_scores_chosen(inner: Executor, x: Tensor, weights: MoEWeights, ids: Tensor, scores: Tensor) -> Tensor:
+    """Runs the layer with these scores of the chosen experts."""
+    config = weights.config
     if config.renormalize:
-        scores = scores / (scores.sum(dim=-1, keepdim=True) + config.renormalize_eps)
-    return experts(inner, x, ids, narrow(scores * config.routed_scaling_factor, x), weights)
+        scores = scores / divisor(scores.sum(dim=-1, keepdim=True), config)
+    own = scale_by_expert(scores.double() * config.routed_scaling_factor, ids, weights.expert_scale)
+    return experts(inner, x, ids, narrow(own, x), weights)

@@ -14,10 +14,11 @@ from moe_ref.conformance.problems.packed import quantized
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.grouping import is_slot
 from moe_ref.numerics import round_to_nearest
-from moe_ref.routing import route, weigh
+from moe_ref.routing import chosen_scores, route, scale_by_expert, weigh
 from moe_ref.types import ExpertLoRA, MoEConfig, MoEWeights
 
 SELECTION_BIAS = {"small": 0.5, "large": 100.0}
+SHIFTS = {"sigmoid": [100.0], "sqrtsoftplus": [100.0, -50.0]}  # exp(-100) leaves fp32's range
 SCALINGS = (2.0, 0.5)  # of the adapters of gate_up_proj and of down_proj
 
 
@@ -63,12 +64,11 @@ def build(problem: Problem, chosen: tuple[int, ...] | None = None) -> Arrays:
     logits = topk_weights = None
     if problem.entry == "layer":
         logits = _logits(problem, rng)
-        if problem.margins:
-            logits = _with_margins(logits, problem, bias, rng)
+        logits = _clear(logits, problem, bias, rng)
         logits = _break_logits(logits, problem, rng)
         topk_ids = route(logits, config, bias).topk_ids
         topk_ids = topk_ids if chosen is None else np.reshape(chosen, topk_ids.shape)
-        slot_weights = weigh(logits, topk_ids, config)
+        slot_weights = scale_by_expert(weigh(logits, topk_ids, config), topk_ids, weights.expert_scale)
     else:
         topk_ids = _ids(problem, rng)
         slot_weights = topk_weights = _topk_weights(topk_ids, problem, rng)
@@ -111,6 +111,8 @@ def _weights(problem: Problem, rng: np.random.Generator) -> MoEWeights:
     )
     scale = SELECTION_BIAS.get(problem.selection_bias)
     selection = None if scale is None else normal((), problem.bias_dtype, scale)
+    scales = 1 + normal((), problem.bias_dtype, 0.5) if problem.expert_scale else None
+    scales = None if scales is None else round_to_nearest(scales, problem.bias_dtype)
     lora = None
     if problem.gate_up_rank or problem.down_rank:
         pairs = (
@@ -118,21 +120,34 @@ def _weights(problem: Problem, rng: np.random.Generator) -> MoEWeights:
             factors("down", problem.down_rank, hidden, inner),
         )
         lora = ExpertLoRA(*pairs[0], *pairs[1], *SCALINGS)
-    weights = MoEWeights(gate_up, down, gate_up_bias, down_bias, selection, lora, config=problem.config)
+    biases = gate_up_bias, down_bias, selection
+    weights = MoEWeights(gate_up, down, *biases, lora, config=problem.config, expert_scale=scales)
     return quantized(weights, problem) if problem.quant_type else weights
 
 
-def _with_margins(
-    logits: np.ndarray, problem: Problem, bias: np.ndarray | None, rng: np.random.Generator
-) -> np.ndarray:
-    """Draws rows of logits anew until no other choice of experts is near."""
+def _clear(logits: np.ndarray, problem: Problem, bias: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """Draws rows of logits anew until rounding decides nothing.
+
+    No other choice of experts is near, where the problem has margins, and no sum of scores is near the epsilon below
+    which the gradient is another (R5).
+    """
     for _ in range(100):
-        unclear = ~have_margins(logits, problem.config, bias)
+        unclear = _near_epsilon(logits, problem.config, bias)
+        if problem.margins:
+            unclear |= ~have_margins(logits, problem.config, bias)
         if not unclear.any():
             return logits
         fresh = round_to_nearest(rng.standard_normal(logits.shape) * 2, problem.routing_dtype)
         logits = np.where(unclear[:, None], fresh, logits)
     raise AssertionError(f"no logits with margins for {problem}")
+
+
+def _near_epsilon(logits: np.ndarray, config: MoEConfig, bias: np.ndarray | None) -> np.ndarray:
+    """[T] Whether the sum that renormalisation compares with its epsilon is within 1/1000 of it."""
+    if not config.renormalize or config.renormalize_form == "add":
+        return np.zeros(len(logits), dtype=bool)
+    total = chosen_scores(logits, route(logits, config, bias).topk_ids, config).sum(axis=-1)
+    return np.abs(total - config.renormalize_eps) < 1e-3 * config.renormalize_eps
 
 
 def _logits(problem: Problem, rng: np.random.Generator) -> np.ndarray:
@@ -143,8 +158,8 @@ def _logits(problem: Problem, rng: np.random.Generator) -> np.ndarray:
         return round_to_nearest(1 + 1e-12 * rng.integers(-1, 2, shape), problem.routing_dtype)
     logits = rng.standard_normal(shape) * 2
     if problem.logits == "shifted":
-        signs = [1.0] if problem.config.scoring == "sigmoid" else [1.0, -1.0]  # sigmoid(-100) leaves fp32's range
-        logits = logits + 100 * rng.choice(signs, (problem.tokens, 1))
+        shifts = SHIFTS.get(problem.config.scoring, [100.0, -100.0])
+        logits = logits + rng.choice(shifts, (problem.tokens, 1))
     if problem.logits == "skewed":
         logits = logits + 4 * rng.standard_normal(problem.experts)
     if problem.logits == "masked":

@@ -14,6 +14,10 @@ GPT_OSS = MoEConfig(
 STEP = MoEConfig(top_k=8, scoring="sigmoid", renormalize=True, limit=7.0, clamp="after")
 INKLING2 = MoEConfig(top_k=4, scoring="sigmoid", renormalize=True, gate_softcap=4.0, up_softcap=25.0)
 DEEPSEEK = MoEConfig(top_k=8, scoring="sigmoid", renormalize=True, routed_scaling_factor=2.5)
+DEEPSEEK_V4 = MoEConfig(top_k=6, scoring="sqrtsoftplus", renormalize=True, routed_scaling_factor=1.5)
+KOLIBRI = MoEConfig(top_k=4, scoring="sigmoid", renormalize=True, renormalize_eps=0.0, selection_key="logit")
+ERNIE = MoEConfig(top_k=6, renormalize=True, renormalize_eps=1e-12, renormalize_form="max")
+GEMMA = MoEConfig(top_k=8, renormalize=True, renormalize_eps=0.0, activation="geglu_tanh")
 BIASES: dict[str, Any] = {"gate_up_bias": True, "down_bias": True}
 ADAPTERS: dict[str, Any] = {"gate_up_rank": 4, "down_rank": 4}
 
@@ -209,4 +213,19 @@ EXAMPLES = (
     Problem(9, 2, 8, 8, MoEConfig(1, alpha=1.702, gate_softcap=0.5), "float16", gate_up_rank=1, seed=5),
     # a broken token with scale_input: the gradient of a bias does not show which expert the token chose
     Problem(1, 16, 1, 1, MoEConfig(1, scale_input=True), down_bias=True, broken_logits=1),
+    # sqrt(softplus) far below 0 and far above, a gradient at -inf, and a +inf, whose row is undefined
+    Problem(33, 16, 8, 8, DEEPSEEK_V4, logits="shifted", selection_bias="small", broken_logits=3, seed=1),
+    Problem(33, 9, 8, 8, DEEPSEEK_V4, "bfloat16", logits="masked", selection_bias="small", seed=2),
+    # its digits where 1 + exp(logit) has none
+    Problem(33, 7, 1, 8, MoEConfig(7, scoring="sqrtsoftplus"), logits="skewed", seed=3),
+    # a bias on the logit, larger than any score
+    Problem(33, 16, 8, 8, KOLIBRI, "bfloat16", selection_bias="small", seed=4),
+    Problem(16, 9, 8, 8, KOLIBRI, selection_bias="large", logits="masked", seed=5),
+    # the larger of sum and epsilon: the sum, and either
+    Problem(33, 16, 8, 8, ERNIE, "bfloat16", selection_bias="small", seed=6),
+    Problem(33, 16, 8, 8, replace(ERNIE, top_k=3, renormalize_eps=0.7), selection_bias="small", seed=7),
+    # a learned scale of each expert's weights; ignored where the caller gives them
+    Problem(33, 16, 8, 8, GEMMA, "bfloat16", expert_scale=True, bias_dtype="bfloat16", seed=8),
+    Problem(9, 5, 8, 8, replace(GEMMA, top_k=2), expert_scale=True, broken_logits=3, broken_x=1, seed=9),
+    Problem(9, 5, 8, 8, MoEConfig(2), entry="experts", expert_scale=True, frozen=frozenset({"expert_scale"}), seed=10),
 )

@@ -22,9 +22,11 @@ class Problem:
         entry: "layer" (router_logits are given) or "experts" (topk_ids and topk_weights are given).
         routing_dtype: of router_logits or topk_weights.
         ids_dtype: of topk_ids.
-        bias_dtype: of the biases, also of the selection bias.
+        bias_dtype: of the biases, also of the selection bias, and of the experts' scales.
         gate_up_bias, down_bias: whether the layer has them.
         selection_bias: "" (none), "small" (as large as the scores) or "large" (a hundred times that).
+        expert_scale: whether the layer has learned scales of its weights, in ``bias_dtype``; ignored, and frozen, for
+            entry "experts".
         gate_up_rank, down_rank: of the adapters; 0 is none.
         lora_dtype: of the adapters' factors.
         quant_type: "" for dense projections; "nf4", "fp4" or "mxfp4" for frozen ones in 4 bits. With "mxfp4", H and I
@@ -34,8 +36,9 @@ class Problem:
             segment for each expert if no block straddles experts, else one for all).
         margins: whether no rounding comes near another choice of experts, for executors that do not tell their choice.
         logits: "random"; "ties" (whole numbers from -1 to 1, +0 and -0 among them); "masked" (a third are -inf);
-            "skewed" (some experts are far more likely); "shifted" (rows around +100, or -100 for the softmax kinds);
-            "close" (1 and its neighbours at a distance of 1e-12: ties in all but float64).
+            "skewed" (some experts are far more likely); "shifted" (rows around +100, or around -100 for the softmax
+            kinds and -50 for "sqrtsoftplus"); "close" (1 and its neighbours at a distance of 1e-12: ties in all but
+            float64).
         cut_points: for entry "experts": draw group sizes as cut points, with replacement, from E + 1 places, so that
             empty experts and duplicates in a row occur naturally; otherwise K distinct random ids per row.
         empty_slots: for entry "experts": some ids lie outside [0, E), with NaN and inf among their weights.
@@ -66,6 +69,7 @@ class Problem:
     gate_up_bias: bool = False
     down_bias: bool = False
     selection_bias: str = ""
+    expert_scale: bool = False
     gate_up_rank: int = 0
     down_rank: int = 0
     lora_dtype: str = "float32"
@@ -103,7 +107,7 @@ class Problem:
             return self.routing_dtype
         if name in LORA_FACTORS:
             return self.lora_dtype
-        return self.bias_dtype if name.endswith("_bias") else self.dtype
+        return self.bias_dtype if name.endswith(("_bias", "expert_scale")) else self.dtype
 
     def factor(self, *names: str) -> float:
         """The product of the powers of two that multiply the named inputs."""

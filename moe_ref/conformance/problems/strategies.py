@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from hypothesis import strategies as st
 
 from moe_ref.conformance.problems.packed import in_whole_blocks
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.types import DENSE, GATED, LORA_FACTORS, Activation, MoEConfig, QuantType
+from moe_ref.types import (
+    DENSE,
+    GATED,
+    LORA_FACTORS,
+    Activation,
+    MoEConfig,
+    QuantType,
+    RenormalizeForm,
+    Scoring,
+    SelectionKey,
+)
 from moe_ref.validation.nf4 import BLOCKSIZES, DECODED_DTYPES
 
 if TYPE_CHECKING:
@@ -60,13 +70,15 @@ def configs(draw: st.DrawFn, experts: int, activations: Collection[str] = ACTIVA
     limit = limit if swiglu and not has_caps else None
     return MoEConfig(
         top_k=top_k,
-        scoring=draw(st.sampled_from(["softmax", "topk_softmax", "sigmoid"]), label="scoring"),
+        scoring=draw(st.sampled_from(get_args(Scoring)), label="scoring"),
         renormalize=draw(st.booleans(), label="renormalize"),
-        renormalize_eps=draw(st.sampled_from([1e-20, 1e-6, 0.1]), label="renormalize_eps"),
+        renormalize_eps=draw(st.sampled_from([1e-20, 1e-6, 0.1, 0.7]), label="renormalize_eps"),
+        renormalize_form=draw(st.sampled_from(get_args(RenormalizeForm)), label="renormalize_form"),
         routed_scaling_factor=draw(st.sampled_from([1.0, 2.5]), label="routed_scaling_factor"),
         num_groups=groups,
         topk_groups=kept,
         group_score=group_score if size > 1 else "max",  # type: ignore[arg-type]
+        selection_key=draw(st.sampled_from(get_args(SelectionKey)), label="selection_key"),
         scale_input=draw(st.booleans(), label="scale_input"),
         activation=activation,
         alpha=alpha if swiglu else 1.0,
@@ -110,9 +122,12 @@ def problems(
     x_layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]), label="x_layout")
     dy_layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "scalar"]), label="dy_layout")
     broken_x = draw(st.integers(0, 1), label="broken_x")
-    frozen = draw(st.frozensets(st.sampled_from(["x", "routing", *DENSE, *LORA_FACTORS])), label="frozen")
+    frozen = draw(
+        st.frozensets(st.sampled_from(["x", "routing", "expert_scale", *DENSE, *LORA_FACTORS])), label="frozen"
+    )
     base_frozen = draw(st.booleans(), label="base_frozen")
     selection_bias = draw(st.sampled_from(["", "small", "large"]), label="selection_bias")
+    expert_scale = draw(st.booleans(), label="expert_scale")
     all_equal = x_layout == "expanded"
     kind = draw(st.sampled_from([k for k in WEIGHTS if k in weights]), label="weights")
     blocksize = draw(st.sampled_from(BLOCKSIZES), label="blocksize")
@@ -133,6 +148,7 @@ def problems(
         gate_up_bias=draw(st.booleans(), label="gate_up_bias"),
         down_bias=draw(st.booleans(), label="down_bias"),
         selection_bias=selection_bias if by_logits else "",
+        expert_scale=expert_scale,
         gate_up_rank=draw(st.sampled_from([0, 0, 1, 4]), label="gate_up_rank"),
         down_rank=draw(st.sampled_from([0, 0, 1, 3]), label="down_rank"),
         lora_dtype=draw(st.sampled_from(DTYPES), label="lora_dtype"),
@@ -151,7 +167,10 @@ def problems(
         dy_layout="contiguous" if all_equal and dy_layout == "scalar" else dy_layout,
         routing_layout=draw(st.sampled_from(["contiguous", "sliced"]), label="routing_layout"),
         top_k_given=draw(st.sampled_from([True, False]), label="top_k_given") or by_logits,
-        frozen=frozenset(_frozen(name, by_logits) for name in {*frozen, *(DENSE if base_frozen else ())}),
+        frozen=frozenset(
+            _frozen(name, by_logits)
+            for name in {*frozen, *(DENSE if base_frozen else ()), *(() if by_logits else ("expert_scale",))}
+        ),
         seed=draw(st.integers(0, 2**32 - 1), label="seed"),
     )
     return in_whole_blocks(problem)
@@ -199,12 +218,25 @@ def without_undeclared(problem: Problem, able: Capabilities) -> Problem:
         config = replace(config, clamp="before")
     if not able.softcap:
         config = replace(config, gate_softcap=None, up_softcap=None)
+    config = replace(
+        config,
+        scoring=_within(config.scoring, get_args(Scoring), able.scorings),
+        renormalize_form=_within(config.renormalize_form, get_args(RenormalizeForm), able.renormalize_forms),
+        selection_key=_within(config.selection_key, get_args(SelectionKey), able.selection_keys),
+    )
     if not able.selection:
         config = replace(config, num_groups=1, topk_groups=1, group_score="max")
         problem = replace(problem, selection_bias="")
+    if not able.expert_scale:
+        problem = replace(problem, expert_scale=False)
     if not able.lora:
         problem = replace(problem, gate_up_rank=0, down_rank=0)
     return replace(problem, config=config)
+
+
+def _within(name: str, names: Collection[str], declared: Collection[str]) -> Any:
+    """The name, or the first of ``names`` that is declared."""
+    return next((n for n in (name, *names) if n in declared), name)
 
 
 def undeclared(problem: Problem, able: Capabilities) -> str:
@@ -219,6 +251,11 @@ def undeclared(problem: Problem, able: Capabilities) -> str:
         "softcaps": able.softcap or (config.gate_softcap is None and config.up_softcap is None),
         "groups": able.selection or not chooses or config.num_groups == 1,
         "a selection bias": able.selection or not chooses or not problem.selection_bias,
+        f"scoring {config.scoring}": not chooses or config.scoring in able.scorings,
+        f"renormalize_form {config.renormalize_form}": not (chooses and config.renormalize)
+        or config.renormalize_form in able.renormalize_forms,
+        f"selection_key {config.selection_key}": not chooses or config.selection_key in able.selection_keys,
+        "expert_scale": able.expert_scale or not chooses or not problem.expert_scale,
         "scale_input": able.scale_input or not config.scale_input,
         "adapters": able.lora or not (problem.gate_up_rank or problem.down_rank),
     }

@@ -1,0 +1,220 @@
+"""A whole MoE block of a transformers model: router, experts, and what stands beside them, with random weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import executors
+from executors import hf
+from executors._bench.case import FORWARD
+from executors._bench.measure import Spread, ratios, spread, time_rounds, warm_up
+from executors.hf.explain import meta_model
+
+THEIRS = ("eager", "grouped_mm", "batched_mm")
+JUDGED = 8  # tokens
+WORSE = 4.0  # times the error of the family's own eager path, at most
+SCALE = 0.02  # of random weights
+SLOWEST_S = 20.0  # of a call that is timed
+
+Tell = Callable[[str], None]
+
+
+class NoBlock(ValueError):
+    """The model has no block that can be timed; the message says why, in one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A block with weights.
+
+    Attributes:
+        kind: its class.
+        module: the block.
+        experts: its experts module.
+        layer: what its experts compute, and their sizes.
+    """
+
+    kind: str
+    module: nn.Module
+    experts: Any
+    layer: str
+
+    @property
+    def hidden(self) -> int:
+        """H of the block's input."""
+        return int(getattr(self.experts.config, "hidden_size", 0)) or hf.weights_of(self.experts).hidden_size
+
+    @contextmanager
+    def on(self, implementation: str) -> Iterator[None]:
+        """Runs the experts by one of transformers' names."""
+        config = self.experts.config
+        before, config._experts_implementation = config._experts_implementation, implementation
+        try:
+            yield
+        finally:
+            config._experts_implementation = before
+
+
+@dataclass(eq=False)
+class BlockRow:
+    """What came of one way to run the experts.
+
+    Attributes:
+        name: "hf:NAME" of transformers' own, or the name of an executor.
+        ours: whether it is an executor.
+        reason: why it was not timed, or "".
+        error: the largest of the experts' output and gradients, each relative to its largest element.
+        failed: whether that is too much.
+        seconds: timed calls of the block, one for each round.
+    """
+
+    name: str
+    ours: bool
+    reason: str = ""
+    error: float | None = None
+    failed: bool = False
+    seconds: list[float] = field(default_factory=list)
+
+
+def make_block(model: str, changes: dict[str, Any], device: str, dtype: torch.dtype, seed: int) -> Block:
+    """The first MoE block of a model, with random weights.
+
+    Args:
+        model: a folder with a config.json, or a model class of transformers.
+        changes: of the configuration, such as {"num_local_experts": 8}; a nested text configuration gets them too.
+        device: where.
+        dtype: of all floating parameters.
+        seed: of the weights.
+
+    Raises:
+        NoBlock: there is none that transformers dispatches.
+        ValueError: no such model, or one of ``changes`` is no field of its configuration.
+    """
+    whole = meta_model(model, changes)
+    names = [name for name, module in whole.named_modules() if hf.is_experts(module)]
+    if not names:
+        raise NoBlock(f"model={model}: must have experts that transformers dispatches")
+    module = whole.get_submodule(names[0].rpartition(".")[0])
+    experts = whole.get_submodule(names[0])
+    module.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(0, SCALE, generator=generator)
+    module.to(dtype).train(False)
+    weights = hf.weights_of(experts)
+    sizes = f"E={weights.num_experts} H={weights.hidden_size} I={weights.intermediate_size}"
+    return Block(type(module).__name__, module, experts, f"{type(experts).__name__} {sizes}")
+
+
+def measure_block(
+    block: Block, tokens: int, direction: str, names: list[str], seconds: float, seed: int, tell: Tell
+) -> list[BlockRow]:
+    """Judges every way to run the experts on a few tokens, then times the block with each that is right, in turn.
+
+    Args:
+        block: the block.
+        tokens: T.
+        direction: "forward" or "forward_backward".
+        names: of executors.
+        seconds: how long the rounds go on.
+        seed: of the input, and of the order of calls.
+        tell: called with what is being done.
+    """
+    own = next(block.module.parameters())
+    generator = torch.Generator(own.device).manual_seed(seed)
+    x = torch.randn(1, tokens, block.hidden, generator=generator, device=own.device).to(own.dtype)
+    given = experts_inputs(block, x)
+    truth = _judged(block, "eager", given, wide=torch.float64 if own.dtype == torch.float32 else torch.float32)
+    rows = [BlockRow(f"hf:{name}", False) for name in THEIRS] + [BlockRow(name, True) for name in names]
+    actions: dict[str, Callable[[], None]] = {}
+    for row in rows:
+        tell(f"T={tokens} {direction}: judging {row.name}")
+        try:
+            implementation = hf.register(row.name)[0] if row.ours else row.name.removeprefix("hf:")
+            row.error = _error(_judged(block, implementation, given), truth)
+        except (executors.Unavailable, executors.Unsupported, RuntimeError, ValueError) as error:
+            row.reason = " ".join(str(error).split())
+            continue
+        row.failed = row.ours and row.error > WORSE * max(rows[0].error or 0.0, torch.finfo(own.dtype).eps)
+        if not row.failed:
+            actions[row.name] = functools.partial(_run, block, implementation, x, direction)
+
+    def after() -> None:
+        block.module.zero_grad(set_to_none=True)
+
+    tell(f"T={tokens} {direction}: warming up")
+    for name, took in warm_up(actions, after, own.device.type).items():
+        if took > SLOWEST_S:
+            next(row for row in rows if row.name == name).reason = f"a call took {took:.1f} s"
+            del actions[name]
+    times = time_rounds(actions, after, own.device.type, seconds, seed, lambda n: tell(f"T={tokens}: round {n}"))
+    for row in rows:
+        row.seconds = times.get(row.name, [])
+    return rows
+
+
+def ratio(row: BlockRow, rows: list[BlockRow]) -> Spread | None:
+    """How many times as fast as the fastest of transformers' own, over the rounds."""
+    theirs = [peer for peer in rows if peer.seconds and not peer.ours]
+    best = min(theirs, key=lambda peer: spread(peer.seconds).median, default=None)
+    return spread(ratios(best.seconds, row.seconds)) if best is not None and row.seconds else None
+
+
+def experts_inputs(block: Block, x: Tensor) -> tuple[Tensor, ...]:
+    """What the block gives to its experts for the first `JUDGED` tokens: x, ids, weights.
+
+    Raises:
+        NoBlock: the block cannot be called with hidden states alone.
+    """
+    seen: list[tuple[Any, ...]] = []
+    hook = block.experts.register_forward_pre_hook(lambda _module, args: seen.append(args))
+    try:
+        with torch.no_grad(), block.on("eager"):
+            block.module(x)
+    except TypeError as error:
+        raise NoBlock(f"{block.kind} needs more than hidden states: {error}") from error
+    finally:
+        hook.remove()
+    return tuple(value[:JUDGED] for value in seen[0][:3])
+
+
+def _judged(
+    block: Block, implementation: str, given: tuple[Tensor, ...], wide: torch.dtype | None = None
+) -> list[Tensor]:
+    """The experts' output and gradients; ``wide``: of a copy in a wider dtype, which does not round."""
+    experts = block.experts if wide is None else copy.deepcopy(block.experts).to(wide)
+    x, ids, weights = (value.to(wide) if wide and value.is_floating_point() else value for value in given)
+    leaves = [x.detach().requires_grad_(), weights.detach().requires_grad_()]
+    with block.on(implementation):
+        if wide is not None:  # the copy has a configuration of its own
+            experts.config._experts_implementation = implementation
+        y = experts(leaves[0], ids, leaves[1])
+        parameters = list(experts.parameters())
+        return [y.detach(), *torch.autograd.grad(y, [*leaves, *parameters], torch.ones_like(y))]
+
+
+def _error(actual: list[Tensor], exact: list[Tensor]) -> float:
+    pairs = zip(actual, exact, strict=True)
+    return max(float((a.to(e.dtype) - e).abs().max() / e.abs().max().clamp(min=1e-30)) for a, e in pairs)
+
+
+def _run(block: Block, implementation: str, x: Tensor, direction: str) -> None:
+    with block.on(implementation):
+        if direction == FORWARD:
+            with torch.no_grad():
+                block.module(x)
+            return
+        leaf = x.detach().requires_grad_()
+        y = block.module(leaf)
+        y = y[0] if isinstance(y, tuple) else y
+        y.backward(torch.ones_like(y))

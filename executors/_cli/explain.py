@@ -1,0 +1,103 @@
+"""``explain``: which executors take a layer, or the layers of a model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+import executors
+from executors._cli import options as cli
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CLASS_OR_DIR",
+        help="Instead of a file: a model class of transformers, or a folder with a config.json. No weights are read.",
+    ),
+]
+
+
+def explain(
+    file: cli.FileArgument = None,
+    model: ModelOption = None,
+    device: cli.DeviceOption = "cpu",
+    executor: Annotated[str, typer.Option(metavar="NAME", help="With --model: the executor that is asked.")] = "auto",
+) -> None:
+    """Says which executors can take a layer, or a model.
+
+    For a layer: one row for each executor, with the reason why not; then what "auto" would choose, and why. With
+    --model: one row for each kind of MoE layer, with the executor that takes it and the configuration that was found,
+    or why none does; exit status 1 where one is refused.
+    """
+    if model is not None:
+        if file is not None:
+            cli.refuse(f"FILE {file}: must be left out with --model {model}")
+        _explain_model(model, executor, device)
+        return
+    layer = cli.load(file, device)
+    print_rows(executors.explain(layer.x, layer.weights))
+    try:
+        auto = executors.get("auto")
+        chosen, why = auto.choose(layer.x, layer.weights)  # type: ignore[attr-defined]
+    except (executors.Unavailable, executors.Unsupported) as error:
+        cli.new_console().print(f"auto: {escape(str(error))}")
+    else:
+        cli.new_console().print(f"auto chooses {chosen}: {escape(why)}")
+
+
+def _explain_model(name: str, executor: str, device: str) -> None:
+    cli.check_device(device)
+    try:
+        from executors.hf.explain import explain_model, meta_model
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "transformers":
+            raise
+        cli.refuse('--model needs transformers: pip install "moe-ref[hf]"')
+    try:
+        rows = explain_model(meta_model(name), executor, device)
+    except ValueError as error:
+        cli.refuse(f"--model {error}".replace("--model model=", "--model "))
+    except (executors.UnknownExecutor, executors.Unavailable) as error:
+        cli.refuse(f"--executor: {error}")
+    if not rows:
+        cli.refuse(f"--model {name}: must have experts; it has none")
+    out = Table(width=cli.WIDTH, show_lines=True)
+    out.add_column("MoE layers", ratio=1, overflow="fold")
+    out.add_column("executor", no_wrap=True)
+    out.add_column("experts: configuration, or why not", ratio=1, overflow="fold")
+    for row in rows:
+        taken = f"[green]{row.executor}[/green]" if row.executor else "[red]none[/red]"
+        what = "\n".join(line for line in (row.kind, row.sizes, row.reason or row.config) if line)
+        out.add_row(escape(_in_short(row.layers)), taken, escape(what))
+    cli.new_console().print(out)
+    if any(row.reason for row in rows):
+        raise typer.Exit(1)
+
+
+def _in_short(names: tuple[str, ...]) -> str:
+    """Names that differ in one number with its range: "model.layers.[0-31].mlp.experts (32)"."""
+    first, last = names[0].split("."), names[-1].split(".")
+    differing = [index for index, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]]
+    if len(names) == 1 or len(first) != len(last) or len(differing) != 1:
+        return ", ".join(names)
+    first[differing[0]] = f"[{first[differing[0]]}-{last[differing[0]]}]"
+    return f"{'.'.join(first)} ({len(names)})"
+
+
+def print_rows(rows: list[executors.Explanation], *, kinds: bool = False) -> None:
+    """Prints a table; with ``kinds`` it has the weights that each executor takes."""
+    out = Table(width=cli.WIDTH)
+    out.add_column("executor", no_wrap=True)
+    out.add_column("usable", no_wrap=True)
+    out.add_column("from", no_wrap=True)
+    if kinds:
+        out.add_column("weights", max_width=11)
+    out.add_column("why not, or a remark", ratio=1)
+    for row in rows:
+        usable = "[green]yes[/green]" if row.usable else "[red]no[/red]"
+        weights = [", ".join(row.weights)] if kinds else []
+        out.add_row(row.name, usable, escape(row.source), *weights, escape(row.reason or row.note))
+    cli.new_console().print(out)

@@ -1,0 +1,112 @@
+"""``bench --model``: a whole block of a transformers model."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers")
+
+import executors
+from executors._bench.block import NoBlock, experts_inputs, make_block, measure_block, ratio
+from executors._cli.app import app
+
+MIXTRAL = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1}
+GPT_OSS = {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 8, "num_hidden_layers": 1}
+DEEPSEEK = {"hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 16}
+
+
+class Leaky:
+    """``native``, but 5 % more."""
+
+    name = "leaky"
+    capabilities = executors.Capabilities()
+
+    def experts(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
+        return executors.get("native").experts(x, **given) * 1.05
+
+    def check(self, _x: torch.Tensor, _weights: object) -> None: ...
+
+
+@pytest.fixture
+def leaky() -> Iterator[str]:
+    executors.register("leaky", Leaky)
+    yield "leaky"
+    executors.unregister("leaky")
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [("MixtralForCausalLM", MIXTRAL), ("GptOssForCausalLM", GPT_OSS), ("DeepseekV3ForCausalLM", DEEPSEEK)],
+)
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+def test_every_way_is_judged_and_timed(model: str, sizes: dict[str, int], direction: str, leaky: str) -> None:
+    block = make_block(model, sizes, "cpu", torch.bfloat16, 0)
+    rows = measure_block(block, 6, direction, ["native", "grouped_nf4", leaky], 0.0, 0, lambda _: None)
+    by_name = {row.name: row for row in rows}
+    assert list(by_name) == ["hf:eager", "hf:grouped_mm", "hf:batched_mm", "native", "grouped_nf4", "leaky"]
+    for name in ("hf:eager", "hf:grouped_mm", "hf:batched_mm", "native"):
+        row = by_name[name]
+        assert 0 < row.error < 0.03, name  # type: ignore[operator]
+        assert (row.failed, row.reason, len(row.seconds)) == (False, "", 7)
+        assert ratio(row, rows) is not None
+    assert by_name["grouped_nf4"].reason.startswith("gate_up_proj is dense")
+    assert by_name["leaky"].failed
+    assert not by_name["leaky"].seconds
+
+
+def test_the_block_is_left_as_it_was() -> None:
+    block = make_block("MixtralForCausalLM", MIXTRAL, "cpu", torch.bfloat16, 0)
+    x, ids, weights = experts_inputs(block, torch.randn(1, 20, 64).bfloat16())
+    assert (x.shape, ids.shape, weights.shape) == ((8, 64), (8, 2), (8, 2))
+    before = block.experts.config._experts_implementation
+    with block.on("batched_mm"):
+        assert block.experts.config._experts_implementation == "batched_mm"
+    assert block.experts.config._experts_implementation == before
+
+
+def test_models_without_such_a_block_are_refused() -> None:
+    with pytest.raises(NoBlock, match="must have experts that transformers dispatches"):
+        make_block("LlamaForCausalLM", {}, "cpu", torch.bfloat16, 0)
+
+
+def command(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_the_command_prints_and_writes(tmp_path: Path, leaky: str) -> None:
+    sizes = [f"--set={name}={value}" for name, value in MIXTRAL.items()]
+    few = ["--tokens", "4", "--seconds", "0", "--executor", "native", "--direction", "forward", "--out", str(tmp_path)]
+    result = command("--model", "MixtralForCausalLM", *sizes, *few)
+    assert result.exit_code == 0, result.output
+    assert "MixtralExperts E=8 H=64 I=32" in result.output
+    assert max(len(line) for line in result.output.splitlines() if not line.startswith("wrote")) <= 80
+    (case,) = json.loads((tmp_path / "bench-model.json").read_text())["cases"]
+    assert (case["T"], case["direction"]) == (4, "forward")
+    assert [row["name"] for row in case["rows"]] == ["hf:eager", "hf:grouped_mm", "hf:batched_mm", "native"]
+    result = command("--model", "MixtralForCausalLM", *sizes, *few, "--executor", leaky)
+    assert result.exit_code == 1
+    assert "WRONG" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "LlamaForCausalLM"], "--model LlamaForCausalLM: must have experts that transformers dispatches"),
+        (["--model", "No"], "--model 'No': must be a folder, or a model class of transformers"),
+        (["--model", "MixtralForCausalLM", "--set", "no=1"], "no=1: must be a field of its configuration"),
+        (["--model", "MixtralForCausalLM", "--set", "a"], "--set a: must be NAME=NUMBER"),
+        (["--model", "MixtralForCausalLM", "--weights", "nf4"], "--weights: must be left out with --model"),
+        (["--model", "MixtralForCausalLM", "--layer", "x"], "--layer: must be left out with --model"),
+        (["--set", "a=1"], "--set a=1: must go with --model"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: list[str], said: str, tmp_path: Path) -> None:
+    result = command(*arguments, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert said in result.output
+    assert len(result.output.splitlines()) == 1
