@@ -15,7 +15,7 @@ RMS_FROM = 4096  # elements from which the rms gate applies
 GAIN_SDS = 6.0  # gain <error, y> / <y, y>, in its own standard deviations
 
 
-CLAUSES = {  # of an output or a gradient; where inputs have powers, so that fp16's range is passed, E7
+CLAUSES = {  # of an output or a gradient; where inputs in fp16 have powers, so that its range is passed, E7
     "y": "C1, E1, E2",
     "x": "D1",
     "router_logits": "D1, R5",
