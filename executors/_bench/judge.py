@@ -11,7 +11,7 @@ from torch import Tensor
 from executors import Unavailable, Unsupported
 from executors._bench.layers import BenchLayer
 from executors._bench.routing import Batch
-from executors._bench.truth import Truth
+from executors._bench.truth import SampledTruth
 from moe_ref.conformance.judgement.faults import RAISED, Judgement, raised
 from moe_ref.conformance.judgement.gates import CLAUSES, Verdict, judge
 from moe_ref.validation import dtype_name
@@ -20,7 +20,7 @@ BFLOAT16 = "bfloat16"
 
 
 def judge_contender(
-    call: Callable[[Batch], Tensor], layer: BenchLayer, batch: Batch, truth: Truth, backward: bool
+    call: Callable[[Batch], Tensor], layer: BenchLayer, batch: Batch, truth: SampledTruth, backward: bool
 ) -> Judgement:
     """Runs a contender as it will be timed, and judges its output, and its gradients where ``backward`` is timed.
 
@@ -54,7 +54,7 @@ def clear_gradients(layer: BenchLayer, batch: Batch) -> None:
         leaf.grad = None
 
 
-def _judge(y: Tensor, gradients: dict[str, Tensor], layer: BenchLayer, batch: Batch, truth: Truth) -> Judgement:
+def _judge(y: Tensor, gradients: dict[str, Tensor], layer: BenchLayer, batch: Batch, truth: SampledTruth) -> Judgement:
     if y.shape != batch.x.shape or y.dtype != batch.x.dtype:
         wanted = f"{tuple(batch.x.shape)} {dtype_name(batch.x)}"
         return Judgement(fault=f"E3, T2: y is {tuple(y.shape)} {dtype_name(y)}, but must be {wanted}")
@@ -75,7 +75,7 @@ def _judge(y: Tensor, gradients: dict[str, Tensor], layer: BenchLayer, batch: Ba
     return Judgement(verdicts=tuple(verdicts))
 
 
-def _verdict(name: str, value: Tensor, truth: Truth) -> Verdict:
+def _verdict(name: str, value: Tensor, truth: SampledTruth) -> Verdict:
     return judge(name, value.double().cpu().numpy(), truth.bars[name], BFLOAT16, dtype_name(value))
 
 

@@ -22,7 +22,7 @@ from executors._bench.quantised import quantised
 from executors._bench.routing import Batch, batch, load
 from executors._bench.settings import Settings
 from executors._bench.timing import Timing, time_case
-from executors._bench.truth import Truth, judged_tokens, sample_truth
+from executors._bench.truth import SampledTruth, judged_tokens, sample_truth
 
 Show = Callable[[str, int, int], None]
 Keep = Callable[["Findings"], None]
@@ -122,7 +122,7 @@ def run_layer(
         if contender.prepare is not None:
             say(f"preparing {contender.name}")
             contender.prepare()
-    truths: dict[tuple[str, int, int], Truth] = {}
+    truths: dict[tuple[str, int, int], SampledTruth] = {}
     first, shape = len(cases), plain.shape
     for routing, direction in settings.pairs():
         layer = layers[direction]
@@ -159,7 +159,7 @@ def measure_case(
     settings: Settings,
     layer: BenchLayer,
     given: Batch,
-    truth: Truth,
+    truth: SampledTruth,
     routing: str,
     direction: str,
     everyone: list[Contender],
@@ -205,7 +205,7 @@ def measure_case(
 def _judge_all(
     layer: BenchLayer,
     given: Batch,
-    truth: Truth,
+    truth: SampledTruth,
     direction: str,
     everyone: list[Contender],
     tell: Callable[[str], None],

@@ -26,7 +26,7 @@ DEAR = 5_000_000  # K * H * I from which only half as many tokens are judged
 
 
 @dataclass(frozen=True, eq=False)
-class Truth:
+class SampledTruth:
     """Exact values with error bars.
 
     Attributes:
@@ -46,7 +46,7 @@ def judged_tokens(shape: Shape) -> int:
     return MOST_JUDGED // 2 if dear else MOST_JUDGED
 
 
-def sample_truth(layer: BenchLayer, batch: Batch, backward: bool, seed: int) -> Truth:
+def sample_truth(layer: BenchLayer, batch: Batch, backward: bool, seed: int) -> SampledTruth:
     """Computes the exact answer for the batch's judged tokens, and samples its error bars.
 
     Args:
@@ -77,7 +77,7 @@ def sample_truth(layer: BenchLayer, batch: Batch, backward: bool, seed: int) -> 
         rows_of=rows,
     )
     wanted = {"y", *batch.leaves(), *layer.parameters}
-    return Truth({name: found for name, found in bars.items() if name in wanted}, active, rows)
+    return SampledTruth({name: found for name, found in bars.items() if name in wanted}, active, rows)
 
 
 def _only(weights: MoEWeights, active: Tensor) -> MoEWeights:

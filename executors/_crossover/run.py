@@ -17,7 +17,7 @@ from executors._bench.layers import BenchLayer, random_layer, sized, with_adapte
 from executors._bench.quantised import BLOCKSIZE, Quantisation, quantised
 from executors._bench.routing import Batch, batch
 from executors._bench.settings import Settings
-from executors._bench.truth import Truth, judged_tokens, sample_truth
+from executors._bench.truth import SampledTruth, judged_tokens, sample_truth
 from executors._bench.variants import PATHS, path_name
 from executors._crossover.points import DECODED, FUSED, CrossoverCurve, CrossoverPoint
 from executors._triton import decode_rule
@@ -157,7 +157,7 @@ def _measure(
 ) -> None:
     """Measures the points of one curve, and appends them."""
     shape, backward = layer.shape, curve.direction != FORWARD
-    truths: dict[int, Truth] = {}
+    truths: dict[int, SampledTruth] = {}
     for rows in plan.rows:
         if not in_time():
             return

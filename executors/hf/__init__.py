@@ -14,15 +14,15 @@ computes; never from ``hidden_act``. What no `MoEConfig` expresses is refused by
 scales of experts.
 """
 
-from executors.hf.interface import Layer, Switched, register, use
+from executors.hf.interface import Switched, SwitchedLayer, register, use
 from executors.hf.module import config_of_experts, is_experts, weights_of
 from executors.hf.router import config_of
 from executors.hf.router_rules import RouterRule
 
 __all__ = [
-    "Layer",
     "RouterRule",
     "Switched",
+    "SwitchedLayer",
     "config_of",
     "config_of_experts",
     "is_experts",

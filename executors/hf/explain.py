@@ -18,7 +18,7 @@ from moe_ref.types import MoEConfig
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerRow:
     """Layers of one model that fare alike.
 
     Attributes:
@@ -38,7 +38,7 @@ class Row:
     reason: str
 
 
-def explain_model(model: nn.Module, executor: str = "auto", device: str = "cpu") -> list[Row]:
+def explain_model(model: nn.Module, executor: str = "auto", device: str = "cpu") -> list[LayerRow]:
     """A row for each kind of MoE layer, in the model's order. Nothing is switched.
 
     Args:
@@ -58,7 +58,7 @@ def explain_model(model: nn.Module, executor: str = "auto", device: str = "cpu")
             found.setdefault(
                 (kind, "", "", "", "it has a loop of its own, which transformers does not dispatch"), []
             ).append(name)
-    return [Row(tuple(names), *fate) for fate, names in found.items()]
+    return [LayerRow(tuple(names), *fate) for fate, names in found.items()]
 
 
 def meta_model(name: str, changes: dict[str, Any] | None = None) -> nn.Module:

@@ -35,7 +35,7 @@ OWN_LOOPS = {  # classes that hold experts, which transformers does not dispatch
 
 
 @dataclass(frozen=True)
-class Layer:
+class SwitchedLayer:
     """An experts module that was switched.
 
     Attributes:
@@ -59,7 +59,7 @@ class Switched:
     """
 
     executor: str
-    layers: tuple[Layer, ...]
+    layers: tuple[SwitchedLayer, ...]
 
     def __str__(self) -> str:
         kinds = ", ".join(sorted({layer.kind for layer in self.layers}))
@@ -111,7 +111,7 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
         raise Unsupported(f"model={type(model).__name__}: {has}: must have experts that transformers dispatches")
     made = _registry.get(executor)
     (implementation,) = register(executor)
-    layers = tuple(Layer(name, type(module).__name__, find_config(module)) for name, module in found.items())
+    layers = tuple(SwitchedLayer(name, type(module).__name__, find_config(module)) for name, module in found.items())
     _made[executor] = made
     for module in (model, *found.values()):  # the model's own is what transformers shows; each layer's is what it asks
         if hasattr(module, "config"):

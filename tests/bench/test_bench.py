@@ -26,6 +26,7 @@ from executors._cli.app import app
 from moe_ref import routed_experts
 from moe_ref.conformance.judgement.faults import Judgement
 from moe_ref.conformance.judgement.gates import Verdict
+from refusals import demand_one_line
 
 pytestmark = pytest.mark.usefixtures("one_thread", "known_ceilings")
 
@@ -303,11 +304,7 @@ def test_bad_arguments_exit_with_2_and_one_line(tmp_path: Path) -> None:
         (("--device", "quantum"), "--device quantum: must be a device that torch has here"),
         (("--out", file), f"--out {file}: must be a folder that can be written"),
     ]
-    for arguments, message in cases:
-        result = bench(tmp_path, *arguments)
-        assert result.exit_code == 2, arguments
-        assert message in result.stderr
-        assert len(result.stderr.strip().splitlines()) == 1
+    demand_one_line(bench, tmp_path, cases)
 
 
 def test_default_routings_are_all_forward_and_the_real_one_with_backward() -> None:

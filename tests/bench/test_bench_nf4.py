@@ -32,6 +32,7 @@ from moe_ref import mxfp4, nf4
 from moe_ref.conformance.judgement.faults import Judgement
 from moe_ref.layer import layer_vjp
 from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
+from refusals import demand_one_line
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 pytest.importorskip("transformers")
@@ -369,11 +370,7 @@ def test_bad_arguments_exit_with_2_and_one_line(tmp_path: Path) -> None:
         (("--weights", "nf4", "--direction", "lora", "--lora-rank", 0), "--lora-rank 0: must be at least 1 with"),
         (("--weights", "nf4", "--direction", "odd"), "must be one of forward, forward_backward, lora"),
     ]
-    for arguments, message in cases:
-        result = bench(tmp_path, *arguments)
-        assert result.exit_code == 2, arguments
-        assert message in result.stderr
-        assert len(result.stderr.strip().splitlines()) == 1
+    demand_one_line(bench, tmp_path, cases)
 
 
 def test_default_cases_are_twelve() -> None:

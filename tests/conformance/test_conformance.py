@@ -85,28 +85,29 @@ def test_numbers_are_representable_in_their_dtypes(dtype: str) -> None:
     assert (inputs.router_logits.detach().double().numpy() == arrays.router_logits).all()
 
 
+def live_halves(problem: Problem) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Gate and up of each slot of the tokens that dy reaches: more than half of all tokens."""
+    arrays = build(problem)
+    w, live = arrays.weights, [t for t in range(problem.tokens) if arrays.dy[t].any()]
+    assert len(live) > problem.tokens / 2
+    slots = [(t, e) for t in live for e in arrays.topk_ids[t]]
+    z = [w.gate_up_proj[e] @ arrays.x[t] + w.gate_up_proj_bias[e] for t, e in slots]
+    return [split_gate_up(row[None], problem.config) for row in z]
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.702, -0.25])  # of a negative one, act(g) falls from 1.1 again
 @pytest.mark.parametrize("limit", [0.5, 1.0])
 def test_no_gradient_hangs_on_an_activation_at_the_limit(limit: float, alpha: float) -> None:
     """The same where the clamp comes after the activation: |act(g)| near the limit, not g."""
     config = replace(PROBLEM.config, limit=limit, clamp="after", alpha=alpha)
     problem = replace(PROBLEM, dtype="bfloat16", gate_up_bias=True, config=config)
-    arrays = build(problem)
-    w, u = arrays.weights, FORMATS["bfloat16"].unit_roundoff
-    live = at_gate = 0
-    for t, row in enumerate(arrays.topk_ids):
-        if not arrays.dy[t].any():
-            continue
-        live += 1
-        for e in row:
-            z = w.gate_up_proj[e] @ arrays.x[t] + w.gate_up_proj_bias[e]
-            gate, up = split_gate_up(z[None], config)
-            assert np.abs(act(gate, config).value - limit).min() > u * limit
-            for moved in (gate * (1 - 2 * u), gate * (1 + 2 * u)):
-                assert ((act(moved, config).value > limit) == (act(gate, config).value > limit)).all()
-            assert np.abs(np.abs(up) - limit).min() > u * limit
-            at_gate += int((act(gate, config).value > limit).sum())
-    assert live > problem.tokens / 2
+    u, at_gate = FORMATS["bfloat16"].unit_roundoff, 0
+    for gate, up in live_halves(problem):
+        assert np.abs(act(gate, config).value - limit).min() > u * limit
+        for moved in (gate * (1 - 2 * u), gate * (1 + 2 * u)):
+            assert ((act(moved, config).value > limit) == (act(gate, config).value > limit)).all()
+        assert np.abs(np.abs(up) - limit).min() > u * limit
+        at_gate += int((act(gate, config).value > limit).sum())
     assert at_gate
 
 
@@ -114,19 +115,10 @@ def test_no_gradient_hangs_on_an_activation_at_the_limit(limit: float, alpha: fl
 def test_no_gradient_hangs_on_a_preactivation_at_the_limit(limit: float) -> None:
     """Rounding must not be able to carry a pre-activation across the limit, where the derivative jumps."""
     problem = replace(PROBLEM, dtype="bfloat16", gate_up_bias=True, config=replace(PROBLEM.config, limit=limit))
-    arrays = build(problem)
-    w, u = arrays.weights, FORMATS["bfloat16"].unit_roundoff
-    live = 0
-    for t, row in enumerate(arrays.topk_ids):
-        if not arrays.dy[t].any():
-            continue
-        live += 1
-        for e in row:
-            z = w.gate_up_proj[e] @ arrays.x[t] + w.gate_up_proj_bias[e]
-            gate, up = split_gate_up(z[None], problem.config)
-            assert np.abs(gate - limit).min() > u * limit
-            assert np.abs(np.abs(up) - limit).min() > u * limit
-    assert live > problem.tokens / 2
+    u = FORMATS["bfloat16"].unit_roundoff
+    for gate, up in live_halves(problem):
+        assert np.abs(gate - limit).min() > u * limit
+        assert np.abs(np.abs(up) - limit).min() > u * limit
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "scalar"])

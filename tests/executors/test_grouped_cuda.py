@@ -7,6 +7,7 @@ import torch
 
 import executors
 from dense_cases import EVERYTHING
+from inputs_on_cuda import copy_over
 from moe_ref.conformance.judgement.call import Inputs, call, to_torch
 from moe_ref.conformance.problems.build import build
 
@@ -69,13 +70,8 @@ def test_is_captured_and_replayed(name: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = step(name, captured)
-    with torch.no_grad():
-        for leaf_name, leaf in captured.tensors().items():
-            leaf.copy_(other.tensors()[leaf_name])
-        for part, codes in captured.codes().items():
-            codes.copy_(other.codes()[part])
-        captured.dy.copy_(other.dy)
-        captured.weights.selection_bias.copy_(other.weights.selection_bias)
+    copy_over(captured, other)
+    captured.weights.selection_bias.data.copy_(other.weights.selection_bias)
     graph.replay()
     assert torch.equal(y, step(name, other))
     for leaf_name, leaf in captured.tensors().items():

@@ -24,11 +24,16 @@ def gate(
     dtype: torch.dtype = torch.float64,
 ) -> Gate:
     """A gate as modeling code writes it, evaluated in ``dtype``."""
+    return of_halves(lambda g, u: act(g.clamp(max=limit)) * (u.clamp(-limit, limit) + up_offset), layout, dtype)
+
+
+def of_halves(h: Callable[[Tensor, Tensor], Tensor], layout: str, dtype: torch.dtype) -> Gate:
+    """A gate from what it does with its halves."""
 
     def apply(z: Tensor) -> Tensor:
         narrow = z.to(dtype)
         g, u = narrow.chunk(2, dim=-1) if layout == "concatenated" else (narrow[..., ::2], narrow[..., 1::2])
-        return (act(g.clamp(max=limit)) * (u.clamp(-limit, limit) + up_offset)).to(z.dtype)
+        return h(g, u).to(z.dtype)
 
     return apply
 
@@ -61,13 +66,8 @@ def clamped_late(
     dtype: torch.dtype = torch.float64,
 ) -> Gate:
     """Step-3.7-Flash's, and the same with gpt-oss' slope and offset."""
-
-    def apply(z: Tensor) -> Tensor:
-        narrow = z.to(dtype)
-        g, u = narrow.chunk(2, dim=-1) if layout == "concatenated" else (narrow[..., ::2], narrow[..., 1::2])
-        return (swish(alpha)(g).clamp(max=limit) * (u.clamp(-limit, limit) + up_offset)).to(z.dtype)
-
-    return apply
+    act = swish(alpha)
+    return of_halves(lambda g, u: act(g).clamp(max=limit) * (u.clamp(-limit, limit) + up_offset), layout, dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -99,13 +99,10 @@ def capped(
 ) -> Gate:
     """Inkling 2's, and others like it."""
 
-    def apply(z: Tensor) -> Tensor:
-        narrow = z.to(dtype)
-        g, u = narrow.chunk(2, dim=-1) if layout == "concatenated" else (narrow[..., ::2], narrow[..., 1::2])
-        h = softcap(g, gate_softcap) * torch.sigmoid(alpha * g) * (softcap(u, up_softcap) + up_offset)
-        return h.to(z.dtype)
+    def h(g: Tensor, u: Tensor) -> Tensor:
+        return softcap(g, gate_softcap) * torch.sigmoid(alpha * g) * (softcap(u, up_softcap) + up_offset)
 
-    return apply
+    return of_halves(h, layout, dtype)
 
 
 CAPS = ((4.0, 25.0), (5.0, 5.0), (7.0, None), (None, 30.0), (0.5, 0.125), (1.2345, 100.0))

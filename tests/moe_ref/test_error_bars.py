@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from moe_ref import MoEConfig, moe_vjp, routed_experts_vjp
-from moe_ref.conformance.judgement.reference import reference
+from moe_ref.conformance.judgement.reference import bars_of, reference
 from moe_ref.conformance.problems.build import Arrays, build
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.error_bars import TensorBars, error_bars, named
+from moe_ref.error_bars import TensorBars, named
 from moe_ref.numerics import Nearest, Perturbed, round_to_nearest
 from moe_ref.samples import Recorded, Replayed
 
@@ -22,15 +22,7 @@ PROBLEM = Problem(
 
 
 def sampled(arrays: Arrays, **options: object) -> dict[str, TensorBars]:
-    return error_bars(
-        arrays.x,
-        arrays.topk_ids,
-        arrays.weights,
-        arrays.dy,
-        router_logits=arrays.router_logits,
-        topk_weights=arrays.topk_weights,
-        **{"dtype": "bfloat16", "samples": 4, **options},  # type: ignore[arg-type]
-    )
+    return bars_of(arrays, **{"dtype": "bfloat16", "samples": 4, **options})
 
 
 def test_exact_values_are_the_specification_s() -> None:

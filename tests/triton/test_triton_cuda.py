@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import executors
+from inputs_on_cuda import copy_over
 from moe_ref import MoEConfig
 from moe_ref.conformance.judgement.call import Inputs, call, to_torch
 from moe_ref.conformance.judgement.checks import check_problem
@@ -35,15 +36,6 @@ def step(inputs: Inputs) -> dict[str, torch.Tensor]:
     y = call(executors.get("triton"), inputs)
     y.backward(inputs.dy)
     return {"y": y.detach()} | {name: leaf.grad for name, leaf in inputs.tensors().items()}
-
-
-def copy_over(target: Inputs, source: Inputs) -> None:
-    with torch.no_grad():
-        for name, leaf in target.tensors().items():
-            leaf.copy_(source.tensors()[name])
-        for name, codes in target.codes().items():
-            codes.copy_(source.codes()[name])
-        target.dy.copy_(source.dy)
 
 
 def demand_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -50,16 +51,7 @@ def reference(problem: Problem, chosen: tuple[int, ...] | None = None) -> Refere
     arrays = build(problem, chosen)
     # One BLAS thread: the products are small, and beside torch's own threads more would only get in the way.
     with threadpool_limits(1, "blas"), np.errstate(invalid="ignore"):
-        bars = error_bars(
-            arrays.x,
-            arrays.topk_ids,
-            arrays.weights,
-            arrays.dy,
-            router_logits=arrays.router_logits,
-            topk_weights=arrays.topk_weights,
-            dtype=problem.dtype,
-            seed=problem.seed,
-        )
+        bars = bars_of(arrays, dtype=problem.dtype, seed=problem.seed)
     if arrays.router_logits is None:
         broken_routing = np.zeros(problem.tokens, dtype=bool)
     else:
@@ -68,3 +60,9 @@ def reference(problem: Problem, chosen: tuple[int, ...] | None = None) -> Refere
         broken_routing = np.isnan(weights).any(axis=1)
     broken = broken_routing | ~np.isfinite(arrays.x).all(axis=1)
     return Reference(arrays, bars, broken_routing, broken, np.isinf(arrays.x).any(axis=1))
+
+
+def bars_of(arrays: Arrays, **options: Any) -> dict[str, TensorBars]:
+    """Samples the error bars of a problem's numbers; options as of `moe_ref.error_bars`."""
+    routing: Any = {"router_logits": arrays.router_logits, "topk_weights": arrays.topk_weights}
+    return error_bars(arrays.x, arrays.topk_ids, arrays.weights, arrays.dy, **routing, **options)
