@@ -10,6 +10,15 @@ from interpreted import WITHOUT_TRITON
 collect_ignore_glob = WITHOUT_TRITON
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "nightly: too slow for every run; runs with --hypothesis-profile=nightly")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("nightly") and item.config.getoption("--hypothesis-profile") != "nightly":
+        pytest.skip("nightly")
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Threads of tests side by side wait for one another."""

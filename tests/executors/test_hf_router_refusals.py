@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import families
 import router_walk
 from executors import Unsupported
 from executors.hf import config_of
+from executors.hf import router as router_module
 from executors.hf.router_table import CHECKED, REFUSED, RULES
 from router_cases import made
 from router_walk import Place, places
@@ -136,7 +136,7 @@ def test_a_parametrised_router_is_the_same() -> None:
 
 
 def test_another_version_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(router_module.transformers, "__version__", "5.99.0")
     note = config_of(made(PLACES["MixtralTopKRouter"])[1]).note
     assert note == f"the rule was compared with transformers {CHECKED}, this is 5.99.0"
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,13 @@ def run_tests(*arguments: str) -> str:
     return python("-m", "pytest", "-p", "without_16_bit", *options, *arguments)
 
 
-@pytest.mark.parametrize("piece", PIECES)
+def marked(piece: str) -> Any:
+    """Drawn problems, and all of the suite on the slowest executor to load, every night only."""
+    slow = piece.endswith(": random") or piece == "numba: pinned"
+    return pytest.param(piece, marks=[pytest.mark.nightly] if slow else [])
+
+
+@pytest.mark.parametrize("piece", [marked(piece) for piece in PIECES])
 def test_tests_pass(piece: str) -> None:
     assert re.search(r"^\d+ passed", run_tests(*PIECES[piece]), re.MULTILINE)
 

@@ -42,6 +42,7 @@ SMALL = {"sm90": "HMMA", "sm100": "HMMA"}  # for fewer than 64 rows
 
 PER_WEIGHT = {"sm80": 21, "sm90": 11, "sm100": 11, "gfx942": 20}  # instructions of a thread at most
 SCALARS_MOVED = 48  # on gfx942, of kernels of 4 bits, which take more addresses: moved to vector registers, no spill
+SLOW = {("sm100", "bfloat16"), ("sm100", "float16"), ("sm90", "float32")}  # compiled every night
 WHOLE = {"sm90"}  # with every configuration; of the others the largest tiles, the nearest to their limits
 
 Row = dict[str, Any]
@@ -58,8 +59,11 @@ def run(*arguments: str, interpreted: bool = False) -> subprocess.CompletedProce
 @pytest.mark.parametrize(
     ("target", "dtype"),
     [
-        *((target, dtype) for target in DTYPES for dtype in DTYPES[target]),
-        *((target, "float16") for target in ("sm75", "sm90", "sm100")),
+        pytest.param(*case, marks=[pytest.mark.nightly] if case in SLOW else [])
+        for case in (
+            *((target, dtype) for target in DTYPES for dtype in DTYPES[target]),
+            *((target, "float16") for target in ("sm75", "sm90", "sm100")),
+        )
     ],
 )
 def test_kernels_fit(target: str, dtype: str, tmp_path: Path) -> None:

@@ -135,11 +135,14 @@ def problems(
     nested = draw(st.sampled_from(["", "one", "per expert"]), label="nested")
     dense, in_nf4 = kind == "dense", kind in get_args(QuantType)
     allowed = [d for d in DTYPES if d in dtypes and (dense or d in DECODED_DTYPES)]
+    hidden, intermediate = draw(WIDTHS, label="hidden"), draw(WIDTHS, label="intermediate")
+    if hidden == intermediate == 1 and all_equal:  # one number for all tokens: every error is a systematic one
+        x_layout, all_equal = "contiguous", False
     problem = Problem(
         tokens=tokens,
         experts=experts,
-        hidden=draw(WIDTHS, label="hidden"),
-        intermediate=draw(WIDTHS, label="intermediate"),
+        hidden=hidden,
+        intermediate=intermediate,
         config=config,
         dtype=draw(st.sampled_from(allowed), label="dtype"),
         entry="layer" if by_logits else "experts",
