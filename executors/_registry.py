@@ -32,7 +32,11 @@ BUILT_IN = {
     "numba": "executors.numba:Numba",
     "triton": "executors.triton:Triton",
 }
-EXTRAS = {"numba": "numba", "triton": "triton"}  # of this distribution, by what they bring; all else comes with "torch"
+EXTRAS = {
+    "llvmlite": "numba",
+    "numba": "numba",
+    "triton": "triton",
+}  # of this distribution, by what they bring; all else comes with "torch"
 
 Factory = Callable[..., Executor]
 Returned = TypeVar("Returned")

@@ -462,3 +462,16 @@ def test_name_must_be_text(name: Any) -> None:
 def test_asking_for_what_is_no_name() -> None:
     with pytest.raises(executors.UnknownExecutor, match=r"^executor=\[\]: must be one of 'auto', "):
         executors.get([])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "missing"), [("numba", "llvmlite"), ("numba", "numba"), ("triton", "triton")])
+def test_what_an_extra_brings_is_told_by_the_extra(name: str, missing: str) -> None:
+    """Numba's own module of LLVM may be what is missed first."""
+    program = f"import sys; sys.modules[{missing!r}] = None\nimport executors\ntry: executors.get({name!r})\n"
+    ran = subprocess.run(
+        [sys.executable, "-c", program + "except executors.Unavailable as error: print(error)"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.stdout.endswith(f'pip install "moe-ref[{name}]"\n'), ran.stdout + ran.stderr
