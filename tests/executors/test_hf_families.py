@@ -28,10 +28,6 @@ FAMILIES = families.families()
 REFUSED = {
     "MuseSparkExperts": "MuseSparkExperts: has_post_expert_norm=True",
 }
-IN_BF16 = {  # in every run: the forms of gates, weights and casts; the others every night
-    *("aria", "beam", "deepseek_v3", "gemma4", "gpt_oss", "inkling2", "mixtral", "nemotron_h"),
-    *("openai_privacy_filter", "qwen3_moe"),
-}
 SERVED = [family for family in FAMILIES if family.experts not in REFUSED]
 BY_NAME = {family.name: family for family in FAMILIES}
 SOURCES = Path(transformers.__file__).parent
@@ -46,11 +42,7 @@ def test_a_model_in_fp32(family: families.Family) -> None:
     assert max(judgement.ours["output"], judgement.own["output"]) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(f, marks=[] if f.name in IN_BF16 else [pytest.mark.nightly]) for f in SERVED],
-    ids=str,
-)
+@pytest.mark.parametrize("family", SERVED, ids=str)
 def test_its_experts_in_bf16(family: families.Family) -> None:
     judgement = family_errors.judge_experts(family, torch.bfloat16)
     assert judgement.failures() == {}
