@@ -153,10 +153,11 @@ def measure_block(
         block.module.zero_grad(set_to_none=True)
 
     tell(f"T={tokens} {direction}: warming up")
-    for name, took in warm_up(actions, after, own.device.type).items():
-        if took > SLOWEST_S:
-            next(row for row in rows if row.name == name).reason = f"a call took {took:.1f} s"
-            del actions[name]
+    for row in rows:
+        if row.name in actions:
+            row.reason = _why_untimed(actions[row.name], after, own.device.type)
+            if row.reason:
+                del actions[row.name]
     times = time_rounds(actions, after, own.device.type, seconds, seed, lambda n: tell(f"T={tokens}: round {n}"))
     for row in rows:
         row.seconds = times.get(row.name, [])
@@ -186,6 +187,15 @@ def experts_inputs(block: Block, x: Tensor) -> tuple[Tensor, ...]:
     finally:
         hook.remove()
     return tuple(value[:JUDGED] for value in seen[0][:3])
+
+
+def _why_untimed(action: Callable[[], None], after: Callable[[], None], device: str) -> str:
+    """Why a call is not timed, or "": batched_mm copies every slot's matrices, which memory may not hold."""
+    try:
+        took = warm_up({"": action}, after, device)[""]
+    except RuntimeError as error:
+        return " ".join(str(error).splitlines()[0].split())
+    return f"a call took {took:.1f} s" if took > SLOWEST_S else ""
 
 
 def _judged(

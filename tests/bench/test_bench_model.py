@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
 import executors
 from executors._bench.block import NoBlock, experts_inputs, make_block, measure_block, ratio
 from executors._cli.app import app
@@ -67,6 +69,22 @@ def test_the_block_is_left_as_it_was() -> None:
     with block.on("batched_mm"):
         assert block.experts.config._experts_implementation == "batched_mm"
     assert block.experts.config._experts_implementation == before
+
+
+def test_a_call_that_memory_does_not_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judging a few tokens went well, and then all of them are too many."""
+    block = make_block("MixtralForCausalLM", MIXTRAL, "cpu", torch.bfloat16, 0)
+    plain = ALL_EXPERTS_FUNCTIONS["batched_mm"]
+
+    def too_large(module: Any, x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        if len(x) > 8:
+            raise RuntimeError("can't allocate memory\nin several lines")
+        return plain(module, x, *given)
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "batched_mm", too_large)
+    rows = {row.name: row for row in measure_block(block, 20, "forward", ["native"], 0.0, 0, lambda _: None)}
+    assert (rows["hf:batched_mm"].reason, rows["hf:batched_mm"].seconds) == ("can't allocate memory", [])
+    assert len(rows["native"].seconds) == 7
 
 
 def test_models_without_such_a_block_are_refused() -> None:
