@@ -85,9 +85,9 @@ class MoEConfig:
     alpha: float = 1.0
     limit: float | None = None
     up_offset: float = 0.0
-    clamp: Clamp = "before"
-    gate_softcap: float | None = None
-    up_softcap: float | None = None
+    clamp: Clamp = field(default="before", kw_only=True)
+    gate_softcap: float | None = field(default=None, kw_only=True)
+    up_softcap: float | None = field(default=None, kw_only=True)
     gate_up_layout: GateUpLayout = "concatenated"
 
     @property

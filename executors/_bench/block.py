@@ -145,7 +145,8 @@ def measure_block(
         except (executors.Unavailable, executors.Unsupported, RuntimeError, ValueError) as error:
             row.reason = " ".join(str(error).split())
             continue
-        row.failed = row.ours and row.error > WORSE * max(rows[0].error or 0.0, torch.finfo(own.dtype).eps)
+        limit = WORSE * max(rows[0].error or 0.0, torch.finfo(own.dtype).eps)
+        row.failed = row.ours and not row.error <= limit  # a NaN fails
         if not row.failed:
             actions[row.name] = functools.partial(_run, block, implementation, x, direction)
 
@@ -210,12 +211,15 @@ def _judged(
             experts.config._experts_implementation = implementation
         y = experts(leaves[0], ids, leaves[1])
         parameters = list(experts.parameters())
-        return [y.detach(), *torch.autograd.grad(y, [*leaves, *parameters], torch.ones_like(y))]
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(given[0]).to(y)
+        return [y.detach(), *torch.autograd.grad(y, [*leaves, *parameters], dy)]
 
 
 def _error(actual: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest of the relative errors, each of a tensor's largest element; NaN if one of them is."""
     pairs = zip(actual, exact, strict=True)
-    return max(float((a.to(e.dtype) - e).abs().max() / e.abs().max().clamp(min=1e-30)) for a, e in pairs)
+    errors = [(a.to(e.dtype) - e).abs().max() / e.abs().max().clamp(min=1e-30) for a, e in pairs]
+    return float(torch.stack(errors).max())
 
 
 def _run(block: Block, implementation: str, x: Tensor, direction: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +25,7 @@ from executors._cli.bench_model import ModelSettings, bench_model
 from executors._compare.files import write_json
 
 DEFAULT_RANK = 16
+OF_MODELS = ("model", "set", "tokens", "direction", "executor", "seconds", "out", "device", "seed")  # with --model
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,11 @@ class BenchOptions:
     def model_settings(self, model: str) -> ModelSettings:
         """The settings of a whole block, checked."""
         cli.check_device(self.device)
-        others = {"--layer": self.layer, "--routing": self.routing, "--without": self.without}
-        for option in [name for name, value in others.items() if value] + ["--weights"] * (self.weights != known.DENSE):
-            cli.refuse(f"{option}: must be left out with --model")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in OF_MODELS and value != option.default:
+                shown = value if not isinstance(value, list) else value[0]
+                cli.refuse(f"--{option.name.replace('_', '-')} {shown}: must be left out with --model")
         return ModelSettings(
             model=model,
             changes=tuple(self.set or ()),

@@ -23,13 +23,14 @@ DEEPSEEK = {"hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 
 
 
 class Leaky:
-    """``native``, but 5 % more."""
+    """``native``, but for what it does with the output."""
 
     name = "leaky"
     capabilities = executors.Capabilities()
+    change = staticmethod(lambda y: y * 1.05)
 
     def experts(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
-        return executors.get("native").experts(x, **given) * 1.05
+        return self.change(executors.get("native").experts(x, **given))
 
     def check(self, _x: torch.Tensor, _weights: object) -> None: ...
 
@@ -59,6 +60,31 @@ def test_every_way_is_judged_and_timed(model: str, sizes: dict[str, int], direct
     assert by_name["grouped_nf4"].reason.startswith("gate_up_proj is dense")
     assert by_name["leaky"].failed
     assert not by_name["leaky"].seconds
+
+
+class Upstream(torch.autograd.Function):
+    """The identity, whose gradient has its columns in another order."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        return dy.flip(1)
+
+
+def one_nan(y: torch.Tensor) -> torch.Tensor:
+    return y.masked_fill(torch.arange(y.numel()).view(y.shape) == 7, torch.nan)
+
+
+@pytest.mark.parametrize("change", [one_nan, lambda y: y.detach() + 0 * y, Upstream.apply])
+def test_nan_and_wrong_gradients_fail(change: Any, leaky: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Leaky, "change", staticmethod(change))
+    block = make_block("MixtralForCausalLM", MIXTRAL, "cpu", torch.bfloat16, 0)
+    *_, row = measure_block(block, 6, "forward", [leaky], 0.0, 0, lambda _: None)
+    assert row.failed
+    assert not row.seconds
 
 
 def test_the_block_is_left_as_it_was() -> None:
@@ -118,8 +144,10 @@ def test_the_command_prints_and_writes(tmp_path: Path, leaky: str) -> None:
         (["--model", "No"], "--model 'No': must be a folder, or a model class of transformers"),
         (["--model", "MixtralForCausalLM", "--set", "no=1"], "no=1: must be a field of its configuration"),
         (["--model", "MixtralForCausalLM", "--set", "a"], "--set a: must be NAME=NUMBER"),
-        (["--model", "MixtralForCausalLM", "--weights", "nf4"], "--weights: must be left out with --model"),
-        (["--model", "MixtralForCausalLM", "--layer", "x"], "--layer: must be left out with --model"),
+        (["--model", "MixtralForCausalLM", "--weights", "nf4"], "--weights nf4: must be left out with --model"),
+        (["--model", "MixtralForCausalLM", "--layer", "x"], "--layer x: must be left out with --model"),
+        (["--model", "MixtralForCausalLM", "--scale", "2"], "--scale 2: must be left out with --model"),
+        (["--model", "MixtralForCausalLM", "--lora-rank", "0"], "--lora-rank 0: must be left out with --model"),
         (["--set", "a=1"], "--set a=1: must go with --model"),
     ],
 )
