@@ -18,11 +18,12 @@ from functools import partial
 import numpy as np
 
 from moe_ref._typing import Array
+from moe_ref.expert_scale import scale_by_expert
 from moe_ref.experts import RowsOf
 from moe_ref.layer import layer, layer_vjp
 from moe_ref.noise import keys_of, uniform_of
 from moe_ref.numerics import FORMATS, Perturbed, Rounding, accumulator
-from moe_ref.routing import scale_by_expert, weigh
+from moe_ref.routing import weigh
 from moe_ref.samples import Measured, Recorded, Replayed, Sums, Total, in_order, processors
 from moe_ref.types import MoEGradients, MoEWeights
 

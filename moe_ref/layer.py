@@ -13,10 +13,11 @@ from array_api_compat import array_namespace
 
 from moe_ref._typing import Array, Float, Int
 from moe_ref.combine import combine, combine_vjp, dot, sum_slots
+from moe_ref.expert_scale import scale_by_expert, scale_by_expert_vjp
 from moe_ref.experts import RowsOf, experts, experts_vjp
 from moe_ref.grouping import group, is_slot, permute, permute_vjp, unpermute
 from moe_ref.numerics import EXACT, Rounding
-from moe_ref.routing import route, route_vjp, scale_by_expert, scale_by_expert_vjp, weigh
+from moe_ref.routing import route, route_vjp, weigh
 from moe_ref.types import Grouping, MoEGradients, MoEWeights
 from moe_ref.validation import check_dy, check_experts_inputs, check_inputs
 

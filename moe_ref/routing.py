@@ -10,8 +10,18 @@ import math
 from array_api_compat import array_namespace, device
 
 from moe_ref._typing import Array, Bool, Float, Int
-from moe_ref.numerics import EXACT, Rounding, sum_last, sum_sd
-from moe_ref.scores import exponent_error, sigmoid, softmax, softmax_vjp, sqrtsoftplus, sqrtsoftplus_slope
+from moe_ref.expert_scale import scale_by_expert
+from moe_ref.numerics import EXACT, Rounding, sum_last
+from moe_ref.scores import (
+    exponent_error,
+    put_chosen,
+    sigmoid,
+    softmax,
+    softmax_vjp,
+    sqrtsoftplus,
+    sqrtsoftplus_slope,
+    take_chosen,
+)
 from moe_ref.types import MoEConfig, Routing
 from moe_ref.validation import check_route_inputs
 
@@ -167,44 +177,6 @@ def weigh(
     return xp.where(broken, xp.full_like(weights, math.nan), weights)
 
 
-def scale_by_expert(
-    topk_weights: Float[Array, "*#samples T K"],
-    topk_ids: Int[Array, "T K"],
-    expert_scale: Float[Array, " E"] | None,
-    rounding: Rounding = EXACT,
-) -> Float[Array, "*#samples T K"]:
-    """The weights times the learned scales of their experts (R9); the weights themselves without such scales."""
-    if expert_scale is None:
-        return topk_weights
-    xp = array_namespace(topk_weights)
-    scaled = topk_weights * scales_of(topk_ids, expert_scale)
-    return rounding.accumulate("topk_weights_scaled", scaled, lambda: xp.abs(scaled))
-
-
-def scales_of(topk_ids: Int[Array, "T K"], expert_scale: Float[Array, " E"]) -> Float[Array, "T K"]:
-    """The scale of each chosen expert, in float64."""
-    xp = array_namespace(topk_ids)
-    wide = xp.astype(expert_scale, xp.float64)
-    return take_chosen(xp.broadcast_to(wide, (topk_ids.shape[0], wide.shape[0])), topk_ids)
-
-
-def scale_by_expert_vjp(
-    topk_weights: Float[Array, "*#samples T K"],
-    topk_ids: Int[Array, "T K"],
-    expert_scale: Float[Array, " E"],
-    d_scaled: Float[Array, "*#samples T K"],
-    rounding: Rounding = EXACT,
-) -> tuple[Float[Array, "*#samples T K"], Float[Array, "*#samples E"]]:
-    """The gradients of the weights before they are scaled, and of the scales: exactly 0 for experts unchosen (D2)."""
-    xp = array_namespace(topk_weights)
-    d_weights = d_scaled * scales_of(topk_ids, expert_scale)
-    d_weights = rounding.accumulate("d_topk_weights", d_weights, lambda: xp.abs(d_weights))
-    terms = put_chosen(d_scaled * topk_weights, topk_ids, expert_scale.shape[0])
-    total, length = xp.sum(terms, axis=-2), terms.shape[-2]
-    squares = xp.sum(terms * terms, axis=-2)
-    return d_weights, rounding.accumulate("d_expert_scale", total, lambda: sum_sd(total, squares, length))
-
-
 def divisor(total: Float[Array, "*#samples T 1"], config: MoEConfig) -> Float[Array, "*#samples T 1"]:
     """What renormalisation divides by: the sum + eps, or the larger of the two (R5)."""
     if config.renormalize_form == "add":
@@ -226,30 +198,6 @@ def chosen_scores(
         return sigmoid(chosen)
     scores = sqrtsoftplus(chosen)
     return rounding.accumulate("scores", scores, lambda: scores * exponent_error(chosen))
-
-
-def take_chosen(values: Float[Array, "*#samples T E"], topk_ids: Int[Array, "T K"]) -> Float[Array, "*#samples T K"]:
-    """values[..., t, topk_ids[t, k]]."""
-    xp = array_namespace(values)
-    experts = xp.arange(values.shape[-1], device=device(values))
-    zero = xp.zeros_like(values)
-    columns = [
-        xp.sum(xp.where(experts == topk_ids[..., k, None], values, zero), axis=-1) for k in range(topk_ids.shape[-1])
-    ]
-    return xp.stack(columns, axis=-1)
-
-
-def put_chosen(
-    values: Float[Array, "*#samples T K"], topk_ids: Int[Array, "T K"], num_experts: int
-) -> Float[Array, "*#samples T E"]:
-    """The transpose of `take_chosen`: zero except at [t, topk_ids[t, k]]."""
-    xp = array_namespace(values)
-    experts = xp.arange(num_experts, device=device(values))
-    total = xp.zeros((*values.shape[:-1], num_experts), dtype=values.dtype, device=device(values))
-    for k in range(topk_ids.shape[-1]):
-        column = values[..., k, None]
-        total = total + xp.where(experts == topk_ids[..., k, None], column, xp.zeros_like(column))
-    return total
 
 
 def route_vjp(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
-from moe_ref._typing import Array, Float
+from moe_ref._typing import Array, Float, Int
 from moe_ref.numerics import EXACT, Rounding
 
 
@@ -74,3 +74,27 @@ def softmax_vjp(
         d_logits,
         lambda: xp.abs(terms) + p * xp.sum(xp.abs(terms), axis=-1, keepdims=True),
     )
+
+
+def take_chosen(values: Float[Array, "*#samples T E"], topk_ids: Int[Array, "T K"]) -> Float[Array, "*#samples T K"]:
+    """values[..., t, topk_ids[t, k]]."""
+    xp = array_namespace(values)
+    experts = xp.arange(values.shape[-1], device=device(values))
+    zero = xp.zeros_like(values)
+    columns = [
+        xp.sum(xp.where(experts == topk_ids[..., k, None], values, zero), axis=-1) for k in range(topk_ids.shape[-1])
+    ]
+    return xp.stack(columns, axis=-1)
+
+
+def put_chosen(
+    values: Float[Array, "*#samples T K"], topk_ids: Int[Array, "T K"], num_experts: int
+) -> Float[Array, "*#samples T E"]:
+    """The transpose of `take_chosen`: zero except at [t, topk_ids[t, k]]."""
+    xp = array_namespace(values)
+    experts = xp.arange(num_experts, device=device(values))
+    total = xp.zeros((*values.shape[:-1], num_experts), dtype=values.dtype, device=device(values))
+    for k in range(topk_ids.shape[-1]):
+        column = values[..., k, None]
+        total = total + xp.where(experts == topk_ids[..., k, None], column, xp.zeros_like(column))
+    return total

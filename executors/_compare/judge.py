@@ -28,7 +28,8 @@ from moe_ref.conformance.judgement.gates import judge, standardise
 from moe_ref.conformance.problems.kinks import pushes_off_kinks
 from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.error_bars import TensorBars, error_bars
-from moe_ref.routing import route, scale_by_expert, weigh
+from moe_ref.expert_scale import scale_by_expert
+from moe_ref.routing import route, weigh
 from moe_ref.types import MoEWeights
 from moe_ref.validation import dtype_name
 

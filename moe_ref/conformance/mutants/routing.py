@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_ref.conformance.mutants._registry import layer_mutant
 from moe_ref.conformance.wrapped import configured, experts, narrow
+from moe_ref.expert_scale import scale_by_expert
 from moe_ref.routing import (
     choice_keys,
     choose_groups,
@@ -19,7 +20,6 @@ from moe_ref.routing import (
     group_keys,
     keys_of_groups,
     route,
-    scale_by_expert,
     weigh,
 )
 from moe_ref.types import MoEWeights

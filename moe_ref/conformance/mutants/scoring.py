@@ -13,7 +13,8 @@ from torch.nn.functional import softplus
 from moe_ref.conformance.mutants._registry import layer_mutant, slot_mutant
 from moe_ref.conformance.mutants.routing import with_scores_chosen
 from moe_ref.conformance.wrapped import configured, experts, narrow
-from moe_ref.routing import chosen_scores, divisor, route, scale_by_expert
+from moe_ref.expert_scale import scale_by_expert
+from moe_ref.routing import chosen_scores, divisor, route
 from moe_ref.types import MoEWeights
 
 if TYPE_CHECKING:

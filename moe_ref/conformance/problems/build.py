@@ -12,9 +12,10 @@ from moe_ref.conformance.judgement.choices import have_margins
 from moe_ref.conformance.problems.kinks import clear_of_kinks
 from moe_ref.conformance.problems.packed import quantized
 from moe_ref.conformance.problems.problem import Problem
+from moe_ref.expert_scale import scale_by_expert
 from moe_ref.grouping import is_slot
 from moe_ref.numerics import round_to_nearest
-from moe_ref.routing import chosen_scores, route, scale_by_expert, weigh
+from moe_ref.routing import chosen_scores, route, weigh
 from moe_ref.types import ExpertLoRA, MoEConfig, MoEWeights
 
 SELECTION_BIAS = {"small": 0.5, "large": 100.0}
