@@ -176,15 +176,16 @@ def experts_inputs(block: Block, x: Tensor) -> tuple[Tensor, ...]:
     """What the block gives to its experts for the first `JUDGED` tokens: x, ids, weights.
 
     Raises:
-        NoBlock: the block cannot be called with hidden states alone.
+        NoBlock: the block cannot be called with hidden states alone, or its configuration makes no sense.
     """
     seen: list[tuple[Any, ...]] = []
     hook = block.experts.register_forward_pre_hook(lambda _module, args: seen.append(args))
     try:
         with torch.no_grad(), block.on("eager"):
             block.module(x)
-    except TypeError as error:
-        raise NoBlock(f"{block.kind} needs more than hidden states: {error}") from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise NoBlock(f"{block.kind}, {block.layer}: must run on hidden states alone: {said}") from error
     finally:
         hook.remove()
     return tuple(value[:JUDGED] for value in seen[0][:3])

@@ -125,8 +125,8 @@ class BenchOptions:
         for option in fields(self):
             value = getattr(self, option.name)
             if option.name not in OF_MODELS and value != option.default:
-                shown = value if not isinstance(value, list) else value[0]
-                cli.refuse(f"--{option.name.replace('_', '-')} {shown}: must be left out with --model")
+                shown = "" if value is True else f" {value[0] if isinstance(value, list) else value}"
+                cli.refuse(f"--{option.name.replace('_', '-')}{shown}: must be left out with --model")
         return ModelSettings(
             model=model,
             changes=tuple(self.set or ()),

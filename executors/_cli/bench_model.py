@@ -133,7 +133,7 @@ def _changes(settings: ModelSettings) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in settings.changes:
         name, _, value = text.partition("=")
-        if not name or not value.lstrip("-").isdigit():
-            cli.refuse(f"--set {text}: must be NAME=NUMBER, such as num_local_experts=8")
+        if not name or not value.isdecimal() or not int(value):
+            cli.refuse(f"--set {text}: must be NAME=NUMBER of at least 1, such as num_local_experts=8")
         found[name] = int(value)
     return found

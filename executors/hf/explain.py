@@ -95,7 +95,7 @@ def meta_model(name: str, changes: dict[str, Any] | None = None) -> nn.Module:
     try:
         with torch.device("meta"):
             return kind(config)
-    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"model={name}: transformers cannot make it: {type(error).__name__}: {_line(error)}"
         ) from error

@@ -18,6 +18,7 @@ from executors._bench.block import NoBlock, experts_inputs, make_block, measure_
 from executors._cli.app import app
 
 MIXTRAL = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1}
+SMALL = [f"--set={name}={value}" for name, value in MIXTRAL.items()]
 GPT_OSS = {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 8, "num_hidden_layers": 1}
 DEEPSEEK = {"hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 16}
 
@@ -123,16 +124,15 @@ def command(*arguments: str) -> Any:
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, leaky: str) -> None:
-    sizes = [f"--set={name}={value}" for name, value in MIXTRAL.items()]
     few = ["--tokens", "4", "--seconds", "0", "--executor", "native", "--direction", "forward", "--out", str(tmp_path)]
-    result = command("--model", "MixtralForCausalLM", *sizes, *few)
+    result = command("--model", "MixtralForCausalLM", *SMALL, *few)
     assert result.exit_code == 0, result.output
     assert "MixtralExperts E=8 H=64 I=32" in result.output
     assert max(len(line) for line in result.output.splitlines() if not line.startswith("wrote")) <= 80
     (case,) = json.loads((tmp_path / "bench-model.json").read_text())["cases"]
     assert (case["T"], case["direction"]) == (4, "forward")
     assert [row["name"] for row in case["rows"]] == ["hf:eager", "hf:grouped_mm", "hf:batched_mm", "native"]
-    result = command("--model", "MixtralForCausalLM", *sizes, *few, "--executor", leaky)
+    result = command("--model", "MixtralForCausalLM", *SMALL, *few, "--executor", leaky)
     assert result.exit_code == 1
     assert "WRONG" in result.output
 
@@ -148,6 +148,12 @@ def test_the_command_prints_and_writes(tmp_path: Path, leaky: str) -> None:
         (["--model", "MixtralForCausalLM", "--layer", "x"], "--layer x: must be left out with --model"),
         (["--model", "MixtralForCausalLM", "--scale", "2"], "--scale 2: must be left out with --model"),
         (["--model", "MixtralForCausalLM", "--lora-rank", "0"], "--lora-rank 0: must be left out with --model"),
+        (["--model", "MixtralForCausalLM", "--nested"], "--nested: must be left out with --model"),
+        (["--model", "MixtralForCausalLM", "--set", "num_local_experts=0"], "must be NAME=NUMBER of at least 1"),
+        (
+            ["--model", "MixtralForCausalLM", *SMALL, "--set", "num_local_experts=1"],
+            "MixtralSparseMoeBlock, MixtralExperts E=1 H=64 I=32: must run on hidden states alone: RuntimeError: ",
+        ),
         (["--set", "a=1"], "--set a=1: must go with --model"),
     ],
 )
