@@ -18,7 +18,6 @@ from functools import partial
 import numpy as np
 
 from moe_ref._typing import Array
-from moe_ref.expert_scale import scale_by_expert
 from moe_ref.experts import RowsOf
 from moe_ref.layer import layer, layer_vjp
 from moe_ref.noise import keys_of, uniform_of
@@ -156,8 +155,7 @@ def error_bars(
         logits, slot_weights = routing
         if dy is None:
             if slot_weights is None:
-                slot_weights = weigh(logits, topk_ids, weights.config, rounding)
-                slot_weights = scale_by_expert(slot_weights, topk_ids, weights.expert_scale, rounding)
+                slot_weights = weigh(logits, topk_ids, weights.config, rounding, weights.expert_scale)
             return {"y": np.asarray(layer(x[None], topk_ids, slot_weights, weights, rounding))}
         y, gradients = layer_vjp(x[None], logits, topk_ids, slot_weights, weights, dy[None], rounding, rows_of)
         return named(y, gradients)

@@ -53,9 +53,7 @@ def route(
     xp = array_namespace(router_logits)
     logits = xp.astype(router_logits, xp.float64)
     topk_ids = choose(logits, config, selection_bias)
-    return Routing(
-        topk_ids, scale_by_expert(weigh(logits, topk_ids, config, rounding), topk_ids, expert_scale, rounding)
-    )
+    return Routing(topk_ids, weigh(logits, topk_ids, config, rounding, expert_scale))
 
 
 def choose(
@@ -164,9 +162,13 @@ def undefined_rows(
 
 
 def weigh(
-    logits: Float[Array, "*#samples T E"], topk_ids: Int[Array, "T K"], config: MoEConfig, rounding: Rounding = EXACT
+    logits: Float[Array, "*#samples T E"],
+    topk_ids: Int[Array, "T K"],
+    config: MoEConfig,
+    rounding: Rounding = EXACT,
+    expert_scale: Float[Array, " E"] | None = None,
 ) -> Float[Array, "*#samples T K"]:
-    """The weights of the chosen experts: score, renormalisation, scaling factor. NaN for undefined rows."""
+    """The weights of the chosen experts: score, renormalisation, scaling factor, scales. NaN for undefined rows."""
     xp = array_namespace(logits)
     broken = undefined_rows(logits, topk_ids, config)[..., None]
     weights = chosen_scores(xp.where(broken, xp.zeros_like(logits), logits), topk_ids, config, rounding)
@@ -174,7 +176,8 @@ def weigh(
         weights = weights / divisor(sum_last(rounding, "renormalize", weights)[..., None], config)
     weights = weights * config.routed_scaling_factor
     weights = rounding.accumulate("topk_weights", weights, lambda: xp.abs(weights))
-    return xp.where(broken, xp.full_like(weights, math.nan), weights)
+    weights = xp.where(broken, xp.full_like(weights, math.nan), weights)
+    return scale_by_expert(weights, topk_ids, expert_scale, rounding)
 
 
 def divisor(total: Float[Array, "*#samples T 1"], config: MoEConfig) -> Float[Array, "*#samples T 1"]:

@@ -63,8 +63,9 @@ def scaled_by_expert(routing: Routing, expert_scale: Tensor | None) -> Routing:
     """The weights times the learned scales of their experts, if there are any (R9)."""
     if expert_scale is None:
         return routing
-    scales = expert_scale.to(routing.topk_weights.dtype)[routing.topk_ids]  # its backward adds in a fixed order (C1)
-    return Routing(routing.topk_ids, routing.topk_weights * scales)
+    # Gathered from a row for each token: the backward pass of an index adds with atomics on a CPU, this one never (C1).
+    rows = expert_scale.to(routing.topk_weights.dtype).expand(routing.topk_ids.shape[0], -1)
+    return Routing(routing.topk_ids, routing.topk_weights * rows.gather(-1, routing.topk_ids.long()))
 
 
 @torch.library.custom_op("moe_ref::choose", mutates_args=())
@@ -76,7 +77,7 @@ def choose(
     num_groups: int,
     topk_groups: int,
     group_score: str,
-    selection_key: str = "score",
+    selection_key: str,
 ) -> Tensor:
     """Ids [T, K] int64 of the experts chosen for router_logits [T, E] (R2, R3, R4)."""
     if selection_bias is None and num_groups == 1:  # every scoring orders as the logits do: exact in any dtype

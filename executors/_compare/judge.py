@@ -28,7 +28,6 @@ from moe_ref.conformance.judgement.gates import judge, standardise
 from moe_ref.conformance.problems.kinks import pushes_off_kinks
 from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.error_bars import TensorBars, error_bars
-from moe_ref.expert_scale import scale_by_expert
 from moe_ref.routing import route, weigh
 from moe_ref.types import MoEWeights
 from moe_ref.validation import dtype_name
@@ -73,7 +72,7 @@ def exact_answer(layer: Layer, seed: int, progress: Callable[[int, int], None] |
     """
     truth = unjudged(layer, seed)
     ids, weights = truth.inputs.topk_ids.cpu().numpy(), _wide_weights(layer.weights)
-    topk_weights = scale_by_expert(weigh(_wide(layer.router_logits), ids, weights.config), ids, weights.expert_scale)
+    topk_weights = weigh(_wide(layer.router_logits), ids, weights.config, expert_scale=weights.expert_scale)
     near = pushes_off_kinks(_wide(layer.x), ids, topk_weights, weights, dtype_name(layer.x)).any(axis=1)
     dy = truth.inputs.dy.masked_fill(torch.from_numpy(near).to(layer.x.device)[:, None], 0.0)
     inputs = replace(truth.inputs, dy=dy)

@@ -16,19 +16,11 @@ from executors._compare.measure import measure_times, peak_memory
 from executors.layer_file import Layer
 from moe_ref.conformance.judgement.call import Inputs
 from moe_ref.conformance.judgement.faults import Judgement
+from moe_ref.types import PER_EXPERT
 
 MILLISECONDS = 1000.0
 PROCESSES = 2  # that measure memory at a time, mostly waiting for imports
-LABELS = {
-    "y": "y",
-    "x": "dx",
-    "router_logits": "d router_logits",
-    "topk_weights": "d topk_weights",
-    "gate_up_proj": "d gate_up_proj",
-    "down_proj": "d down_proj",
-    "gate_up_proj_bias": "d gate_up_proj_bias",
-    "down_proj_bias": "d down_proj_bias",
-}
+LABELS = {"y": "y", "x": "dx"} | {name: f"d {name}" for name in ("router_logits", "topk_weights", *PER_EXPERT)}
 
 
 @dataclass(eq=False)

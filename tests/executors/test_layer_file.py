@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,18 @@ def test_what_is_written_is_read(tmp_path: Path, transposed: tuple[str, ...]) ->
         assert torch.equal(getattr(layer.weights, name), getattr(weights(), name))
     assert layer.weights.down_proj_bias is None
     assert layer.weights.gate_up_proj.is_contiguous() == ("gate_up_proj" not in transposed)
+
+
+def test_no_part_of_a_layer_is_lost(tmp_path: Path) -> None:
+    """Each field of MoEWeights that a layer without adapters may have."""
+    of_expert = {"selection_bias": torch.arange(E).float(), "expert_scale": torch.arange(1, E + 1).bfloat16()}
+    whole = replace(weights(), down_proj_bias=torch.ones(E, H).bfloat16(), **of_expert)
+    path = tmp_path / "layer.safetensors"
+    save_layer(path, torch.ones(T, H).bfloat16(), torch.zeros(T, E), whole)
+    found = load_layer(path).weights
+    for field in fields(MoEWeights):
+        if field.name not in ("config", "lora"):
+            assert torch.equal(getattr(found, field.name), getattr(whole, field.name)), field.name
 
 
 def test_nothing_but_the_file_is_left(tmp_path: Path) -> None:

@@ -147,3 +147,12 @@ def test_infinite_elements_are_left_out() -> None:
             assert np.isfinite(figure).all(), name
         assert np.isfinite(bars.gain_sd("float32", "float32"))
         assert not bars.sd("float32", "float32")[~np.isfinite(bars.exact)].any()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_y_alone_is_that_of_the_whole(scaled: bool) -> None:
+    arrays = build(replace(PROBLEM, expert_scale=scaled))
+    whole, alone = sampled(arrays), sampled(replace(arrays, dy=None))
+    assert list(alone) == ["y"]
+    assert np.array_equal(alone["y"].exact, whole["y"].exact)
+    assert np.array_equal(alone["y"].storage.variance, whole["y"].storage.variance)

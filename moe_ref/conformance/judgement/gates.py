@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ref.error_bars import TensorBars
+from moe_ref.types import PER_EXPERT
 
 MAX_Z = 6.0  # every element
 RMS_Z = 1.0  # root mean square, or RMS_SDS of its own standard deviations
@@ -20,14 +21,8 @@ CLAUSES = {  # of an output or a gradient; where inputs in fp16 have powers, so 
     "x": "D1",
     "router_logits": "D1, R5",
     "topk_weights": "D3, R7",
-    "gate_up_proj": "D1, D2",
-    "down_proj": "D1, D2",
-    "gate_up_proj_bias": "D1, D2",
-    "down_proj_bias": "D1, D2",
-    "gate_up_lora_a": "D1, D2",
-    "gate_up_lora_b": "D1, D2",
-    "down_lora_a": "D1, D2",
-    "down_lora_b": "D1, D2",
+    **dict.fromkeys(PER_EXPERT, "D1, D2"),
+    "expert_scale": "D1, D2, R9",
 }
 
 

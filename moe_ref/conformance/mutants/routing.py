@@ -145,7 +145,7 @@ def other_groups_count_as_zero(inner: Executor, x: Tensor, logits: Tensor, weigh
 
 
 def _with_ids(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights, ids: Tensor) -> Tensor:
-    own = scale_by_expert(weigh(logits.double(), ids, weights.config), ids, weights.expert_scale)
+    own = weigh(logits.double(), ids, weights.config, expert_scale=weights.expert_scale)
     return experts(inner, x, ids, narrow(own, x), weights)
 
 

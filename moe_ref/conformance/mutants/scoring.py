@@ -98,6 +98,12 @@ def expert_scale_forgotten(inner: Executor, x: Tensor, logits: Tensor, weights: 
 
 
 @layer_mutant
+def expert_scale_with_twice_its_gradient(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
+    """The output is right, and the gradient of the scales twice what it is (R9, D1)."""
+    return _with_scales(inner, x, logits, weights, lambda scale: scale + (scale - scale.detach()))
+
+
+@layer_mutant
 def expert_scale_of_next_expert(inner: Executor, x: Tensor, logits: Tensor, weights: MoEWeights) -> Tensor:
     """The scales are read one expert off (R9)."""
     return _with_scales(inner, x, logits, weights, lambda scale: scale.roll(1))

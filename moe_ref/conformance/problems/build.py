@@ -12,7 +12,6 @@ from moe_ref.conformance.judgement.choices import have_margins
 from moe_ref.conformance.problems.kinks import clear_of_kinks
 from moe_ref.conformance.problems.packed import quantized
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.expert_scale import scale_by_expert
 from moe_ref.grouping import is_slot
 from moe_ref.numerics import round_to_nearest
 from moe_ref.routing import chosen_scores, route, weigh
@@ -69,7 +68,7 @@ def build(problem: Problem, chosen: tuple[int, ...] | None = None) -> Arrays:
         logits = _break_logits(logits, problem, rng)
         topk_ids = route(logits, config, bias).topk_ids
         topk_ids = topk_ids if chosen is None else np.reshape(chosen, topk_ids.shape)
-        slot_weights = scale_by_expert(weigh(logits, topk_ids, config), topk_ids, weights.expert_scale)
+        slot_weights = weigh(logits, topk_ids, config, expert_scale=weights.expert_scale)
     else:
         topk_ids = _ids(problem, rng)
         slot_weights = topk_weights = _topk_weights(topk_ids, problem, rng)
