@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import executors
 from executors import hf
 from executors._bench.case import FORWARD
 from executors._bench.measure import Spread, ratios, spread, time_rounds, warm_up
 from executors.hf.explain import meta_model
+from moe_ref.conformance.judgement.faults import RAISED
 
 THEIRS = ("eager", "grouped_mm", "batched_mm")
-JUDGED = 8  # tokens
-WORSE = 4.0  # times the error of the family's own eager path, at most
-SCALE = 0.02  # of random weights
+JUDGED = 8  # tokens, from the first to the last
+WORSE = 3.0  # times the error of the family's own eager path, at most
+SCALE = 0.02  # of random weights, but for the experts'
+REACH = 3.0  # of the experts' preactivations, so that some pass a clamp
 SLOWEST_S = 20.0  # of a call that is timed
 
 Tell = Callable[[str], None]
@@ -71,8 +72,8 @@ class BlockRow:
         name: "hf:NAME" of transformers' own, or the name of an executor.
         ours: whether it is an executor.
         reason: why it was not timed, or "".
-        error: the largest of the experts' output and gradients, each relative to its largest element.
-        failed: whether that is too much.
+        error: the largest of the experts' output and gradients; 2-norms, each relative to the exact one.
+        failed: whether one of them is too much.
         seconds: timed calls of the block, one for each round.
     """
 
@@ -110,8 +111,12 @@ def make_block(model: str, changes: dict[str, Any], device: str, dtype: torch.dt
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
                 tensor.normal_(0, SCALE, generator=generator)
+            else:
+                tensor.zero_()
+        weights = hf.weights_of(experts)
+        weights.gate_up_proj.normal_(0, REACH * weights.hidden_size**-0.5, generator=generator)
+        weights.down_proj.normal_(0, weights.intermediate_size**-0.5, generator=generator)
     module.to(dtype).train(False)
-    weights = hf.weights_of(experts)
     sizes = f"E={weights.num_experts} H={weights.hidden_size} I={weights.intermediate_size}"
     return Block(type(module).__name__, module, experts, f"{type(experts).__name__} {sizes}")
 
@@ -133,20 +138,18 @@ def measure_block(
     own = next(block.module.parameters())
     generator = torch.Generator(own.device).manual_seed(seed)
     x = torch.randn(1, tokens, block.hidden, generator=generator, device=own.device).to(own.dtype)
-    given = experts_inputs(block, x)
-    truth = _judged(block, "eager", given, wide=torch.float64 if own.dtype == torch.float32 else torch.float32)
+    judge = Judge(block, x)
     rows = [BlockRow(f"hf:{name}", False) for name in THEIRS] + [BlockRow(name, True) for name in names]
     actions: dict[str, Callable[[], None]] = {}
     for row in rows:
         tell(f"T={tokens} {direction}: judging {row.name}")
         try:
             implementation = hf.register(row.name)[0] if row.ours else row.name.removeprefix("hf:")
-            row.error = _error(_judged(block, implementation, given), truth)
-        except (executors.Unavailable, executors.Unsupported, RuntimeError, ValueError) as error:
+            errors = judge.errors(implementation)
+        except RAISED as error:
             row.reason = " ".join(str(error).split())
             continue
-        limit = WORSE * max(rows[0].error or 0.0, torch.finfo(own.dtype).eps)
-        row.failed = row.ours and not row.error <= limit  # a NaN fails
+        row.error, row.failed = max_or_nan(errors), row.ours and not judge.is_right(errors)
         if not row.failed:
             actions[row.name] = functools.partial(_run, block, implementation, x, direction)
 
@@ -173,7 +176,7 @@ def ratio(row: BlockRow, rows: list[BlockRow]) -> Spread | None:
 
 
 def experts_inputs(block: Block, x: Tensor) -> tuple[Tensor, ...]:
-    """What the block gives to its experts for the first `JUDGED` tokens: x, ids, weights.
+    """What the block gives to its experts: x, ids, weights.
 
     Raises:
         NoBlock: the block cannot be called with hidden states alone, or its configuration makes no sense.
@@ -188,7 +191,7 @@ def experts_inputs(block: Block, x: Tensor) -> tuple[Tensor, ...]:
         raise NoBlock(f"{block.kind}, {block.layer}: must run on hidden states alone: {said}") from error
     finally:
         hook.remove()
-    return tuple(value[:JUDGED] for value in seen[0][:3])
+    return seen[0][:3]
 
 
 def _why_untimed(action: Callable[[], None], after: Callable[[], None], device: str) -> str:
@@ -200,27 +203,63 @@ def _why_untimed(action: Callable[[], None], after: Callable[[], None], device: 
     return f"a call took {took:.1f} s" if took > SLOWEST_S else ""
 
 
-def _judged(
-    block: Block, implementation: str, given: tuple[Tensor, ...], wide: torch.dtype | None = None
-) -> list[Tensor]:
-    """The experts' output and gradients; ``wide``: of a copy in a wider dtype, which does not round."""
-    experts = block.experts if wide is None else copy.deepcopy(block.experts).to(wide)
-    x, ids, weights = (value.to(wide) if wide and value.is_floating_point() else value for value in given)
-    leaves = [x.detach().requires_grad_(), weights.detach().requires_grad_()]
-    with block.on(implementation):
-        if wide is not None:  # the copy has a configuration of its own
-            experts.config._experts_implementation = implementation
+class Judge:
+    """Compares ways to run a block's experts with a copy of them in a wider dtype, on the block's own inputs.
+
+    A way runs on all tokens, as it will be timed. dy is 0 but for `JUDGED` of them, so that these alone make the
+    gradients of the parameters, and the copy runs on them alone.
+
+    Args:
+        block: the block.
+        x: [1, T, H] its input.
+
+    Raises:
+        NoBlock: as `experts_inputs`.
+    """
+
+    def __init__(self, block: Block, x: Tensor) -> None:
+        self._block, self._given = block, experts_inputs(block, x)
+        tokens = self._given[0]
+        self._where = torch.linspace(0, len(tokens) - 1, min(JUDGED, len(tokens)), device=x.device).round().long()
+        self._dy = torch.randn_like(tokens[self._where])
+        wide = torch.float64 if x.dtype == torch.float32 else torch.float32
+        self._exact = self._of_copy(wide)
+        unit = torch.finfo(x.dtype).eps / 4
+        self._limits = [WORSE * max(unit, error) for error in self.errors("eager")]
+
+    def errors(self, implementation: str) -> list[float]:
+        """Of the output, and of the gradients of x, of the weights of slots, and of each parameter."""
+        x, ids, weights = self._given
+        leaves = [x.detach().requires_grad_(), weights.detach().requires_grad_()]
+        with self._block.on(implementation):
+            y = self._block.experts(leaves[0], ids, leaves[1])
+        dy = torch.zeros_like(y).index_copy(0, self._where, self._dy.to(y.dtype))
+        dx, d_weights, *others = torch.autograd.grad(y, [*leaves, *self._block.experts.parameters()], dy)
+        found = [y.detach()[self._where], dx[self._where], d_weights[self._where], *others]
+        return [_distance(actual, exact) for actual, exact in zip(found, self._exact, strict=True)]
+
+    def is_right(self, errors: list[float]) -> bool:
+        """Whether none is larger than eager's own allows; a NaN is."""
+        return all(error <= limit for error, limit in zip(errors, self._limits, strict=True))
+
+    def _of_copy(self, wide: torch.dtype) -> list[Tensor]:
+        experts = copy.deepcopy(self._block.experts).to(wide)
+        experts.config._experts_implementation = "eager"  # the copy has a configuration of its own
+        x, ids, weights = (value[self._where] for value in self._given)
+        leaves = [value.detach().to(wide).requires_grad_() for value in (x, weights)]
         y = experts(leaves[0], ids, leaves[1])
-        parameters = list(experts.parameters())
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(given[0]).to(y)
-        return [y.detach(), *torch.autograd.grad(y, [*leaves, *parameters], dy)]
+        gradients = torch.autograd.grad(y, [*leaves, *experts.parameters()], self._dy.to(y.dtype))
+        return [y.detach(), *gradients]
 
 
-def _error(actual: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest of the relative errors, each of a tensor's largest element; NaN if one of them is."""
-    pairs = zip(actual, exact, strict=True)
-    errors = [(a.to(e.dtype) - e).abs().max() / e.abs().max().clamp(min=1e-30) for a, e in pairs]
-    return float(torch.stack(errors).max())
+def _distance(actual: Tensor, exact: Tensor) -> float:
+    """The 2-norm of the difference, relative."""
+    return float((actual.to(exact.dtype) - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny))
+
+
+def max_or_nan(errors: list[float]) -> float:
+    """The largest; NaN if one is."""
+    return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
 def _run(block: Block, implementation: str, x: Tensor, direction: str) -> None:

@@ -50,8 +50,8 @@ class ModelSettings:
     seed: int
 
 
-def bench_model(settings: ModelSettings, out: Path) -> bool:
-    """Measures, prints tables, and writes bench-model.json; returns whether all executors are right."""
+def bench_model(settings: ModelSettings, out: Path) -> list[BlockRow]:
+    """Measures, prints tables, and writes bench-model.json; returns all rows."""
     try:
         from executors._bench import block as benchmark
     except ModuleNotFoundError as error:
@@ -85,7 +85,7 @@ def bench_model(settings: ModelSettings, out: Path) -> bool:
     }
     write_json(out / "bench-model.json", content)
     cli.print_written(out, ["bench-model.json"], started)
-    return not any(row.failed for _, _, rows in found for row in rows)
+    return [row for _, _, rows in found for row in rows]
 
 
 def _measured(settings: ModelSettings, block: Block) -> list[tuple[int, str, list[BlockRow]]]:

@@ -24,7 +24,9 @@ def explain(
     file: cli.FileArgument = None,
     model: ModelOption = None,
     device: cli.DeviceOption = "cpu",
-    executor: Annotated[str, typer.Option(metavar="NAME", help="With --model: the executor that is asked.")] = "auto",
+    executor: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --model: the executor that is asked. Default: auto.")
+    ] = None,
 ) -> None:
     """Says which executors can take a layer, or a model.
 
@@ -35,8 +37,10 @@ def explain(
     if model is not None:
         if file is not None:
             cli.refuse(f"FILE {file}: must be left out with --model {model}")
-        _explain_model(model, executor, device)
+        _explain_model(model, executor or "auto", device)
         return
+    if executor is not None:
+        cli.refuse(f"--executor {executor}: must go with --model")
     layer = cli.load(file, device)
     print_rows(executors.explain(layer.x, layer.weights))
     try:
@@ -61,7 +65,7 @@ def _explain_model(name: str, executor: str, device: str) -> None:
     except ValueError as error:
         cli.refuse(f"--model {error}".replace("--model model=", "--model "))
     except (executors.UnknownExecutor, executors.Unavailable) as error:
-        cli.refuse(f"--executor: {error}")
+        cli.refuse(f"--{error}".replace("--executor=", "--executor "))
     if not rows:
         cli.refuse(f"--model {name}: must have experts; it has none")
     out = Table(width=cli.WIDTH, show_lines=True)

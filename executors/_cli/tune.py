@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,6 +93,11 @@ class TuneOptions:
             for option, value in given.items():
                 if value is not None:
                     cli.refuse(f"{option} {value}: must be left out with --layer {self.layer}")
+            for other in fields(self):
+                chosen = getattr(self, other.name)
+                if other.name in ("activation", "layout", "transposed") and chosen != other.default:
+                    shown = "" if chosen is True else f" {chosen}"
+                    cli.refuse(f"--{other.name}{shown}: must be left out with --layer {self.layer}")
             cli.checked("--layer", [self.layer], list(LAYERS))
             return LAYERS[self.layer]
         missing = [option for option, value in given.items() if value is None]

@@ -13,6 +13,7 @@ from pathlib import Path
 from executors.checkpoint.errors import BadCheckpoint
 from executors.checkpoint.reader import Checkpoint, CheckpointLayer, Router
 from executors.checkpoint.table import FAMILIES, REFUSED
+from moe_ref.validation.arrays import short
 
 __all__ = ["BadCheckpoint", "Checkpoint", "CheckpointLayer", "Router", "families", "open", "refused"]
 
@@ -26,7 +27,12 @@ def open(path: str | os.PathLike[str], family: str | None = None) -> Checkpoint:
 
     Raises:
         BadCheckpoint: it cannot be read; one line says the file, the key, what is there, and what is allowed.
+        TypeError: the path or the family is no text.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path={short(path)}: must be text or a path")
+    if family is not None and not isinstance(family, str):
+        raise TypeError(f"family={short(family)}: must be text, or None")
     return Checkpoint(Path(path), family)
 
 

@@ -120,6 +120,9 @@ def config_of(section: Section, index: int, *, joined: bool) -> tuple[MoEConfig,
     values["activation"] = _activation(section, values["activation"])
     values["gate_up_layout"] = "interleaved" if family.interleaved and joined else "concatenated"
     config = MoEConfig(**values)
+    if config.top_k is None:
+        names = fields["top_k"].names if isinstance(fields["top_k"], Key) else ("top_k",)
+        raise BadCheckpoint(f"{section.file}: {names[0]}=null: must be a number of experts")
     try:
         check_config(config)
     except (ValueError, TypeError) as error:

@@ -90,9 +90,6 @@ def extract(
     if (behind := router.weight.shape[1]) != weights.hidden_size:
         allowed = f"must be those of its router, H={behind}: a projection stands between them"
         raise BadCheckpoint(f"{checkpoint.path}: {layer.prefix}experts have H={weights.hidden_size}: {allowed}")
-    if (rows := router.weight.shape[0]) != weights.num_experts:
-        where = f"{checkpoint.path}: {layer.prefix}: the router has {rows} experts"
-        raise BadCheckpoint(f"{where}: must have {weights.num_experts}, as the projections")
     own = weights.gate_up_proj.dtype
     x = drawn(tokens, weights.hidden_size, own, seed) if hidden is None else given(hidden, own)
     try:

@@ -113,6 +113,7 @@ def deepseek_v3(
         key("scoring_func", default="sigmoid"): {"sigmoid": {}},
         key("topk_method", default="noaux_tc"): {"noaux_tc": {}},
     }
+    cases |= changes.pop("cases", {})
     made: dict[str, Any] = {"selection_bias": DEEPSEEK_BIAS, "router_in_fp32": True, "cases": cases}
     return Family(fields, **{**made, **changes})
 

@@ -154,6 +154,7 @@ class Checkpoint:
             tensors = _per_expert(source) if naming.per_expert else _stacked(source, family.stacks, section.name)
             bias = self._first(source, family.selection_bias) if biased else None
             weights = MoEWeights(**tensors, selection_bias=None if bias is None else bias.reshape(-1), config=config)
+            self._check_count(source, family.router, layer, weights.num_experts)
         try:
             check_weights(weights)
         except (ValueError, TypeError) as error:
@@ -176,6 +177,13 @@ class Checkpoint:
             shapes = f"{tuple(weight.shape)}{'' if bias is None else f' and {tuple(bias.shape)}'}"
             raise BadCheckpoint(f"{self.path}: {layer.prefix}{family.router[0]} has shape {shapes}: must be (E, H)")
         return Router(weight, bias, family.router_in_fp32)
+
+    def _check_count(self, source: Source, router: tuple[str, ...], layer: CheckpointLayer, experts: int) -> None:
+        """The router chooses among as many experts as there are: of tensors of their own the last may be missing."""
+        rows = [source.reader.shape(key)[0] for name in router if (key := source.key(name)) in self._shards.where]
+        if rows and rows[0] != experts:
+            where = f"{self.path}: {layer.prefix}experts are {experts}"
+            raise BadCheckpoint(f"{where}: must be {rows[0]}, as its router has rows")
 
     def _first(self, source: Source, names: tuple[str, ...]) -> Tensor:
         """The first of several names that is there."""

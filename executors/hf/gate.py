@@ -27,6 +27,7 @@ DIGITS = (1, 2, 3, 4, 5, 6, 7, 9, 12)
 GATED, PLAIN = ("swiglu", "geglu", "geglu_tanh"), ("silu", "gelu", "gelu_tanh", "relu2")
 
 PROBED = (0.5, 0.0625)  # gates below the clamp, if one of them is
+OUTSIDE = torch.tensor([-1e4, -300.0, 300.0, 1e4, 1e5, -1e5], dtype=torch.float64)  # where any clamp shows
 UPS = tuple(2.0**exponent for exponent in range(-10, 11))
 
 Apply = Callable[[Tensor], Tensor]
@@ -154,13 +155,14 @@ def _agrees(apply: Apply, guess: Activation, halves: int) -> bool:
     """Whether the gate and the guess are equal on a grid, in rows of several numbers."""
     reach = max(4.0, *(2 * (size or 0.0) for size in (guess.limit, guess.gate_softcap, guess.up_softcap)))
     axis = torch.cat([torch.linspace(-reach, reach, 65), torch.tensor([-60.0, -1e-3, 1e-3, 60.0])]).double()
-    z = torch.cartesian_prod(*[axis] * halves).reshape(-1, 3 * halves)  # rows of several: the layout counts
-    with torch.no_grad():
-        actual, expected = apply(z).double(), activation.forward(z, guess)
-    if actual.shape != expected.shape:
-        return False
-    size = 1 + z.abs().amax(1, keepdim=True) ** halves
-    return bool(((actual - expected).abs() <= NEAR * size).all())
+    for values in (axis, OUTSIDE):
+        z = torch.cartesian_prod(*[values] * halves).reshape(-1, 3 * halves)  # rows of several: the layout counts
+        with torch.no_grad():
+            actual, expected = apply(z).double(), activation.forward(z, guess)
+        size = 1 + z.abs().amax(1, keepdim=True) ** 2
+        if actual.shape != expected.shape or not ((actual - expected).abs() <= NEAR * size).all():
+            return False
+    return True
 
 
 def as_config(found: Activation) -> dict[str, Any]:

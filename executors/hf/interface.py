@@ -12,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from executors import _registry
 from executors._protocol import Executor, UnknownExecutor, Unsupported
-from executors.hf.module import find_config, is_experts, weights_of
+from executors.hf.module import check_module, find_config, is_experts, weights_of
 from moe_ref.types import MoEConfig
 
 PREFIX = "moe_"
@@ -82,10 +82,9 @@ def register(*names: str) -> tuple[str, ...]:
     for name in names:
         if name not in known:
             raise UnknownExecutor(f"executor={name!r}: must be one of {', '.join(map(repr, known))}")
-    for name in names:
-        _made.pop(name, None)  # a plug-in may be another by now
     chosen = names or tuple(known)
     for name in chosen:
+        _made.pop(name, None)  # a plug-in may be another by now
         ALL_EXPERTS_FUNCTIONS.register(PREFIX + name, _function(name))
     return tuple(PREFIX + name for name in chosen)
 
@@ -101,9 +100,11 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
         What was switched. Everything was, or nothing is and an error is raised.
 
     Raises:
+        TypeError: the model is no torch.nn.Module.
         UnknownExecutor, Unavailable: as `executors.get`.
         Unsupported: there is no experts module that transformers dispatches, or no `MoEConfig` says what one computes.
     """
+    check_module("model", model)
     found = {name: module for name, module in model.named_modules() if is_experts(module)}
     others = sorted({type(module).__name__ for module in model.modules()} & OWN_LOOPS)
     if others or not found:

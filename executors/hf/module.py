@@ -11,9 +11,16 @@ from torch import nn
 from executors._protocol import Unsupported
 from executors.hf.gate import as_config, gate_of, plain_of
 from moe_ref.types import MoEConfig, MoEWeights
+from moe_ref.validation.arrays import short
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # set by transformers' decorator
 FOUND = "_moe_ref_config"  # of a module: what was found for it, once
+
+
+def check_module(name: str, module: object) -> None:
+    """Refuses what is no module, in one line."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name}={short(module)}: must be a torch.nn.Module")
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -63,6 +70,7 @@ def find_config(module: Any) -> MoEConfig:
     Raises:
         Unsupported: as `weights_of`.
     """
+    check_module("module", module)
     vars(module).pop(FOUND, None)
     with ThreadPoolExecutor(1) as other:  # in a thread of its own no mode is on: no device, no tracer, no autocast
         config = other.submit(_probed, module).result()

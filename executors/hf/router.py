@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from executors._protocol import Unsupported
+from executors.hf.module import check_module
 from executors.hf.router_rules import RouterRule
 from executors.hf.router_table import CHECKED, REFUSED, RULES
 
@@ -30,9 +31,11 @@ def config_of(module: nn.Module) -> RouterRule:
             are exact.
 
     Raises:
+        TypeError: it is no torch.nn.Module.
         Unsupported: the class is unknown, or is one that no `MoEConfig` expresses; or the selection bias is the block's
             and only the router was given; or there is not one router in the module.
     """
+    check_module("module", module)
     router, block = _find(module)
     name = _name(router)
     if name in REFUSED:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ pytest.importorskip("transformers")
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import executors
-from executors._bench.block import NoBlock, experts_inputs, make_block, measure_block, ratio
+from executors._bench.block import BlockRow, NoBlock, experts_inputs, make_block, measure_block, ratio
 from executors._cli.app import app
+from moe_ref import MoEWeights
 
 MIXTRAL = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1}
 SMALL = [f"--set={name}={value}" for name, value in MIXTRAL.items()]
@@ -79,19 +81,52 @@ def one_nan(y: torch.Tensor) -> torch.Tensor:
     return y.masked_fill(torch.arange(y.numel()).view(y.shape) == 7, torch.nan)
 
 
-@pytest.mark.parametrize("change", [one_nan, lambda y: y.detach() + 0 * y, Upstream.apply])
-def test_nan_and_wrong_gradients_fail(change: Any, leaky: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def last_tokens_zero(y: torch.Tensor) -> torch.Tensor:
+    return y * (torch.arange(len(y)) < 12)[:, None]
+
+
+@pytest.mark.parametrize(
+    "change", [one_nan, lambda y: y.detach() + 0 * y, Upstream.apply, last_tokens_zero, lambda y: y * 1.02]
+)
+@pytest.mark.parametrize(("model", "sizes"), [("MixtralForCausalLM", MIXTRAL), ("GptOssForCausalLM", GPT_OSS)])
+def test_what_is_wrong_fails(
+    change: Any, model: str, sizes: dict[str, int], leaky: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Leaky, "change", staticmethod(change))
-    block = make_block("MixtralForCausalLM", MIXTRAL, "cpu", torch.bfloat16, 0)
-    *_, row = measure_block(block, 6, "forward", [leaky], 0.0, 0, lambda _: None)
-    assert row.failed
+    block = make_block(model, sizes, "cpu", torch.bfloat16, 0)
+    *_, native, row = measure_block(block, 14, "forward", ["native", leaky], 0.0, 0, lambda _: None)
+    assert (native.failed, row.failed) == (False, True)
     assert not row.seconds
+
+
+@pytest.mark.parametrize("changes", [{"limit": None}, {"alpha": 1.0}, {"limit": 10.0}, {"up_offset": 0.0}])
+def test_another_gate_fails(changes: dict[str, Any], leaky: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights reach the clamp."""
+
+    def experts(_self: Leaky, x: torch.Tensor, *, weights: MoEWeights, **given: Any) -> torch.Tensor:
+        other = replace(weights, config=replace(weights.config, **changes))
+        return executors.get("native").experts(x, weights=other, **given)
+
+    monkeypatch.setattr(Leaky, "experts", experts)
+    block = make_block("GptOssForCausalLM", GPT_OSS, "cpu", torch.bfloat16, 0)
+    *_, row = measure_block(block, 64, "forward", [leaky], 0.0, 0, lambda _: None)
+    assert row.failed
+
+
+def test_the_reference_is_the_fastest_of_theirs() -> None:
+    def timed(name: str, ours: bool, seconds: float) -> BlockRow:
+        return BlockRow(name, ours, seconds=[seconds] * 3)
+
+    rows = [timed("hf:eager", False, 4.0), timed("hf:grouped_mm", False, 2.0), timed("native", True, 1.0)]
+    found = ratio(rows[2], rows)
+    assert found is not None
+    assert found.median == 2.0
 
 
 def test_the_block_is_left_as_it_was() -> None:
     block = make_block("MixtralForCausalLM", MIXTRAL, "cpu", torch.bfloat16, 0)
     x, ids, weights = experts_inputs(block, torch.randn(1, 20, 64).bfloat16())
-    assert (x.shape, ids.shape, weights.shape) == ((8, 64), (8, 2), (8, 2))
+    assert (x.shape, ids.shape, weights.shape) == ((20, 64), (20, 2), (20, 2))
     before = block.experts.config._experts_implementation
     with block.on("batched_mm"):
         assert block.experts.config._experts_implementation == "batched_mm"
@@ -99,12 +134,13 @@ def test_the_block_is_left_as_it_was() -> None:
 
 
 def test_a_call_that_memory_does_not_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Judging a few tokens went well, and then all of them are too many."""
+    """Judging went well, and then memory is full."""
     block = make_block("MixtralForCausalLM", MIXTRAL, "cpu", torch.bfloat16, 0)
-    plain = ALL_EXPERTS_FUNCTIONS["batched_mm"]
+    plain, calls = ALL_EXPERTS_FUNCTIONS["batched_mm"], []
 
     def too_large(module: Any, x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
-        if len(x) > 8:
+        calls.append(len(x))
+        if len(calls) > 1:
             raise RuntimeError("can't allocate memory\nin several lines")
         return plain(module, x, *given)
 

@@ -205,7 +205,7 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
 def test_router_with_other_experts(tmp_path: Path) -> None:
     state = mixtral() | {f"{SPARSE}gate.weight": random(E + 1, H)}
     line = refused(folder(tmp_path / "model", state, MIXTRAL), "--layer", 0)
-    assert line.endswith(f"{SPARSE}: the router has {E + 1} experts: must have {E}, as the projections")
+    assert line.endswith(f"{SPARSE}experts are {E}: must be {E + 1}, as its router has rows")
 
 
 def test_experts_behind_a_projection_have_no_logits_of_their_own(tmp_path: Path) -> None:

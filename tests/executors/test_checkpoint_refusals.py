@@ -203,3 +203,31 @@ def test_import_of_executors_drags_in_no_checkpoints() -> None:
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
     )
     assert executors.checkpoint is checkpoint
+
+
+@pytest.mark.parametrize(
+    ("path", "family", "said"),
+    [(5, None, "path=5: must be text or a path"), ("x", ["mixtral"], "family=['mixtral']: must be text, or None")],
+)
+def test_arguments_of_open(path: Any, family: Any, said: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        checkpoint.open(path, family)
+    assert str(caught.value) == said
+
+
+def test_the_last_expert_must_not_be_missing(tmp_path: Path) -> None:
+    """As where a shard is gone and there is no index."""
+    state = {key: value for key, value in mixtral().items() if f".experts.{E - 1}." not in key}
+    message = refused(lambda: read(folder(tmp_path, state, MIXTRAL)))
+    assert message.endswith(f"{SPARSE}experts are {E - 1}: must be {E}, as its router has rows")
+
+
+@pytest.mark.parametrize("family", ["axk2", "bailing_hybrid", "kimi_linear"])
+def test_relatives_of_deepseek_v3_refuse_what_it_refuses(family: str) -> None:
+    entries = {name for entry in FAMILIES[family].cases for name in entry.names}
+    assert {"scoring_func", "topk_method"} <= entries
+
+
+def test_a_number_of_experts_per_token_must_not_be_null(tmp_path: Path) -> None:
+    message = refused(lambda: read(folder(tmp_path, mixtral(), MIXTRAL | {"num_experts_per_tok": None})))
+    assert message.endswith("num_experts_per_tok=null: must be a number of experts")

@@ -3,7 +3,7 @@
 import copy
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,19 +226,24 @@ def test_a_plug_in_runs(mine: str) -> None:
     assert torch.equal(run_experts(model, "mine"), -expected)
 
 
-def test_a_plug_in_that_was_exchanged_is_made_anew(mine: str) -> None:
+@pytest.mark.parametrize(
+    "switch",
+    [
+        lambda model: executors.hf.use(model, "mine"),
+        lambda _: executors.hf.register("mine"),
+        lambda _: executors.hf.register(),
+    ],
+)
+def test_a_plug_in_that_was_exchanged_is_made_anew(switch: Callable[[nn.Module], object], mine: str) -> None:
     model = build("mixtral")
-    expected = run_experts(model, "mine")
-    for switch in (lambda: executors.hf.use(model, "mine"), lambda: executors.hf.register("mine")):
-        executors._registry.unregister("mine")
-        executors.register("mine", lambda: executors.get("native"))
-        switch()
-        assert torch.equal(one(model), -expected)
-        executors._registry.unregister("mine")
-        executors.register("mine", "executors.native:Native")
-    executors._registry.unregister("mine")
+    negated = run_experts(model, mine)
+    executors.unregister(mine)
+    executors.register(mine, "executors.native:Native")
+    switch(model)
+    assert torch.equal(one(model), -negated)
+    executors.unregister(mine)
     with pytest.raises(executors.UnknownExecutor, match="'mine'"):
-        executors.hf.use(model, "mine")
+        executors.hf.use(model, mine)
 
 
 def run_experts(model: nn.Module, executor: str) -> torch.Tensor:
@@ -273,3 +278,25 @@ def test_parameters_that_were_replaced_are_used(name: str) -> None:
     assert y.dtype == torch.bfloat16
     y.sum().backward()
     assert module.down_proj.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("function", ["use", "config_of", "weights_of", "config_of_experts"])
+@pytest.mark.parametrize("value", [None, "mixtral"])
+def test_what_is_no_module_is_refused(function: str, value: object) -> None:
+    with pytest.raises(TypeError, match=rf"^(model|module)={value!r}: must be a torch.nn.Module$"):
+        getattr(executors.hf, function)(value)
+
+
+class Odd(nn.Module):
+    """Declares another layout than its gate has."""
+
+    has_gate, has_bias, is_transposed, is_concatenated = True, False, False, False
+
+    def _apply_gate(self, z: torch.Tensor) -> torch.Tensor:
+        gate, up = z.chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+
+
+def test_a_layout_that_is_declared_otherwise_is_refused() -> None:
+    with pytest.raises(executors.Unsupported, match=r"^Odd: is_concatenated=False: but its gate is concatenated$"):
+        executors.hf.config_of_experts(Odd())

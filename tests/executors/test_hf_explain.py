@@ -66,8 +66,9 @@ def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:
             "error: --model 'MixtralConfig': must be a folder, or a model class of transformers",
         ),
         (["--model", str(tmp_path)], f"error: --model {tmp_path}: must have a config.json of a known model"),
+        (["--executor", "native"], "error: --executor native: must go with --model"),
         (["file", "--model", "x"], "error: FILE file: must be left out with --model x"),
-        (["--model", "MixtralForCausalLM", "--executor", "no"], "error: --executor: executor='no': must be one of"),
+        (["--model", "MixtralForCausalLM", "--executor", "no"], "error: --executor 'no': must be one of"),
     ):
         status, output = explain(*arguments)
         assert status == 2

@@ -162,6 +162,9 @@ def clamped_from_below(z: Tensor) -> Tensor:
         clamped_late_on_both_sides,
         clamped_late_gate_only,
         swapped,
+        lambda z: F.silu(z.chunk(2, dim=-1)[0].clamp(max=61.0)) * z.chunk(2, dim=-1)[1],
+        lambda z: F.silu(z.chunk(2, dim=-1)[0].clamp(max=5000.0)) * z.chunk(2, dim=-1)[1],
+        lambda z: F.silu(z.chunk(2, dim=-1)[0].clamp(min=-61.0)) * z.chunk(2, dim=-1)[1].clamp(min=-400.0),
         clamped_gate_only,
         clamped_from_below,
         gate(F.relu),
@@ -182,5 +185,8 @@ def test_activations_without_a_gate() -> None:
     assert plain_of(F.gelu) == tanh._replace(name="gelu")
     assert plain_of(lambda z: F.gelu(z, approximate="tanh")) == tanh
     assert plain_of(lambda z: F.relu(z).square()) == tanh._replace(name="relu2")
+    for clamped in (100.0, 5000.0):
+        assert plain_of(lambda z, limit=clamped: F.relu(z.clamp(max=limit)).square()) is None
+        assert plain_of(lambda z, limit=clamped: F.silu(z.clamp(max=limit))) is None
     for other in (F.relu, F.mish, swish(1.702), torch.sigmoid):
         assert plain_of(other) is None
