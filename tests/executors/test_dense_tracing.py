@@ -107,8 +107,9 @@ def test_the_choice_is_registered_right() -> None:
     from executors._base.routing import choose
 
     logits, bias = torch.randn(5, 8), torch.randn(8)
-    torch.library.opcheck(choose, (logits, bias, 2, "sigmoid", 4, 2, "top2_sum"))
-    torch.library.opcheck(choose, (logits, None, 2, "softmax", 1, 1, "max"))
+    torch.library.opcheck(choose, (logits, bias, 2, "sigmoid", 4, 2, "top2_sum", "score"))
+    torch.library.opcheck(choose, (logits, bias, 2, "sigmoid", 1, 1, "max", "logit"))
+    torch.library.opcheck(choose, (logits, None, 2, "softmax", 1, 1, "max", "score"))
 
 
 @every
