@@ -79,15 +79,15 @@ def _loops(layer: BenchLayer) -> list[Contender]:
     transposed, decoders = layer.shape.transposed, {}
     try:
         for name in ("gate_up_proj", "down_proj"):
-            parts = _own_bytes(layer.frozen[name])
-            decoders[name] = [_decoder(packed, state, transposed) for packed, state in parts]
+            parts = own_bytes(layer.frozen[name])
+            decoders[name] = [decoder(packed, state, transposed) for packed, state in parts]
     except ValueError as error:
         names = names_of(LOOPS, layer.weights().gate_up_proj.device)
         return [Contender(name, False, reason=str(error)) for name in names]
     return loops_of(layer, LOOPS, decoders)
 
 
-def _decoder(packed: Tensor, state: Any, transposed: bool) -> Decode:
+def decoder(packed: Tensor, state: Any, transposed: bool) -> Decode:
     """Gives one expert's [m, k], which may be stored as [k, m]."""
 
     def decode() -> Tensor:
@@ -99,7 +99,7 @@ def _decoder(packed: Tensor, state: Any, transposed: bool) -> Decode:
     return decode
 
 
-def _own_bytes(stack: Any) -> list[tuple[Tensor, Any]]:
+def own_bytes(stack: Any) -> list[tuple[Tensor, Any]]:
     """Each expert's part of a stack: bytes, and a quant state of its own.
 
     Raises:

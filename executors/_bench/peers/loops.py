@@ -34,19 +34,21 @@ class FourBitLinear:
         decode: gives its matrix, [m, k].
         bias: [m] or None.
         lora_a, lora_b: its adapter, [r, k] and [m, r], or None.
+        scaling: of the adapter.
     """
 
     decode: Decode
     bias: Tensor | None = None
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
+    scaling: float = LORA_SCALING
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Decodes, and multiplies."""
         out = F.linear(rows, self.decode(), self.bias)
         if self.lora_a is None or self.lora_b is None:
             return out
-        return out + LORA_SCALING * F.linear(F.linear(rows, self.lora_a), self.lora_b)
+        return out + self.scaling * F.linear(F.linear(rows, self.lora_a), self.lora_b)
 
 
 Expert = tuple[FourBitLinear, FourBitLinear]

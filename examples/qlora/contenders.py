@@ -1,0 +1,109 @@
+"""Three ways to compute the same adapted experts in 4 bits, as experts functions of transformers.
+
+``loop``: one expert after the other is decoded by bitsandbytes, multiplied, and its adapter added: what people run.
+``stack``: transformers' grouped_mm on bitsandbytes' parametrization, which decodes the whole stack; PEFT's way to adapt
+a stack adds B A to it. An executor of this project reads the 4 bits as they are and keeps adapters apart.
+
+All of them read the same bytes and the same adapters, and autograd is left to do what it does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from executors import hf
+from executors._bench.peers.bitsandbytes import decoder, own_bytes
+from executors._bench.peers.loops import Decode, FourBitLinear, loop
+from executors._bench.routing import Batch
+from moe_ref.types import ExpertLoRA, MoEWeights, NF4Tensor
+
+LOOP, STACK = "loop", "stack"
+PEERS = (LOOP, STACK)
+_decoders: WeakKeyDictionary[nn.Module, tuple[list[Decode], list[Decode]]] = WeakKeyDictionary()
+
+
+def switch(model: nn.Module, name: str) -> None:
+    """Runs the experts of an adapted model on a peer, or on an executor.
+
+    Args:
+        model: whose experts `executors.hf.quantize_experts` packed, with adapters.
+        name: of `PEERS`, or of an executor.
+    """
+    if name not in PEERS:
+        hf.use(model, name)
+        return
+    hf.use(model, "auto")  # adapters go to the experts function, and not around it
+    ALL_EXPERTS_FUNCTIONS.register(f"qlora_{name}", {LOOP: _loop, STACK: _stack}[name])
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._experts_implementation = f"qlora_{name}"
+
+
+def _loop(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    weights = hf.weights_of(module)
+    lora = weights.lora or ExpertLoRA()
+    if module not in _decoders:
+        _decoders[module] = _decoders_of(weights.gate_up_proj), _decoders_of(weights.down_proj)
+    up, down = _decoders[module]
+    dtype = hidden_states.dtype
+    up_bias, down_bias = _parts(weights.gate_up_proj_bias, dtype), _parts(weights.down_proj_bias, dtype)
+    up_a, up_b = _parts(lora.gate_up_lora_a, dtype), _parts(lora.gate_up_lora_b, dtype)
+    down_a, down_b = _parts(lora.down_lora_a, dtype), _parts(lora.down_lora_b, dtype)
+    experts = [
+        (
+            FourBitLinear(up[e], up_bias[e], up_a[e], up_b[e], lora.gate_up_scaling),
+            FourBitLinear(down[e], down_bias[e], down_a[e], down_b[e], lora.down_scaling),
+        )
+        for e in range(weights.num_experts)
+    ]
+    given = Batch(hidden_states, hidden_states, top_k_index, top_k_weights, top_k_index[:0])
+    return loop(given, experts, weights.config)
+
+
+def _parts(stack: Tensor | None, dtype: torch.dtype) -> Any:
+    """A view for each expert, or None for each."""
+    return _Nothing() if stack is None else stack.to(dtype).unbind()
+
+
+class _Nothing:
+    def __getitem__(self, expert: int) -> None:
+        return None
+
+
+def _decoders_of(stack: Any) -> list[Decode]:
+    assert isinstance(stack, NF4Tensor)
+    return [decoder(packed, state, stack.transposed) for packed, state in own_bytes(stack)]
+
+
+def _stack(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    adapted: Any = _Adapted(module, hf.weights_of(module))
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](adapted, hidden_states, top_k_index, top_k_weights)
+
+
+class _Adapted:
+    """An experts module whose projections have their adapters added to the decoded stack."""
+
+    def __init__(self, module: Any, weights: MoEWeights) -> None:
+        self._module = module
+        lora = weights.lora or ExpertLoRA()
+        self.gate_up_proj = _added(
+            module.gate_up_proj, lora.gate_up_lora_a, lora.gate_up_lora_b, lora.gate_up_scaling, module.is_transposed
+        )
+        self.down_proj = _added(
+            module.down_proj, lora.down_lora_a, lora.down_lora_b, lora.down_scaling, module.is_transposed
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _added(stack: Tensor, a: Tensor | None, b: Tensor | None, scaling: float, transposed: bool) -> Tensor:
+    if a is None or b is None:
+        return stack
+    delta = scaling * torch.bmm(b, a)  # [E, m, k]
+    return stack + (delta.mT if transposed else delta).to(stack.dtype)

@@ -1,0 +1,109 @@
+"""What is fine-tuned: a base model in 4 bits with adapters, made the same in every process."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from executors import hf
+from qlora import models, text
+from qlora.models import BUNDLED, RANDOM, Sizes, Text
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that decides which numbers come out.
+
+    Attributes:
+        model: "bundled", "random", or a folder.
+        sizes: of a random model.
+        steps, windows, context: optimiser steps, windows of text in each, tokens in a window.
+        rank: of the adapters; their lora_alpha is twice that.
+        learning_rate: after a warm-up of 5 steps.
+        accumulate: parts into which a step is cut.
+        checkpointing: whether activations are built anew in the backward pass.
+        device: where all of it is.
+        seed: of random parameters and adapters.
+        threads: of torch on a CPU.
+    """
+
+    model: str = BUNDLED
+    sizes: Sizes = field(default_factory=Sizes)
+    steps: int = 20
+    windows: int = 4
+    context: int = 256
+    rank: int = 8
+    learning_rate: float = 2e-3
+    accumulate: int = 1
+    checkpointing: bool = False
+    device: str = "cpu"
+    seed: int = 0
+    threads: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """In a step."""
+        return self.windows * self.context
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs, and for `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Setup:
+        """The same again."""
+        return cls(**{**values, "sizes": Sizes(**values["sizes"])})
+
+
+def base_model(setup: Setup, progress: Any = None) -> nn.Module:
+    """The model, its experts in NF4.
+
+    Raises:
+        ValueError, OSError: the folder has no such model.
+    """
+    if setup.model not in (BUNDLED, RANDOM):
+        return hf.load_quantized(Path(setup.model), progress=progress).to(setup.device)
+    if setup.model == BUNDLED:
+        model = models.bundled_model()
+    else:
+        model = models.random_model(setup.sizes, setup.seed)
+    hf.quantize_experts(model, progress=progress)
+    return model.to(setup.device)
+
+
+def adapted(model: nn.Module, setup: Setup) -> PeftModel:
+    """The model with adapters on attention and experts, which alone are trained."""
+    if setup.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    config = LoraConfig(
+        r=setup.rank,
+        lora_alpha=2 * setup.rank,
+        target_modules=ATTENTION,
+        target_parameters=EXPERTS,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(setup.seed)
+    return get_peft_model(model, config)
+
+
+def reader(setup: Setup) -> Text:
+    """How the model reads text."""
+    return models.bytes_as_tokens() if setup.model in (BUNDLED, RANDOM) else models.tokens_of(Path(setup.model))
+
+
+def windows(setup: Setup) -> Tensor:
+    """[steps, windows, context + 1] tokens of real text.
+
+    Raises:
+        ValueError: the text is shorter than that.
+    """
+    tokens = reader(setup).encode(text.source())
+    return text.windows_of(tokens, setup.steps, setup.windows, setup.context).to(setup.device)
