@@ -14,6 +14,7 @@ from moe_ref.types import MoEConfig, MoEWeights
 from moe_ref.validation.arrays import short
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # set by transformers' decorator
+FORMED = ("_LoraFactorsProxy", "_LoraParameterProxy")  # PEFT's, which add B A to a parameter while they are there
 FOUND = "_moe_ref_config"  # of a module: what was found for it, once
 
 
@@ -43,11 +44,27 @@ def weights_of(module: nn.Module) -> MoEWeights:
     """
     config, own = config_of_experts(module), cast("Any", module)
     up = "gate_up_proj" if own.has_gate else "up_proj"
+    check_not_formed(own, up)
     gate_up, down = getattr(own, up), own.down_proj
     if own.is_transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     gate_up_bias = getattr(own, f"{up}_bias") if own.has_bias else None
     return MoEWeights(gate_up, down, gate_up_bias, own.down_proj_bias if own.has_bias else None, config=config)
+
+
+def check_not_formed(module: Any, *names: str) -> None:
+    """Refuses parameters of which PEFT has formed W + B A for this call.
+
+    Raises:
+        Unsupported: PEFT's wrapper was made after the model was put on an executor.
+    """
+    own = module._modules.get("parametrizations", {})
+    for name in names:
+        if any(type(each).__name__ in FORMED for each in own.get(name, ()) if name in own):
+            raise Unsupported(
+                f"{name} has an adapter that PEFT forms into W + B A: must run apart: call executors.hf.use(model) "
+                "after the adapter was made, or make it within executors.hf.peft(model)"
+            )
 
 
 def config_of_experts(module: nn.Module) -> MoEConfig:
