@@ -13,7 +13,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from executors import _registry
 from executors._protocol import Executor, UnknownExecutor, Unsupported
 from executors.hf.module import check_module, find_config, is_experts, weights_of
+from executors.hf.parameters import class_name
 from moe_ref.types import MoEConfig
+from moe_ref.validation import dtype_name
 
 PREFIX = "moe_"
 _made: dict[str, Executor] = {}
@@ -106,13 +108,13 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
     """
     check_module("model", model)
     found = {name: module for name, module in model.named_modules() if is_experts(module)}
-    others = sorted({type(module).__name__ for module in model.modules()} & OWN_LOOPS)
+    others = sorted({class_name(module) for module in model.modules()} & OWN_LOOPS)
     if others or not found:
         has = f"has {', '.join(others)}, with a loop of its own" if others else "has no experts"
         raise Unsupported(f"model={type(model).__name__}: {has}: must have experts that transformers dispatches")
     made = _registry.get(executor)
     (implementation,) = register(executor)
-    layers = tuple(SwitchedLayer(name, type(module).__name__, find_config(module)) for name, module in found.items())
+    layers = tuple(SwitchedLayer(name, class_name(module), find_config(module)) for name, module in found.items())
     _made[executor] = made
     for module in (model, *found.values()):  # the model's own is what transformers shows; each layer's is what it asks
         if hasattr(module, "config"):
@@ -131,9 +133,12 @@ def _make(name: str) -> Executor:
 @cache
 def _function(name: str) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
     def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As transformers' grouped_mm: in the dtype of the weights, and back in that of the hidden states."""
+        """As transformers' grouped_mm: in the dtype of the weights, and back in that of the hidden states.
+
+        The dtype of weights in 4 bits is the one that they decode to.
+        """
         weights, executor = weights_of(module), _made.get(name) or _make(name)
-        x = hidden_states.to(weights.gate_up_proj.dtype)
+        x = hidden_states.to(getattr(torch, dtype_name(weights.gate_up_proj)))
         y = executor.experts(x, topk_ids=top_k_index, topk_weights=top_k_weights, weights=weights)
         return y.to(hidden_states.dtype)
 
