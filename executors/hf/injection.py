@@ -11,6 +11,7 @@ from torch import nn
 
 from executors.hf.interface import separate
 from executors.hf.module import check_module, is_experts
+from executors.hf.parameters import parametrization_of, up_name
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def peft(model: nn.Module) -> Iterator[None]:
         Unsupported: an adapter does more than add ``scaling * B A`` to a projection.
     """
     check_module("model", model)
-    hidden = [_Hidden(module) for module in model.modules() if is_experts(module) and _quantized(module)]
+    hidden = [_Hidden(module) for module in model.modules() if is_experts(module) and _states(module)]
     try:
         yield
     finally:
@@ -43,13 +44,10 @@ def peft(model: nn.Module) -> Iterator[None]:
     separate(model)
 
 
-def _quantized(module: Any) -> dict[str, Any]:
-    """The states of the parameters that bitsandbytes parametrizes, up first: PEFT wraps in this order."""
-    found: dict[str, Any] = {}
-    for name, chain in module._modules.get("parametrizations", {}).items():
-        states = [each.quant_state for each in chain if hasattr(each, "quant_state")]
-        found |= {name: states[0]} if states else {}
-    return {name: found[name] for name in sorted(found, key="down_proj".__eq__)}
+def _states(module: nn.Module) -> dict[str, Any]:
+    """The statistics of its projections in 4 bits, up first: PEFT wraps in this order."""
+    found = {name: parametrization_of(module, name) for name in (up_name(module), "down_proj")}
+    return {name: own.quant_state for name, own in found.items() if own is not None}
 
 
 class _Hidden:
@@ -57,7 +55,7 @@ class _Hidden:
 
     def __init__(self, module: Any) -> None:
         self.module, self.kind = module, type(module)
-        self.states = _quantized(module)
+        self.states = _states(module)
         self.parametrizations = module._modules.pop("parametrizations")
         module.__class__ = self.kind.__bases__[0]
         for name, state in self.states.items():

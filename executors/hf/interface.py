@@ -16,7 +16,9 @@ from executors import _registry
 from executors._protocol import Executor, UnknownExecutor, Unsupported
 from executors.hf.adapters import PREFIX, lora_of
 from executors.hf.module import check_module, find_config, is_experts, weights_of
+from executors.hf.parameters import class_name
 from moe_ref.types import MoEConfig
+from moe_ref.validation import dtype_name
 
 _made: dict[str, Executor] = {}
 OWN_LOOPS = {  # classes that hold experts, which transformers does not dispatch
@@ -116,7 +118,7 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
     """
     check_module("model", model)
     found = {name: module for name, module in model.named_modules() if is_experts(module)}
-    others = sorted({type(module).__name__ for module in model.modules()} & OWN_LOOPS)
+    others = sorted({class_name(module) for module in model.modules()} & OWN_LOOPS)
     if others or not found:
         has = f"has {', '.join(others)}, with a loop of its own" if others else "has no experts"
         raise Unsupported(f"model={type(model).__name__}: {has}: must have experts that transformers dispatches")
@@ -126,7 +128,7 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
     adapted = separate(model)
     found = {name: module for name, module in model.named_modules() if is_experts(module)}  # PEFT's may be nested anew
     layers = tuple(
-        SwitchedLayer(name, type(module).__name__, config, adapted.get(module, ()))
+        SwitchedLayer(name, class_name(module), config, adapted.get(module, ()))
         for (name, module), config in zip(found.items(), configs, strict=True)
     )
     _made[executor] = made
@@ -162,11 +164,14 @@ def _function(name: str) -> Callable[..., Tensor]:
         top_k_weights: Tensor,
         adapters: tuple[Any, ...] = (),
     ) -> Tensor:
-        """As transformers' grouped_mm: in the dtype of the weights, and back in that of the hidden states."""
+        """As transformers' grouped_mm: in the dtype of the weights, and back in that of the hidden states.
+
+        The dtype of weights in 4 bits is the one that they decode to.
+        """
         weights, executor = weights_of(module), _made.get(name) or _make(name)
         if adapters:  # PEFT's wrappers that the call passed through
             weights = replace(weights, lora=lora_of(adapters))
-        x = hidden_states.to(weights.gate_up_proj.dtype)
+        x = hidden_states.to(getattr(torch, dtype_name(weights.gate_up_proj)))
         y = executor.experts(x, topk_ids=top_k_index, topk_weights=top_k_weights, weights=weights)
         return y.to(hidden_states.dtype)
 

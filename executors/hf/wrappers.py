@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from executors._protocol import Unsupported
 from executors.hf.adapters import DOWN, PREFIX, check_wrapper
 from executors.hf.module import is_experts
+from executors.hf.parameters import parametrization_of
 
 
 class ParamWrapper(layer.ParamWrapper):
@@ -36,13 +37,13 @@ class ParamWrapper(layer.ParamWrapper):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's, which has no effect on experts in 4 bits: it adds to what it has decoded, and then says merged."""
-        if is_parametrized(self.get_base_layer(), self.parameter_name):
+        if parametrization_of(self.get_base_layer(), self.parameter_name):
             raise Unsupported(f"{self.parameter_name} is in 4 bits: must be dense to have its adapter merged")
         super().merge(safe_merge, adapter_names)
 
     def _activate_lora(self, active_adapters: list[str]) -> Any:
         """PEFT's, which goes wrong with experts in 4 bits: one adapter is ignored, and calls change the next ones."""
-        if is_parametrized(self.get_base_layer(), self.parameter_name):
+        if parametrization_of(self.get_base_layer(), self.parameter_name):
             raise Unsupported(
                 f"{self.parameter_name} is in 4 bits and has an adapter: must run on an executor: see executors.hf.use"
             )
@@ -93,13 +94,8 @@ def _chains(model: nn.Module) -> Iterator[tuple[nn.Module, str, list[Any]]]:
 
 def _nest(parent: nn.Module, name: str, chain: list[Any]) -> None:
     module = chain[0].get_base_layer()
-    if any(is_parametrized(module, wrapper.parameter_name) for wrapper in chain):
+    if any(parametrization_of(module, wrapper.parameter_name) for wrapper in chain):
         chain.sort(key=lambda wrapper: wrapper.parameter_name != DOWN)
         setattr(parent, name, chain[0])
         for outer, inner in zip(chain, [*chain[1:], module], strict=True):
             outer.base_layer = inner
-
-
-def is_parametrized(module: Any, name: str) -> bool:
-    """Whether torch parametrizes the parameter, as bitsandbytes does in 4 bits."""
-    return "parametrizations" in module._modules and name in module.parametrizations
