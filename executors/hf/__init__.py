@@ -14,6 +14,8 @@ computes; never from ``hidden_act``. What no `MoEConfig` expresses is refused by
 scales of experts.
 """
 
+from executors.hf.adapters import join_gate_and_up
+from executors.hf.injection import peft
 from executors.hf.interface import Switched, SwitchedLayer, register, use
 from executors.hf.module import config_of_experts, is_experts, weights_of
 from executors.hf.router import config_of
@@ -26,6 +28,8 @@ __all__ = [
     "config_of",
     "config_of_experts",
     "is_experts",
+    "join_gate_and_up",
+    "peft",
     "register",
     "use",
     "weights_of",

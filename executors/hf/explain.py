@@ -14,7 +14,9 @@ from executors import _registry
 from executors._protocol import Executor, Unavailable, Unsupported
 from executors.hf.interface import OWN_LOOPS
 from executors.hf.module import is_experts, weights_of
+from executors.hf.parameters import class_name
 from moe_ref.types import MoEConfig
+from moe_ref.validation import dtype_name
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def explain_model(model: nn.Module, executor: str = "auto", device: str = "cpu")
     for name, module in model.named_modules():
         if is_experts(module):
             found.setdefault(_fate(module, asked, device), []).append(name)
-        elif (kind := type(module).__name__) in OWN_LOOPS:
+        elif (kind := class_name(module)) in OWN_LOOPS:
             found.setdefault(
                 (kind, "", "", "", "it has a loop of its own, which transformers does not dispatch"), []
             ).append(name)
@@ -102,15 +104,18 @@ def meta_model(name: str, changes: dict[str, Any] | None = None) -> nn.Module:
 
 
 def _fate(module: Any, executor: Executor, device: str) -> tuple[str, ...]:
-    kind = type(module).__name__
+    kind = class_name(module)
     try:
         weights = weights_of(module)
     except Unsupported as error:
         return kind, "", "", "", _line(error)
     sizes = f"E={weights.num_experts} H={weights.hidden_size} I={weights.intermediate_size}"
-    if weights.gate_up_proj.is_meta:  # shapes of any size take the memory of one number
+    gate_up = weights.gate_up_proj
+    if str(gate_up.device) == "meta":  # shapes of any size take the memory of one number
         weights = weights.map(lambda stack: torch.empty((), dtype=stack.dtype, device=device).expand(stack.shape))
-    x = weights.gate_up_proj.new_empty(1, weights.hidden_size)
+    x = torch.empty(
+        1, weights.hidden_size, dtype=getattr(torch, dtype_name(gate_up)), device=weights.gate_up_proj.device
+    )
     try:
         if hasattr(executor, "choose"):
             chosen, _why = executor.choose(x, weights)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from executors import _registry
 from executors._protocol import Executor, UnknownExecutor, Unsupported
+from executors.hf.adapters import PREFIX, lora_of
 from executors.hf.module import check_module, find_config, is_experts, weights_of
+from executors.hf.parameters import class_name
 from moe_ref.types import MoEConfig
+from moe_ref.validation import dtype_name
 
-PREFIX = "moe_"
 _made: dict[str, Executor] = {}
 OWN_LOOPS = {  # classes that hold experts, which transformers does not dispatch
     "DbrxExperts",
@@ -42,11 +46,13 @@ class SwitchedLayer:
         name: in the model, such as "model.layers.0.mlp.experts".
         kind: its class.
         config: what it computes; without ``top_k``, which is the router's.
+        adapters: its parameters that have adapters of PEFT, which are never formed into W + B A.
     """
 
     name: str
     kind: str
     config: MoEConfig
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,9 @@ class Switched:
 
     def __str__(self) -> str:
         kinds = ", ".join(sorted({layer.kind for layer in self.layers}))
-        return f"{len(self.layers)} layers of {kinds} run on {self.executor!r}"
+        adapted = sorted({name for layer in self.layers for name in layer.adapters})
+        apart = f", adapters of {' and '.join(adapted)} apart" if adapted else ""
+        return f"{len(self.layers)} layers of {kinds} run on {self.executor!r}{apart}"
 
 
 def register(*names: str) -> tuple[str, ...]:
@@ -92,8 +100,11 @@ def register(*names: str) -> tuple[str, ...]:
 def use(model: nn.Module, executor: str = "auto") -> Switched:
     """Runs the experts of a model on an executor, from its next call on.
 
+    Adapters that PEFT has put on experts' parameters (``target_parameters``) run separately from then on: the executor
+    gets A and B, and nothing forms W + B A.
+
     Args:
-        model: a transformers model, or any module that contains its experts modules.
+        model: a transformers model, with PEFT's adapters or without, or any module that contains its experts modules.
         executor: a name of `executors.names`.
 
     Returns:
@@ -102,22 +113,38 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
     Raises:
         TypeError: the model is no torch.nn.Module.
         UnknownExecutor, Unavailable: as `executors.get`.
-        Unsupported: there is no experts module that transformers dispatches, or no `MoEConfig` says what one computes.
+        Unsupported: there is no experts module that transformers dispatches, no `MoEConfig` says what one computes, or
+            an adapter does more than add ``scaling * B A`` to a projection.
     """
     check_module("model", model)
     found = {name: module for name, module in model.named_modules() if is_experts(module)}
-    others = sorted({type(module).__name__ for module in model.modules()} & OWN_LOOPS)
+    others = sorted({class_name(module) for module in model.modules()} & OWN_LOOPS)
     if others or not found:
         has = f"has {', '.join(others)}, with a loop of its own" if others else "has no experts"
         raise Unsupported(f"model={type(model).__name__}: {has}: must have experts that transformers dispatches")
     made = _registry.get(executor)
     (implementation,) = register(executor)
-    layers = tuple(SwitchedLayer(name, type(module).__name__, find_config(module)) for name, module in found.items())
+    configs = [find_config(module) for module in found.values()]
+    adapted = separate(model)
+    found = {name: module for name, module in model.named_modules() if is_experts(module)}  # PEFT's may be nested anew
+    layers = tuple(
+        SwitchedLayer(name, class_name(module), config, adapted.get(module, ()))
+        for (name, module), config in zip(found.items(), configs, strict=True)
+    )
     _made[executor] = made
     for module in (model, *found.values()):  # the model's own is what transformers shows; each layer's is what it asks
         if hasattr(module, "config"):
             module.config._experts_implementation = implementation
     return Switched(executor, layers)
+
+
+def separate(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Changes PEFT's wrappers of a model's experts: see `executors.hf.wrappers.separate`. PEFT is not imported here."""
+    if "peft" not in sys.modules:
+        return {}
+    from executors.hf import wrappers
+
+    return wrappers.separate(model)
 
 
 @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
@@ -129,11 +156,22 @@ def _make(name: str) -> Executor:
 
 
 @cache
-def _function(name: str) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
-    def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As transformers' grouped_mm: in the dtype of the weights, and back in that of the hidden states."""
+def _function(name: str) -> Callable[..., Tensor]:
+    def forward(
+        module: nn.Module,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        adapters: tuple[Any, ...] = (),
+    ) -> Tensor:
+        """As transformers' grouped_mm: in the dtype of the weights, and back in that of the hidden states.
+
+        The dtype of weights in 4 bits is the one that they decode to.
+        """
         weights, executor = weights_of(module), _made.get(name) or _make(name)
-        x = hidden_states.to(weights.gate_up_proj.dtype)
+        if adapters:  # PEFT's wrappers that the call passed through
+            weights = replace(weights, lora=lora_of(adapters))
+        x = hidden_states.to(getattr(torch, dtype_name(weights.gate_up_proj)))
         y = executor.experts(x, topk_ids=top_k_index, topk_weights=top_k_weights, weights=weights)
         return y.to(hidden_states.dtype)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from executors._protocol import Unsupported
 from executors.hf.gate import as_config, gate_of, plain_of
+from executors.hf.parameters import class_name, packed_of, projection_of, up_name
 from moe_ref.types import MoEConfig, MoEWeights
 from moe_ref.validation.arrays import short
 
@@ -31,6 +32,9 @@ def is_experts(module: nn.Module) -> bool:
 def weights_of(module: nn.Module) -> MoEWeights:
     """The module's parameters as the layer's, without a copy: a view, made anew at each call.
 
+    Parameters that bitsandbytes parametrizes in 4 bits are `moe_ref.NF4Tensor`: their bytes are read where they lie,
+    and no stack is decoded.
+
     Args:
         module: an experts module, such as ``model.model.layers[0].mlp.experts``.
 
@@ -40,12 +44,11 @@ def weights_of(module: nn.Module) -> MoEWeights:
 
     Raises:
         Unsupported: no `MoEConfig` says what the module computes; or it is no experts module.
+        ValueError, TypeError: bytes or statistics in 4 bits are not what bitsandbytes makes.
     """
     config, own = config_of_experts(module), cast("Any", module)
-    up = "gate_up_proj" if own.has_gate else "up_proj"
-    gate_up, down = getattr(own, up), own.down_proj
-    if own.is_transposed:
-        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    up = up_name(own)
+    gate_up, down = projection_of(own, up), projection_of(own, "down_proj")
     gate_up_bias = getattr(own, f"{up}_bias") if own.has_bias else None
     return MoEWeights(gate_up, down, gate_up_bias, own.down_proj_bias if own.has_bias else None, config=config)
 
@@ -74,12 +77,14 @@ def find_config(module: Any) -> MoEConfig:
     vars(module).pop(FOUND, None)
     with ThreadPoolExecutor(1) as other:  # in a thread of its own no mode is on: no device, no tracer, no autocast
         config = other.submit(_probed, module).result()
+    for name in (up_name(module), "down_proj"):
+        packed_of(module, name)  # is checked at its first use
     setattr(module, FOUND, config)
     return config
 
 
 def _probed(module: Any) -> MoEConfig:
-    name = type(module).__name__
+    name = class_name(module)
     if not is_experts(module):
         raise Unsupported(f"module is a {name}: must be an experts module that transformers dispatches")
     if getattr(module, "has_post_expert_norm", False):

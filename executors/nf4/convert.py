@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from executors.nf4.codes import CODES, code_table, same_bits
 from moe_ref.types import NF4Tensor
@@ -50,22 +50,28 @@ def from_quant_state(packed: Tensor, quant_state: Any, *, transposed: bool = Fal
         raise TypeError(f"quant_state.code={shown(code)}: must be a tensor of float32")
     if not same_bits(code, code_table(quant_type, code.device)):
         raise ValueError(f"quant_state.code={code.tolist()!r:.60}: must be the 16 numbers of {quant_type}, bit for bit")
-    tensor = NF4Tensor(
-        bytes_of("packed", packed),
-        quant_state.absmax,
-        shape=tuple(quant_state.shape or ()),
-        dtype=str(quant_state.dtype).rpartition(".")[2],
-        quant_type=quant_type,  # type: ignore[arg-type]
-        blocksize=quant_state.blocksize,
-    )
-    if quant_state.state2 is not None:
-        tensor = _with_state2(tensor, quant_state.offset, quant_state.state2)
+    tensor = view_of_state(packed, quant_state)
     expected = ceil(tensor.size / 2)
     if tensor.packed.shape[0] != expected:
         allowed = f"must be {expected}, two of the {tensor.size} codes of quant_state.shape={tensor.shape} to a byte"
         raise ValueError(f"packed has {tensor.packed.shape[0]} bytes: {allowed}")
     check_nf4("quant_state", tensor)
     return read_transposed(tensor, transposed)
+
+
+def view_of_state(packed: Tensor, quant_state: Any) -> NF4Tensor:
+    """The tensor of `from_quant_state`, of a state that it has checked before: nothing here waits for a device."""
+    tensor = NF4Tensor(
+        bytes_of("packed", packed),
+        quant_state.absmax,
+        shape=tuple(quant_state.shape or ()),
+        dtype=str(quant_state.dtype).rpartition(".")[2],
+        quant_type=quant_state.quant_type,
+        blocksize=quant_state.blocksize,
+    )
+    if quant_state.state2 is None:
+        return tensor
+    return _with_state2(tensor, quant_state.offset, quant_state.state2)
 
 
 def shown(value: Any) -> str:
@@ -90,7 +96,8 @@ def bytes_of(name: str, packed: Any) -> Tensor:
     """[bytes] uint8: the same memory as a plain tensor (integers have no gradient)."""
     if not isinstance(packed, Tensor):
         raise TypeError(f"{name}={shown(packed)}: must be a torch.Tensor")
-    plain = packed.as_subclass(Tensor)
+    ordinary = type(packed) in (Tensor, nn.Parameter)  # what is traced must not be cast
+    plain = packed.detach() if ordinary else packed.as_subclass(Tensor)
     if not plain.is_contiguous():
         raise ValueError(f"{name}.stride()={plain.stride()}: must be contiguous")
     return plain.view(-1).view(torch.uint8)

@@ -1,0 +1,69 @@
+"""Shows PEFT experts in 4 bits as if they were dense, while it puts adapters on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from executors.hf.interface import separate
+from executors.hf.module import check_module, is_experts
+from executors.hf.parameters import parametrization_of, up_name
+
+
+@contextmanager
+def peft(model: nn.Module) -> Iterator[None]:
+    """Within it, PEFT takes experts in 4 bits for dense ones; what it wraps runs separately afterwards.
+
+        with executors.hf.peft(model):
+            model = get_peft_model(model, LoraConfig(target_parameters=["mlp.experts.gate_up_proj"], ...))
+
+    PEFT finds no parameter that bitsandbytes parametrizes, or wraps it wrongly. Here each such parameter has a stand-in
+    of its shape, dtype and device, which takes the memory of one number; its bytes are as they were afterwards.
+    ``get_peft_model``, ``PeftModel.from_pretrained``, ``add_adapter`` and ``load_adapter`` may be called within it, but
+    not the model. A model whose experts are dense needs it only where it is on an executor already: `executors.hf.use`
+    does the same for adapters that are there.
+
+    Args:
+        model: of transformers, or a PeftModel that gets another adapter.
+
+    Raises:
+        TypeError: the model is no torch.nn.Module.
+        Unsupported: an adapter does more than add ``scaling * B A`` to a projection.
+    """
+    check_module("model", model)
+    hidden = [_Hidden(module) for module in model.modules() if is_experts(module) and _states(module)]
+    try:
+        yield
+    finally:
+        for each in hidden:
+            each.show()
+    separate(model)
+
+
+def _states(module: nn.Module) -> dict[str, Any]:
+    """The statistics of its projections in 4 bits, up first: PEFT wraps in this order."""
+    found = {name: parametrization_of(module, name) for name in (up_name(module), "down_proj")}
+    return {name: own.quant_state for name, own in found.items() if own is not None}
+
+
+class _Hidden:
+    """Parametrizations that are taken off a module, with stand-ins in their place, until they are shown again."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.kind = module, type(module)
+        self.states = _states(module)
+        self.parametrizations = module._modules.pop("parametrizations")
+        module.__class__ = self.kind.__bases__[0]
+        for name, state in self.states.items():
+            one = torch.empty((), dtype=state.dtype, device=self.parametrizations[name].original.device)
+            module.register_parameter(name, nn.Parameter(one.expand(state.shape), requires_grad=False))
+
+    def show(self) -> None:
+        for name in self.states:
+            del self.module._parameters[name]
+        self.module._modules["parametrizations"] = self.parametrizations
+        self.module.__class__ = self.kind
