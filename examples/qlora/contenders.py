@@ -9,6 +9,7 @@ All of them read the same bytes and the same adapters, and autograd is left to d
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from executors import hf
-from executors._bench.peers.bitsandbytes import decoder, own_bytes
+from executors._bench.peers.bitsandbytes import own_bytes
 from executors._bench.peers.loops import Decode, FourBitLinear, loop
+from executors._bench.quantised import quant_state
 from executors._bench.routing import Batch
+from executors.hf.adapters import PREFIX, lora_of
 from moe_ref.types import ExpertLoRA, MoEWeights, NF4Tensor
 
 LOOP, STACK = "loop", "stack"
@@ -38,15 +41,17 @@ def switch(model: nn.Module, name: str) -> None:
         hf.use(model, name)
         return
     hf.use(model, "auto")  # adapters go to the experts function, and not around it
-    ALL_EXPERTS_FUNCTIONS.register(f"qlora_{name}", {LOOP: _loop, STACK: _stack}[name])
+    ALL_EXPERTS_FUNCTIONS.register(PREFIX + name, {LOOP: _loop, STACK: _stack}[name])
     for module in model.modules():
         if hasattr(module, "config"):
-            module.config._experts_implementation = f"qlora_{name}"
+            module.config._experts_implementation = PREFIX + name
 
 
-def _loop(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _loop(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapters: Any = ()
+) -> Tensor:
     weights = hf.weights_of(module)
-    lora = weights.lora or ExpertLoRA()
+    lora = lora_of(adapters) or ExpertLoRA()
     if module not in _decoders:
         _decoders[module] = _decoders_of(weights.gate_up_proj), _decoders_of(weights.down_proj)
     up, down = _decoders[module]
@@ -77,29 +82,57 @@ class _Nothing:
 
 def _decoders_of(stack: Any) -> list[Decode]:
     assert isinstance(stack, NF4Tensor)
-    return [decoder(packed, state, stack.transposed) for packed, state in own_bytes(stack)]
+    stored = replace(stack, shape=stack.stored_shape, transposed=False)
+    return [_decoder(packed, state, stack.transposed) for packed, state in own_bytes(stored)]
 
 
-def _stack(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    adapted: Any = _Adapted(module, hf.weights_of(module))
+def _decoder(packed: Tensor, state: Any, transposed: bool) -> Decode:
+    """Gives a decoded matrix or stack, as it is read.
+
+    bitsandbytes 0.50 decodes on a CPU wrongly where a row is no multiple of a block (docs/known-differences.md). So it
+    decodes rows of one block here, which are the same bytes.
+    """
+    shape = state.shape
+    state.shape = torch.Size([shape.numel() // state.blocksize, state.blocksize])
+
+    def decode() -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        value = dequantize_4bit(packed, state).view(shape)
+        return value.mT if transposed else value
+
+    return decode
+
+
+def _stack(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapters: Any = ()
+) -> Tensor:
+    adapted: Any = _Adapted(module, hf.weights_of(module), lora_of(adapters) or ExpertLoRA())
     return ALL_EXPERTS_FUNCTIONS["grouped_mm"](adapted, hidden_states, top_k_index, top_k_weights)
 
 
 class _Adapted:
-    """An experts module whose projections have their adapters added to the decoded stack."""
+    """An experts module whose projections are decoded stacks, with adapters added to them."""
 
-    def __init__(self, module: Any, weights: MoEWeights) -> None:
+    def __init__(self, module: Any, weights: MoEWeights, lora: ExpertLoRA) -> None:
         self._module = module
-        lora = weights.lora or ExpertLoRA()
+        swap = module.is_transposed
         self.gate_up_proj = _added(
-            module.gate_up_proj, lora.gate_up_lora_a, lora.gate_up_lora_b, lora.gate_up_scaling, module.is_transposed
+            _decoded(weights.gate_up_proj), lora.gate_up_lora_a, lora.gate_up_lora_b, lora.gate_up_scaling, swap
         )
         self.down_proj = _added(
-            module.down_proj, lora.down_lora_a, lora.down_lora_b, lora.down_scaling, module.is_transposed
+            _decoded(weights.down_proj), lora.down_lora_a, lora.down_lora_b, lora.down_scaling, swap
         )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+
+def _decoded(stack: Any) -> Tensor:
+    """The whole stack as it is stored, as bitsandbytes' parametrization decodes it at every access."""
+    assert isinstance(stack, NF4Tensor)
+    stored = replace(stack, shape=stack.stored_shape, transposed=False)
+    return _decoder(stored.packed[:, None], quant_state(stored), False)()
 
 
 def _added(stack: Tensor, a: Tensor | None, b: Tensor | None, scaling: float, transposed: bool) -> Tensor:

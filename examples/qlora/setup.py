@@ -91,7 +91,8 @@ def adapted(model: nn.Module, setup: Setup) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(setup.seed)
-    return get_peft_model(model, config)
+    with hf.peft(model):
+        return get_peft_model(model, config)
 
 
 def reader(setup: Setup) -> Text:

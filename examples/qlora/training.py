@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora.setup import Setup
 from qlora.state import State, load_state, save_state
 
 
@@ -34,6 +35,11 @@ class Recipe:
     gradient_clip: float = 1.0
     accumulate: int = 1
     save_every: int = 5
+
+
+def recipe_of(setup: Setup, save_every: int = 5) -> Recipe:
+    """The recipe of a setup."""
+    return Recipe(learning_rate=setup.learning_rate, accumulate=setup.accumulate, save_every=save_every)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

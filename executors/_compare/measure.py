@@ -60,11 +60,19 @@ def peak_memory(name: str, path: Path, seed: int, device: str, tokens: int | Non
     return float(found["peak_mib"]) if found else None
 
 
-def in_a_process(module: str, *arguments: str) -> tuple[Any, str]:
-    """The JSON that a module prints as its last line, and ""; or None, and why there is none."""
+def in_a_process(module: str, *arguments: str, folder: Path | None = None) -> tuple[Any, str]:
+    """The JSON that a module prints as its last line, and ""; or None, and why there is none.
+
+    Args:
+        module: as ``python -m`` takes it.
+        arguments: of its command line.
+        folder: where it runs, and where the module may be; None is here.
+    """
     command = [sys.executable, "-m", module, *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=MEMORY_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=MEMORY_TIMEOUT_S, check=False, cwd=folder
+        )
     except subprocess.TimeoutExpired:
         return None, f"took longer than {MEMORY_TIMEOUT_S} s"
     if done.returncode != 0:

@@ -80,14 +80,14 @@ def _loops(layer: BenchLayer) -> list[Contender]:
     try:
         for name in ("gate_up_proj", "down_proj"):
             parts = own_bytes(layer.frozen[name])
-            decoders[name] = [decoder(packed, state, transposed) for packed, state in parts]
+            decoders[name] = [_decoder(packed, state, transposed) for packed, state in parts]
     except ValueError as error:
         names = names_of(LOOPS, layer.weights().gate_up_proj.device)
         return [Contender(name, False, reason=str(error)) for name in names]
     return loops_of(layer, LOOPS, decoders)
 
 
-def decoder(packed: Tensor, state: Any, transposed: bool) -> Decode:
+def _decoder(packed: Tensor, state: Any, transposed: bool) -> Decode:
     """Gives one expert's [m, k], which may be stored as [k, m]."""
 
     def decode() -> Tensor:
