@@ -17,6 +17,7 @@ scales of experts.
 from executors.hf.adapters import join_gate_and_up
 from executors.hf.injection import peft
 from executors.hf.interface import Switched, SwitchedLayer, register, use
+from executors.hf.logprobs import chunked_logprobs
 from executors.hf.module import config_of_experts, is_experts, weights_of
 from executors.hf.router import config_of
 from executors.hf.router_rules import RouterRule
@@ -25,6 +26,7 @@ __all__ = [
     "RouterRule",
     "Switched",
     "SwitchedLayer",
+    "chunked_logprobs",
     "config_of",
     "config_of_experts",
     "is_experts",

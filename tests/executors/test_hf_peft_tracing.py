@@ -1,4 +1,4 @@
-"""PEFT's adapters that run apart, under checkpoints, torch.compile, autocast, generation, copies, and without gradients."""
+"""PEFT's adapters that run apart: checkpoints, torch.compile, autocast, generation, copies, no gradients."""
 
 import copy
 import pickle

@@ -81,6 +81,19 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-11) -> bool:
     return bool((actual - expected).norm() <= tolerance * expected.norm())
 
 
+def equal_steps(actual: nn.Module, expected: nn.Module, tolerance: float = 1e-11, adapter: str = "default") -> None:
+    """Logits and gradients of two models are the same; ``adapter`` is the first one's name for its "default"."""
+    (y, found), (wanted, others) = step(actual), step(expected)
+    gradients = {key.replace(f".{adapter}.", ".default."): value for key, value in found.items()}
+    assert close(y, wanted, tolerance)
+    assert gradients.keys() == others.keys()
+    for key, value in others.items():
+        mine = gradients[key]
+        assert mine is not None, key
+        assert value is not None, key
+        assert close(mine, value, tolerance), key
+
+
 def wrappers_of(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, layer.ParamWrapper)]
 
