@@ -16,16 +16,20 @@ scales of experts.
 
 from executors.hf.interface import Switched, SwitchedLayer, register, use
 from executors.hf.module import config_of_experts, is_experts, weights_of
+from executors.hf.quantize import Quantized, QuantizedLayer, quantize_experts
 from executors.hf.router import config_of
 from executors.hf.router_rules import RouterRule
 
 __all__ = [
+    "Quantized",
+    "QuantizedLayer",
     "RouterRule",
     "Switched",
     "SwitchedLayer",
     "config_of",
     "config_of_experts",
     "is_experts",
+    "quantize_experts",
     "register",
     "use",
     "weights_of",
