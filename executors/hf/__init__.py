@@ -19,10 +19,13 @@ from executors.hf.injection import peft
 from executors.hf.interface import Switched, SwitchedLayer, register, use
 from executors.hf.logprobs import chunked_logprobs
 from executors.hf.module import config_of_experts, is_experts, weights_of
+from executors.hf.quantize import Quantized, QuantizedLayer, quantize_experts
 from executors.hf.router import config_of
 from executors.hf.router_rules import RouterRule
 
 __all__ = [
+    "Quantized",
+    "QuantizedLayer",
     "RouterRule",
     "Switched",
     "SwitchedLayer",
@@ -32,6 +35,7 @@ __all__ = [
     "is_experts",
     "join_gate_and_up",
     "peft",
+    "quantize_experts",
     "register",
     "use",
     "weights_of",
