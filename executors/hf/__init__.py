@@ -17,19 +17,25 @@ scales of experts.
 from executors.hf.adapters import join_gate_and_up
 from executors.hf.injection import peft
 from executors.hf.interface import Switched, SwitchedLayer, register, use
+from executors.hf.logprobs import chunked_logprobs
 from executors.hf.module import config_of_experts, is_experts, weights_of
+from executors.hf.quantize import Quantized, QuantizedLayer, quantize_experts
 from executors.hf.router import config_of
 from executors.hf.router_rules import RouterRule
 
 __all__ = [
+    "Quantized",
+    "QuantizedLayer",
     "RouterRule",
     "Switched",
     "SwitchedLayer",
+    "chunked_logprobs",
     "config_of",
     "config_of_experts",
     "is_experts",
     "join_gate_and_up",
     "peft",
+    "quantize_experts",
     "register",
     "use",
     "weights_of",

@@ -12,8 +12,7 @@ from torch import nn
 
 from executors import _registry
 from executors._protocol import Executor, Unavailable, Unsupported
-from executors.hf.interface import OWN_LOOPS
-from executors.hf.module import is_experts, weights_of
+from executors.hf.module import OWN_LOOPS, is_experts, weights_of
 from executors.hf.parameters import class_name
 from moe_ref.types import MoEConfig
 from moe_ref.validation import dtype_name

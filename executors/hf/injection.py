@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from executors.hf.interface import separate
 from executors.hf.module import check_module, is_experts
-from executors.hf.parameters import parametrization_of, up_name
+from executors.hf.parameters import parametrization_of, projection_of, up_name
+from moe_ref.validation import dtype_name
 
 
 @contextmanager
@@ -21,7 +23,7 @@ def peft(model: nn.Module) -> Iterator[None]:
         with executors.hf.peft(model):
             model = get_peft_model(model, LoraConfig(target_parameters=["mlp.experts.gate_up_proj"], ...))
 
-    PEFT finds no parameter that bitsandbytes parametrizes, or wraps it wrongly. Here each such parameter has a stand-in
+    PEFT finds no parameter in 4 bits, or wraps it wrongly. Here each such parameter has a stand-in
     of its shape, dtype and device, which takes the memory of one number; its bytes are as they were afterwards.
     ``get_peft_model``, ``PeftModel.from_pretrained``, ``add_adapter`` and ``load_adapter`` may be called within it, but
     not the model. A model whose experts are dense needs it only where it is on an executor already: `executors.hf.use`
@@ -35,7 +37,7 @@ def peft(model: nn.Module) -> Iterator[None]:
         Unsupported: an adapter does more than add ``scaling * B A`` to a projection.
     """
     check_module("model", model)
-    hidden = [_Hidden(module) for module in model.modules() if is_experts(module) and _states(module)]
+    hidden = [_Hidden(module) for module in model.modules() if is_experts(module) and _packed(module)]
     try:
         yield
     finally:
@@ -44,26 +46,27 @@ def peft(model: nn.Module) -> Iterator[None]:
     separate(model)
 
 
-def _states(module: nn.Module) -> dict[str, Any]:
-    """The statistics of its projections in 4 bits, up first: PEFT wraps in this order."""
-    found = {name: parametrization_of(module, name) for name in (up_name(module), "down_proj")}
-    return {name: own.quant_state for name, own in found.items() if own is not None}
+def _packed(module: Any) -> list[str]:
+    """Its projections in 4 bits, up first: PEFT wraps in this order."""
+    return [name for name in (up_name(module), "down_proj") if parametrization_of(module, name) is not None]
 
 
 class _Hidden:
     """Parametrizations that are taken off a module, with stand-ins in their place, until they are shown again."""
 
     def __init__(self, module: Any) -> None:
-        self.module, self.kind = module, type(module)
-        self.states = _states(module)
+        self.module, self.kind, self.names = module, type(module), _packed(module)
+        tensors = [projection_of(module, name) for name in self.names]
+        module.__class__ = type_before_parametrizations(module)
         self.parametrizations = module._modules.pop("parametrizations")
-        module.__class__ = self.kind.__bases__[0]
-        for name, state in self.states.items():
-            one = torch.empty((), dtype=state.dtype, device=self.parametrizations[name].original.device)
-            module.register_parameter(name, nn.Parameter(one.expand(state.shape), requires_grad=False))
+        for name, tensor in zip(self.names, tensors, strict=True):
+            one = torch.empty((), dtype=getattr(torch, dtype_name(tensor)), device=tensor.device)
+            experts, rows, columns = tensor.shape
+            shape = (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
+            module.register_parameter(name, nn.Parameter(one.expand(shape), requires_grad=False))
 
     def show(self) -> None:
-        for name in self.states:
+        for name in self.names:
             del self.module._parameters[name]
         self.module._modules["parametrizations"] = self.parametrizations
         self.module.__class__ = self.kind

@@ -13,29 +13,14 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from executors import _registry
-from executors._protocol import Executor, UnknownExecutor, Unsupported
+from executors._protocol import Executor, UnknownExecutor
 from executors.hf.adapters import PREFIX, lora_of
-from executors.hf.module import check_module, find_config, is_experts, weights_of
+from executors.hf.module import experts_in, find_config, weights_of
 from executors.hf.parameters import class_name
 from moe_ref.types import MoEConfig
 from moe_ref.validation import dtype_name
 
 _made: dict[str, Executor] = {}
-OWN_LOOPS = {  # classes that hold experts, which transformers does not dispatch
-    "DbrxExperts",
-    "DogeCDMoE",
-    "JetMoeParallelExperts",
-    "Llama4TextExperts",
-    "LongcatFlashExperts",
-    "NllbMoeExperts",
-    "Step3p7Experts",
-    "SwitchTransformersExperts",
-    "VitPoseNaiveMoe",
-    "FP8Experts",
-    "Mxfp4GptOssExperts",
-    "FbgemmFp8Llama4TextExperts",
-    "SequentialLlama4TextExperts",
-}
 
 
 @dataclass(frozen=True)
@@ -116,22 +101,18 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
         Unsupported: there is no experts module that transformers dispatches, no `MoEConfig` says what one computes, or
             an adapter does more than add ``scaling * B A`` to a projection.
     """
-    check_module("model", model)
-    found = {name: module for name, module in model.named_modules() if is_experts(module)}
-    others = sorted({class_name(module) for module in model.modules()} & OWN_LOOPS)
-    if others or not found:
-        has = f"has {', '.join(others)}, with a loop of its own" if others else "has no experts"
-        raise Unsupported(f"model={type(model).__name__}: {has}: must have experts that transformers dispatches")
+    found = experts_in(model)
     made = _registry.get(executor)
     (implementation,) = register(executor)
     configs = [find_config(module) for module in found.values()]
     adapted = separate(model)
-    found = {name: module for name, module in model.named_modules() if is_experts(module)}  # PEFT's may be nested anew
+    found = experts_in(model)  # by other names where PEFT's wrappers were nested anew
     layers = tuple(
         SwitchedLayer(name, class_name(module), config, adapted.get(module, ()))
         for (name, module), config in zip(found.items(), configs, strict=True)
     )
     _made[executor] = made
+    module: Any
     for module in (model, *found.values()):  # the model's own is what transformers shows; each layer's is what it asks
         if hasattr(module, "config"):
             module.config._experts_implementation = implementation

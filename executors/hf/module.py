@@ -10,12 +10,27 @@ from torch import nn
 
 from executors._protocol import Unsupported
 from executors.hf.gate import as_config, gate_of, plain_of
-from executors.hf.parameters import class_name, packed_of, projection_of, up_name
+from executors.hf.parameters import class_name, projection_of, up_name
 from moe_ref.types import MoEConfig, MoEWeights
 from moe_ref.validation.arrays import short
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # set by transformers' decorator
 FOUND = "_moe_ref_config"  # of a module: what was found for it, once
+OWN_LOOPS = {  # classes that hold experts, which transformers does not dispatch
+    "DbrxExperts",
+    "DogeCDMoE",
+    "JetMoeParallelExperts",
+    "Llama4TextExperts",
+    "LongcatFlashExperts",
+    "NllbMoeExperts",
+    "Step3p7Experts",
+    "SwitchTransformersExperts",
+    "VitPoseNaiveMoe",
+    "FP8Experts",
+    "Mxfp4GptOssExperts",
+    "FbgemmFp8Llama4TextExperts",
+    "SequentialLlama4TextExperts",
+}
 
 
 def check_module(name: str, module: object) -> None:
@@ -29,11 +44,27 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, flag) for flag in FLAGS) and hasattr(type(module), "_apply_gate")
 
 
+def experts_in(model: nn.Module) -> dict[str, nn.Module]:
+    """The experts modules of a model by name, in the model's order; at least one.
+
+    Raises:
+        TypeError: the model is no torch.nn.Module.
+        Unsupported: there is none that transformers dispatches, or one has a loop of its own.
+    """
+    check_module("model", model)
+    found = {name: module for name, module in model.named_modules() if is_experts(module)}
+    others = sorted({class_name(module) for module in model.modules()} & OWN_LOOPS)
+    if others or not found:
+        has = f"has {', '.join(others)}, with a loop of its own" if others else "has no experts"
+        raise Unsupported(f"model={class_name(model)}: {has}: must have experts that transformers dispatches")
+    return found
+
+
 def weights_of(module: nn.Module) -> MoEWeights:
     """The module's parameters as the layer's, without a copy: a view, made anew at each call.
 
-    Parameters that bitsandbytes parametrizes in 4 bits are `moe_ref.NF4Tensor`: their bytes are read where they lie,
-    and no stack is decoded.
+    Parameters in 4 bits are `moe_ref.NF4Tensor` (bitsandbytes' parametrization) or `moe_ref.MXFP4Tensor`. Their bytes
+    are read where they lie, and no stack is decoded.
 
     Args:
         module: an experts module, such as ``model.model.layers[0].mlp.experts``.
@@ -78,7 +109,7 @@ def find_config(module: Any) -> MoEConfig:
     with ThreadPoolExecutor(1) as other:  # in a thread of its own no mode is on: no device, no tracer, no autocast
         config = other.submit(_probed, module).result()
     for name in (up_name(module), "down_proj"):
-        packed_of(module, name)  # is checked at its first use
+        projection_of(module, name)  # is checked at its first use
     setattr(module, FOUND, config)
     return config
 

@@ -43,7 +43,8 @@ class ParamWrapper(layer.ParamWrapper):
 
     def _activate_lora(self, active_adapters: list[str]) -> Any:
         """PEFT's, which goes wrong with experts in 4 bits: one adapter is ignored, and calls change the next ones."""
-        if parametrization_of(self.get_base_layer(), self.parameter_name):
+        own = any(adapter in self.lora_A for adapter in active_adapters)
+        if own and parametrization_of(self.get_base_layer(), self.parameter_name):
             raise Unsupported(
                 f"{self.parameter_name} is in 4 bits and has an adapter: must run on an executor: see executors.hf.use"
             )

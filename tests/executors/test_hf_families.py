@@ -17,6 +17,7 @@ import executors.hf
 import families
 import family_errors
 from executors.hf import interface
+from executors.hf import module as experts_module
 from family_sizes import OWN_LOOPS, WITHOUT_EXPERTS
 from moe_ref import MoEWeights
 
@@ -92,9 +93,9 @@ def test_all_loops_of_their_own_are_known() -> None:
         unknown += [name for name in classes if name.endswith("Experts") and not name.endswith("SharedExperts")]
         counts = re.search(r"\bnum_experts\b|\bnum_local_experts\b|\bn_routed_experts\b", source)
         if counts and file.parent.parent.name == "models" and file.parent.name not in WITHOUT_EXPERTS:
-            assert classes & (dispatched | interface.OWN_LOOPS), f"{file.parent.name}: experts of an unknown class"
-    assert set(unknown) - dispatched - interface.OWN_LOOPS == set()
-    assert {experts for experts, _, _ in OWN_LOOPS.values()} <= seen & interface.OWN_LOOPS
+            assert classes & (dispatched | experts_module.OWN_LOOPS), f"{file.parent.name}: experts of an unknown class"
+    assert set(unknown) - dispatched - experts_module.OWN_LOOPS == set()
+    assert {experts for experts, _, _ in OWN_LOOPS.values()} <= seen & experts_module.OWN_LOOPS
 
 
 def changed(**fields: object) -> Callable[[MoEWeights], MoEWeights]:

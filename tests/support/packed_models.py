@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import executors
 import families
 import moe_ref
 from executors.hf.module import is_experts
+from packed_cases import LivePeak, Watched
 
 FORMS: dict[str, dict[str, Any]] = {
     "nf4": {"quant_type": "nf4"},
@@ -77,6 +78,20 @@ def counted() -> Iterator[list[tuple[int, ...]]]:
     finally:
         parametrize.Bnb4bitParametrization.forward = true  # type: ignore[method-assign]
         functional.dequantize_4bit = true_decode
+
+
+class Alive(LivePeak):
+    """The most bytes that were alive at once: of given tensors for as long as they live, and of all that is made."""
+
+    def __init__(self, given: Iterable[torch.Tensor]) -> None:
+        Watched.__init__(self)
+        self.given, self.alive, self.peak = set(), {}, 0
+        self.saw("given", [value.detach() for value in given])
+
+    def now(self) -> int:
+        """The bytes that are alive."""
+        self.saw("now", [])
+        return sum(size for _, size in self.alive.values())
 
 
 def build(name: str, form: str = "") -> Any:
