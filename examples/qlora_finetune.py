@@ -17,7 +17,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -37,8 +37,8 @@ from executors._cli.options import (
 )
 from executors._compare.files import write_json
 from executors._compare.report import chip
-from qlora import adapter, models, text
-from qlora.contenders import LOOP, PEERS, STACK
+from qlora import adapter, models
+from qlora.contenders import LOOP, PEERS, STACK, switch
 from qlora.contest import Contest, hold
 from qlora.models import BUNDLED, RANDOM, Sizes
 from qlora.plot import plot
@@ -141,8 +141,7 @@ def _names(chosen: list[str] | None) -> tuple[str, ...]:
     for name in chosen or ():
         if name not in known:
             refuse(f"--experts {name}: must be one of {', '.join(known)}")
-    names = tuple(dict.fromkeys(chosen or (LOOP, STACK, "auto")))
-    return names
+    return tuple(dict.fromkeys(chosen or (LOOP, STACK, "auto")))
 
 
 def _setup(options: Options) -> Setup:
@@ -171,3 +170,50 @@ def _setup(options: Options) -> Setup:
         options.device,
         options.seed,
     )
+
+
+def _base(setup: Setup, progress: Any) -> Any:
+    try:
+        return base_model(setup, progress)
+    except (OSError, ValueError, executors.Unsupported) as error:
+        refuse(f"--model {setup.model}: {' '.join(str(error).split())}")
+
+
+def _there_and_back(model: Any, setup: Setup, executor: str, folder: Path) -> tuple[bool, dict[str, str]]:
+    """Whether the adapter's files give the same logits to the last bit; and what the model writes without it and with.
+
+    A peer has no executor to read it back on; "auto" does that.
+    """
+    executor = "auto" if executor in PEERS else executor
+    switch(model, executor)
+    some = windows(setup)[0]
+    before = adapter.logits(model, some)
+    with model.disable_adapter():
+        plain = adapter.written(model, setup, NEW_TOKENS)
+    model.save_pretrained(str(folder))
+    back = adapter.reloaded(folder, setup, executor)
+    same = torch.equal(before, adapter.logits(back, some))
+    return same, {"before": plain, "after": adapter.written(back, setup, NEW_TOKENS)}
+
+
+def _print(results: list[Result], same: bool, said: dict[str, str]) -> bool:
+    """What came of it, in lines; returns whether all is well."""
+    apart = max(own.apart_from(results[0]) for own in results)
+    ok = apart <= PARITY and same
+    verdict = "within" if apart <= PARITY else "BEYOND"
+    print_lines(
+        [
+            f"losses are at most {apart:.1e} nats apart: {verdict} {PARITY}",
+            f"the adapter read back gives {'the same logits to the last bit' if same else 'OTHER LOGITS'}",
+            *(f"{own.name}: peak not measured: {own.reason}" for own in results if own.peak is None),
+            f"written before: {said['before']!r}",
+            f"written after:  {said['after']!r}",
+        ]
+    )
+    return ok
+
+
+if __name__ == "__main__":
+    app = typer.Typer()
+    app.command()(main)
+    app()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from executors import hf
 from qlora import models, text
@@ -29,10 +29,9 @@ class Setup:
         rank: of the adapters; their lora_alpha is twice that.
         learning_rate: after a warm-up of 5 steps.
         accumulate: parts into which a step is cut.
-        checkpointing: whether activations are built anew in the backward pass.
+        checkpointing: "none", or how activations are built anew in the backward pass: "reentrant", "non-reentrant".
         device: where all of it is.
         seed: of random parameters and adapters.
-        threads: of torch on a CPU.
     """
 
     model: str = BUNDLED
@@ -43,10 +42,9 @@ class Setup:
     rank: int = 8
     learning_rate: float = 2e-3
     accumulate: int = 1
-    checkpointing: bool = False
+    checkpointing: str = "none"
     device: str = "cpu"
     seed: int = 0
-    threads: int = 0
 
     @property
     def tokens(self) -> int:
@@ -63,7 +61,7 @@ class Setup:
         return cls(**{**values, "sizes": Sizes(**values["sizes"])})
 
 
-def base_model(setup: Setup, progress: Any = None) -> nn.Module:
+def base_model(setup: Setup, progress: Any = None) -> Any:
     """The model, its experts in NF4.
 
     Raises:
@@ -79,10 +77,11 @@ def base_model(setup: Setup, progress: Any = None) -> nn.Module:
     return model.to(setup.device)
 
 
-def adapted(model: nn.Module, setup: Setup) -> PeftModel:
+def adapted(model: Any, setup: Setup) -> PeftModel:
     """The model with adapters on attention and experts, which alone are trained."""
-    if setup.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if setup.checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": setup.checkpointing == "reentrant"})
+        model.enable_input_require_grads()
     config = LoraConfig(
         r=setup.rank,
         lora_alpha=2 * setup.rank,
