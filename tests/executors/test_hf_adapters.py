@@ -18,7 +18,8 @@ from executors.hf.checkpoint_names import names_of_experts
 from executors.hf.parameters import up_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-E, H, I, R, Q = 3, 8, 6, 2, 4
+E, H, R, Q = 3, 8, 2, 4
+I = 6  # noqa: E741
 each_layout = pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 
 
@@ -41,10 +42,10 @@ def test_gate_and_up_are_joined(layout: Any, scalings: tuple[float, float]) -> N
     lora = join_gate_and_up(*own, layout=layout, gate_scaling=scalings[0], up_scaling=scalings[1])
     assert lora.gate_up_lora_a.shape == (E, R + Q, H)
     assert lora.gate_up_lora_b.shape == (E, 2 * I, R + Q)
+    rows = torch.arange(2 * I).reshape(2, I) if layout == "concatenated" else torch.arange(2 * I).reshape(I, 2).T
     delta = torch.zeros(E, 2 * I, H, dtype=torch.float64)
-    gate, up = split_gate_and_up(delta, layout)
-    gate += scalings[0] * gate_b @ gate_a
-    up += scalings[1] * up_b @ up_a
+    delta = delta.index_copy(1, rows[0], scalings[0] * gate_b @ gate_a)
+    delta = delta.index_copy(1, rows[1], scalings[1] * up_b @ up_a)
     x, logits = drawn(5, H, seed=7), drawn(5, E, seed=8)
     native = executors.get("native")
     y = native(x, logits, replace(weights, lora=lora))
