@@ -15,6 +15,7 @@ scales of experts.
 """
 
 from executors.hf.adapters import join_gate_and_up
+from executors.hf.export import export_adapter
 from executors.hf.injection import peft
 from executors.hf.interface import Switched, SwitchedLayer, register, use
 from executors.hf.logprobs import chunked_logprobs
@@ -32,6 +33,7 @@ __all__ = [
     "chunked_logprobs",
     "config_of",
     "config_of_experts",
+    "export_adapter",
     "is_experts",
     "join_gate_and_up",
     "peft",

@@ -29,11 +29,7 @@ from peft_models import (
     wrappers_of,
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*is falling back to its reference"),
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
-]
+pytestmark = peft_models.MARKS
 each = pytest.mark.parametrize("name", NAMES)
 
 

@@ -20,11 +20,7 @@ import peft_models
 from packed_models import counted, decoded, packed_by_bitsandbytes
 from peft_models import NAMES, close, experts_in, fill, formed, lora_config, step, switched, wrappers_of
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*is falling back to its reference"),
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
-]
+pytestmark = peft_models.MARKS
 each = pytest.mark.parametrize("name", NAMES)
 TOLERANCE = 2e-5  # fp32: grouped_nf4 takes no float64
 

@@ -14,10 +14,7 @@ import executors.hf
 import peft_models
 from peft_models import adapted, close, formed, step, switched
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
-]
+pytestmark = peft_models.MARKS
 each = pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
 
 

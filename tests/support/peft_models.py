@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import layer
@@ -17,6 +18,11 @@ import families
 import packed_models
 from family_errors import InFloat64
 
+MARKS = [  # of test files: PEFT calls what transformers will give up, and mamba says that it is slow
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*is falling back to its reference"),
+]
 NAMES = ("gpt_oss", "qwen3_moe", "mixtral", "deepseek_v3", "nemotron_h")
 TARGETS = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
 VOCAB = 48
