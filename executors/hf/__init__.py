@@ -15,10 +15,12 @@ scales of experts.
 """
 
 from executors.hf.interface import Switched, SwitchedLayer, register, use
+from executors.hf.load import load_quantized
 from executors.hf.module import config_of_experts, is_experts, weights_of
 from executors.hf.quantize import Quantized, QuantizedLayer, quantize_experts
 from executors.hf.router import config_of
 from executors.hf.router_rules import RouterRule
+from executors.hf.save import save_quantized
 
 __all__ = [
     "Quantized",
@@ -29,8 +31,10 @@ __all__ = [
     "config_of",
     "config_of_experts",
     "is_experts",
+    "load_quantized",
     "quantize_experts",
     "register",
+    "save_quantized",
     "use",
     "weights_of",
 ]
