@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from executors import mxfp4, nf4
 from executors._progress import Progress, reporter
 from executors.checkpoint import BadCheckpoint
 from executors.checkpoint.shards import INDEX, Reader, Shards, read_json
-from executors.hf.classes import class_of, default_dtype, finish
+from executors.hf.classes import class_of, default_dtype, finish, line
 from executors.hf.module import experts_in
 from executors.hf.parameters import up_name
 from executors.hf.save import DECODED
@@ -165,12 +166,17 @@ def _linear4bit(module: Any, source: _Source, key: str) -> Tensor:
 
     if not isinstance(module, Linear4bit):
         raise source.refuse(key, f" is in 4 bits: must be dense in a {type(module).__name__}")
-    shape = (module.out_features, module.in_features)
-    tensor = _nf4(source, key, shape)  # whose bytes are checked
-    state = nf4.to_state_dict(tensor, key)
-    data = state.pop(key)
-    stats = {entry.removeprefix(f"{key}."): value for entry, value in state.items()}
-    value: Any = Params4bit.from_prequantized(data, stats, device=source.device, module=module)
+    state = source.state(key)
+    stats = {entry.removeprefix(f"{key}."): value for entry, value in state.items() if entry != key}
+    try:  # as bitsandbytes reads them: after inference on a CPU their statistics are in bf16
+        value: Any = Params4bit.from_prequantized(state[key], stats, device=source.device, module=module)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise source.refuse(key, f": bitsandbytes cannot read it: {type(error).__name__} {line(error)}") from error
+    shape, size = (module.out_features, module.in_features), value.nbytes
+    wanted = ceil(prod(shape) / 2)
+    if tuple(value.quant_state.shape) != shape or size != wanted:
+        own = f"{size} bytes of shape {tuple(value.quant_state.shape)}"
+        raise source.refuse(key, f" has {own}: must have {wanted} of {shape}, as config.json has it")
     value._is_hf_initialized = True
     found: Tensor = value
     return found
