@@ -21,7 +21,6 @@ from executors.hf.parameters import up_name
 from executors.hf.quantize import quantized
 from executors.hf.storage import check_library, put
 from moe_ref.types import MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor, QuantType
-from moe_ref.validation import dtype_name
 
 KEPT = ("bitsandbytes",)  # quantisers of transformers that the rest of a model may have
 
@@ -42,6 +41,9 @@ def load_checkpoint(
         raise Unsupported(f"{folder}: quant_method={method!r}: must be dense, mxfp4 or bitsandbytes")
     if method == "mxfp4":
         del config.quantization_config  # its experts are put where they belong below
+    for layer in source.layers:  # from headers and config.json, before anything is read
+        source.config(layer)
+        _check_form(f"{folder}: {layer.prefix}experts", layer.form.partition(",")[0], quant_type)
     model, shapes = _without_experts(kind, config, source.others(), folder)
     model.to(device)  # type: ignore[arg-type]
     layers = _layers(model, source)
@@ -148,23 +150,30 @@ def _packed(
     device: torch.device,
 ) -> NF4Tensor | MXFP4Tensor:
     quant_type, nested, blocksize = form
+    dtype = getattr(module, name).dtype
+    _check_form(f"{where}.{name}", value.quant_type if isinstance(value, PackedTensor) else "dense", quant_type)
     if isinstance(value, PackedTensor):
-        if quant_type is not None:
-            kind = value.quant_type
-            raise Unsupported(
-                f"{where}.{name} is in {kind}: quant_type={quant_type!r} must be None: nothing is quantised twice"
-            )
         moved: Any = value.map(lambda array: array.clone().to(device))
         if isinstance(moved, MXFP4Tensor):
-            return replace(moved, dtype=dtype_name(getattr(module, name)))
+            return replace(moved, dtype=str(dtype).rpartition(".")[2])
         stored = moved.transpose(1, 2) if module.is_transposed else moved
         if stored.transposed:
             raise Unsupported(f"{where}.{name} is in 4 bits in the other order: must be stored as the class has it")
         return stored
-    if quant_type is None:
-        raise Unsupported(f"{where}.{name} is dense: quant_type must be 'nf4' or 'fp4'")
+    assert quant_type is not None
     dense = value.transpose(1, 2) if module.is_transposed else value
-    return quantized(dense.to(device, getattr(module, name).dtype), quant_type, nested, blocksize)
+    try:
+        return quantized(dense.to(device, dtype), quant_type, nested, blocksize)
+    except ValueError as error:
+        raise BadCheckpoint(f"{where}.{name}: {error}") from error
+
+
+def _check_form(where: str, kind: str, quant_type: QuantType | None) -> None:
+    """Refuses dense projections that are not to be quantised, and others that are."""
+    if kind == "dense" and quant_type is None:
+        raise Unsupported(f"{where}: dense: quant_type must be 'nf4' or 'fp4'")
+    if kind != "dense" and quant_type is not None:
+        raise Unsupported(f"{where}: in {kind}: quant_type={quant_type!r} must be None: nothing is quantised twice")
 
 
 def _fill_biases(where: str, module: Any, weights: MoEWeights, device: torch.device) -> None:
