@@ -20,7 +20,7 @@ from executors.hf.module import config_of_experts, experts_in
 from executors.hf.parameters import up_name
 from executors.hf.quantize import quantized
 from executors.hf.storage import check_library, put
-from moe_ref.types import MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor, QuantType
+from moe_ref.types import GateUpLayout, MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor, QuantType
 
 KEPT = ("bitsandbytes",)  # quantisers of transformers that the rest of a model may have
 
@@ -127,9 +127,9 @@ def _fill(
     """Reads one layer, and quantises what is dense."""
     weights = source.weights(layer)
     where = f"{source.path}: {layer.prefix}experts"
-    layout, own = weights.config.gate_up_layout, config_of_experts(module).gate_up_layout
-    if weights.config.gated and layout != own:
-        raise Unsupported(f"{where} have {layout} gates: must be {own}, as {type(module).__name__} has them")
+    own = config_of_experts(module).gate_up_layout
+    if weights.config.gated and weights.config.gate_up_layout != own:
+        weights = _relaid(where, weights, own)
     for name, value in zip(shapes, (weights.gate_up_proj, weights.down_proj), strict=True):
         tensor = _packed(where, name, value, module, form, device)
         stored = tensor.shape
@@ -139,6 +139,19 @@ def _fill(
             raise BadCheckpoint(f"{where}.{name} has shape {stored}: must be {shapes[name]}, as config.json has it")
         put(module, name, tensor)
     _fill_biases(where, module, weights, device)
+
+
+def _relaid(where: str, weights: MoEWeights, layout: GateUpLayout) -> MoEWeights:
+    """Gate and up rows in the class's layout, where a file has the other."""
+    rows, bias = weights.gate_up_proj, weights.gate_up_proj_bias
+    if isinstance(rows, PackedTensor) or bias is not None:
+        what = "in 4 bits" if isinstance(rows, PackedTensor) else "with biases"
+        raise Unsupported(
+            f"{where} have {weights.config.gate_up_layout} gates {what}: must be {layout}, as their class"
+        )
+    parts = (2, -1) if layout == "interleaved" else (-1, 2)
+    relaid = rows.unflatten(1, parts).transpose(1, 2).flatten(1, 2)
+    return replace(weights, gate_up_proj=relaid, config=replace(weights.config, gate_up_layout=layout))
 
 
 def _packed(

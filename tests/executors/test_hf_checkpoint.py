@@ -14,7 +14,9 @@ pytest.importorskip("bitsandbytes", reason="the extra moe-ref[qlora]")
 from safetensors.torch import load_file, save_file
 
 import executors.hf
+import families
 import moe_ref
+from executors import checkpoint
 from executors.checkpoint import BadCheckpoint
 from executors.hf import load_quantized, quantize_experts, save_quantized, weights_of
 from executors.hf.storage import MXFP4Parametrization
@@ -52,6 +54,22 @@ def test_quantised_while_it_loads(name: str, tmp_path: Path, capfd: pytest.Captu
     assert "MISSING" not in capfd.readouterr().err  # transformers misses nothing
     assert "experts" not in str(found._keys_to_ignore_on_load_missing)
     same_state(load_quantized(save_quantized(found, tmp_path / "own")), expected)
+
+
+def of_families() -> list[families.Family]:
+    """Those whose text model `executors.checkpoint` knows."""
+    known = checkpoint.families()
+    return [family for family in families.families() if families.model_class(family).config_class.model_type in known]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", of_families(), ids=str)
+def test_every_family(family: families.Family, tmp_path: Path) -> None:
+    model = families.build(family)
+    saved(model, tmp_path / "dense")
+    expected = type(model).from_pretrained(tmp_path / "dense")
+    quantize_experts(expected)
+    same_state(load_quantized(tmp_path / "dense", "nf4"), expected)
 
 
 def test_one_dense_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
