@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from executors._progress import Progress, check_progress
 from executors.checkpoint.shards import INDEX, read_json
@@ -16,6 +16,9 @@ from executors.hf.save import FORMAT
 from moe_ref.types import QuantType
 from moe_ref.validation import check_quantize
 from moe_ref.validation.arrays import short
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load_quantized(
@@ -57,7 +60,10 @@ def load_quantized(
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(f"folder={short(folder)}: must be text or a path")
     check_progress(progress)
-    place = torch.empty(0, device=device).device
+    try:
+        place = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device}: must be one that torch has here: {str(error).splitlines()[0]}") from None
     if quant_type is not None:
         check_quantize(torch.empty(0), "float32", quant_type, blocksize, nested)
     if not _is_own(Path(folder)):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from executors import checkpoint
 from executors._progress import Progress, reporter
@@ -21,6 +20,9 @@ from executors.hf.parameters import up_name
 from executors.hf.quantize import quantized
 from executors.hf.storage import check_library, put
 from moe_ref.types import GateUpLayout, MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor, QuantType
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KEPT = ("bitsandbytes",)  # quantisers of transformers that the rest of a model may have
 
@@ -85,7 +87,7 @@ def _without_experts(
             for name in names:
                 empty = getattr(module, name).new_empty(shapes[module][name][0], 0, 0)
                 setattr(module, name, nn.Parameter(empty, requires_grad=False))
-        self._keys_to_ignore_on_load_missing = {*self._keys_to_ignore_on_load_missing, *ours}
+        self._keys_to_ignore_on_load_missing = {*(self._keys_to_ignore_on_load_missing or ()), *ours}
 
     made: Any = type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
     model, info = made.from_pretrained(None, config=config, state_dict=rest, output_loading_info=True)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from math import ceil, prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from executors import mxfp4, nf4
 from executors._progress import Progress, reporter
@@ -21,6 +19,9 @@ from executors.hf.parameters import up_name
 from executors.hf.save import DECODED
 from executors.hf.storage import check_library, put
 from moe_ref.types import MXFP4Tensor, NF4Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STATES = tuple(f"quant_state.bitsandbytes__{quant_type}" for quant_type in ("nf4", "fp4"))
 FIELDS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *(f".{state}" for state in STATES))
@@ -187,6 +188,8 @@ def _quantizer(model: Any, config: Any) -> Any:
     given = getattr(config, "quantization_config", None)
     if given is None:
         return None
+    from transformers.quantizers.auto import AutoHfQuantizer
+
     quantizer = AutoHfQuantizer.from_config(given, pre_quantized=True)
     quantizer.preprocess_model(model=model, device_map=None)
     return quantizer

@@ -7,12 +7,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from executors._progress import Progress, check_progress, reporter
 from executors._protocol import Unsupported
@@ -22,8 +22,12 @@ from executors.hf.parameters import class_name, parametrization_of, up_name
 from executors.hf.storage import MXFP4Parametrization
 from executors.nf4.file import write
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 FORMAT = "moe-ref 4-bit experts, 1"  # in the index's metadata: keys are the model's own
 DECODED = "mxfp4_dtypes"  # there too: what each projection in MXFP4 decodes to, which its bytes do not say
+ADAPTERS = (".base_layer.", ".lora_A.", ".lora_B.")
 SHARD_BYTES = 4 * 10**9
 
 
@@ -57,7 +61,7 @@ def save_quantized(
         OSError: it cannot be written.
         ModuleNotFoundError: ``progress=True`` without rich.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(
             f"model is a {class_name(model)}: must be a transformers model (of PEFT: model.get_base_model())"
         )
@@ -106,7 +110,7 @@ def _state(model: PreTrainedModel) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     seen: set[Any] = set()
     for key, value in model.state_dict().items():
-        if ".base_layer." in key or "lora_" in key:
+        if any(part in key for part in ADAPTERS):
             raise TypeError(f"model has {key}, of an adapter of PEFT: must have none: save it by PEFT, and unload it")
         if not isinstance(value, Tensor):
             raise Unsupported(f"{key} is a {type(value).__name__}: must be a tensor")

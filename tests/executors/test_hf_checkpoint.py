@@ -202,6 +202,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         BadCheckpoint,
         "model.layers.1",
     ),
+    "experts too many": (
+        lambda f: (
+            edit(f, lambda s: [s.pop(key) for key in list(s) if "layers.1." in key and ".experts." not in key]),
+            edit_config(f, lambda values: values.update(num_hidden_layers=1)),
+        ),
+        BadCheckpoint,
+        "model.layers.1.block_sparse_moe.experts are too many: must be those of config.json",
+    ),
     "a layer too few": (
         lambda f: edit(f, lambda s: [s.pop(key) for key in list(s) if "layers.1.block_sparse_moe.experts" in key]),
         BadCheckpoint,

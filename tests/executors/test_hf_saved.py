@@ -14,7 +14,9 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="the extra moe-ref[qlora]")
 pytest.importorskip("bitsandbytes", reason="the extra moe-ref[qlora]")
+pytest.importorskip("peft", reason="the extra moe-ref[qlora]")
 
+import peft
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, GenerationConfig, MixtralConfig, MixtralForCausalLM
 
@@ -295,8 +297,12 @@ def test_what_is_broken_is_refused_by_key(case: str, saved: Path, tmp_path: Path
     assert case in ("class", "config") or isinstance(caught.value, BadCheckpoint)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # of PEFT with transformers
 def test_arguments_are_refused_in_one_line(saved: Path, tmp_path: Path) -> None:
     dense, model = build("mixtral"), packed("mixtral")
+    adapted = peft.get_peft_model(packed("mixtral"), peft.LoraConfig(target_modules=["q_proj"]))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     cases: list[tuple[Callable[[], object], type[Exception], str]] = [
@@ -313,6 +319,17 @@ def test_arguments_are_refused_in_one_line(saved: Path, tmp_path: Path) -> None:
         (lambda: save_quantized(model, tmp_path / "full"), FileExistsError, "must not exist, or be an empty folder"),
         (lambda: save_quantized(model, tmp_path / "x", shard_bytes=0), ValueError, "shard_bytes=0: must be an integer"),
         (lambda: save_quantized(model.to("meta"), tmp_path / "x"), executors.Unsupported, "is on the meta device"),
+        (lambda: save_quantized(adapted, tmp_path / "x"), TypeError, "model is a PeftModel"),
+        (
+            lambda: save_quantized(adapted.get_base_model(), tmp_path / "x"),
+            TypeError,
+            "of an adapter of PEFT: must have",
+        ),
+        (
+            lambda: load_quantized(saved, device="nowhere"),
+            ValueError,
+            "device=nowhere: must be one that torch has",
+        ),
         (lambda: load_quantized(saved, "nf4"), ValueError, "quant_type='nf4': must be None"),
         (lambda: load_quantized(saved, "int4"), ValueError, "quant_type='int4': must be one of"),  # type: ignore[arg-type]
         (lambda: load_quantized(7), TypeError, "folder=7: must be text or a path"),  # type: ignore[arg-type]
