@@ -145,9 +145,7 @@ def _names(chosen: list[str] | None) -> tuple[str, ...]:
 
 
 def _setup(options: Options) -> Setup:
-    sizes = Sizes(
-        options.layers, options.hidden, options.intermediate, options.num_experts, options.top_k
-    )
+    sizes = Sizes(options.layers, options.hidden, options.intermediate, options.num_experts, options.top_k)
     model = options.model
     if model == "20b":
         model, sizes = RANDOM, models.TWENTY_B

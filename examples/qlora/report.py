@@ -61,7 +61,9 @@ def table(results: list[Result], unit: str) -> Table:
             smaller = f"{own.peak / first.peak:.2f}" if first.peak else "-"
         apart = "" if own is first else f"{own.apart_from(first):.1e}"
         speed = f"{own.tokens_per_second:.0f}"
-        out.add_row(own.name, speed, f"{faster:.2f}", peak, smaller, f"{own.losses[0]:.4f}", f"{own.losses[-1]:.4f}", apart)
+        out.add_row(
+            own.name, speed, f"{faster:.2f}", peak, smaller, f"{own.losses[0]:.4f}", f"{own.losses[-1]:.4f}", apart
+        )
     return out
 
 
@@ -73,4 +75,11 @@ def as_json(results: list[Result], arguments: dict[str, Any], said: dict[str, An
         for own in results
     ]
     versions = {name: version_of(name) for name in PACKAGES}
-    return {"schema": SCHEMA, "machine": machine(), "versions": versions, "arguments": arguments, **said, "results": rows}
+    return {
+        "schema": SCHEMA,
+        "machine": machine(),
+        "versions": versions,
+        "arguments": arguments,
+        **said,
+        "results": rows,
+    }
