@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from executors._registry import get
-from executors.nn.packed_buffers import Form, held, hold, loaded, saved
+from executors.nn.packed_buffers import Form, entries, held, hold, loaded, saved
 from moe_ref.types import LORA_FACTORS, PER_EXPERT, PROJECTIONS, ExpertLoRA, MoEWeights, NF4Tensor, PackedTensor
 from moe_ref.validation import DECODED_DTYPES, check_weights, dtype_name
 from moe_ref.validation.arrays import check_bool
@@ -136,6 +136,14 @@ class Experts(nn.Module):
         super()._apply(change, recurse)  # type: ignore[no-untyped-call]
         self._forms = {n: (own, static | {"dtype": decoded[n]}) for n, (own, static) in self._forms.items()}
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        """The entries of a projection in NF4 or FP4, for who looks for what a state dict has."""
+        if name in vars(self).get("_forms", ()):
+            tensor = self._packed()[name]
+            if isinstance(tensor, NF4Tensor):
+                return entries(tensor)
+        return super().__getattr__(name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,6 +45,18 @@ def saved(tensor: NF4Tensor, key: str) -> dict[str, Tensor]:
         return to_state_dict(tensor, key)
     shown = tensor.map(lambda array: torch.zeros_like(array, device="cpu"))
     return {name: value.to("meta") for name, value in to_state_dict(shown, key).items()}
+
+
+def entries(tensor: NF4Tensor) -> SimpleNamespace:
+    """Those entries as attributes: ``torch.distributed.checkpoint`` follows the dots of a key from object to object."""
+    root = SimpleNamespace()
+    for path, value in saved(tensor, "").items():
+        *objects, last = path.split(".")[1:] or ["packed"]
+        place = root
+        for name in objects:
+            place = vars(place).setdefault(name, SimpleNamespace())
+        setattr(place, last, value)
+    return root
 
 
 def loaded(state: Mapping[str, Tensor], key: str, before: NF4Tensor, *, assign: bool) -> NF4Tensor:
