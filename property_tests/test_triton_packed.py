@@ -53,9 +53,6 @@ ALWAYS = {
     "mxfp4, transposed": replace(
         BASE, quant_type="mxfp4", weights_layout="transposed", config=MoEConfig(2), dtype="float16"
     ),
-    "dense beside nf4": replace(BASE, down_quant_type="nf4", nested="one", gate_up_rank=3, weights_layout="transposed"),
-    "mxfp4 beside dense": replace(BASE, quant_type="mxfp4", down_quant_type="", dtype="float16", down_rank=3),
-    "nf4 beside mxfp4": replace(BASE, quant_type="nf4", down_quant_type="mxfp4"),
     "empty experts and slots": replace(BASE, quant_type="nf4", experts=33, entry="experts", empty_slots=True),
     "broken rows": replace(BASE, quant_type="mxfp4", broken_logits=3, broken_x=1),
 }

@@ -14,7 +14,6 @@ GPT_OSS = MoEConfig(
 STEP = MoEConfig(top_k=8, scoring="sigmoid", renormalize=True, limit=7.0, clamp="after")
 INKLING2 = MoEConfig(top_k=4, scoring="sigmoid", renormalize=True, gate_softcap=4.0, up_softcap=25.0)
 DEEPSEEK = MoEConfig(top_k=8, scoring="sigmoid", renormalize=True, routed_scaling_factor=2.5)
-DEEPSEEK_2 = replace(DEEPSEEK, top_k=2)
 DEEPSEEK_V4 = MoEConfig(top_k=6, scoring="sqrtsoftplus", renormalize=True, routed_scaling_factor=1.5)
 KOLIBRI = MoEConfig(top_k=4, scoring="sigmoid", renormalize=True, renormalize_eps=0.0, selection_key="logit")
 ERNIE = MoEConfig(top_k=6, renormalize=True, renormalize_eps=1e-12, renormalize_form="max")
@@ -70,10 +69,10 @@ PACKED = (
     Problem(0, 2, 32, 32, MoEConfig(2), "float16", quant_type="mxfp4"),
     # one projection in 4 bits, frozen, and the other dense, with a gradient; either way round, adapters on both
     Problem(
+        17,
+        5,
         64,
-        9,
-        64,
-        96,
+        32,
         GPT_OSS,
         "bfloat16",
         **BIASES,
@@ -84,12 +83,10 @@ PACKED = (
         weights_layout="transposed",
         seed=8,
     ),
-    Problem(33, 5, 64, 32, DEEPSEEK_2, "float16", **ADAPTERS, down_quant_type="mxfp4", seed=9),
+    Problem(17, 5, 64, 32, replace(DEEPSEEK, top_k=2), "float16", **ADAPTERS, down_quant_type="mxfp4", seed=9),
     # two formats of 4 bits; in one of them blocks straddle experts
-    Problem(
-        33, 5, 64, 32, MoEConfig(2), quant_type="fp4", down_quant_type="nf4", blocksize=4096, nested="one", seed=10
-    ),
-    Problem(17, 5, 96, 32, GPT_OSS, "bfloat16", gate_up_rank=3, quant_type="mxfp4", down_quant_type="nf4", seed=11),
+    Problem(9, 5, 64, 32, MoEConfig(2), quant_type="fp4", down_quant_type="nf4", blocksize=4096, nested="one", seed=10),
+    Problem(9, 5, 96, 32, GPT_OSS, "bfloat16", gate_up_rank=3, quant_type="mxfp4", down_quant_type="nf4", seed=11),
 )
 
 
