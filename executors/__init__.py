@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from executors import hf as hf
     from executors import mxfp4 as mxfp4
     from executors import nf4 as nf4
+    from executors import nn as nn
 
 __all__ = [
     "Capabilities",
@@ -42,7 +43,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """``executors.nf4`` and others, which need torch or transformers, are imported when they are asked for."""
-    if name in ("checkpoint", "hf", "nf4", "mxfp4"):
+    if name in ("checkpoint", "hf", "mxfp4", "nf4", "nn"):
         import importlib
 
         return importlib.import_module(f"executors.{name}")

@@ -54,6 +54,7 @@ class Capabilities:
         scale_input: whether it has that form of weighting (C3).
         lora: whether it takes adapters.
         weights: the kinds of projections that it takes: "dense", "nf4", "fp4", "mxfp4".
+        mixed: whether the two projections may be of different kinds: of those, or one of them dense (`takes`).
         batch_invariant: whether a token's output never depends on other tokens, to the last bit (C2).
         interpreted: whether an interpreter runs its kernels here: numbers as they will be, times that mean nothing.
     """
@@ -73,8 +74,18 @@ class Capabilities:
     scale_input: bool = True
     lora: bool = True
     weights: frozenset[str] = frozenset({"dense"})
+    mixed: bool = False
     batch_invariant: bool = False
     interpreted: bool = False
+
+    def takes(self, gate_up: str, down: str) -> bool:
+        """Whether it takes a layer whose projections are of these kinds.
+
+        With ``mixed`` one of them may be dense although ``weights`` lacks "dense", which then says: never both.
+        """
+        if gate_up == down:
+            return gate_up in self.weights
+        return self.mixed and {gate_up, down} <= self.weights | {"dense"}
 
 
 class Executor(Protocol):

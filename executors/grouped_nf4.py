@@ -2,8 +2,9 @@
 
 On a GPU by the Triton kernels, where Triton is installed: with few rows per expert numbers are decoded in the products,
 in registers; with many an eighth of the experts at a time, before them. Without Triton in slices of experts by
-``grouped_mm``. On a CPU one expert at a time, by bitsandbytes' kernel where that is right. Weights are frozen; x, the
-routing, biases and adapters are differentiable.
+``grouped_mm``. On a CPU one expert at a time, by bitsandbytes' kernel where that is right. What is in 4 bits is frozen;
+x, the routing, biases and adapters are differentiable. One projection may be dense beside the other in 4 bits, and has
+its gradient; two dense ones are for ``native`` and ``grouped_mm``.
 """
 
 from __future__ import annotations
@@ -89,11 +90,12 @@ class GroupedNF4(LayerExecutor):
             devices=frozenset({"cuda"} if forced and not interpreted else {"cpu", "cuda"}),
             dtypes=frozenset({"float32", "bfloat16", "float16"}),
             weights=frozenset({"nf4", "fp4", "mxfp4"}),
+            mixed=True,
             interpreted=interpreted,
         )
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:
-        """Raises Unsupported for dense weights, other devices and dtypes, and where it would break a capture."""
+        """Raises Unsupported for two dense projections, other devices and dtypes, and in a capture it would break."""
         super().check(x, weights)
         kernels = self._kernels_for(x)
         if kernels is None:

@@ -17,6 +17,7 @@ from executors._pipeline.cpu_product import note
 from executors._pipeline.executor import PipelineExecutor
 from executors._pipeline.operator import PipelineOperator
 from executors._protocol import Capabilities
+from moe_ref.types import PROJECTIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,11 +41,13 @@ class Numba(PipelineExecutor):
         devices=frozenset({"cpu"}),
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
         weights=frozenset({"dense", "nf4", "fp4", "mxfp4"}),
+        mixed=True,
     )
 
     def note(self, x: Tensor, weights: MoEWeights) -> str:
         """Up to how many rows of an expert its products are compiled here, and what others take."""
         if x.device.type != "cpu":
             return ""
-        rows = few_rows_of(x.dtype, kind_of(weights.gate_up_proj))
-        return "; ".join(filter(None, [f"products of up to {rows} rows of an expert are compiled", note(x)]))
+        up, down = (few_rows_of(x.dtype, kind_of(getattr(weights, name))) for name in PROJECTIONS)
+        rows = f"{up} rows of an expert" if up == down else f"{up} (gate_up_proj) and {down} rows (down_proj)"
+        return "; ".join(filter(None, [f"products of up to {rows} are compiled", note(x)]))

@@ -78,6 +78,7 @@ class Triton(LayerExecutor):
             devices=frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"}),
             dtypes=frozenset({"float32", "bfloat16", "float16"}),
             weights=frozenset({"dense", "nf4", "fp4", "mxfp4"}),
+            mixed=True,
             batch_invariant=self.batch_invariant,
             interpreted=INTERPRETED,
         )

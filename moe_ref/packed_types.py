@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from moe_ref._typing import Array, Float, UInt8
+from moe_ref.moving import DECODED_DTYPES, check_device, moved, named_dtype
 
 QuantType = Literal["nf4", "fp4"]
 Own = TypeVar("Own", bound="PackedTensor")
@@ -81,8 +82,26 @@ class PackedTensor:
         """Its arrays by name, without those that are None."""
         return {name: getattr(self, name) for name in self.NAMES if getattr(self, name) is not None}
 
+    def to(self: Own, device: Any = None, *, dtype: Any = None) -> Own:
+        """The same bytes on another device, and read as another dtype.
+
+        Neither codes nor scales are ever cast. ``dtype`` is what they decode to: each number is rounded from fp32 to it
+        (Q2, M1), not from the dtype before.
+
+        Args:
+            device: of the arrays' library; None for where they are.
+            dtype: fp32, bf16 or fp16, as a dtype or its name; None for what it is.
+
+        Raises:
+            ValueError, TypeError: one line naming the argument, its value, and what is allowed.
+        """
+        check_device(device)
+        named = named_dtype(dtype, DECODED_DTYPES) or self.dtype
+        there = self if device is None else self.map(lambda array: moved(array, device))
+        return there if named == self.dtype else replace(there, dtype=named)  # type: ignore[type-var]
+
     def map(self: Own, change: Callable[[Array], Array]) -> Own:
-        """The same numbers with every array moved to another device or library."""
+        """The same numbers with every array moved to another device or library; a change that casts is wrong here."""
         return replace(self, **{name: change(array) for name, array in self.arrays().items()})  # type: ignore[type-var]
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from moe_ref._typing import Array, Float, Int
+from moe_ref.moving import FLOAT_DTYPES, check_device, dtype_name, moved, named_dtype, rounds
 from moe_ref.packed_types import MXFP4Tensor as MXFP4Tensor
 from moe_ref.packed_types import NF4Tensor as NF4Tensor
 from moe_ref.packed_types import PackedTensor as PackedTensor
@@ -174,10 +175,45 @@ class MoEWeights:
         lora = replace(self.lora, **factors) if self.lora is not None else None
         return replace(self, **dense, lora=lora)
 
+    def to(self, device: Any = None, *, dtype: Any = None) -> MoEWeights:
+        """The same layer on another device, computed in another dtype.
+
+        ``dtype`` casts the `parameters`, differentiably where their library is. It does not cast the selection bias:
+        rounded, that would choose other experts (R3). Nor does it cast codes and scales of projections in 4 bits: they
+        decode to it.
+
+        Args:
+            device: of the arrays' library; None for where they are.
+            dtype: fp64, fp32, bf16 or fp16, as a dtype or its name; None for what it is. 4 bits do not decode to fp64.
+
+        Raises:
+            ValueError, TypeError: one line naming the argument, its value, and what is allowed.
+        """
+        check_device(device)
+        named_dtype(dtype, FLOAT_DTYPES)
+        changed: dict[str, Any] = {name: moved(value, device, dtype) for name, value in self.parameters().items()}
+        changed |= {name: value.to(device, dtype=dtype) for name, value in self.packed().items()}
+        bias = self.selection_bias
+        return replace(self.with_parameters(changed), selection_bias=None if bias is None else moved(bias, device))
+
     def map(self, change: Callable[[Array], Array]) -> MoEWeights:
-        """The same layer with every array changed, also the selection bias, but no projection in 4 bits."""
+        """The same layer with every array changed, also the selection bias, but no projection in 4 bits.
+
+        It is for moves, copies and views. `to` is for casts, and moves 4 bits too.
+
+        Raises:
+            TypeError: the change casts the selection bias to a dtype that rounds it (R3).
+        """
         changed = self.with_parameters({name: change(value) for name, value in self.parameters().items()})
-        return replace(changed, selection_bias=None if self.selection_bias is None else change(self.selection_bias))
+        if self.selection_bias is None:
+            return changed
+        bias = change(self.selection_bias)
+        if rounds(self.selection_bias, bias):
+            allowed = f"must be {dtype_name(self.selection_bias)}, or hold it exactly, since it chooses experts (R3)"
+            raise TypeError(
+                f"selection_bias.dtype={dtype_name(bias)}: {allowed}; weights.to(dtype=...) leaves it alone"
+            )
+        return replace(changed, selection_bias=bias)
 
 
 @dataclass(frozen=True, eq=False)

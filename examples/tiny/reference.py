@@ -79,7 +79,7 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, logits: Tensor, weights: MoEWeights, dtype: str, rounding: Rounding, *parameters: Tensor
     ) -> Tensor:
-        low = weights.map(lambda parameter: _narrowed(parameter, dtype))
+        low = weights.to("cpu", dtype=dtype).map(lambda value: value.detach().double())
         rows, low_logits = _narrowed(x, dtype)[None], _narrowed(logits, "float32")[None]  # one sample
         ids = route(low_logits[0], weights.config).topk_ids
         ctx.given, ctx.dtype, ctx.rounding = (rows, low_logits, ids, low), dtype, rounding

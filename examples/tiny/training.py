@@ -70,7 +70,7 @@ def on_executor(executor: executors.Executor, dtype: torch.dtype) -> Compute:
     """Experts in ``dtype`` on an executor, in a model that is in float64 elsewhere."""
 
     def compute(x: Tensor, router_logits: Tensor, weights: MoEWeights) -> Tensor:
-        low = weights.map(lambda parameter: parameter.to(dtype))  # still views of (E, H, 2I) and (E, I, H)
+        low = weights.to(dtype=dtype)  # still views of (E, H, 2I) and (E, I, H)
         return executor(x.to(dtype), router_logits.float(), low).to(x.dtype)
 
     return compute

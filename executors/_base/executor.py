@@ -98,11 +98,7 @@ class LayerExecutor:
             )
         if not able.lora and any(name in LORA_FACTORS for name in weights.parameters()):
             raise Unsupported(f"lora={type(weights.lora).__name__}: must be None for {self.name}")
-        for name in PROJECTIONS:
-            kind = kind_of(getattr(weights, name))
-            if kind not in able.weights:
-                allowed = " or ".join(sorted(able.weights))
-                raise Unsupported(f"{name} is {kind}: must be {allowed} for {self.name}{HINTS.get(kind, '')}")
+        _check_kinds(able, weights, self.name)
 
     def _route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
         """The choice for router_logits [T, E]."""
@@ -111,6 +107,20 @@ class LayerExecutor:
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         """y, of x's shape, from x [..., H], topk_ids and topk_weights [T, K]."""
         raise NotImplementedError
+
+
+def _check_kinds(able: Capabilities, weights: MoEWeights, executor: str) -> None:
+    """Raises Unsupported for a projection of a kind that is not declared, and for two kinds that are not together."""
+    kinds = {name: kind_of(getattr(weights, name)) for name in PROJECTIONS}
+    first, second = kinds.values()
+    if able.takes(first, second):
+        return
+    for name, kind in kinds.items():
+        beside_dense = able.mixed and first != second and kind == "dense"
+        if kind not in able.weights and not beside_dense:
+            allowed = " or ".join(sorted(able.weights))
+            raise Unsupported(f"{name} is {kind}: must be {allowed} for {executor}{HINTS.get(kind, '')}")
+    raise Unsupported(f"down_proj is {second}: must be {first} for {executor}, as gate_up_proj is")
 
 
 def kind_of(projection: Any) -> str:

@@ -174,8 +174,9 @@ def apply(
     rows = x.reshape(-1, x.shape[-1])
     given = arguments_of(rows, topk_ids, topk_weights, weights)
     training = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in owners_of(given).values())
-    y = operator.forward(*given, training and keep_z, training and keep_decoded)[0]
-    return y.reshape(x.shape)
+    y: Tensor = operator.forward(*given, training and keep_z, training and keep_decoded)[0]
+    # No view, although its memory is y's own: what is added to it in place would lose the hooks of FSDP2.
+    return y if x.ndim == 2 else torch.ops.aten._unsafe_view(y, x.shape)
 
 
 def _without_autocast(kernel: Callable[P, R]) -> Callable[P, R]:

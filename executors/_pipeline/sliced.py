@@ -18,7 +18,8 @@ class SlicedProducts(GroupedProducts):
     A plan is made on the device: experts that have rows come first, in increasing order. There are at most as many as
     slots, so the host knows how many slices there are; the last ones may hold experts without rows. A slice's rows
     stand together; they are moved to the front, since the groups of ``grouped_mm`` begin there. What is fp16 is widened
-    to fp32, a slice at a time, since results may pass the range of fp16 (E7).
+    to fp32, a slice at a time, since results may pass the range of fp16 (E7). Adapters, and a dense projection beside
+    one in 4 bits, are multiplied as a whole, and widened as a whole.
 
     Args:
         group_offsets: [E + 1] on the device.
@@ -47,7 +48,7 @@ class SlicedProducts(GroupedProducts):
         return self._by_slices(_widened(a), matrices, back=True)
 
     def outer(self, a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """[E, m, k] in ``dtype``: a [S, m] transposed times b [S, k], group by group; of adapters only."""
+        """[E, m, k] in ``dtype``: a [S, m] transposed times b [S, k], group by group; of what is dense."""
         return super().outer(_widened(a), _widened(b), like, stored_dtype(dtype)).to(dtype)
 
     def _by_slices(self, a: Tensor, matrices: PackedMatrices, back: bool) -> Tensor:

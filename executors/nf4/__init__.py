@@ -2,8 +2,8 @@
 
 `quantize` and `quantize_tensor` need only torch and give the bits of clause Q4. Other functions take over existing
 4-bit tensors, without a copy: bitsandbytes' quantised tensors (`from_quant_state`), one linear layer per expert
-(`from_linears`), and state dicts in the form that bitsandbytes writes (`from_state_dict`). They refuse what they cannot
-take over exactly. Nothing is quantised twice.
+(`from_linears`), and state dicts in the form that bitsandbytes writes (`from_state_dict`). `fuse` joins gate and up
+projections that are stored apart. They refuse what they cannot take over exactly. Nothing is quantised twice.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from executors._decode.dense import check_dense, decoded_dtype
 from executors._progress import Progress, check_progress, reporter
 from executors.nf4.convert import from_linears, from_quant_state, unnest
 from executors.nf4.file import load, save
+from executors.nf4.fuse import fuse
 from executors.nf4.quantization import quantized
 from executors.nf4.state_dict import from_state_dict, to_state_dict
 from moe_ref.types import PROJECTIONS, MoEWeights, NF4Tensor, QuantType
@@ -28,6 +29,7 @@ __all__ = [
     "from_linears",
     "from_quant_state",
     "from_state_dict",
+    "fuse",
     "load",
     "quantize",
     "quantize_tensor",

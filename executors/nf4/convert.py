@@ -185,11 +185,20 @@ def join(tensors: Sequence[NF4Tensor], name: Callable[[int], str]) -> NF4Tensor:
     )
 
 
-def _check_alike(name: str, tensor: NF4Tensor, first_name: str, first: NF4Tensor) -> None:
-    for field in SAME:
+def check_same(name: str, tensor: NF4Tensor, first_name: str, first: NF4Tensor, fields: Iterable[str]) -> None:
+    """Checks that two tensors agree in some of their fields.
+
+    Raises:
+        ValueError: one line naming the field, its value, and the value of the first.
+    """
+    for field in fields:
         ours, others = getattr(tensor, field), getattr(first, field)
         if ours != others:
             raise ValueError(f"{name}.{field}={ours}: must be {others}, that of {first_name}")
+
+
+def _check_alike(name: str, tensor: NF4Tensor, first_name: str, first: NF4Tensor) -> None:
+    check_same(name, tensor, first_name, first, SAME)
     kinds = ["plain" if one.nested_absmax is None else "nested" for one in (tensor, first)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"{name} has {kinds[0]} statistics: must have {kinds[1]} ones, as {first_name} (or unnest)")

@@ -144,7 +144,10 @@ def _undeclared(capabilities: Capabilities) -> list[str]:
     if missing_dtypes:
         lines.append(f"not judged in {', '.join(missing_dtypes)}")
     if "dense" not in capabilities.weights:
-        lines.append("no dense weights; gradients of projections are not applicable")
+        beside = "gradients of projections are judged beside one in 4 bits" if capabilities.mixed else ""
+        lines.append(f"no dense weights; {beside or 'gradients of projections are not applicable'}")
+    if len(capabilities.weights) > 1 and not capabilities.mixed:
+        lines.append("two kinds of projections in one layer are not declared, and not judged")
     missing_formats = [name for name in ("nf4", "fp4", "mxfp4") if name not in capabilities.weights]
     if len(missing_formats) == 3:
         lines.append("no weights in 4 bits; clauses Q1-Q3, Q5 and M1 are not applicable")

@@ -65,7 +65,9 @@ def test_matches_specification(executor: Executor, conformance_device: str, data
     check_problem(executor, data.draw(problems_for(executor), label="problem"), conformance_device)
 
 
-@pytest.mark.parametrize("problem", PINNED, ids=lambda p: f"T{p.tokens}-E{p.experts}-{p.dtype}{p.quant_type}")
+@pytest.mark.parametrize(
+    "problem", PINNED, ids=lambda p: f"T{p.tokens}-E{p.experts}-{p.dtype}-{'-'.join(dict.fromkeys(p.kinds))}"
+)
 def test_pinned_problems(executor: Executor, conformance_device: str, problem: Problem) -> None:
     """Many tokens, sizes of real layers, numbers past fp16's range, and every bug that was found (E3, E7, R4)."""
     _skip_undeclared(executor, problem)
@@ -145,7 +147,7 @@ def test_bad_input_is_refused_in_one_line(executor: Executor, conformance_device
 
 
 def test_undeclared_weights_are_refused(executor: Executor, conformance_device: str) -> None:
-    """Undeclared kinds of projections, dense or in 4 bits, raise Unsupported and are never taken silently."""
+    """Undeclared kinds of projections, or pairs of kinds, raise Unsupported and are never taken silently."""
     check_undeclared_weights(executor, conformance_device)
 
 

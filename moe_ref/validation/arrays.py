@@ -9,15 +9,11 @@ from typing import Any
 import numpy as np
 
 from moe_ref._typing import Array
+from moe_ref.moving import FLOAT_DTYPES as FLOAT_DTYPES
+from moe_ref.moving import dtype_name as dtype_name
 from moe_ref.types import PackedTensor
 
-FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 ID_DTYPES = ("int32", "int64")
-
-
-def dtype_name(array: Array) -> str:
-    """The dtype's name without its library: "bfloat16" for torch.bfloat16."""
-    return str(array.dtype).rpartition(".")[2]
 
 
 def check_array(

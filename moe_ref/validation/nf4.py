@@ -6,11 +6,11 @@ from math import ceil
 from typing import Any, get_args
 
 from moe_ref._typing import Array
+from moe_ref.moving import DECODED_DTYPES as DECODED_DTYPES
 from moe_ref.types import NF4Tensor, QuantType
 from moe_ref.validation.arrays import check_array, check_bool, check_choice, check_integer, check_shape, short
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-DECODED_DTYPES = ("float32", "bfloat16", "float16")
 NESTED = ("nested_absmax", "nested_code", "nested_offset")
 
 

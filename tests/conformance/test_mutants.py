@@ -1,7 +1,7 @@
 """The suite has teeth: every mutant is rejected and every honest variant accepted, at few tokens and at many."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import pytest
@@ -13,7 +13,7 @@ from moe_ref.conformance.judgement.checks import ConformanceError, check_problem
 from moe_ref.conformance.judgement.exact_decode import check_every_code
 from moe_ref.conformance.judgement.ranges import RANGES, check_range
 from moe_ref.conformance.mutants import mutants
-from moe_ref.conformance.mutants._registry import PACKED_KINDS, RANGE_MUTANTS
+from moe_ref.conformance.mutants._registry import MIXED_MUTANTS, PACKED_KINDS, RANGE_MUTANTS
 from moe_ref.conformance.problems.problem import Problem
 
 EXECUTORS = ("native", "grouped_mm", "grouped_nf4")
@@ -74,7 +74,18 @@ def panel_in_4_bits(tokens: int) -> tuple[Problem, ...]:
         replace(some[place], quant_type="mxfp4", intermediate=64, **form)
         for place, form in zip((1, 0), stored, strict=True)
     ]
-    return (*in_nf4, *in_mxfp4)
+    return (*in_nf4, *in_mxfp4, *mixed_panel(tokens))
+
+
+@cache
+def mixed_panel(tokens: int) -> tuple[Problem, ...]:
+    """Layers whose projections are of two kinds: the dense one first or second, and two formats of 4 bits."""
+    base = dense_panel(tokens)[1]
+    return (
+        replace(base, quant_type="nf4", down_quant_type="", weights_layout="transposed"),
+        replace(base, down_quant_type="mxfp4", intermediate=64),
+        replace(base, quant_type="fp4", down_quant_type="nf4", nested="one"),
+    )
 
 
 @cache
@@ -163,10 +174,12 @@ def test_mutant_is_rejected(name: str, mutant: str) -> None:
         kinds = sorted(wrong.capabilities.weights)
         assert any(overflows(wrong, case, kind) for kind, case in product(kinds, RANGES))
         return
-    misread = PACKED_KINDS.get(mutant)
-    places = [place for place, p in enumerate(panel(name, FEW)) if misread is None or p.quant_type in misread]
+    misread, panel_of = PACKED_KINDS.get(mutant), partial(panel, name)
+    if mutant in MIXED_MUTANTS:
+        panel_of = mixed_panel
+    places = [place for place, p in enumerate(panel_of(FEW)) if misread is None or misread & set(p.kinds)]
     for tokens in (FEW, MANY):
-        killers = (place for place in places if rejected_by(wrong, panel(name, tokens)[place]))
+        killers = (place for place in places if rejected_by(wrong, panel_of(tokens)[place]))
         killer = next(killers, None)
         assert killer is not None, f"{mutant} of {name} survives at T={tokens}"
         places.sort(key=lambda place, first=killer: place != first)  # what killed it once is tried first

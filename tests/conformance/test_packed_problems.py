@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, find, settings
+from hypothesis.errors import NoSuchExample
 from torch import Tensor
 
 import executors
@@ -75,6 +76,31 @@ def test_problems_in_mxfp4_have_whole_blocks() -> None:
     assert (whole.hidden, whole.intermediate) == (32, 64)
 
 
+QUICK = settings(database=None, derandomize=True, max_examples=2000, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("kinds", [("dense", "nf4"), ("mxfp4", "dense"), ("fp4", "nf4"), ("nf4", "mxfp4")])
+def test_layers_of_two_kinds_are_drawn(kinds: tuple[str, str]) -> None:
+    """For who declares them; what is dense keeps its numbers, and what is in 4 bits has the others'."""
+    found = find(problems(weights=("nf4", "fp4", "mxfp4"), mixed=True), lambda p: p.kinds == kinds, settings=QUICK)
+    assert eval(repr(found), {"Problem": Problem, "MoEConfig": MoEConfig}) == found
+    weights, dense = build(found).weights, build(replace(found, quant_type="", down_quant_type=None)).weights
+    for name, kind in zip(("gate_up_proj", "down_proj"), kinds, strict=True):
+        own = getattr(weights, name)
+        assert (own == getattr(dense, name)).all() if kind == "dense" else own.quant_type == kind
+    if "mxfp4" in kinds:
+        assert found.hidden % 32 == found.intermediate % 32 == 0
+
+
+def test_who_does_not_declare_two_kinds_gets_none() -> None:
+    every = problems(weights=("dense", "nf4", "fp4", "mxfp4"))
+    with pytest.raises(NoSuchExample):
+        find(every, lambda p: p.kinds[0] != p.kinds[1], settings=settings(QUICK, max_examples=300))
+    packed = problems(weights=("nf4", "mxfp4"), mixed=True)
+    with pytest.raises(NoSuchExample):
+        find(packed, lambda p: p.kinds == ("dense", "dense"), settings=settings(QUICK, max_examples=300))
+
+
 def test_an_executor_may_take_nothing_but_mxfp4() -> None:
     """MXFP4 holds whole numbers and every code; sizes that it forbids are reported; bad input has valid widths."""
     only = OnlyMXFP4()
@@ -93,7 +119,8 @@ def test_an_executor_may_take_nothing_but_mxfp4() -> None:
 def test_experts_change_places() -> None:
     """Experts move with their bytes and scales; -1 is an expert of NaN."""
     forms = [{"nested": nested} for nested in ("", "one", "per expert")]
-    for form in (*forms, {"quant_type": "mxfp4", "intermediate": 32}):
+    mixed = {"quant_type": "", "down_quant_type": "mxfp4", "intermediate": 32}
+    for form in (*forms, {"quant_type": "mxfp4", "intermediate": 32}, mixed):
         weights = build(replace(PROBLEM, **form)).weights
         before = decoded(weights)
         after = decoded(of_experts(weights, np.array([2, 0, 3, 1, -1])))

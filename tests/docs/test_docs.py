@@ -17,7 +17,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 CLAUSES = clauses.clauses()
 
 
-@pytest.mark.parametrize("page", ["spec.md", "nf4-weights.md", "mxfp4-weights.md", "four-bit.md", "checkpoints.md"])
+@pytest.mark.parametrize(
+    "page", ["spec.md", "nf4-weights.md", "mxfp4-weights.md", "four-bit.md", "checkpoints.md", "module.md"]
+)
 def test_examples_on_the_page_hold(page: str) -> None:
     with np.printoptions():
         result = doctest.testfile(str(DOCS / page), module_relative=False)

@@ -18,7 +18,7 @@ BASE = {"_base", "_decode", "_protocol"}
 PIPELINE = BASE | {"_pipeline"}
 # Which rooms of executors a room may look into, beside itself.
 ROOMS: dict[str, set[str]] = {
-    "executors": {"_protocol", "_registry", "_checkpoint", "checkpoint", "hf", "nf4", "mxfp4"},
+    "executors": {"_protocol", "_registry", "_checkpoint", "checkpoint", "hf", "mxfp4", "nf4", "nn"},
     "_registry": {"_protocol"},
     "_base": {"_protocol"},
     "_pipeline": BASE,
@@ -32,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "auto": {"_base", "_protocol", "_registry"},
     "nf4": {"_decode", "_progress"},
     "mxfp4": {"_decode", "_progress"},
+    "nn": {"_protocol", "_registry", "nf4"},
     "hf": PIPELINE | {"_progress", "_registry", "checkpoint", "mxfp4", "nf4"},
     "checkpoint": {"_decode", "layer_file", "nf4", "mxfp4"},
     "_compare": FACE | {"layer_file"},

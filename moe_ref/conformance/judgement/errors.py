@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -171,6 +172,8 @@ def check_errors(executor: Executor, device: str = "cpu") -> None:
 def check_undeclared_weights(executor: Executor, device: str = "cpu") -> None:
     """Demands Unsupported, from ``check`` and from a call, for kinds of projections that the executor does not declare.
 
+    So it does for two kinds that it does not declare together.
+
     Raises:
         ConformanceError: if such projections are taken, or another error is raised.
     """
@@ -178,10 +181,10 @@ def check_undeclared_weights(executor: Executor, device: str = "cpu") -> None:
 
     able = executor.capabilities
     dtypes = [d for d in DECODED_DTYPES if d in able.dtypes]
-    for kind in WEIGHTS:
-        if kind in able.weights or not dtypes:
+    for kinds in product(WEIGHTS, repeat=2):
+        if able.takes(*kinds) or not dtypes:
             continue
-        problem = applicable(executor, _of_kind(replace(_PROBLEM, dtype=dtypes[0]), kind))
+        problem = applicable(executor, _of_kind(replace(_PROBLEM, dtype=dtypes[0]), *kinds))
         inputs = to_torch(problem, build(problem), device)
         for name, action in (
             ("check", lambda i: executor.check(i.x, i.weights)),
@@ -189,8 +192,9 @@ def check_undeclared_weights(executor: Executor, device: str = "cpu") -> None:
         ):
             error = _error_of(lambda action=action, inputs=inputs: action(inputs))  # type: ignore[misc]
             if not isinstance(error, executors.Unsupported) or "\n" in str(error):
+                said = " beside ".join(dict.fromkeys(kinds))
                 message = (
-                    f"{name} with {kind} weights, which it does not declare: {error!r}, but must raise Unsupported"
+                    f"{name} with {said} weights, which it does not declare: {error!r}, but must raise Unsupported"
                 )
                 raise ConformanceError(executor, problem, "the contract on errors", message)
 
@@ -223,8 +227,10 @@ def check_no_double_backward(executor: Executor, device: str = "cpu") -> None:
     raise ConformanceError(executor, problem, "D1", "double backward must raise an error, but gives a result")
 
 
-def _of_kind(problem: Problem, kind: str) -> Problem:
-    return in_whole_blocks(replace(problem, quant_type="" if kind == "dense" else kind, blocksize=32))
+def _of_kind(problem: Problem, kind: str, down: str | None = None) -> Problem:
+    """The problem with projections of one kind, or of two."""
+    quant_type, down_quant_type = ("" if k == "dense" else k for k in (kind, kind if down is None else down))
+    return in_whole_blocks(replace(problem, quant_type=quant_type, down_quant_type=down_quant_type, blocksize=32))
 
 
 def _specification(inputs: Inputs) -> Any:

@@ -57,8 +57,6 @@ def check_exact(executor: Executor, case: str, dtype: str, device: str = "cpu") 
 
 def held(weights: MoEWeights, problem: Problem) -> MoEWeights | None:
     """The weights in the problem's form, or None if it does not hold them exactly."""
-    if not problem.quant_type:
-        return weights
     if in_whole_blocks(problem) != problem:
         return None
     packed = quantized(weights, problem)

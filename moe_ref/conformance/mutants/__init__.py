@@ -13,6 +13,7 @@ from moe_ref.conformance.mutants import (  # noqa: F401  (they register)
     adapters,
     experts,
     gradients,
+    mixed,
     mxfp4,
     outputs,
     packed,
@@ -24,6 +25,7 @@ from moe_ref.conformance.mutants import (  # noqa: F401  (they register)
 from moe_ref.conformance.mutants._registry import (
     DENSE_MUTANTS,
     LAYER_MUTANTS,
+    MIXED_MUTANTS,
     PACKED_KINDS,
     PACKED_MUTANTS,
     RANGE_MUTANTS,
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
 
 def mutants(inner: Executor) -> dict[str, Wrapped]:
     """The mutants of an executor by name, for the kinds of weights that the executor takes."""
-    kinds = inner.capabilities.weights
-    misread = {name: change for name, change in PACKED_MUTANTS.items() if kinds & PACKED_KINDS[name]}
+    kinds, left_out = inner.capabilities.weights, set() if inner.capabilities.mixed else MIXED_MUTANTS
+    misread = {n: change for n, change in PACKED_MUTANTS.items() if kinds & PACKED_KINDS[n] and n not in left_out}
     overflowing = RANGE_MUTANTS if "float16" in inner.capabilities.dtypes else {}
     changes = SLOT_MUTANTS | overflowing | (DENSE_MUTANTS if "dense" in kinds else {}) | misread
     slot_changes = {name: Wrapped(name, inner, slots=change) for name, change in changes.items()}

@@ -14,6 +14,7 @@ DENSE_MUTANTS: dict[str, SlotChange] = {}  # change dense projections, or their 
 PACKED_MUTANTS: dict[str, SlotChange] = {}  # misread projections in 4 bits
 PACKED_KINDS: dict[str, frozenset[str]] = {}  # the kinds of weights that each of those misreads; others it leaves alone
 NF4, MXFP4 = ("nf4", "fp4"), ("mxfp4",)
+MIXED_MUTANTS: set[str] = set()  # of those, the ones that only a layer with two kinds of projections shows
 LAYER_MUTANTS: dict[str, LayerChange] = {}  # change the layer with its routing
 RANGE_MUTANTS: dict[str, SlotChange] = {}  # overflow in fp16: only some layers that pass its range show it
 
@@ -32,11 +33,12 @@ layer_mutant = _adds_to(LAYER_MUTANTS)
 range_mutant = _adds_to(RANGE_MUTANTS)
 
 
-def packed_mutant(*kinds: str) -> Callable[[SlotChange], SlotChange]:
-    """Adds a mutant that misreads projections in 4 bits of these kinds."""
+def packed_mutant(*kinds: str, mixed: bool = False) -> Callable[[SlotChange], SlotChange]:
+    """Adds a mutant that misreads projections in 4 bits of these kinds; if ``mixed``, only beside another kind."""
 
     def add(change: SlotChange) -> SlotChange:
         PACKED_KINDS[change.__name__] = frozenset(kinds)
+        MIXED_MUTANTS.update({change.__name__} if mixed else ())
         return _adds_to(PACKED_MUTANTS)(change)
 
     return add

@@ -122,7 +122,7 @@ def _weights(problem: Problem, rng: np.random.Generator) -> MoEWeights:
         lora = ExpertLoRA(*pairs[0], *pairs[1], *SCALINGS)
     biases = gate_up_bias, down_bias, selection
     weights = MoEWeights(gate_up, down, *biases, lora, config=problem.config, expert_scale=scales)
-    return quantized(weights, problem) if problem.quant_type else weights
+    return quantized(weights, problem)
 
 
 def _clear(logits: np.ndarray, problem: Problem, bias: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:

@@ -11,18 +11,19 @@ from moe_ref import mxfp4
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.nf4 import absmax_of, quantize
 from moe_ref.packed import decode
-from moe_ref.types import PROJECTIONS, MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor
+from moe_ref.types import MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor
 from moe_ref.validation.nf4 import BLOCKSIZES
 
 
 def quantized(weights: MoEWeights, problem: Problem) -> MoEWeights:
-    """Quantises both projections to the problem's 4-bit format."""
-    return weights.with_parameters({n: _quantized(getattr(weights, n), problem) for n in PROJECTIONS})
+    """Quantises the projections to the problem's 4-bit formats; what is dense in the problem stays as it is."""
+    forms = {name: kind for name, kind in problem.quant_types.items() if kind}
+    return weights.with_parameters({n: _quantized(getattr(weights, n), problem, kind) for n, kind in forms.items()})
 
 
 def in_whole_blocks(problem: Problem) -> Problem:
     """The problem in sizes that its format allows: for MXFP4, widths that are multiples of 32 (M1)."""
-    if problem.quant_type != "mxfp4":
+    if "mxfp4" not in problem.kinds:
         return problem
     return replace(problem, hidden=_whole(problem.hidden), intermediate=_whole(problem.intermediate))
 
@@ -31,18 +32,18 @@ def _whole(width: int, blocksize: int = mxfp4.BLOCKSIZE) -> int:
     return -(-width // blocksize) * blocksize
 
 
-def _quantized(projection: np.ndarray, problem: Problem) -> PackedTensor:
+def _quantized(projection: np.ndarray, problem: Problem, quant_type: str) -> PackedTensor:
     """Quantises a projection in storage order."""
     transposed = problem.weights_layout == "transposed"
     stored = np.ascontiguousarray(projection.swapaxes(1, 2) if transposed else projection).astype(np.float32)
-    is_mxfp4 = problem.quant_type == "mxfp4"
-    tensor = mxfp4.quantize(stored, dtype=problem.dtype) if is_mxfp4 else _in_nf4(stored, problem)
+    is_mxfp4 = quant_type == "mxfp4"
+    tensor = mxfp4.quantize(stored, dtype=problem.dtype) if is_mxfp4 else _in_nf4(stored, problem, quant_type)
     return tensor.transpose(1, 2) if transposed else tensor
 
 
-def _in_nf4(stored: np.ndarray, problem: Problem) -> NF4Tensor:
+def _in_nf4(stored: np.ndarray, problem: Problem, quant_type: str) -> NF4Tensor:
     """Quantises; each expert has its own nested statistics only if no block straddles experts (Q5)."""
-    form: dict[str, Any] = {"dtype": problem.dtype, "quant_type": problem.quant_type, "blocksize": problem.blocksize}
+    form: dict[str, Any] = {"dtype": problem.dtype, "quant_type": quant_type, "blocksize": problem.blocksize}
     if problem.nested == "per expert" and stored[0].size % problem.blocksize == 0:
         return _joined([quantize(expert, **form, nested=True) for expert in stored], stored.shape)
     return quantize(stored, **form, nested=bool(problem.nested))
@@ -63,13 +64,13 @@ def _joined(parts: list[NF4Tensor], shape: tuple[int, ...]) -> NF4Tensor:
 
 
 def decoded(weights: MoEWeights) -> MoEWeights:
-    """Decodes both projections: packed NumPy to float64 NumPy."""
+    """Decodes what is in 4 bits: packed NumPy to float64 NumPy."""
     return weights.with_parameters({n: decode(t).astype(np.float64) for n, t in weights.packed().items()})
 
 
 def with_own_blocks(problem: Problem) -> Problem:
     """The problem in sizes such that no block straddles experts, so that experts can be reordered."""
-    if problem.quant_type in ("", "mxfp4"):  # no block of MXFP4 straddles rows, let alone experts
+    if not {"nf4", "fp4"} & set(problem.kinds):  # no block of MXFP4 straddles rows, let alone experts
         return problem
     smallest = BLOCKSIZES[0]
     return replace(problem, hidden=_whole(problem.hidden, smallest), blocksize=smallest)

@@ -67,6 +67,26 @@ PACKED = (
     # a single block to a row, the fewest that MXFP4 has
     Problem(1, 1, 32, 32, MoEConfig(1, activation="relu2"), quant_type="mxfp4"),
     Problem(0, 2, 32, 32, MoEConfig(2), "float16", quant_type="mxfp4"),
+    # one projection in 4 bits, frozen, and the other dense, with a gradient; either way round, adapters on both
+    Problem(
+        17,
+        5,
+        64,
+        32,
+        GPT_OSS,
+        "bfloat16",
+        **BIASES,
+        **ADAPTERS,
+        quant_type="nf4",
+        down_quant_type="",
+        nested="per expert",
+        weights_layout="transposed",
+        seed=8,
+    ),
+    Problem(17, 5, 64, 32, replace(DEEPSEEK, top_k=2), "float16", **ADAPTERS, down_quant_type="mxfp4", seed=9),
+    # two formats of 4 bits; in one of them blocks straddle experts
+    Problem(9, 5, 64, 32, MoEConfig(2), quant_type="fp4", down_quant_type="nf4", blocksize=4096, nested="one", seed=10),
+    Problem(9, 5, 96, 32, GPT_OSS, "bfloat16", gate_up_rank=3, quant_type="mxfp4", down_quant_type="nf4", seed=11),
 )
 
 

@@ -31,6 +31,7 @@ class Problem:
         lora_dtype: of the adapters' factors.
         quant_type: "" for dense projections; "nf4", "fp4" or "mxfp4" for frozen ones in 4 bits. With "mxfp4", H and I
             are multiples of 32.
+        down_quant_type: of down_proj, where it differs; None where it does not.
         blocksize: of "nf4" and "fp4".
         nested: of "nf4" and "fp4": "" (plain absmax), "one" (nested statistics in one segment) or "per expert" (one
             segment for each expert if no block straddles experts, else one for all).
@@ -74,6 +75,7 @@ class Problem:
     down_rank: int = 0
     lora_dtype: str = "float32"
     quant_type: str = ""
+    down_quant_type: str | None = None
     blocksize: int = 64
     nested: str = ""
     margins: bool = False
@@ -112,6 +114,18 @@ class Problem:
     def factor(self, *names: str) -> float:
         """The product of the powers of two that multiply the named inputs."""
         return 2.0 ** sum(power for name, power in self.powers if name in names)
+
+    @property
+    def quant_types(self) -> dict[str, str]:
+        """The format of each projection, by name; "" for a dense one."""
+        down = self.quant_type if self.down_quant_type is None else self.down_quant_type
+        return {"gate_up_proj": self.quant_type, "down_proj": down}
+
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """The kinds of gate_up_proj and of down_proj: "dense", "nf4", "fp4" or "mxfp4"."""
+        gate_up, down = (quant_type or "dense" for quant_type in self.quant_types.values())
+        return gate_up, down
 
     @property
     def gate_up_rows(self) -> int:

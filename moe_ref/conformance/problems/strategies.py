@@ -98,6 +98,7 @@ def problems(
     activations: Collection[str] = ACTIVATIONS,
     routing: bool = True,
     weights: Collection[str] = ("dense",),
+    mixed: bool = False,
 ) -> Problem:
     """Draws a whole problem.
 
@@ -110,6 +111,7 @@ def problems(
         activations: activations of the configuration.
         routing: False for executors that take only ids and weights.
         weights: kinds of projections, of "dense", "nf4", "fp4" and "mxfp4"; "mxfp4" rounds widths up.
+        mixed: whether the two projections may be of different kinds, or one of them dense.
     """
     tokens = draw(TOKENS, label="tokens")
     experts = draw(EXPERTS, label="experts")
@@ -131,9 +133,13 @@ def problems(
     scale_ignored = expert_scale and not by_logits  # where ids and weights are given (R9)
     all_equal = x_layout == "expanded"
     kind = draw(st.sampled_from([k for k in WEIGHTS if k in weights]), label="weights")
+    other = draw(st.sampled_from(["", "", *WEIGHTS]), label="weights of the other projection")
+    swapped = draw(st.booleans(), label="gate_up_proj is the other projection")
     blocksize = draw(st.sampled_from(BLOCKSIZES), label="blocksize")
     nested = draw(st.sampled_from(["", "one", "per expert"]), label="nested")
-    dense, in_nf4 = kind == "dense", kind in get_args(QuantType)
+    kinds = _two_kinds(kind, other if mixed and other in {*weights, "dense"} else "", swapped)
+    dense, in_nf4 = {*kinds} == {"dense"}, not {*kinds}.isdisjoint(get_args(QuantType))
+    quant_type, down_quant_type = ("" if kind == "dense" else kind for kind in kinds)
     allowed = [d for d in DTYPES if d in dtypes and (dense or d in DECODED_DTYPES)]
     hidden, intermediate = draw(WIDTHS, label="hidden"), draw(WIDTHS, label="intermediate")
     if hidden == intermediate == 1 and all_equal:  # one number for all tokens: every error is a systematic one
@@ -156,7 +162,8 @@ def problems(
         gate_up_rank=draw(st.sampled_from([0, 0, 1, 4]), label="gate_up_rank"),
         down_rank=draw(st.sampled_from([0, 0, 1, 3]), label="down_rank"),
         lora_dtype=draw(st.sampled_from(DTYPES), label="lora_dtype"),
-        quant_type="" if dense else kind,
+        quant_type=quant_type,
+        down_quant_type=None if down_quant_type == quant_type else down_quant_type,
         blocksize=blocksize if in_nf4 else 64,
         nested=nested if in_nf4 else "",
         logits=logits if by_logits else "random",
@@ -189,7 +196,7 @@ def problems_past_range(draw: st.DrawFn, executor: Executor) -> Problem:
         executor: the problems stay within its capabilities.
     """
     able = executor.capabilities
-    ordinary = problems(("float16",), able.activations, able.routing, able.weights)
+    ordinary = problems(("float16",), able.activations, able.routing, able.weights, able.mixed)
     problem = without_undeclared(draw(ordinary, label="ordinary problem"), able)
     config = problem.config
     powers = draw(st.sampled_from(SCALED_INPUT if config.scale_input else SCALED_OUTPUT), label="powers")
@@ -198,6 +205,12 @@ def problems_past_range(draw: st.DrawFn, executor: Executor) -> Problem:
         factor = config.routed_scaling_factor * problem.factor("topk_weights")
         problem = replace(problem, config=replace(config, routed_scaling_factor=factor))
     return problem
+
+
+def _two_kinds(kind: str, other: str, swapped: bool) -> tuple[str, str]:
+    """The kinds of gate_up_proj and down_proj, where ``other`` is the kind of one of them, or ""."""
+    other = other or kind
+    return (other, kind) if swapped else (kind, other)
 
 
 def _frozen(name: str, by_logits: bool) -> str:
@@ -209,7 +222,7 @@ def _frozen(name: str, by_logits: bool) -> str:
 def problems_for(executor: Executor) -> st.SearchStrategy[Problem]:
     """Draws problems within an executor's declared capabilities."""
     able = executor.capabilities
-    drawn = problems(able.dtypes, able.activations, able.routing, able.weights)
+    drawn = problems(able.dtypes, able.activations, able.routing, able.weights, able.mixed)
     return drawn.map(lambda problem: without_undeclared(problem, able))
 
 
@@ -249,7 +262,7 @@ def undeclared(problem: Problem, able: Capabilities) -> str:
     chooses = able.routing and problem.entry == "layer"
     needs = {
         problem.dtype: problem.dtype in able.dtypes,
-        f"{problem.quant_type or 'dense'} weights": (problem.quant_type or "dense") in able.weights,
+        " beside ".join(dict.fromkeys(problem.kinds)) + " weights": able.takes(*problem.kinds),
         config.activation: config.activation in able.activations,
         "a clamp after the activation": able.late_clamp or config.clamp == "before",
         "softcaps": able.softcap or (config.gate_softcap is None and config.up_softcap is None),

@@ -1,0 +1,74 @@
+"""Moves arrays to another device or dtype, whatever their library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from array_api_compat import array_namespace, to_device
+
+from moe_ref._typing import Array
+
+FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
+DECODED_DTYPES = FLOAT_DTYPES[1:]  # that 4 bits may decode to
+HOLDS = {  # dtypes that hold every number of another one
+    "float64": ("float64",),
+    "float32": ("float64", "float32"),
+    "bfloat16": ("float64", "float32", "bfloat16"),
+    "float16": ("float64", "float32", "float16"),
+}
+
+
+def dtype_name(array: Array) -> str:
+    """The dtype's name without its library: "bfloat16" for torch.bfloat16."""
+    return _name_of(array.dtype)
+
+
+def moved(array: Array, device: Any = None, dtype: Any = None) -> Array:
+    """The array on another device and in another dtype, of its library or by name; None leaves either as it is.
+
+    torch.compile traces it, if the dtype is not a name.
+    """
+    is_torch = hasattr(array, "requires_grad")
+    if device is not None:
+        array = array.to(device) if is_torch else to_device(array, device)
+    if dtype is None or dtype_name(array) == _name_of(dtype):
+        return array
+    if is_torch and not isinstance(dtype, str):
+        return array.to(dtype)
+    xp = array_namespace(array)
+    return xp.astype(array, getattr(xp, _name_of(dtype)))
+
+
+def named_dtype(dtype: Any, allowed: tuple[str, ...]) -> str | None:
+    """The name of a dtype, which may be a name itself; None for None.
+
+    Raises:
+        ValueError: it is none of ``allowed``.
+    """
+    if dtype is None:
+        return None
+    name = _name_of(dtype)
+    if name not in allowed:
+        raise ValueError(f"dtype={dtype!r:.60}: must be one of {', '.join(allowed)}")
+    return name
+
+
+def check_device(device: Any) -> None:
+    """Refuses a dtype where a device is wanted.
+
+    Raises:
+        TypeError: it is a dtype, or the name of one.
+    """
+    if _name_of(device) in FLOAT_DTYPES:
+        raise TypeError(f"device={device!r}: must be a device: give a dtype by name, to(dtype=...)")
+
+
+def rounds(before: Array, after: Any) -> bool:
+    """Whether a change of dtype may have rounded numbers."""
+    if not hasattr(after, "dtype") or dtype_name(before) not in HOLDS:
+        return False
+    return dtype_name(after) not in HOLDS[dtype_name(before)]
+
+
+def _name_of(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2]
