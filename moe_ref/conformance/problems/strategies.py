@@ -13,7 +13,7 @@ from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import (
     DENSE,
     GATED,
-    LORA_FACTORS,
+    LEARNED,
     Activation,
     MoEConfig,
     QuantType,
@@ -65,6 +65,7 @@ def configs(draw: st.DrawFn, experts: int, activations: Collection[str] = ACTIVA
     has_caps = draw(st.sampled_from([False, False, True]), label="caps instead of a limit")
     caps = [draw(st.sampled_from([None, 0.5, 2.0, 7.0]), label=f"{half}_softcap") for half in ("gate", "up")]
     layout = draw(st.sampled_from(["concatenated", "interleaved"]), label="gate_up_layout")
+    norm_eps = draw(st.sampled_from([1e-6, 1e-8, 0.1, 1.0]), label="post_expert_norm_eps")
     gated, swiglu = activation in GATED, activation == "swiglu"
     gate_softcap, up_softcap = caps if swiglu and has_caps else (None, None)
     limit = limit if swiglu and not has_caps else None
@@ -88,6 +89,7 @@ def configs(draw: st.DrawFn, experts: int, activations: Collection[str] = ACTIVA
         gate_softcap=gate_softcap,
         up_softcap=up_softcap,
         gate_up_layout=layout if gated else "concatenated",  # type: ignore[arg-type]
+        post_expert_norm_eps=norm_eps,
     )
 
 
@@ -123,12 +125,13 @@ def problems(
     dy_layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "scalar"]), label="dy_layout")
     broken_x = draw(st.integers(0, 1), label="broken_x")
     frozen = draw(
-        st.frozensets(st.sampled_from(["x", "routing", "expert_scale", *DENSE, *LORA_FACTORS])), label="frozen"
+        st.frozensets(st.sampled_from(["x", "routing", *LEARNED])), label="frozen"
     )
     base_frozen = draw(st.booleans(), label="base_frozen")
     selection_bias = draw(st.sampled_from(["", "small", "large"]), label="selection_bias")
     expert_scale = draw(st.booleans(), label="expert_scale")
     scale_ignored = expert_scale and not by_logits  # where ids and weights are given (R9)
+    post_expert_norm = draw(st.sampled_from([False, False, True]), label="post_expert_norm")
     all_equal = x_layout == "expanded"
     kind = draw(st.sampled_from([k for k in WEIGHTS if k in weights]), label="weights")
     blocksize = draw(st.sampled_from(BLOCKSIZES), label="blocksize")
@@ -138,6 +141,8 @@ def problems(
     hidden, intermediate = draw(WIDTHS, label="hidden"), draw(WIDTHS, label="intermediate")
     if hidden == intermediate == 1 and all_equal:  # one number for all tokens: every error is a systematic one
         x_layout, all_equal = "contiguous", False
+    if hidden == 1:  # the norm of a single number is its sign, which rounding may turn: only a large epsilon bars that
+        config = replace(config, post_expert_norm_eps=1.0)
     problem = Problem(
         tokens=tokens,
         experts=experts,
@@ -153,6 +158,7 @@ def problems(
         down_bias=draw(st.booleans(), label="down_bias"),
         selection_bias=selection_bias if by_logits else "",
         expert_scale=expert_scale,
+        post_expert_norm=post_expert_norm,
         gate_up_rank=draw(st.sampled_from([0, 0, 1, 4]), label="gate_up_rank"),
         down_rank=draw(st.sampled_from([0, 0, 1, 3]), label="down_rank"),
         lora_dtype=draw(st.sampled_from(DTYPES), label="lora_dtype"),
@@ -193,6 +199,8 @@ def problems_past_range(draw: st.DrawFn, executor: Executor) -> Problem:
     problem = without_undeclared(draw(ordinary, label="ordinary problem"), able)
     config = problem.config
     powers = draw(st.sampled_from(SCALED_INPUT if config.scale_input else SCALED_OUTPUT), label="powers")
+    if problem.post_expert_norm and not config.scale_input:  # which undoes what the weights are to undo
+        powers = tuple((name, power) for name, power in powers if name != "topk_weights")
     problem = replace(problem, powers=powers, broken_logits=0, broken_x=0, routing_dtype="float32")
     if problem.entry == "layer":  # weights computed from logits share one factor
         factor = config.routed_scaling_factor * problem.factor("topk_weights")
@@ -233,6 +241,8 @@ def without_undeclared(problem: Problem, able: Capabilities) -> Problem:
         problem = replace(problem, selection_bias="")
     if not able.expert_scale:
         problem = replace(problem, expert_scale=False)
+    if not able.post_expert_norm:
+        problem = replace(problem, post_expert_norm=False)
     if not able.lora:
         problem = replace(problem, gate_up_rank=0, down_rank=0)
     return replace(problem, config=config)
@@ -260,6 +270,7 @@ def undeclared(problem: Problem, able: Capabilities) -> str:
         or config.renormalize_form in able.renormalize_forms,
         f"selection_key {config.selection_key}": not chooses or config.selection_key in able.selection_keys,
         "expert_scale": able.expert_scale or not chooses or not problem.expert_scale,
+        "a norm after each expert": able.post_expert_norm or not problem.post_expert_norm,
         "scale_input": able.scale_input or not config.scale_input,
         "adapters": able.lora or not (problem.gate_up_rank or problem.down_rank),
     }
