@@ -52,11 +52,14 @@ CAPPED = MoEConfig(4, alpha=1.702, up_offset=1.0, gate_softcap=2.0, up_softcap=0
 SQRTSOFTPLUS = MoEConfig(6, scoring="sqrtsoftplus", renormalize=True)
 EPSILON = MoEConfig(2, renormalize=True, renormalize_eps=0.6)
 SCALED = MoEConfig(2, scoring="topk_softmax", scale_input=True, activation="relu2")
+NORMED = MoEConfig(3, renormalize=True, post_expert_norm_eps=1.0)
 
 
 def panel(name: str, tokens: int) -> tuple[Problem, ...]:
     """Problems that together have every feature that a mutant may get wrong."""
-    return panel_in_4_bits(tokens) if name == "grouped_nf4" else (*dense_panel(tokens), *scoring_panel(tokens))
+    if name == "grouped_nf4":
+        return panel_in_4_bits(tokens)
+    return (*dense_panel(tokens), *scoring_panel(tokens), *norm_panel(tokens))
 
 
 @cache
@@ -113,6 +116,14 @@ def scoring_panel(tokens: int) -> tuple[Problem, ...]:
         replace(base, config=replace(FULL, routed_scaling_factor=1.0), expert_scale=True, gate_up_bias=True, seed=6),
         replace(base, entry="experts", config=PLAIN, expert_scale=True, frozen=frozenset({"expert_scale"}), seed=7),
     )
+
+
+@cache
+def norm_panel(tokens: int) -> tuple[Problem, ...]:
+    """Layers with a norm after each expert."""
+    base = Problem(tokens, 9, 32, 33, NORMED, post_expert_norm=True, down_bias=True, seed=1)
+    tiny = replace(NORMED, post_expert_norm_eps=1e-8)
+    return base, replace(base, dtype="bfloat16", bias_dtype="bfloat16", config=tiny, down_rank=3, seed=2)
 
 
 def rejected_by(executor: executors.Executor, problem: Problem) -> str:

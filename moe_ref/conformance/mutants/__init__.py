@@ -14,6 +14,7 @@ from moe_ref.conformance.mutants import (  # noqa: F401  (they register)
     experts,
     gradients,
     mxfp4,
+    norms,
     outputs,
     packed,
     ranges,
