@@ -272,6 +272,4 @@ def layer_vjp(
             d_unscaled, d_scale = scale_by_expert_vjp(unscaled, topk_ids, scale, d_weights, rounding)
         d_logits = route_vjp(router_logits, topk_ids, weights.config, d_unscaled, rounding)
     dx = permute_vjp(d_rows, grouping.inverse, top_k, rounding)
-    return y, MoEGradients(
-        dx, d_logits, d_weights, **d_parameters, expert_scale=d_scale, post_expert_norm=d_norm
-    )
+    return y, MoEGradients(dx, d_logits, d_weights, **d_parameters, expert_scale=d_scale, post_expert_norm=d_norm)

@@ -32,6 +32,7 @@ class _ChangeGradient(torch.autograd.Function):
 
 
 def change_gradient(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The value itself, whose gradient is changed."""
     return _ChangeGradient.apply(value, change)  # type: ignore[no-untyped-call]
 
 

@@ -124,9 +124,7 @@ def problems(
     x_layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]), label="x_layout")
     dy_layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "scalar"]), label="dy_layout")
     broken_x = draw(st.integers(0, 1), label="broken_x")
-    frozen = draw(
-        st.frozensets(st.sampled_from(["x", "routing", *LEARNED])), label="frozen"
-    )
+    frozen = draw(st.frozensets(st.sampled_from(["x", "routing", *LEARNED])), label="frozen")
     base_frozen = draw(st.booleans(), label="base_frozen")
     selection_bias = draw(st.sampled_from(["", "small", "large"]), label="selection_bias")
     expert_scale = draw(st.booleans(), label="expert_scale")
