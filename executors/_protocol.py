@@ -86,8 +86,9 @@ def check_norm(executor: Executor, weights: MoEWeights) -> None:
     Whoever calls an executor of another package asks this first: what it does not know of, it would leave out.
     """
     norm = weights.post_expert_norm
-    if norm is not None and not getattr(executor.capabilities, "post_expert_norm", False):
-        raise Unsupported(f"post_expert_norm.shape={tuple(norm.shape)}: must be None for {executor.name}")
+    if norm is not None and not getattr(getattr(executor, "capabilities", None), "post_expert_norm", False):
+        name = getattr(executor, "name", type(executor).__name__)
+        raise Unsupported(f"post_expert_norm.shape={tuple(norm.shape)}: must be None for {name}")
 
 
 class Executor(Protocol):

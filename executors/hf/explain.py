@@ -11,10 +11,10 @@ import transformers
 from torch import nn
 
 from executors import _registry
-from executors._protocol import Executor, Unavailable, Unsupported
+from executors._protocol import Executor, Unavailable, Unsupported, check_norm
 from executors.hf.interface import OWN_LOOPS
 from executors.hf.module import is_experts, weights_of
-from moe_ref.types import MoEConfig
+from moe_ref.types import MoEWeights
 
 
 @dataclass(frozen=True)
@@ -116,18 +116,22 @@ def _fate(module: Any, executor: Executor, device: str) -> tuple[str, ...]:
             chosen, _why = executor.choose(x, weights)
         else:
             executor.check(x, weights)
+            check_norm(executor, weights)
             chosen = executor.name
     except (Unavailable, Unsupported) as error:
-        return kind, sizes, in_short(weights.config), "", _line(error)
-    return kind, sizes, in_short(weights.config), chosen, ""
+        return kind, sizes, in_short(weights), "", _line(error)
+    return kind, sizes, in_short(weights), chosen, ""
 
 
-def in_short(config: MoEConfig) -> str:
+def in_short(weights: MoEWeights) -> str:
     """The activation, and what differs from the defaults of ``MoEConfig``: "swiglu limit=7 clamp=after interleaved"."""
+    config = weights.config
     parts: list[str] = [config.activation]
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name not in ("top_k", "activation") and value != field.default:
+        if field.name == "post_expert_norm_eps":
+            parts += [] if weights.post_expert_norm is None else [f"post_expert_norm eps={value:g}"]
+        elif field.name not in ("top_k", "activation") and value != field.default:
             shown = value if isinstance(value, str) else f"{value:g}"
             parts.append(shown if field.name == "gate_up_layout" else f"{field.name}={shown}")
     return " ".join(parts)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from executors import _registry
-from executors._protocol import Executor, UnknownExecutor, Unsupported
-from executors.hf.module import check_module, find_config, is_experts, weights_of
+from executors._protocol import Executor, UnknownExecutor, Unsupported, check_norm
+from executors.hf.module import check_module, find_config, has_norm, is_experts, weights_of
 from moe_ref.types import MoEConfig
 
 PREFIX = "moe_"
@@ -42,11 +42,13 @@ class SwitchedLayer:
         name: in the model, such as "model.layers.0.mlp.experts".
         kind: its class.
         config: what it computes; without ``top_k``, which is the router's.
+        post_expert_norm: whether it normalises each expert's output, with the configuration's epsilon.
     """
 
     name: str
     kind: str
     config: MoEConfig
+    post_expert_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
     Raises:
         TypeError: the model is no torch.nn.Module.
         UnknownExecutor, Unavailable: as `executors.get`.
-        Unsupported: there is no experts module that transformers dispatches, or no `MoEConfig` says what one computes.
+        Unsupported: there is no experts module that transformers dispatches, no `MoEConfig` says what one computes, or
+            one has a norm after each expert, which the executor does not declare.
     """
     check_module("model", model)
     found = {name: module for name, module in model.named_modules() if is_experts(module)}
@@ -112,7 +115,12 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
         raise Unsupported(f"model={type(model).__name__}: {has}: must have experts that transformers dispatches")
     made = _registry.get(executor)
     (implementation,) = register(executor)
-    layers = tuple(SwitchedLayer(name, type(module).__name__, find_config(module)) for name, module in found.items())
+    layers = tuple(
+        SwitchedLayer(name, type(module).__name__, find_config(module), has_norm(module))
+        for name, module in found.items()
+    )
+    for module in found.values():
+        check_norm(made, weights_of(module))
     _made[executor] = made
     for module in (model, *found.values()):  # the model's own is what transformers shows; each layer's is what it asks
         if hasattr(module, "config"):
@@ -133,6 +141,7 @@ def _function(name: str) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor
     def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' grouped_mm: in the dtype of the weights, and back in that of the hidden states."""
         weights, executor = weights_of(module), _made.get(name) or _make(name)
+        check_norm(executor, weights)
         x = hidden_states.to(weights.gate_up_proj.dtype)
         y = executor.experts(x, topk_ids=top_k_index, topk_weights=top_k_weights, weights=weights)
         return y.to(hidden_states.dtype)

@@ -42,7 +42,7 @@ class Range:
         x, gate_up, down, weights, dy: exponents of the inputs.
         first: exponent of the first token alone, added to x's.
         cancel: every token goes to two experts that are equal, but for the down projection, which is `OPPOSITE`.
-        norm: E8, of outputs that are 0, so that only the epsilon counts: columns of the down projection cancel in pairs.
+        norm: E8, of outputs that are 0, so that only the epsilon counts: columns of the down projection cancel out.
         scale_input: C3.
         lora_a: exponents of A, for adapters of both projections; B makes an adapter count as much as its projection.
         limit: of swiglu, whose sigmoid is so steep that it is 0, 1/2 or 1; None for squared ReLU.

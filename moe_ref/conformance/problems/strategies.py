@@ -65,7 +65,6 @@ def configs(draw: st.DrawFn, experts: int, activations: Collection[str] = ACTIVA
     has_caps = draw(st.sampled_from([False, False, True]), label="caps instead of a limit")
     caps = [draw(st.sampled_from([None, 0.5, 2.0, 7.0]), label=f"{half}_softcap") for half in ("gate", "up")]
     layout = draw(st.sampled_from(["concatenated", "interleaved"]), label="gate_up_layout")
-    norm_eps = draw(st.sampled_from([1e-6, 1e-8, 0.1, 1.0]), label="post_expert_norm_eps")
     gated, swiglu = activation in GATED, activation == "swiglu"
     gate_softcap, up_softcap = caps if swiglu and has_caps else (None, None)
     limit = limit if swiglu and not has_caps else None
@@ -89,7 +88,6 @@ def configs(draw: st.DrawFn, experts: int, activations: Collection[str] = ACTIVA
         gate_softcap=gate_softcap,
         up_softcap=up_softcap,
         gate_up_layout=layout if gated else "concatenated",  # type: ignore[arg-type]
-        post_expert_norm_eps=norm_eps,
     )
 
 
@@ -130,6 +128,7 @@ def problems(
     expert_scale = draw(st.booleans(), label="expert_scale")
     scale_ignored = expert_scale and not by_logits  # where ids and weights are given (R9)
     post_expert_norm = draw(st.sampled_from([False, False, True]), label="post_expert_norm")
+    norm_eps = draw(st.sampled_from([1e-6, 1e-8, 0.1, 1.0]), label="post_expert_norm_eps")
     all_equal = x_layout == "expanded"
     kind = draw(st.sampled_from([k for k in WEIGHTS if k in weights]), label="weights")
     blocksize = draw(st.sampled_from(BLOCKSIZES), label="blocksize")
@@ -139,8 +138,8 @@ def problems(
     hidden, intermediate = draw(WIDTHS, label="hidden"), draw(WIDTHS, label="intermediate")
     if hidden == intermediate == 1 and all_equal:  # one number for all tokens: every error is a systematic one
         x_layout, all_equal = "contiguous", False
-    if hidden == 1:  # the norm of a single number is its sign, which rounding may turn: only a large epsilon bars that
-        config = replace(config, post_expert_norm_eps=1.0)
+    if post_expert_norm:  # of a single number it is the sign, which rounding may turn: only a large epsilon bars that
+        config = replace(config, post_expert_norm_eps=1.0 if hidden == 1 else norm_eps)
     problem = Problem(
         tokens=tokens,
         experts=experts,
