@@ -66,7 +66,8 @@ def loop(
     act, norm = act or activated, norm or normalized
     wide = torch.promote_types(x.dtype, torch.float32)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
-    config, lora, gamma = weights.config, weights.lora, weights.post_expert_norm
+    config, lora = weights.config, weights.lora
+    gamma = None if weights.post_expert_norm is None else weights.post_expert_norm.to(wide)  # its gradient is one sum
     scalings = (1.0, 1.0) if lora is None else (lora.gate_up_scaling, lora.down_scaling)
     for e in range(weights.num_experts):
         tokens, slots = (ids == e).nonzero(as_tuple=True)
@@ -86,7 +87,7 @@ def loop(
         if "down_proj_bias" in own:
             o = o + after * own["down_proj_bias"].to(wide)
         if gamma is not None:
-            o = late * norm(o.to(x.dtype).to(wide), gamma.to(wide), config.post_expert_norm_eps).to(x.dtype)
+            o = late * norm(o.to(x.dtype).to(wide), gamma, config.post_expert_norm_eps).to(x.dtype)
         y = y.index_add(0, tokens, o)
     return y.to(x.dtype)
 
