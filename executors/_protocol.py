@@ -51,6 +51,8 @@ class Capabilities:
         selection: whether it chooses experts by groups and with a selection bias (R2, R3).
         selection_keys: what it can add that bias to (``MoEConfig.selection_key``).
         expert_scale: whether its routing takes learned scales of the weights (R9).
+        post_expert_norm: whether it normalises each expert's output (E8). An executor that was written before that form
+            knows nothing of it, and would leave it out: so it has it only if it says so.
         scale_input: whether it has that form of weighting (C3).
         lora: whether it takes adapters.
         weights: the kinds of projections that it takes: "dense", "nf4", "fp4", "mxfp4".
@@ -71,6 +73,7 @@ class Capabilities:
     selection: bool = True
     selection_keys: frozenset[str] = SELECTION_KEYS
     expert_scale: bool = True
+    post_expert_norm: bool = False
     scale_input: bool = True
     lora: bool = True
     weights: frozenset[str] = frozenset({"dense"})
@@ -86,6 +89,17 @@ class Capabilities:
         if gate_up == down:
             return gate_up in self.weights
         return self.mixed and {gate_up, down} <= self.weights | {"dense"}
+
+
+def check_norm(executor: Executor, weights: MoEWeights) -> None:
+    """Raises Unsupported for a norm after each expert (E8) that the executor does not declare.
+
+    Whoever calls an executor of another package asks this first: what it does not know of, it would leave out.
+    """
+    norm = weights.post_expert_norm
+    if norm is not None and not getattr(getattr(executor, "capabilities", None), "post_expert_norm", False):
+        name = getattr(executor, "name", type(executor).__name__)
+        raise Unsupported(f"post_expert_norm.shape={tuple(norm.shape)}: must be None for {name}")
 
 
 class Executor(Protocol):

@@ -16,7 +16,7 @@ from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from executors._protocol import Executor, NotingExecutor, Unavailable, UnknownExecutor, Unsupported
+from executors._protocol import Executor, NotingExecutor, Unavailable, UnknownExecutor, Unsupported, check_norm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -277,6 +277,7 @@ def _explain(entry: Entry, x: Tensor | None, weights: MoEWeights | None) -> Expl
         kinds = _call(entry, "asked", partial(_kinds, executor), passing=refusals)
         if x is not None and weights is not None:
             _call(entry, "asked", partial(executor.check, x, weights), passing=refusals)
+            _call(entry, "asked", partial(check_norm, executor, weights), passing=refusals)
             if isinstance(executor, NotingExecutor):
                 note = _call(entry, "asked", partial(executor.note, x, weights), passing=refusals)
     except refusals as error:

@@ -28,7 +28,9 @@ class Auto:
     """
 
     name: ClassVar[str] = "auto"
-    capabilities: ClassVar[Capabilities] = Capabilities(weights=frozenset({"dense", "nf4", "fp4", "mxfp4"}), mixed=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        post_expert_norm=True, weights=frozenset({"dense", "nf4", "fp4", "mxfp4"}), mixed=True
+    )
 
     def __init__(self) -> None:
         candidates: list[Executor] = []

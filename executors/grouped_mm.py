@@ -35,7 +35,9 @@ class GroupedMM(PipelineExecutor):
     name: ClassVar[str] = "grouped_mm"
     operator: ClassVar[Operator] = OPERATOR
     capabilities: ClassVar[Capabilities] = Capabilities(
-        devices=frozenset({"cpu", "cuda"}), dtypes=frozenset({"float32", "bfloat16", "float16"})
+        devices=frozenset({"cpu", "cuda"}),
+        dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        post_expert_norm=True,
     )
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:

@@ -89,6 +89,7 @@ class GroupedNF4(LayerExecutor):
         return Capabilities(
             devices=frozenset({"cuda"} if forced and not interpreted else {"cpu", "cuda"}),
             dtypes=frozenset({"float32", "bfloat16", "float16"}),
+            post_expert_norm=not self._forced,
             weights=frozenset({"nf4", "fp4", "mxfp4"}),
             mixed=True,
             interpreted=interpreted,
@@ -97,7 +98,7 @@ class GroupedNF4(LayerExecutor):
     def check(self, x: Tensor, weights: MoEWeights) -> None:
         """Raises Unsupported for two dense projections, other devices and dtypes, and in a capture it would break."""
         super().check(x, weights)
-        kernels = self._kernels_for(x)
+        kernels = self._kernels_for(x, weights)
         if kernels is None:
             check_capture(x, weights)
         else:
@@ -105,13 +106,13 @@ class GroupedNF4(LayerExecutor):
 
     def note(self, x: Tensor, weights: MoEWeights) -> str:
         """What a user should know of a call that works: which way it decodes, or that it is slow or waits."""
-        kernels = self._kernels_for(x)
+        kernels = self._kernels_for(x, weights)
         if kernels is not None:
             return kernels.path_note(x, mean_rows(x, weights), self._forced)
         return host_note(x, weights) or "; ".join(filter(None, [slow_note(x, weights), cpu_product.note(x)]))
 
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
-        kernels = self._kernels_for(x)
+        kernels = self._kernels_for(x, weights)
         if kernels is not None:
             kernels.check_slots(topk_ids.numel(), self.name)
             own = kernels.operator_of(self._forced)
@@ -123,8 +124,9 @@ class GroupedNF4(LayerExecutor):
         """The way of the kernels that was asked for, or ""."""
         return self.path if self.path in ("fused", "decoded") else ""
 
-    def _kernels_for(self, x: Tensor) -> ModuleType | None:
-        return self._kernels if self._forced or x.is_cuda else None
+    def _kernels_for(self, x: Tensor, weights: MoEWeights) -> ModuleType | None:
+        """The kernels where a call goes by them: not in a layer with a norm after each expert, which they lack."""
+        return self._kernels if self._forced or (x.is_cuda and weights.post_expert_norm is None) else None
 
     def _find_kernels(self) -> ModuleType | None:
         """The Triton kernels' operators, imported only where they may be used."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT = "moe-ref layer 1"
 REQUIRED = ("x", "router_logits", *PROJECTIONS)
-OPTIONAL = ("gate_up_proj_bias", "down_proj_bias", "selection_bias", "expert_scale")
+OPTIONAL = ("gate_up_proj_bias", "down_proj_bias", "selection_bias", "expert_scale", "post_expert_norm")
 BUNDLED = "tiny_gpt_oss_layer.safetensors"
 
 

@@ -40,6 +40,7 @@ class Numba(PipelineExecutor):
     capabilities: ClassVar[Capabilities] = Capabilities(
         devices=frozenset({"cpu"}),
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        post_expert_norm=True,
         weights=frozenset({"dense", "nf4", "fp4", "mxfp4"}),
         mixed=True,
     )

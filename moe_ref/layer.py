@@ -17,6 +17,7 @@ from moe_ref.expert_scale import scale_by_expert, scale_by_expert_vjp
 from moe_ref.experts import RowsOf, experts, experts_vjp
 from moe_ref.grouping import group, is_slot, permute, permute_vjp, unpermute
 from moe_ref.numerics import EXACT, Rounding
+from moe_ref.post_expert_norm import normalize, normalize_vjp
 from moe_ref.routing import route, route_vjp, weigh
 from moe_ref.types import Grouping, MoEGradients, MoEWeights
 from moe_ref.validation import check_dy, check_experts_inputs, check_inputs
@@ -133,9 +134,10 @@ def layer(
     weights: MoEWeights,
     rounding: Rounding = EXACT,
 ) -> Float[Array, "*#samples T H"]:
-    """Gather, experts, unpermute, combine. A leading axis of samples is carried through."""
+    """Gather, experts, norm, unpermute, combine. A leading axis of samples is carried through."""
     slots = gather(x, topk_ids, topk_weights, weights, rounding)
     outputs = experts(slots.rows, slots.grouping.group_offsets, weights, rounding)
+    outputs = normalize(outputs, weights, rounding)
     return combined(unpermute(outputs, slots.grouping.inverse), slots, weights, rounding)
 
 
@@ -246,11 +248,14 @@ def layer_vjp(
     slots = gather(x, topk_ids, topk_weights, weights, rounding)
     top_k, grouping, scaled = topk_ids.shape[-1], slots.grouping, weights.config.scale_input
     d_outputs = xp.repeat(dy, top_k, axis=-2) if scaled else combine_vjp(slots.weights, dy, rounding)
-    upstream = unpermute(d_outputs, grouping.order)
+    upstream, d_norm = unpermute(d_outputs, grouping.order), None
+    if weights.post_expert_norm is not None:
+        before = experts(slots.rows, grouping.group_offsets, weights, rounding)
+        upstream, d_norm = normalize_vjp(before, weights, upstream, rounding)
     outputs, d_rows, d_parameters = experts_vjp(
         slots.rows, grouping.group_offsets, weights, upstream, rounding, rows_of
     )
-    outputs = unpermute(outputs, grouping.inverse)
+    outputs = unpermute(normalize(outputs, weights, rounding), grouping.inverse)
     y = combined(outputs, slots, weights, rounding)
     if scaled:
         d_weights = unpermute(dot(slots.tokens, d_rows, rounding), grouping.inverse)
@@ -267,4 +272,4 @@ def layer_vjp(
             d_unscaled, d_scale = scale_by_expert_vjp(unscaled, topk_ids, scale, d_weights, rounding)
         d_logits = route_vjp(router_logits, topk_ids, weights.config, d_unscaled, rounding)
     dx = permute_vjp(d_rows, grouping.inverse, top_k, rounding)
-    return y, MoEGradients(dx, d_logits, d_weights, **d_parameters, expert_scale=d_scale)
+    return y, MoEGradients(dx, d_logits, d_weights, **d_parameters, expert_scale=d_scale, post_expert_norm=d_norm)

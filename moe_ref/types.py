@@ -32,6 +32,7 @@ DENSE = (*PROJECTIONS, "gate_up_proj_bias", "down_proj_bias")
 LORA_FACTORS = ("gate_up_lora_a", "gate_up_lora_b", "down_lora_a", "down_lora_b")
 PARAMETERS = DENSE + LORA_FACTORS  # of the experts; they have gradients; the selection bias has none (D1)
 PER_EXPERT = (*PARAMETERS, "expert_scale")  # with the routing's own; each has E in front
+LEARNED = (*PER_EXPERT, "post_expert_norm")  # all that a layer may learn
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class MoEConfig:
         up_softcap: the same of the up half, on its own.
         gate_up_layout: rows of a gated gate_up_proj are "concatenated" (all gates, then all ups) or "interleaved"
             (gate 0, up 0, gate 1, ...; gpt-oss).
+        post_expert_norm_eps: added to the mean square of an expert's output, in a layer that has
+            ``MoEWeights.post_expert_norm`` (Muse Spark: 1e-8).
     """
 
     top_k: int | None
@@ -90,6 +93,7 @@ class MoEConfig:
     gate_softcap: float | None = field(default=None, kw_only=True)
     up_softcap: float | None = field(default=None, kw_only=True)
     gate_up_layout: GateUpLayout = "concatenated"
+    post_expert_norm_eps: float = field(default=1e-6, kw_only=True)
 
     @property
     def gated(self) -> bool:
@@ -136,6 +140,7 @@ class MoEWeights:
     _: KW_ONLY
     config: MoEConfig
     expert_scale: Float[Array, " E"] | None = None  # multiplies the weights that routing gives; learned (R9)
+    post_expert_norm: Float[Array, " H"] | None = None  # gamma of the norm of each expert's output; learned (E8)
 
     @property
     def num_experts(self) -> int:
@@ -153,12 +158,13 @@ class MoEWeights:
         return self.down_proj.shape[2]
 
     def parameters(self) -> dict[str, Array]:
-        """What the layer has of `PER_EXPERT`, by name: these have gradients.
+        """What the layer has of `LEARNED`, by name: these have gradients.
 
         A projection in 4 bits has no gradient and is left out: see `packed`.
         """
         found = {name: getattr(self, name) for name in DENSE}
-        found |= {name: getattr(self.lora, name, None) for name in LORA_FACTORS} | {"expert_scale": self.expert_scale}
+        found |= {name: getattr(self.lora, name, None) for name in LORA_FACTORS}
+        found |= {"expert_scale": self.expert_scale, "post_expert_norm": self.post_expert_norm}
         return {
             name: value for name, value in found.items() if value is not None and not isinstance(value, PackedTensor)
         }
@@ -170,10 +176,10 @@ class MoEWeights:
 
     def with_parameters(self, changed: dict[str, Array]) -> MoEWeights:
         """The same layer with some of its `parameters` or `packed` projections replaced."""
-        dense = {name: value for name, value in changed.items() if name in (*DENSE, "expert_scale")}
         factors = {name: value for name, value in changed.items() if name in LORA_FACTORS}
+        others = {name: value for name, value in changed.items() if name in LEARNED and name not in factors}
         lora = replace(self.lora, **factors) if self.lora is not None else None
-        return replace(self, **dense, lora=lora)
+        return replace(self, **others, lora=lora)
 
     def to(self, device: Any = None, *, dtype: Any = None) -> MoEWeights:
         """The same layer on another device, computed in another dtype.
@@ -254,3 +260,4 @@ class MoEGradients:
     down_lora_a: Array | None = None
     down_lora_b: Array | None = None
     expert_scale: Array | None = None  # None too if the caller gave the routing
+    post_expert_norm: Array | None = None

@@ -69,10 +69,7 @@ def base_model(setup: Setup, progress: Any = None) -> Any:
     """
     if setup.model not in (BUNDLED, RANDOM):
         return hf.load_quantized(Path(setup.model), progress=progress).to(setup.device)
-    if setup.model == BUNDLED:
-        model = models.bundled_model()
-    else:
-        model = models.random_model(setup.sizes, setup.seed)
+    model = models.bundled_model() if setup.model == BUNDLED else models.random_model(setup.sizes, setup.seed)
     hf.quantize_experts(model, progress=progress)
     return model.to(setup.device)
 

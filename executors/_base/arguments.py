@@ -17,7 +17,8 @@ from moe_ref.validation import dtype_name
 
 DENSE = 0
 KINDS = (*get_args(QuantType), "mxfp4")  # of 4 bits, numbered from 1
-TENSORS = 3 + len(PARAMETERS)  # arguments that are tensors, before the two lists of scales
+OWN = (*PARAMETERS, "post_expert_norm")  # the layer's tensors that may need a gradient
+TENSORS = 3 + len(OWN)  # arguments that are tensors, before the two lists of scales
 
 Matrices = TypeVar("Matrices")
 
@@ -40,6 +41,13 @@ class Activation(NamedTuple):
         return self.gate_softcap is not None or self.up_softcap is not None
 
 
+class Norm(NamedTuple):
+    """The norm of each expert's output: its factor [H] and epsilon."""
+
+    factor: Tensor
+    eps: float
+
+
 class Projection(NamedTuple, Generic[Matrices]):
     """A projection's parameters: matrices [E, m, k], bias [E, m], adapter factors [E, r, k] and [E, m, r]."""
 
@@ -59,10 +67,12 @@ class Arguments(NamedTuple):
         gate_up_proj, down_proj: stacks [E, m, k], or codes in 4 bits.
         gate_up_proj_bias, down_proj_bias: [E, m].
         gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b: an adapter's factors, [E, r, k] and [E, m, r].
+        post_expert_norm: [H], the factor of the norm of each expert's output.
         gate_up_scales, down_scales: of projections in 4 bits.
         gate_up_format, down_format: `DENSE`, or what `unflatten` needs beside codes and scales.
         gate_up_scaling, down_scaling: of adapters.
-        scale_input, activation, alpha, limit, up_offset, layout, clamp, gate_softcap, up_softcap: as in ``MoEConfig``.
+        scale_input, activation, alpha, limit, up_offset, layout, clamp, gate_softcap, up_softcap, post_expert_norm_eps:
+            as in ``MoEConfig``.
     """
 
     x: Tensor
@@ -76,6 +86,7 @@ class Arguments(NamedTuple):
     gate_up_lora_b: Tensor | None
     down_lora_a: Tensor | None
     down_lora_b: Tensor | None
+    post_expert_norm: Tensor | None
     gate_up_scales: list[Tensor]
     down_scales: list[Tensor]
     gate_up_format: list[int]
@@ -91,6 +102,7 @@ class Arguments(NamedTuple):
     clamp: str
     gate_softcap: float | None
     up_softcap: float | None
+    post_expert_norm_eps: float
 
     def tensors(self) -> list[Tensor | None]:
         """All tensors, the scales last."""
@@ -117,6 +129,10 @@ class Arguments(NamedTuple):
             Projection(down, self.down_proj_bias, *factors[1], self.down_scaling),
         )
 
+    def norm(self) -> Norm | None:
+        """The norm of each expert's output, if there is one."""
+        return None if self.post_expert_norm is None else Norm(self.post_expert_norm, self.post_expert_norm_eps)
+
     def act(self) -> Activation:
         """The activation."""
         layout = self.layout if self.activation in GATED else ""
@@ -137,11 +153,11 @@ def arguments_of(rows: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: 
     config, lora = weights.config, weights.lora
     scalings = (1.0, 1.0) if lora is None else (float(lora.gate_up_scaling), float(lora.down_scaling))
     act = (config.activation, float(config.alpha), config.limit, float(config.up_offset), config.gate_up_layout)
-    forms = (config.clamp, config.gate_softcap, config.up_softcap)
+    forms = (config.clamp, config.gate_softcap, config.up_softcap, float(config.post_expert_norm_eps))
     gate_up, gate_up_scales, gate_up_format = flatten(weights.gate_up_proj)
     down, down_scales, down_format = flatten(weights.down_proj)
     parameters = weights.parameters() | {"gate_up_proj": gate_up, "down_proj": down}
-    tensors = [rows, topk_ids, topk_weights, *(parameters.get(name) for name in PARAMETERS)]
+    tensors = [rows, topk_ids, topk_weights, *(parameters.get(name) for name in OWN)]
     static = gate_up_format, down_format, *scalings, config.scale_input, *act, *forms
     return Arguments._make([*tensors, gate_up_scales, down_scales, *static])
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from executors._base.routing import route, route_checked
-from executors._protocol import Capabilities, Unsupported
+from executors._protocol import Capabilities, Unsupported, check_norm
 from moe_ref.types import LORA_FACTORS, PROJECTIONS, MoEWeights, PackedTensor, Routing
 from moe_ref.validation import check_experts_inputs, check_inputs, check_weights, dtype_name
 
@@ -98,6 +98,7 @@ class LayerExecutor:
             )
         if not able.lora and any(name in LORA_FACTORS for name in weights.parameters()):
             raise Unsupported(f"lora={type(weights.lora).__name__}: must be None for {self.name}")
+        check_norm(self, weights)
         _check_kinds(able, weights, self.name)
 
     def _route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:

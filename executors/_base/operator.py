@@ -9,21 +9,21 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from executors._base.arguments import TENSORS, Arguments, arguments_of
+from executors._base.arguments import OWN, TENSORS, Arguments, arguments_of
 from moe_ref.types import PARAMETERS, MoEWeights
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-NAMES = ("x", "topk_weights", *PARAMETERS)  # what may need a gradient
+NAMES = ("x", "topk_weights", *OWN)  # what may need a gradient
 
 ARGUMENTS = """
     Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj,
     Tensor? gate_up_proj_bias, Tensor? down_proj_bias, Tensor? gate_up_lora_a, Tensor? gate_up_lora_b,
-    Tensor? down_lora_a, Tensor? down_lora_b, Tensor[] gate_up_scales, Tensor[] down_scales,
+    Tensor? down_lora_a, Tensor? down_lora_b, Tensor? post_expert_norm, Tensor[] gate_up_scales, Tensor[] down_scales,
     SymInt[] gate_up_format, SymInt[] down_format, float gate_up_scaling, float down_scaling, bool scale_input,
     str activation, float alpha, float? limit, float up_offset, str layout,
-    str clamp, float? gate_softcap, float? up_softcap
+    str clamp, float? gate_softcap, float? up_softcap, float post_expert_norm_eps
 """
 FORWARD = f"({ARGUMENTS}, bool keep_z, bool keep_decoded) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 BACKWARD = f"""(

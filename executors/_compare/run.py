@@ -16,11 +16,11 @@ from executors._compare.measure import measure_times, peak_memory
 from executors.layer_file import Layer
 from moe_ref.conformance.judgement.call import Inputs
 from moe_ref.conformance.judgement.faults import Judgement
-from moe_ref.types import PER_EXPERT
+from moe_ref.types import LEARNED
 
 MILLISECONDS = 1000.0
 PROCESSES = 2  # that measure memory at a time, mostly waiting for imports
-LABELS = {"y": "y", "x": "dx"} | {name: f"d {name}" for name in ("router_logits", "topk_weights", *PER_EXPERT)}
+LABELS = {"y": "y", "x": "dx"} | {name: f"d {name}" for name in ("router_logits", "topk_weights", *LEARNED)}
 
 
 @dataclass(eq=False)

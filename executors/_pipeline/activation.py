@@ -14,7 +14,7 @@ BLOCK_ELEMENTS = 2**17  # of z: half a MiB in fp32
 def forward(z: Tensor, act: Activation) -> Tensor:
     """h [n, I] from z [n, J], in z's dtype."""
     h = z.new_empty(z.shape[0], z.shape[1] // (2 if act.layout else 1))
-    for rows in _blocks(z):
+    for rows in row_blocks(z):
         h[rows] = _forward(z[rows], act)
     return h
 
@@ -22,12 +22,12 @@ def forward(z: Tensor, act: Activation) -> Tensor:
 def backward(z: Tensor, dh: Tensor, act: Activation) -> Tensor:
     """dz [n, J] from z [n, J] and dh [n, I], in at least fp32; the clamp's derivative at equality is 1."""
     dz = torch.empty(z.shape, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
-    for rows in _blocks(z):
+    for rows in row_blocks(z):
         _backward(dz[rows], z[rows], dh[rows], act)
     return dz
 
 
-def _blocks(z: Tensor) -> list[slice]:
+def row_blocks(z: Tensor) -> list[slice]:
     """Rows that a CPU's cache holds while they pass through several operators; on a GPU all of them."""
     step = max(1, BLOCK_ELEMENTS // z.shape[1]) if z.device.type == "cpu" else max(1, z.shape[0])
     return [slice(start, start + step) for start in range(0, z.shape[0], step)]

@@ -30,7 +30,7 @@ class PipelineExecutor(LayerExecutor):
 
     recompute: bool = False
 
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    capabilities: ClassVar[Capabilities] = Capabilities(post_expert_norm=True)
     operator: ClassVar[Operator]
 
     def __post_init__(self) -> None:

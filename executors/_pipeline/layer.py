@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from executors._base.arguments import Activation, Projection
-from executors._pipeline import activation
+from executors._base.arguments import Activation, Norm, Projection
+from executors._pipeline import activation, post_norm
 from executors._pipeline.grouping import combine, expert_of_rows, inverse_of, slot_weights
 from executors._pipeline.packed_matrices import PackedMatrices
 
@@ -62,6 +62,7 @@ class Layer(NamedTuple):
     down: Projection[Matrices]
     act: Activation
     scale_input: bool
+    norm: Norm | None
 
     @property
     def wide(self) -> torch.dtype:
@@ -102,6 +103,8 @@ def forward(layer: Layer, products: Products) -> tuple[Tensor, Tensor]:
     """y [T, H] and z [S, J]."""
     z = preactivations(layer, products)
     o = _linear(activation.forward(z, layer.act), layer.down, layer, products)
+    if layer.norm is not None:
+        post_norm.forward_(o, layer.norm)
     return _combine(products.clear(o), layer, None if layer.scale_input else layer.weights()), z
 
 
@@ -124,12 +127,21 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
     upstream = dy.index_select(0, layer.tokens())
     weight = None if layer.scale_input else layer.weights().reshape(-1)[layer.order, None]
     need_weights = needs["topk_weights"]
+    of_outputs = need_weights and not layer.scale_input  # the weights' gradient is a product with o
     up_parameters = any(needs[name] for name in needs if name.startswith("gate_up"))
     need_rows = needs["x"] or (need_weights and layer.scale_input)
     need_dz = need_rows or up_parameters
     down_matrix, down_factors = needs["down_proj"], needs["down_lora_a"] or needs["down_lora_b"]
-    uses_h = down_matrix or down_factors or (need_weights and not layer.scale_input)
+    uses_h = down_matrix or down_factors or of_outputs or layer.norm is not None
     h = activation.forward(z, layer.act) if uses_h else None
+    if layer.norm is not None and h is not None:  # from here on weights and norm are in the upstream gradient
+        o = _linear(h, layer.down, layer, products)
+        normed = post_norm.backward(o, layer.norm, upstream, weight, of_outputs, needs["post_expert_norm"])
+        if normed.of_rows is not None:
+            found["topk_weights"] = _weight_gradients(normed.of_rows, layer)
+        if normed.of_factor is not None:
+            found["post_expert_norm"] = _sums(normed.of_factor, layer).sum(0)
+        upstream, weight, of_outputs = normed.d_outputs, None, False
 
     # Of the down projection: its parameters take the weighted gradient, h and the weight the unweighted one (D3).
     if down_matrix or needs["down_proj_bias"] or down_factors:
@@ -140,9 +152,9 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
         del wide
         if h is not None:
             _add_matrix_gradients(found, "down", needs, layer, products, h, weighted)
-    if need_dz or (need_weights and not layer.scale_input):
+    if need_dz or of_outputs:
         dh = _linear_back(upstream, layer.down, products).to(layer.wide)
-        if need_weights and h is not None:  # <dy, o> without keeping o
+        if of_outputs and h is not None:  # <dy, o> without keeping o
             of_rows = (dh * h).sum(1)
             if layer.down.bias is not None:
                 of_rows = of_rows + (upstream.to(layer.wide) * layer.down.bias[layer.experts()]).sum(1)

@@ -94,4 +94,4 @@ def _matrices(stacks: Stacks, rooms: list[Tensor], filled: bool) -> list[Matrice
 
 def _make_layer(given: Arguments, order: Tensor, group_offsets: Tensor, matrices: list[Matrices]) -> Layer:
     slots = given.x, given.topk_ids, given.topk_weights, order, group_offsets
-    return Layer(*slots, *given.projections(*matrices), given.act(), given.scale_input)
+    return Layer(*slots, *given.projections(*matrices), given.act(), given.scale_input, given.norm())

@@ -121,6 +121,7 @@ def shipped_config(layer: Layer, aligned: bool, *, fused: bool = False, batch_in
 
 def layer_of(given: Arguments) -> Layer:
     """The layer, with x as it is."""
+    assert given.post_expert_norm is None, "no kernel has a norm after each expert"
     slots = given.topk_ids.contiguous(), given.topk_weights.contiguous()
     return Layer(given.x, *slots, *given.projections(*given.matrices()), given.act(), given.scale_input)
 

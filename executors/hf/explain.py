@@ -11,11 +11,11 @@ import transformers
 from torch import nn
 
 from executors import _registry
-from executors._protocol import Executor, Unavailable, Unsupported
+from executors._protocol import Executor, Unavailable, Unsupported, check_norm
 from executors.hf.classes import class_of, line
 from executors.hf.module import OWN_LOOPS, is_experts, weights_of
 from executors.hf.parameters import class_name
-from moe_ref.types import MoEConfig
+from moe_ref.types import MoEWeights
 from moe_ref.validation import dtype_name
 
 
@@ -113,18 +113,22 @@ def _fate(module: Any, executor: Executor, device: str) -> tuple[str, ...]:
             chosen, _why = executor.choose(x, weights)
         else:
             executor.check(x, weights)
+            check_norm(executor, weights)
             chosen = executor.name
     except (Unavailable, Unsupported) as error:
-        return kind, sizes, in_short(weights.config), "", line(error)
-    return kind, sizes, in_short(weights.config), chosen, ""
+        return kind, sizes, in_short(weights), "", line(error)
+    return kind, sizes, in_short(weights), chosen, ""
 
 
-def in_short(config: MoEConfig) -> str:
+def in_short(weights: MoEWeights) -> str:
     """The activation, and what differs from the defaults of ``MoEConfig``: "swiglu limit=7 clamp=after interleaved"."""
+    config = weights.config
     parts: list[str] = [config.activation]
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name not in ("top_k", "activation") and value != field.default:
+        if field.name == "post_expert_norm_eps":
+            parts += [] if weights.post_expert_norm is None else [f"post_expert_norm eps={value:g}"]
+        elif field.name not in ("top_k", "activation") and value != field.default:
             shown = value if isinstance(value, str) else f"{value:g}"
             parts.append(shown if field.name == "gate_up_layout" else f"{field.name}={shown}")
     return " ".join(parts)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from executors import _registry
-from executors._protocol import Executor, UnknownExecutor, Unsupported
+from executors._protocol import Executor, UnknownExecutor, Unsupported, check_norm
 from executors.hf.adapters import PREFIX, lora_of
-from executors.hf.module import experts_in, find_config, weights_of
+from executors.hf.module import experts_in, find_config, has_norm, weights_of
 from executors.hf.parameters import class_name
 from moe_ref.types import PROJECTIONS, MoEConfig, MoEWeights, PackedTensor
 from moe_ref.validation import dtype_name
@@ -32,12 +32,14 @@ class SwitchedLayer:
         kind: its class.
         config: what it computes; without ``top_k``, which is the router's.
         adapters: its parameters that have adapters of PEFT, which are never formed into W + B A.
+        post_expert_norm: whether it normalises each expert's output, with the configuration's epsilon.
     """
 
     name: str
     kind: str
     config: MoEConfig
     adapters: tuple[str, ...] = ()
+    post_expert_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,19 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
         TypeError: the model is no torch.nn.Module.
         UnknownExecutor, Unavailable: as `executors.get`.
         Unsupported: there is no experts module that transformers dispatches, no `MoEConfig` says what one computes, or
-            an adapter does more than add ``scaling * B A`` to a projection.
+            one has a norm after each expert, which the executor does not declare, or an adapter does more than add
+            ``scaling * B A`` to a projection.
     """
     found = experts_in(model)
     made = _registry.get(executor)
     (implementation,) = register(executor)
     configs = [find_config(module) for module in found.values()]
+    for module in found.values():
+        check_norm(made, weights_of(module))
     adapted = separate(model)
     found = experts_in(model)  # by other names where PEFT's wrappers were nested anew
     layers = tuple(
-        SwitchedLayer(name, class_name(module), config, adapted.get(module, ()))
+        SwitchedLayer(name, class_name(module), config, adapted.get(module, ()), has_norm(module))
         for (name, module), config in zip(found.items(), configs, strict=True)
     )
     _made[executor] = made
@@ -160,6 +165,7 @@ def _function(name: str) -> Callable[..., Tensor]:
         The dtype of weights in 4 bits is the one that they decode to.
         """
         weights, executor = weights_of(module), _made.get(name) or _make(name)
+        check_norm(executor, weights)
         if adapters:  # PEFT's wrappers that the call passed through
             weights = replace(weights, lora=lora_of(adapters))
         if not hidden_states.is_meta:

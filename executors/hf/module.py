@@ -10,6 +10,7 @@ from torch import nn
 
 from executors._protocol import Unsupported
 from executors.hf.gate import as_config, gate_of, plain_of
+from executors.hf.norm import eps_of, factor_of
 from executors.hf.parameters import class_name, projection_of, up_name
 from moe_ref.types import MoEConfig, MoEWeights
 from moe_ref.validation.arrays import short
@@ -65,6 +66,7 @@ def weights_of(module: nn.Module) -> MoEWeights:
 
     Parameters in 4 bits are `moe_ref.NF4Tensor` (bitsandbytes' parametrization) or `moe_ref.MXFP4Tensor`. Their bytes
     are read where they lie, and no stack is decoded.
+    The factor of a norm after each expert is computed anew, 1 + weight: [H] numbers.
 
     Args:
         module: an experts module, such as ``model.model.layers[0].mlp.experts``.
@@ -81,7 +83,14 @@ def weights_of(module: nn.Module) -> MoEWeights:
     up = up_name(own)
     gate_up, down = projection_of(own, up), projection_of(own, "down_proj")
     gate_up_bias = getattr(own, f"{up}_bias") if own.has_bias else None
-    return MoEWeights(gate_up, down, gate_up_bias, own.down_proj_bias if own.has_bias else None, config=config)
+    down_bias = own.down_proj_bias if own.has_bias else None
+    norm = factor_of(own.post_expert_norm) if has_norm(own) else None
+    return MoEWeights(gate_up, down, gate_up_bias, down_bias, config=config, post_expert_norm=norm)
+
+
+def has_norm(module: nn.Module) -> bool:
+    """Whether the module normalises each expert's output, as its class declares."""
+    return bool(getattr(module, "has_post_expert_norm", False))
 
 
 def config_of_experts(module: nn.Module) -> MoEConfig:
@@ -118,8 +127,11 @@ def _probed(module: Any) -> MoEConfig:
     name = class_name(module)
     if not is_experts(module):
         raise Unsupported(f"module is a {name}: must be an experts module that transformers dispatches")
-    if getattr(module, "has_post_expert_norm", False):
-        raise Unsupported(f"{name}: has_post_expert_norm=True: must be False: no MoEConfig has a norm after an expert")
+    eps = eps_of(module.post_expert_norm) if has_norm(module) else MoEConfig.post_expert_norm_eps
+    if eps is None:
+        norm = type(module.post_expert_norm).__name__
+        rule = "n = (1 + weight) * x, then n / sqrt(mean(n**2) + eps)"
+        raise Unsupported(f"{name}: post_expert_norm is a {norm}: must compute {rule}")
     probe = gate_of if module.has_gate else plain_of
     apply = module._apply_gate if module.has_gate else module.act_fn
     activation = probe(apply)
@@ -129,4 +141,4 @@ def _probed(module: Any) -> MoEConfig:
     declared = "concatenated" if module.is_concatenated else "interleaved"
     if activation.layout not in ("", declared):
         raise Unsupported(f"{name}: is_concatenated={module.is_concatenated}: but its gate is {activation.layout}")
-    return MoEConfig(None, **as_config(activation))
+    return MoEConfig(None, **as_config(activation), post_expert_norm_eps=eps)

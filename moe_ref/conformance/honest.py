@@ -15,7 +15,7 @@ from moe_ref.conformance.wrapped import Wrapped, experts
 from moe_ref.layer import layer_vjp
 from moe_ref.numerics import Nearest, Rounding
 from moe_ref.packed import decode_expert
-from moe_ref.types import MoEConfig, MoEGradients, MoEWeights
+from moe_ref.types import PARAMETERS, MoEConfig, MoEGradients, MoEWeights
 from moe_ref.validation import dtype_name
 
 if TYPE_CHECKING:
@@ -41,30 +41,44 @@ def features_reversed(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weight
     """Adds the products in the opposite order."""
     features = {"gate_up_proj": 2, "gate_up_lora_a": 2, "down_proj": 1, "down_proj_bias": 1, "down_lora_b": 1}
     parameters = weights.parameters()
+    features["post_expert_norm"] = 0
     flipped = weights.with_parameters({n: parameters[n].flip(axis) for n, axis in features.items() if n in parameters})
     return experts(inner, x.flip(1), ids, w, flipped).flip(1)
 
 
 def weight_before_down_projection(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-    """A plain torch loop that rounds every step to x's dtype and puts the routing weight on h (on x, with C3)."""
-    return loop(x, ids, w, weights, activated)
+    """A plain torch loop that rounds every step to x's dtype and puts the routing weight on h (on x, with C3).
+
+    With a norm after each expert the weight comes after it (E8).
+    """
+    return loop(x, ids, w, weights)
 
 
-def loop(x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, act: Callable[[Tensor, MoEConfig], Tensor]) -> Tensor:
-    """The layer in plain torch; ``act`` makes h [n, I] of z [n, J]."""
+def loop(
+    x: Tensor,
+    ids: Tensor,
+    w: Tensor,
+    weights: MoEWeights,
+    act: Callable[[Tensor, MoEConfig], Tensor] | None = None,
+    norm: Callable[[Tensor, Tensor, float], Tensor] | None = None,
+) -> Tensor:
+    """The layer in plain torch; ``act`` makes h [n, I] of z [n, J], ``norm`` makes o' [n, H] of o, gamma and eps."""
+    act, norm = act or activated, norm or normalized
     wide = torch.promote_types(x.dtype, torch.float32)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
     config, lora = weights.config, weights.lora
+    gamma = None if weights.post_expert_norm is None else weights.post_expert_norm.to(wide)  # its gradient is one sum
     scalings = (1.0, 1.0) if lora is None else (lora.gate_up_scaling, lora.down_scaling)
     for e in range(weights.num_experts):
         tokens, slots = (ids == e).nonzero(as_tuple=True)
         if not len(tokens):
             continue
-        own = {name: value[e] for name, value in weights.parameters().items()}
+        own = {name: value[e] for name, value in weights.parameters().items() if name in PARAMETERS}
         own |= {name: decode_expert(value, e).to(x.dtype) for name, value in weights.packed().items()}
         weight = w[tokens, slots, None].to(wide)
         rows = x[tokens] if not config.scale_input else (weight * x[tokens]).to(x.dtype)
-        after = torch.ones_like(weight) if config.scale_input else weight
+        late = torch.ones_like(weight) if config.scale_input else weight
+        after = late if gamma is None else torch.ones_like(weight)
         z = linear(rows, own["gate_up_proj"]).to(wide) + _adapted(rows, own, "gate_up", scalings[0])
         if "gate_up_proj_bias" in own:
             z = z + own["gate_up_proj_bias"].to(wide)
@@ -72,6 +86,8 @@ def loop(x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, act: Callable[[
         o = linear(h, own["down_proj"]).to(wide) + _adapted(h, own, "down", scalings[1])
         if "down_proj_bias" in own:
             o = o + after * own["down_proj_bias"].to(wide)
+        if gamma is not None:
+            o = late * norm(o.to(x.dtype).to(wide), gamma, config.post_expert_norm_eps).to(x.dtype)
         y = y.index_add(0, tokens, o)
     return y.to(x.dtype)
 
@@ -112,6 +128,12 @@ def halves(z: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
 def capped(half: Tensor, cap: float | None) -> Tensor:
     """cap tanh(v / cap), or the value itself (E1)."""
     return half if cap is None else cap * torch.tanh(half / cap)
+
+
+def normalized(o: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    """o' [n, H]: n = gamma o, divided by the root of its mean square (E8)."""
+    n = gamma * o
+    return n / (n.square().mean(dim=1, keepdim=True) + eps).sqrt()
 
 
 def _gelu(gate: Tensor, config: MoEConfig) -> Tensor:

@@ -164,6 +164,8 @@ def _undeclared(capabilities: Capabilities) -> list[str]:
             lines.append("no clamp after the activation; that part of E1 is not applicable")
         if not capabilities.softcap:
             lines.append("no softcaps; that part of E1 is not applicable")
+    if not capabilities.post_expert_norm:
+        lines.append("no norm after each expert; clause E8 is not applicable")
     if not capabilities.scale_input:
         lines.append("no scale_input; clause C3 is not applicable")
     if not capabilities.lora:

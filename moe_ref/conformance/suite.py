@@ -60,7 +60,7 @@ __all__ = [
 def test_matches_specification(executor: Executor, conformance_device: str, data: st.DataObject) -> None:
     """Routing, output and all gradients lie within error bars; NaN stays where it belongs; inputs stay unchanged.
 
-    T1, T2; R1, R2, R3, R4, R5, R6, R7, R9; G1; E1, E2, E3, E4, E6; C1, C3; D1, D2, D3.
+    T1, T2; R1, R2, R3, R4, R5, R6, R7, R9; G1; E1, E2, E3, E4, E6, E8; C1, C3; D1, D2, D3.
     """
     check_problem(executor, data.draw(problems_for(executor), label="problem"), conformance_device)
 

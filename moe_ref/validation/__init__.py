@@ -82,6 +82,7 @@ def check_weights(weights: MoEWeights) -> None:
         ("down_proj_bias", (experts, hidden), "(E, H)"),
         ("selection_bias", (experts,), "(E,)"),
         ("expert_scale", (experts,), "(E,)"),
+        ("post_expert_norm", (hidden,), "(H,)"),
     )
     for name, expected, letters in optional:
         value = getattr(weights, name)

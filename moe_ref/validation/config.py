@@ -18,6 +18,7 @@ from moe_ref.types import (
 from moe_ref.validation.arrays import check_bool, check_choice, check_finite, check_integer, short
 
 SOFTCAPS = ("gate_softcap", "up_softcap")
+SMALLEST_EPS = 2.0**-126  # the smallest normal number of fp32
 
 
 def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
@@ -42,10 +43,15 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
     check_choice("gate_up_layout", config.gate_up_layout, get_args(GateUpLayout))
     for name in ("renormalize", "scale_input"):
         check_bool(name, getattr(config, name))
-    for name in ("renormalize_eps", "routed_scaling_factor", "alpha", "up_offset"):
+    for name in ("renormalize_eps", "routed_scaling_factor", "alpha", "up_offset", "post_expert_norm_eps"):
         check_finite(name, getattr(config, name))
     if config.renormalize_eps < 0:
         raise ValueError(f"renormalize_eps={config.renormalize_eps}: must be at least 0")
+    if config.post_expert_norm_eps < SMALLEST_EPS:
+        raise ValueError(
+            f"post_expert_norm_eps={config.post_expert_norm_eps}: must be at least {SMALLEST_EPS:.2g}, so that an "
+            "output of zeros has a norm in fp32"
+        )
     if config.limit is not None:
         check_finite("limit", config.limit)
         if config.limit <= 0:

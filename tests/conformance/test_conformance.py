@@ -57,6 +57,7 @@ def test_problems_shrink_to_nothing() -> None:
         lambda p: p.config.limit == 0.5 and p.gate_up_bias and len(p.frozen) > 2,
         lambda p: p.config.clamp == "after" and p.config.limit == 0.5 and p.tokens > 16,
         lambda p: p.config.gate_softcap and p.config.up_softcap and p.tokens > 1,
+        lambda p: p.post_expert_norm and p.config.post_expert_norm_eps == 1e-8 and p.tokens > 1,
         lambda p: p.tokens == 1 and p.experts == 1,
         lambda p: p.top_k == p.experts > 4,
     ],

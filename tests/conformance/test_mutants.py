@@ -52,11 +52,14 @@ CAPPED = MoEConfig(4, alpha=1.702, up_offset=1.0, gate_softcap=2.0, up_softcap=0
 SQRTSOFTPLUS = MoEConfig(6, scoring="sqrtsoftplus", renormalize=True)
 EPSILON = MoEConfig(2, renormalize=True, renormalize_eps=0.6)
 SCALED = MoEConfig(2, scoring="topk_softmax", scale_input=True, activation="relu2")
+NORMED = MoEConfig(2, renormalize=True, post_expert_norm_eps=1.0)
 
 
 def panel(name: str, tokens: int) -> tuple[Problem, ...]:
     """Problems that together have every feature that a mutant may get wrong."""
-    return panel_in_4_bits(tokens) if name == "grouped_nf4" else (*dense_panel(tokens), *scoring_panel(tokens))
+    if name == "grouped_nf4":
+        return panel_in_4_bits(tokens)
+    return (*dense_panel(tokens), *scoring_panel(tokens), *norm_panel(tokens))
 
 
 @cache
@@ -126,6 +129,14 @@ def scoring_panel(tokens: int) -> tuple[Problem, ...]:
     )
 
 
+@cache
+def norm_panel(tokens: int) -> tuple[Problem, ...]:
+    """Layers with a norm after each expert."""
+    base = Problem(tokens, 5, 17, 16, NORMED, post_expert_norm=True, down_bias=True, seed=1)
+    tiny = replace(NORMED, post_expert_norm_eps=1e-8)
+    return base, replace(base, dtype="bfloat16", bias_dtype="bfloat16", config=tiny, down_rank=3, seed=2)
+
+
 def rejected_by(executor: executors.Executor, problem: Problem) -> str:
     """The clause that the executor breaks on this problem, or ""."""
     try:
@@ -178,6 +189,7 @@ def test_mutant_is_rejected(name: str, mutant: str) -> None:
     if mutant in MIXED_MUTANTS:
         panel_of = mixed_panel
     places = [place for place, p in enumerate(panel_of(FEW)) if misread is None or misread & set(p.kinds)]
+    places.sort(key=lambda place: panel_of(FEW)[place].post_expert_norm != mutant.startswith("norm_"))
     for tokens in (FEW, MANY):
         killers = (place for place in places if rejected_by(wrong, panel_of(tokens)[place]))
         killer = next(killers, None)

@@ -28,7 +28,9 @@ def test_examples_on_the_page_hold(page: str) -> None:
 
 
 def test_every_clause_is_on_the_page_once() -> None:
-    expected = "T1 T2 R1 R2 R3 R4 R5 R6 R7 R8 R9 G1 E1 E2 E3 E4 E5 E6 E7 C1 C2 C3 D1 D2 D3 D4 D5 Q1 Q2 Q3 Q4 Q5 Q6 M1"
+    expected = (
+        "T1 T2 R1 R2 R3 R4 R5 R6 R7 R8 R9 G1 E1 E2 E3 E4 E5 E6 E7 E8 C1 C2 C3 D1 D2 D3 D4 D5 Q1 Q2 Q3 Q4 Q5 Q6 M1"
+    )
     assert " ".join(CLAUSES) == expected
 
 

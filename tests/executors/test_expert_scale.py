@@ -6,9 +6,9 @@ from executors._base.routing import scaled_by_expert
 from executors._compare.run import LABELS
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.judgement.gates import CLAUSES
-from moe_ref.types import PER_EXPERT, Routing
+from moe_ref.types import LEARNED, Routing
 
-TENSORS = {"y", "x", "router_logits", "topk_weights", *PER_EXPERT}
+TENSORS = {"y", "x", "router_logits", "topk_weights", *LEARNED}
 
 
 def test_the_gradient_repeats_with_many_slots_and_threads() -> None:

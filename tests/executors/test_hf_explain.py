@@ -44,10 +44,17 @@ def test_the_executor_asked_for_answers() -> None:
     assert (row.executor, row.reason.partition(":")[0]) == ("", "gate_up_proj is dense")
 
 
+def test_a_norm_after_each_expert_is_said() -> None:
+    model = meta_model("MuseSparkForConditionalGeneration")
+    (row,) = explain_model(model)
+    assert (row.kind, row.config, row.executor) == ("MuseSparkExperts", "swiglu post_expert_norm eps=1e-08", "native")
+    (row,) = explain_model(model, "grouped_nf4")
+    assert (row.executor, row.reason.partition(":")[0]) == ("", "gate_up_proj is dense")
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("MuseSparkForConditionalGeneration", "has_post_expert_norm=True: must be False"),
         ("Llama4ForConditionalGeneration", "it has a loop of its own, which transformers does not dispatch"),
     ],
 )

@@ -26,15 +26,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # transformers' own, of many models
 ]
 FAMILIES = families.families()
-REFUSED = {
-    "MuseSparkExperts": "MuseSparkExperts: has_post_expert_norm=True",
-}
-SERVED = [family for family in FAMILIES if family.experts not in REFUSED]
 BY_NAME = {family.name: family for family in FAMILIES}
 SOURCES = Path(transformers.__file__).parent
 
 
-@pytest.mark.parametrize("family", SERVED, ids=str)
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_a_model_in_fp32(family: families.Family) -> None:
     """Its logits, or last hidden states, and all its gradients: no farther from float64 than on its own loop."""
     judgement = family_errors.judge_model(family)
@@ -43,14 +39,14 @@ def test_a_model_in_fp32(family: families.Family) -> None:
     assert max(judgement.ours["output"], judgement.own["output"]) < 1e-5
 
 
-@pytest.mark.parametrize("family", SERVED, ids=str)
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_its_experts_in_bf16(family: families.Family) -> None:
     judgement = family_errors.judge_experts(family, torch.bfloat16)
     assert judgement.failures() == {}
     assert judgement.own["output"] < 0.02
 
 
-@pytest.mark.parametrize("family", SERVED, ids=str)
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_gradients_reach_all_experts(family: families.Family) -> None:
     """What is compared above is not nothing."""
     names = {"x", "topk_weights", "down_proj"}
@@ -59,16 +55,6 @@ def test_gradients_reach_all_experts(family: families.Family) -> None:
     family_errors.run_model(model)
     for module in families.experts_of(model, family).values():
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in module.parameters())
-
-
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family.experts in REFUSED], ids=str)
-def test_what_no_configuration_says_is_refused_by_name(family: families.Family) -> None:
-    model = families.build(family)
-    with pytest.raises(executors.Unsupported, match=REFUSED[family.experts]):
-        executors.hf.use(model, "native")
-    assert {module.config._experts_implementation for module in families.experts_of(model, family).values()} == {
-        "eager"
-    }
 
 
 @pytest.mark.parametrize("name", OWN_LOOPS)
@@ -107,6 +93,11 @@ def not_transposed(weights: MoEWeights) -> MoEWeights:
     return replace(weights, down_proj=weights.down_proj.transpose(1, 2).reshape(weights.down_proj.shape))
 
 
+def factor_less_one(weights: MoEWeights) -> MoEWeights:
+    """What transformers stores, taken for gamma."""
+    return replace(weights, post_expert_norm=weights.post_expert_norm - 1)
+
+
 BREAKS: list[tuple[str, str, Callable[[MoEWeights], MoEWeights]]] = [
     ("deepseek_v4", "another limit", changed(limit=9.5)),
     ("glm5_next", "no limit", changed(limit=None)),
@@ -118,6 +109,9 @@ BREAKS: list[tuple[str, str, Callable[[MoEWeights], MoEWeights]]] = [
     ("inkling2", "no softcap of the gate", changed(gate_softcap=None)),
     ("inkling2", "no softcap of the up half", changed(up_softcap=None)),
     ("openai_privacy_filter", "no bias of the second product", lambda weights: replace(weights, down_proj_bias=None)),
+    ("muse_spark", "no norm", lambda weights: replace(weights, post_expert_norm=None)),
+    ("muse_spark", "another epsilon of the norm", changed(post_expert_norm_eps=0.01)),
+    ("muse_spark", "the norm's weight for its factor", factor_less_one),
     ("aria", "not transposed", not_transposed),
     ("gemma4", "another gelu", changed(activation="geglu")),
     ("mixtral", "gelu for silu", changed(activation="geglu")),

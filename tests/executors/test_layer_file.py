@@ -41,10 +41,13 @@ def test_what_is_written_is_read(tmp_path: Path, transposed: tuple[str, ...]) ->
 def test_no_part_of_a_layer_is_lost(tmp_path: Path) -> None:
     """Each field of MoEWeights that a layer without adapters may have."""
     of_expert = {"selection_bias": torch.arange(E).float(), "expert_scale": torch.arange(1, E + 1).bfloat16()}
-    whole = replace(weights(), down_proj_bias=torch.ones(E, H).bfloat16(), **of_expert)
+    config = replace(CONFIG, post_expert_norm_eps=1e-8)
+    whole = replace(weights(), config=config, down_proj_bias=torch.ones(E, H).bfloat16(), **of_expert)
+    whole = replace(whole, post_expert_norm=torch.arange(H).double())
     path = tmp_path / "layer.safetensors"
     save_layer(path, torch.ones(T, H).bfloat16(), torch.zeros(T, E), whole)
     found = load_layer(path).weights
+    assert found.config == config
     for field in fields(MoEWeights):
         if field.name not in ("config", "lora"):
             assert torch.equal(getattr(found, field.name), getattr(whole, field.name)), field.name

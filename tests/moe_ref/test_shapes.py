@@ -30,6 +30,7 @@ MODULES = [
     "grouping",
     "layer",
     "nf4",
+    "post_expert_norm",
     "routing",
 ]
 E, K, H, I = 4, 3, 6, 5  # noqa: E741
@@ -148,7 +149,8 @@ def call_everything(array: Callable[[np.ndarray], Any]) -> None:
         routing = moe_ref.route(logits.reshape(-1, E), config, weights.selection_bias)
         slots = routing.topk_ids.reshape(*batch, K), routing.topk_weights.reshape(*batch, K)
         if bias:
-            weights = dataclasses.replace(weights, expert_scale=array(rng.standard_normal(E)))
+            learned = {"expert_scale": array(rng.standard_normal(E)), "post_expert_norm": array(rng.standard_normal(H))}
+            weights = dataclasses.replace(weights, **learned)
         moe_ref.moe(x, logits, weights)
         moe_ref.moe_vjp(x, logits, weights, dy)
         moe_ref.routed_experts(x, *slots, weights)
@@ -200,10 +202,12 @@ def wrong_calls() -> list[tuple[str, Callable[[], Any]]]:
     from moe_ref import routing as r
     from moe_ref.combine import combine, combine_vjp
     from moe_ref.experts import Linear
+    from moe_ref.post_expert_norm import normalize, normalize_vjp
     from moe_ref.types import Grouping, NF4Tensor
 
     config, a, ids = MoEConfig(K), np.zeros, np.zeros((2, K), dtype=int)
     order, sizes = np.arange(2 * K), np.zeros(E, dtype=int)
+    normed = MoEWeights(a((E, 2 * I, H)), a((E, H, I)), config=config, post_expert_norm=a(H))
     return [
         ("combine: topk_weights without K", lambda: combine(a((2 * K, H)), a(2))),
         ("combine: topk_weights of integers", lambda: combine(a((2 * K, H)), ids)),
@@ -225,6 +229,8 @@ def wrong_calls() -> list[tuple[str, Callable[[], Any]]]:
         ("take_chosen: ids of other tokens", lambda: r.take_chosen(a((3, E)), ids)),
         ("Routing: another K", lambda: Routing(ids, a((2, K + 1)))),
         ("Grouping: E offsets", lambda: Grouping(order, order, sizes, sizes)),
+        ("normalize: outputs of integers", lambda: normalize(ids, normed)),
+        ("normalize_vjp: gradients of other rows", lambda: normalize_vjp(a((2, H)), normed, a((3, H)))),
         ("MoEWeights: another H", lambda: MoEWeights(a((E, 2 * I, H)), a((E, H + 1, I)), config=config)),
         ("MoEWeights: bias of another J", lambda: MoEWeights(a((E, 2 * I, H)), a((E, H, I)), a((E, I)), config=config)),
     ]

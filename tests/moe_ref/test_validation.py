@@ -176,6 +176,13 @@ def assert_refused(functions: tuple[Callable[..., Any], ...], changes: dict[str,
         ({"up_softcap": NAN}, ValueError, "up_softcap=nan: must be finite"),
         ({"gate_softcap": "5"}, TypeError, "gate_softcap='5': must be a float or int"),
         (
+            {"post_expert_norm_eps": 0},
+            ValueError,
+            "post_expert_norm_eps=0: must be at least 1.2e-38, so that an output of zeros has a norm in fp32",
+        ),
+        ({"post_expert_norm_eps": INF}, ValueError, "post_expert_norm_eps=inf: must be finite"),
+        ({"post_expert_norm_eps": None}, TypeError, "post_expert_norm_eps=None: must be a float or int"),
+        (
             {"limit": 7.0, "gate_softcap": 5.0},
             ValueError,
             "gate_softcap=5.0: must be None with limit=7.0, which clamps",
@@ -311,6 +318,7 @@ def test_devices_do_not_mix(name: str, other: str) -> None:
         {"limit": 7, "clamp": "after"},
         {"gate_softcap": 4, "alpha": 2, "up_offset": 1},
         {"gate_softcap": 4.0, "up_softcap": 25.0},
+        {"post_expert_norm_eps": 1.2e-38},
         {"gate_up_proj": np.ones((E, H, 2 * I)).transpose(0, 2, 1)},
     ],
 )

@@ -14,10 +14,10 @@ import transformers
 
 import executors.hf
 import families
+from executors.hf.interface import SwitchedLayer
 from families import Family
 from family_errors import Judgement, judge_experts, judge_model
 from family_sizes import OWN_LOOPS
-from moe_ref import MoEConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 FORMS = {
@@ -34,9 +34,8 @@ FORMS = {
 TEXT = """\
 # Families of transformers
 
-`executors.hf` runs the experts of every family that transformers dispatches, but for one that this page refuses.
-`python tests/support/families_page.py` makes the page from a tiny random model of each family on a CPU: transformers
-{transformers}, torch {torch}.
+`executors.hf` runs the experts of every family that transformers dispatches. `python tests/support/families_page.py`
+makes the page from a tiny random model of each family on a CPU: transformers {transformers}, torch {torch}.
 
 A number is an error against the same model in float64 on transformers' own loop: the 2-norm of the difference,
 relative. "Logits" are those of the whole model in fp32 (its last hidden states, where it has no head). "Gradients" is
@@ -48,18 +47,21 @@ router's, which stays transformers' own.
 
 {served}
 
-## Refused
-
-`executors.hf.use` raises `Unsupported`, and changes nothing.
-
-{refused}
-
-## Loops of their own
+{refused}## Loops of their own
 
 Transformers does not dispatch these classes: `experts_implementation` changes nothing in them, silently.
 `executors.hf.use` refuses them by name.
 
 {loops}
+"""
+
+REFUSED = """\
+## Refused
+
+`executors.hf.use` raises `Unsupported`, and changes nothing.
+
+{table}
+
 """
 
 
@@ -79,7 +81,7 @@ def page() -> str:
         transformers=transformers.__version__,
         torch=torch.__version__.partition("+")[0],
         served=_table(("family", "class", "computes", "logits", "gradients", "experts in bf16"), served),
-        refused=_table(("family", "class", "why"), refused),
+        refused=REFUSED.format(table=_table(("family", "class", "why"), refused)) if refused else "",
         loops=_table(("family", "class", "what it does otherwise"), loops),
     )
 
@@ -91,15 +93,16 @@ def _row(family: Family, model: Judgement, experts: Judgement) -> tuple[str, ...
     return (
         family.name,
         f"`{family.experts}`",
-        in_short(model.config),
+        in_short(model.layer),
         f"{model.ours['output']:.0e} ({model.own['output']:.0e})",
         f"{largest(model.ours):.0e} ({largest(model.own):.0e})",
         f"{experts.ours['output']:.0e} ({experts.own['output']:.0e})",
     )
 
 
-def in_short(config: MoEConfig) -> str:
+def in_short(layer: SwitchedLayer) -> str:
     """What an expert computes, in a few words."""
+    config = layer.config
     said = [config.activation]
     said += [f"alpha {config.alpha:g}"] if config.alpha != 1 else []
     said += [f"limit {config.limit:g}"] if config.limit is not None else []
@@ -108,6 +111,7 @@ def in_short(config: MoEConfig) -> str:
     said += [f"up softcap {config.up_softcap:g}"] if config.up_softcap is not None else []
     said += [f"offset {config.up_offset:g}"] if config.up_offset else []
     said += [config.gate_up_layout] if config.gate_up_layout != "concatenated" else []
+    said += [f"output normalised, eps {config.post_expert_norm_eps:g}"] if layer.post_expert_norm else []
     return ", ".join(said)
 
 

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 import executors.hf
+from executors.hf.interface import SwitchedLayer
 from families import Family, build, experts_of
 from family_sizes import VOCAB, WITH_IMAGES, WITHOUT_IDS
-from moe_ref import MoEConfig
 
 TOKENS = 12
 MOVED = 2  # runs beside the one that is not moved
@@ -85,13 +85,13 @@ class Judgement:
     """Errors of an executor and of transformers' own loop, by name of the output and of each gradient.
 
     Attributes:
-        config: what the experts compute.
+        layer: what the experts compute.
         ours: the executor's errors.
         own: the largest of the own loop's.
         dtype: of both.
     """
 
-    config: MoEConfig
+    layer: SwitchedLayer
     ours: dict[str, float]
     own: dict[str, float]
     dtype: torch.dtype
@@ -161,7 +161,7 @@ def judge_model(family: Family, executor: str = "native") -> Judgement:
     """
     model = build(family)
     ours = copy.deepcopy(model)
-    config = executors.hf.use(ours, executor).layers[0].config
+    layer = executors.hf.use(ours, executor).layers[0]
     with InFloat64():
         exact = run_model(copy.deepcopy(model).double())
     runs = [run_model(copy.deepcopy(model))]
@@ -169,7 +169,7 @@ def judge_model(family: Family, executor: str = "native") -> Judgement:
         moved = copy.deepcopy(model)
         move(experts_of(moved, family), seed)
         runs.append(run_model(moved))
-    return Judgement(config, run_model(ours).errors(exact), _largest(runs, exact), torch.float32)
+    return Judgement(layer, run_model(ours).errors(exact), _largest(runs, exact), torch.float32)
 
 
 def _largest(runs: list[Results], exact: Results) -> dict[str, float]:
@@ -199,8 +199,8 @@ def judge_experts(family: Family, dtype: torch.dtype, executor: str = "native") 
     with module.register_forward_pre_hook(lambda _, given: calls.append(given)), torch.no_grad():
         model(**inputs(model))
     ours = copy.deepcopy(module)
-    config = executors.hf.use(ours, executor).layers[0].config
+    layer = executors.hf.use(ours, executor).layers[0]
     with InFloat64():
         exact = run_experts(copy.deepcopy(module).double(), calls[0])
     own = _largest([run_experts(copy.deepcopy(module), calls[0])], exact)
-    return Judgement(config, run_experts(ours, calls[0]).errors(exact), own, dtype)
+    return Judgement(layer, run_experts(ours, calls[0]).errors(exact), own, dtype)

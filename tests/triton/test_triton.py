@@ -51,8 +51,13 @@ def test_unavailable_without_triton() -> None:
             replace(ALIGNED, dtype="float64"),
             "x.dtype=float64: must be one of bfloat16, float16, float32 for triton",
         ),
+        (replace(ALIGNED, post_expert_norm=True), "post_expert_norm.shape=(80,): must be None for triton"),
+        (
+            replace(ALIGNED, post_expert_norm=True, entry="experts"),
+            "post_expert_norm.shape=(80,): must be None for triton",
+        ),
     ],
-    ids=["float64"],
+    ids=["float64", "norm", "norm of experts"],
 )
 def test_what_is_unsupported_is_named(problem: Problem, message: str) -> None:
     with pytest.raises(executors.Unsupported) as refusal:

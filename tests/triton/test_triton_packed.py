@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +123,23 @@ def test_grouped_nf4_takes_torch_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> No
         call(by(path), inputs_of(NF4))
         assert taken == way
         taken.clear()
+
+
+@interpreted
+def test_no_way_of_the_kernels_leaves_a_norm_out() -> None:
+    """They have none (E8): where they were asked for the layer is refused, and elsewhere torch takes it."""
+    inputs = inputs_of(replace(NF4, post_expert_norm=True))
+    for path in ("fused", "decoded"):
+        with pytest.raises(
+            executors.Unsupported, match=r"^post_expert_norm\.shape=\(\d+,\): must be None for grouped_nf4"
+        ):
+            call(by(path), inputs)
+    assert torch.equal(call(by("auto"), inputs), call(by("torch"), inputs))
+    on_a_gpu, own = by("auto"), object()
+    object.__setattr__(on_a_gpu, "_kernels", own)
+    there = SimpleNamespace(is_cuda=True)
+    assert on_a_gpu._kernels_for(there, inputs.weights) is None
+    assert on_a_gpu._kernels_for(there, replace(inputs.weights, post_expert_norm=None)) is own
 
 
 def test_explain_tells_the_way_and_what_the_rule_stands_on() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from moe_ref.conformance.problems.build import Arrays
 from moe_ref.conformance.problems.problem import Problem, leading_shape
-from moe_ref.types import PER_EXPERT, MoEWeights
+from moe_ref.types import LEARNED, MoEWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,4 +166,4 @@ def run(executor: Executor, inputs: Inputs, backward: bool = True, passes: int =
 
 def _flat(value: Tensor, name: str) -> Tensor:
     value = value.detach().cpu()
-    return value if name in PER_EXPERT else value.reshape(-1, value.shape[-1])
+    return value if name in LEARNED else value.reshape(-1, value.shape[-1])

@@ -150,6 +150,8 @@ def verdicts_of(
         judged = None
         if name in PER_EXPERT:
             judged = _judged_experts(actual, problem, truth, chosen)
+        elif name == "post_expert_norm":  # a sum over all slots (E8)
+            judged = np.full(1, not truth.broken.any())
         else:
             judged = ~truth.infinite if name == "y" else ~truth.broken
         verdicts.append(judge(name, actual, truth.bars[name], problem.dtype, problem.dtype_of(name), judged))

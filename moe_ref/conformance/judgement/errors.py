@@ -89,6 +89,12 @@ BAD_INPUTS: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     "renormalize_form unknown": (_config(renormalize_form="clamp"), "renormalize_form"),
     "expert_scale of other experts": (_weights(expert_scale=lambda _: torch.ones(5)), "expert_scale.shape"),
     "expert_scale of integers": (_weights(expert_scale=lambda _: torch.ones(6).int()), "expert_scale.dtype"),
+    "post_expert_norm of another width": (_weights(post_expert_norm=lambda _: torch.ones(7)), "post_expert_norm.shape"),
+    "post_expert_norm of integers": (
+        _weights(post_expert_norm=lambda _: torch.ones(8).int()),
+        "post_expert_norm.dtype",
+    ),
+    "post_expert_norm_eps zero": (_config(post_expert_norm_eps=0.0), "post_expert_norm_eps"),
     "lora no ExpertLoRA": (_weights(lora=lambda _: {}), "lora"),
     "lora without its second factor": (_lora(gate_up_lora_a=torch.ones(6, 2, 8)), "gate_up_lora_b"),
     "lora of other experts": (_lora(down_lora_a=torch.ones(5, 2, 5), down_lora_b=torch.ones(6, 8, 2)), "down_lora_a"),

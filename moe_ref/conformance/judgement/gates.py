@@ -23,6 +23,7 @@ CLAUSES = {  # of an output or a gradient; where inputs in fp16 have powers, so 
     "topk_weights": "D3, R7",
     **dict.fromkeys(PER_EXPERT, "D1, D2"),
     "expert_scale": "D1, D2, R9",
+    "post_expert_norm": "D1, E8",
 }
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 DTYPE = "float16"
 TOKENS, SIZE, RANK = 6, 32, 4  # H = I = SIZE
+NORM_EPS = 2.0**-20
 OPPOSITE = -0.75  # what the second expert's down projection is of the first one's, where the two cancel
 
 
@@ -41,6 +42,7 @@ class Range:
         x, gate_up, down, weights, dy: exponents of the inputs.
         first: exponent of the first token alone, added to x's.
         cancel: every token goes to two experts that are equal, but for the down projection, which is `OPPOSITE`.
+        norm: E8, of outputs that are 0, so that only the epsilon counts: columns of the down projection cancel out.
         scale_input: C3.
         lora_a: exponents of A, for adapters of both projections; B makes an adapter count as much as its projection.
         limit: of swiglu, whose sigmoid is so steep that it is 0, 1/2 or 1; None for squared ReLU.
@@ -55,6 +57,7 @@ class Range:
     dy: int = 0
     first: int = 0
     cancel: bool = False
+    norm: bool = False
     scale_input: bool = False
     lora_a: tuple[int, int] | None = None
     limit: float | None = None
@@ -74,6 +77,7 @@ RANGES = {
     "weighted upstream gradients": Range(("weighted_dy",), x=-3, gate_up=-2, weights=12, dy=4),
     "gradients of activations": Range(("dh",), x=-3, gate_up=-1, down=1, dy=13),
     "gradients of activations without weights": Range((), down=8, weights=-10, dy=8),
+    "gradients of outputs": Range(("d_o",), x=-5, down=-6, weights=1, dy=6, norm=True),
     "gradients of preactivations": Range(("dz",), x=-3, gate_up=-3, down=4, weights=12, dy=2),
     "gradients of slots": Range(("dx_slot",), gate_up=4, down=3, dy=1, cancel=True),
     "scaled inputs": Range(("weighted_x",), x=4, gate_up=-14, down=-10, weights=12, scale_input=True),
@@ -150,7 +154,7 @@ def case_of(scale: Range) -> tuple[Problem, Arrays]:
     rng = np.random.default_rng(0)
     experts = 2 if scale.cancel else 3
     if scale.limit is None:
-        config = MoEConfig(2, activation="relu2", scale_input=scale.scale_input)
+        config = MoEConfig(2, activation="relu2", scale_input=scale.scale_input, post_expert_norm_eps=NORM_EPS)
     else:
         config = MoEConfig(2, alpha=1000.0, limit=scale.limit, clamp=scale.clamp, scale_input=scale.scale_input)
     both = 2 * SIZE if config.gated else SIZE
@@ -176,6 +180,8 @@ def case_of(scale: Range) -> tuple[Problem, Arrays]:
         lora = ExpertLoRA(*factors, 2.0, 0.5)
     if scale.cancel:
         gate_up[1], down[1] = gate_up[0], OPPOSITE * down[0]
+    if scale.norm:
+        gate_up[:, 1::2], down[:, :, 1::2] = gate_up[:, ::2], -down[:, :, ::2]
     ids = np.tile([0, 1], (TOKENS, 1)) if scale.cancel else np.argsort(rng.random((TOKENS, experts)), axis=1)[:, :2]
     x = 2.0**scale.x * rng.choice([0.0, 1.0], (TOKENS, SIZE))
     x[0] *= 2.0**scale.first
@@ -192,6 +198,8 @@ def case_of(scale: Range) -> tuple[Problem, Arrays]:
         gate_up_rank=rank,
         down_rank=rank,
         lora_dtype=DTYPE,
+        post_expert_norm=scale.norm,
     )
-    weights = MoEWeights(gate_up, down, lora=lora, config=config)
+    norm = np.ones(SIZE) if scale.norm else None
+    weights = MoEWeights(gate_up, down, lora=lora, config=config, post_expert_norm=norm)
     return problem, Arrays(x, dy, ids, None, topk_weights, weights)

@@ -15,6 +15,7 @@ from moe_ref.conformance.mutants import (  # noqa: F401  (they register)
     gradients,
     mixed,
     mxfp4,
+    norms,
     outputs,
     packed,
     ranges,

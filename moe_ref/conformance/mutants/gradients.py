@@ -31,7 +31,8 @@ class _ChangeGradient(torch.autograd.Function):
         return ctx.change(gradient), None
 
 
-def _change_gradient(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+def change_gradient(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The value itself, whose gradient is changed."""
     return _ChangeGradient.apply(value, change)  # type: ignore[no-untyped-call]
 
 
@@ -40,7 +41,7 @@ def empty_experts_gradient_stale(inner: Executor, x: Tensor, ids: Tensor, w: Ten
     """The gradient of an expert without tokens is whatever the memory held (D2)."""
     used = torch.zeros(weights.num_experts, dtype=torch.bool, device=x.device)
     used[ids[(ids >= 0) & (ids < weights.num_experts)].long()] = True
-    stale = _change_gradient(
+    stale = change_gradient(
         weights.gate_up_proj, lambda g: torch.where(used[:, None, None], g, torch.full_like(g, 1e-4))
     )
     return experts(inner, x, ids, w, replace(weights, gate_up_proj=stale))
@@ -49,7 +50,7 @@ def empty_experts_gradient_stale(inner: Executor, x: Tensor, ids: Tensor, w: Ten
 @dense_mutant
 def weight_gradient_lacks_one_row(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """The last row of down_proj's gradient is never written (D1)."""
-    damaged = _change_gradient(weights.down_proj, lambda g: torch.cat([g[:, :-1], torch.empty_like(g[:, -1:])], dim=1))
+    damaged = change_gradient(weights.down_proj, lambda g: torch.cat([g[:, :-1], torch.empty_like(g[:, -1:])], dim=1))
     return experts(inner, x, ids, w, replace(weights, down_proj=damaged))
 
 

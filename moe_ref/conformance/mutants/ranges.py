@@ -75,6 +75,11 @@ def dh_overflows() -> None:
     """Gradients of activations are stored in fp16 (E7)."""
 
 
+@overflows_at("d_o")
+def d_o_overflows() -> None:
+    """What comes back through the norm of an expert's output is stored in fp16 (E7, E8)."""
+
+
 @overflows_at("dz")
 def dz_overflows() -> None:
     """Gradients of pre-activations are stored in fp16 (E7)."""

@@ -120,8 +120,11 @@ def _weights(problem: Problem, rng: np.random.Generator) -> MoEWeights:
             factors("down", problem.down_rank, hidden, inner),
         )
         lora = ExpertLoRA(*pairs[0], *pairs[1], *SCALINGS)
+    norm = 1 + 0.5 * rng.standard_normal(hidden) if problem.post_expert_norm else None
+    norm = None if norm is None else round_to_nearest(norm, problem.bias_dtype)
     biases = gate_up_bias, down_bias, selection
-    weights = MoEWeights(gate_up, down, *biases, lora, config=problem.config, expert_scale=scales)
+    learned = {"expert_scale": scales, "post_expert_norm": norm}
+    weights = MoEWeights(gate_up, down, *biases, lora, config=problem.config, **learned)
     return quantized(weights, problem)
 
 

@@ -86,7 +86,8 @@ def of_experts(weights: MoEWeights, experts: np.ndarray) -> MoEWeights:
     def pick(value: np.ndarray) -> np.ndarray:
         return np.where(nobody.reshape(-1, *(1,) * (value.ndim - 1)), np.nan, value[experts])
 
-    picked = weights.map(pick)
+    picked = replace(weights, post_expert_norm=None).map(pick)
+    picked = replace(picked, post_expert_norm=weights.post_expert_norm)  # one for all experts
     return picked.with_parameters(
         {name: _of_experts(tensor, experts, nobody) for name, tensor in weights.packed().items()}
     )

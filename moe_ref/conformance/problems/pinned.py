@@ -18,6 +18,7 @@ DEEPSEEK_V4 = MoEConfig(top_k=6, scoring="sqrtsoftplus", renormalize=True, route
 KOLIBRI = MoEConfig(top_k=4, scoring="sigmoid", renormalize=True, renormalize_eps=0.0, selection_key="logit")
 ERNIE = MoEConfig(top_k=6, renormalize=True, renormalize_eps=1e-12, renormalize_form="max")
 GEMMA = MoEConfig(top_k=8, renormalize=True, renormalize_eps=0.0, activation="geglu_tanh")
+MUSE = MoEConfig(top_k=4, scoring="sigmoid", renormalize=True, renormalize_eps=1e-15, post_expert_norm_eps=1e-8)
 BIASES: dict[str, Any] = {"gate_up_bias": True, "down_bias": True}
 ADAPTERS: dict[str, Any] = {"gate_up_rank": 4, "down_rank": 4}
 
@@ -60,6 +61,10 @@ PACKED = (
     Problem(9, 5, 7, 5, MoEConfig(2, activation="gelu"), quant_type="nf4", blocksize=32, nested="one", seed=4),
     Problem(
         8, 3, 17, 1, MoEConfig(2), "float16", quant_type="fp4", blocksize=4096, weights_layout="transposed", seed=5
+    ),
+    # a norm after each expert, which no kernel has
+    Problem(
+        33, 5, 64, 32, MUSE, "bfloat16", quant_type="nf4", down_bias=True, down_rank=3, post_expert_norm=True, seed=8
     ),
     # nobody has a token; a single number
     Problem(0, 3, 8, 8, MoEConfig(1), "bfloat16", quant_type="nf4"),
@@ -143,6 +148,22 @@ PAST_RANGE = (  # clause E7
         MoEConfig(2, scoring="sigmoid", scale_input=True, routed_scaling_factor=2.0**12),
         {"x": 5, "gate_up_proj": -14, "dy": -9},
         seed=8,
+    ),
+    # o; and what comes back through the norm, of small ones
+    _in_fp16(
+        (9, 5, 32, 32),
+        MUSE,
+        {"gate_up_proj": 6, "down_proj": 6, "dy": 10},
+        post_expert_norm=True,
+        down_bias=True,
+        seed=10,
+    ),
+    _in_fp16(
+        (9, 5, 32, 32),
+        replace(MUSE, top_k=2, scale_input=True),
+        {"gate_up_proj": -3, "down_proj": -10, "dy": 5},
+        post_expert_norm=True,
+        seed=11,
     ),
     # many rows of an expert, some of which pass the range
     _in_fp16(
@@ -248,4 +269,15 @@ EXAMPLES = (
     Problem(33, 16, 8, 8, GEMMA, "bfloat16", expert_scale=True, bias_dtype="bfloat16", seed=8),
     Problem(9, 5, 8, 8, replace(GEMMA, top_k=2), expert_scale=True, broken_logits=3, broken_x=1, seed=9),
     Problem(9, 5, 8, 8, MoEConfig(2), entry="experts", expert_scale=True, frozen=frozenset({"expert_scale"}), seed=10),
+    # a norm after each expert; its factor's gradient is a sum over all slots, which one broken token spoils
+    Problem(130, 16, 17, 33, MUSE, "bfloat16", bias_dtype="bfloat16", post_expert_norm=True, logits="skewed", seed=11),
+    Problem(33, 5, 16, 8, MUSE, **BIASES, **ADAPTERS, post_expert_norm=True, broken_logits=2, broken_x=1, seed=12),
+    # empty slots beside it, and one sum of thousands of slots
+    Problem(9, 5, 8, 8, MUSE, "float16", "experts", empty_slots=True, post_expert_norm=True, **BIASES, seed=13),
+    Problem(1024, 2, 8, 8, replace(MUSE, top_k=2), post_expert_norm=True, dy_layout="scalar", seed=14),
+    # outputs of zeros: the epsilon is all that the norm divides by, and the gradient of o a thousand times that of o'
+    Problem(33, 3, 7, 1, MoEConfig(2, activation="relu2", post_expert_norm_eps=1e-6), post_expert_norm=True, seed=15),
+    # rows of a single number, which would be its sign but for the epsilon; and weights on the input
+    Problem(33, 3, 1, 8, MoEConfig(2, post_expert_norm_eps=1.0), "bfloat16", post_expert_norm=True, seed=16),
+    Problem(33, 3, 16, 8, replace(MUSE, top_k=2, scale_input=True), post_expert_norm=True, **BIASES, seed=17),
 )

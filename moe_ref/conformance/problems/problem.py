@@ -22,11 +22,12 @@ class Problem:
         entry: "layer" (router_logits are given) or "experts" (topk_ids and topk_weights are given).
         routing_dtype: of router_logits or topk_weights.
         ids_dtype: of topk_ids.
-        bias_dtype: of the biases, also of the selection bias, and of the experts' scales.
+        bias_dtype: of the biases, also of the selection bias, of the experts' scales, and of the norm's factor.
         gate_up_bias, down_bias: whether the layer has them.
         selection_bias: "" (none), "small" (as large as the scores) or "large" (a hundred times that).
         expert_scale: whether the layer has learned scales of its weights, in ``bias_dtype``; ignored, and frozen, for
             entry "experts".
+        post_expert_norm: whether each expert's output is normalised, with a factor in ``bias_dtype``.
         gate_up_rank, down_rank: of the adapters; 0 is none.
         lora_dtype: of the adapters' factors.
         quant_type: "" for dense projections; "nf4", "fp4" or "mxfp4" for frozen ones in 4 bits. With "mxfp4", H and I
@@ -71,6 +72,7 @@ class Problem:
     down_bias: bool = False
     selection_bias: str = ""
     expert_scale: bool = False
+    post_expert_norm: bool = False
     gate_up_rank: int = 0
     down_rank: int = 0
     lora_dtype: str = "float32"
@@ -109,7 +111,7 @@ class Problem:
             return self.routing_dtype
         if name in LORA_FACTORS:
             return self.lora_dtype
-        return self.bias_dtype if name.endswith(("_bias", "expert_scale")) else self.dtype
+        return self.bias_dtype if name.endswith(("_bias", "expert_scale", "_norm")) else self.dtype
 
     def factor(self, *names: str) -> float:
         """The product of the powers of two that multiply the named inputs."""

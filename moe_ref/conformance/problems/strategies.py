@@ -13,7 +13,7 @@ from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import (
     DENSE,
     GATED,
-    LORA_FACTORS,
+    LEARNED,
     Activation,
     MoEConfig,
     QuantType,
@@ -124,13 +124,13 @@ def problems(
     x_layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]), label="x_layout")
     dy_layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "scalar"]), label="dy_layout")
     broken_x = draw(st.integers(0, 1), label="broken_x")
-    frozen = draw(
-        st.frozensets(st.sampled_from(["x", "routing", "expert_scale", *DENSE, *LORA_FACTORS])), label="frozen"
-    )
+    frozen = draw(st.frozensets(st.sampled_from(["x", "routing", *LEARNED])), label="frozen")
     base_frozen = draw(st.booleans(), label="base_frozen")
     selection_bias = draw(st.sampled_from(["", "small", "large"]), label="selection_bias")
     expert_scale = draw(st.booleans(), label="expert_scale")
     scale_ignored = expert_scale and not by_logits  # where ids and weights are given (R9)
+    post_expert_norm = draw(st.sampled_from([False, False, True]), label="post_expert_norm")
+    norm_eps = draw(st.sampled_from([1e-6, 1e-8, 0.1, 1.0]), label="post_expert_norm_eps")
     all_equal = x_layout == "expanded"
     kind = draw(st.sampled_from([k for k in WEIGHTS if k in weights]), label="weights")
     other = draw(st.sampled_from(["", "", *WEIGHTS]), label="weights of the other projection")
@@ -144,6 +144,8 @@ def problems(
     hidden, intermediate = draw(WIDTHS, label="hidden"), draw(WIDTHS, label="intermediate")
     if hidden == intermediate == 1 and all_equal:  # one number for all tokens: every error is a systematic one
         x_layout, all_equal = "contiguous", False
+    if post_expert_norm:  # of a single number it is the sign, which rounding may turn: only a large epsilon bars that
+        config = replace(config, post_expert_norm_eps=1.0 if hidden == 1 else norm_eps)
     problem = Problem(
         tokens=tokens,
         experts=experts,
@@ -159,6 +161,7 @@ def problems(
         down_bias=draw(st.booleans(), label="down_bias"),
         selection_bias=selection_bias if by_logits else "",
         expert_scale=expert_scale,
+        post_expert_norm=post_expert_norm,
         gate_up_rank=draw(st.sampled_from([0, 0, 1, 4]), label="gate_up_rank"),
         down_rank=draw(st.sampled_from([0, 0, 1, 3]), label="down_rank"),
         lora_dtype=draw(st.sampled_from(DTYPES), label="lora_dtype"),
@@ -200,6 +203,8 @@ def problems_past_range(draw: st.DrawFn, executor: Executor) -> Problem:
     problem = without_undeclared(draw(ordinary, label="ordinary problem"), able)
     config = problem.config
     powers = draw(st.sampled_from(SCALED_INPUT if config.scale_input else SCALED_OUTPUT), label="powers")
+    if problem.post_expert_norm and not config.scale_input:  # which undoes what the weights are to undo
+        powers = tuple((name, power) for name, power in powers if name != "topk_weights")
     problem = replace(problem, powers=powers, broken_logits=0, broken_x=0, routing_dtype="float32")
     if problem.entry == "layer":  # weights computed from logits share one factor
         factor = config.routed_scaling_factor * problem.factor("topk_weights")
@@ -246,6 +251,8 @@ def without_undeclared(problem: Problem, able: Capabilities) -> Problem:
         problem = replace(problem, selection_bias="")
     if not able.expert_scale:
         problem = replace(problem, expert_scale=False)
+    if not able.post_expert_norm:
+        problem = replace(problem, post_expert_norm=False)
     if not able.lora:
         problem = replace(problem, gate_up_rank=0, down_rank=0)
     return replace(problem, config=config)
@@ -273,6 +280,7 @@ def undeclared(problem: Problem, able: Capabilities) -> str:
         or config.renormalize_form in able.renormalize_forms,
         f"selection_key {config.selection_key}": not chooses or config.selection_key in able.selection_keys,
         "expert_scale": able.expert_scale or not chooses or not problem.expert_scale,
+        "a norm after each expert": able.post_expert_norm or not problem.post_expert_norm,
         "scale_input": able.scale_input or not config.scale_input,
         "adapters": able.lora or not (problem.gate_up_rank or problem.down_rank),
     }
