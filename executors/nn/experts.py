@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executors._protocol import check_norm
 from executors._registry import get
 from executors.nn.packed_buffers import Form, entries, held, hold, loaded, saved
-from moe_ref.types import LORA_FACTORS, PER_EXPERT, PROJECTIONS, ExpertLoRA, MoEWeights, NF4Tensor, PackedTensor
+from moe_ref.types import LEARNED, LORA_FACTORS, PROJECTIONS, ExpertLoRA, MoEWeights, NF4Tensor, PackedTensor
 from moe_ref.validation import DECODED_DTYPES, check_weights, dtype_name
 from moe_ref.validation.arrays import check_bool
 
@@ -18,10 +19,10 @@ from moe_ref.validation.arrays import check_bool
 class Experts(nn.Module):
     """A layer's experts on any executor.
 
-    Parameters have the names of `MoEWeights`: dense projections, biases, learned scales, and the factors of adapters.
-    The selection bias is a buffer. So are the arrays of projections in 4 bits, which a state dict has under
-    bitsandbytes' keys (NF4, FP4) or gpt-oss' (MXFP4). The configuration, the scalings of adapters and the executor are
-    attributes, and not in a state dict.
+    Parameters have the names of `MoEWeights`: dense projections, biases, learned scales, the factor of a norm, and the
+    factors of adapters. The selection bias is a buffer. So are the arrays of projections in 4 bits, which a state dict
+    has under bitsandbytes' keys (NF4, FP4) or gpt-oss' (MXFP4). The configuration, the scalings of adapters and the
+    executor are attributes, and not in a state dict.
 
     ``module.to(dtype)`` casts parameters. It changes neither the selection bias (R3) nor codes and scales, which then
     decode to the dtype. Source of the keys: bitsandbytes 0.50.2, ``nn/parametrize.py``; openai/gpt-oss-20b.
@@ -35,11 +36,13 @@ class Experts(nn.Module):
     Args:
         weights: the layer, in torch. Contiguous tensors are shared with it, others are copied.
         executor: a name of `executors.names`.
-        frozen: whether all but adapters is frozen: dense projections, biases, learned scales.
+        frozen: whether all but adapters is frozen: dense projections, biases, learned scales,
+            the norm's factor.
         **options: the executor's own, as for `executors.get`.
 
     Raises:
         UnknownExecutor, Unavailable: as `executors.get`.
+        Unsupported: the layer has a norm after each expert, which the executor does not declare.
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
 
     Example:
@@ -56,11 +59,12 @@ class Experts(nn.Module):
             kind = type(first)
             raise TypeError(f"weights.gate_up_proj is a {kind.__module__}.{kind.__name__}: must be a torch.Tensor")
         self._executor = get(executor, **options)
+        check_norm(self._executor, weights)
         self.config, self.executor_name, self.options = weights.config, executor, options
         lora, bias = weights.lora or ExpertLoRA(), weights.selection_bias
         self.gate_up_scaling, self.down_scaling = float(lora.gate_up_scaling), float(lora.down_scaling)
         parameters, packed = weights.parameters(), weights.packed()
-        for name in PER_EXPERT:
+        for name in LEARNED:
             if name in packed:
                 continue
             own, learns = parameters.get(name), name in LORA_FACTORS or not frozen
@@ -74,7 +78,7 @@ class Experts(nn.Module):
         factors = {name: getattr(self, name) for name in LORA_FACTORS}
         scalings = {"gate_up_scaling": self.gate_up_scaling, "down_scaling": self.down_scaling}
         adapted = any(value is not None for value in factors.values())
-        others = {name: getattr(self, name) for name in PER_EXPERT if name not in (*LORA_FACTORS, *self._forms)}
+        others = {name: getattr(self, name) for name in LEARNED if name not in (*LORA_FACTORS, *self._forms)}
         return MoEWeights(
             **others,
             **self._packed(),

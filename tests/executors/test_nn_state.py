@@ -36,7 +36,7 @@ def test_keys_are_those_of_bitsandbytes_and_of_gpt_oss() -> None:
     for name, tensor in layer("nf4").packed().items():
         expected |= nf4.to_state_dict(tensor, f"0.{name}")
     same_state({key: value for key, value in state.items() if key not in dense}, expected)
-    plain = layer("mxfp4", lora=None, selection_bias=None, expert_scale=None)
+    plain = layer("mxfp4", lora=None, selection_bias=None, expert_scale=None, post_expert_norm=None)
     same_state(dict(sorted(Experts(plain).state_dict().items())), dict(sorted(mxfp4.to_state_dict(plain).items())))
 
 

@@ -22,7 +22,8 @@ def layer(kind: str, seed: int = 0, **more: object) -> MoEWeights:
     lora = ExpertLoRA(normal(2, HIDDEN), normal(2 * INNER, 2), normal(3, INNER), normal(HIDDEN, 3), 2.0, 0.5)
     biases = normal(2 * INNER), normal(HIDDEN), 7 + normal() / 16
     config = MoEConfig(2, scoring="sigmoid", renormalize=True)
-    dense = replace(MoEWeights(up, down, *biases, lora, config=config, expert_scale=1 + normal()), **more)
+    learned = {"expert_scale": 1 + normal(), "post_expert_norm": 1 + torch.randn(HIDDEN, generator=draw) / 4}
+    dense = replace(MoEWeights(up, down, *biases, lora, config=config, **learned), **more)
     if kind == "mixed":
         return replace(dense, gate_up_proj=nf4.quantize_tensor(up, nested=True))
     if kind == "dense":
