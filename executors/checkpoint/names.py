@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 QUANT_FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # of bitsandbytes, beside quant_state.*
+PARTS = ("blocks", "scales")  # of MXFP4
 PACKED = re.compile(
-    rf"(.+)(?:_(blocks|scales)|\.({'|'.join(QUANT_FIELDS)})|\.(quant_state\.bitsandbytes__(?:nf4|fp4)))"
+    rf"(.+)(?:_({'|'.join(PARTS)})|\.({'|'.join(QUANT_FIELDS)})|\.(quant_state\.bitsandbytes__(?:nf4|fp4)))"
 )
 SPLIT = re.compile(r"((?:.*?\.)??)(experts\..+)|(.*\.block_sparse_moe\.)((?:input|output)_linear\..+)")
 OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision_\w+|visual|vit|audio_\w+)\.")  # their experts have routers of their own
@@ -100,6 +101,14 @@ class Block:
             return all(there), sum(there)
 
         return max(NAMINGS, key=fit)
+
+    def keys_of(self, names: set[str]) -> Iterator[str]:
+        """The keys of some names, with those of packed parts."""
+        for name in names & self.keys.keys():
+            for expert in self.keys[name]:
+                key = self.prefix + (name if expert is None else name.format(expert))
+                for ending in self.endings[name]:
+                    yield key + ("" if not ending else f"_{ending}" if ending in PARTS else f".{ending}")
 
     def unknown(self, known: set[str]) -> str | None:
         """A key below the experts that no name explains."""

@@ -161,6 +161,16 @@ class Checkpoint:
             raise BadCheckpoint(f"{self.path}: {layer.prefix}experts: {error}") from error
         return weights
 
+    def others(self) -> dict[str, Tensor]:
+        """All tensors by key but the projections of the layers and their biases, in memory of their own.
+
+        Raises:
+            BadCheckpoint: one cannot be read.
+        """
+        projections = {key for layer in self.layers for key in layer.block.keys_of(layer.block.naming.names)}
+        with self._shards.reading() as reader:
+            return {key: reader.tensor(key).clone() for key in self._shards.where if key not in projections}
+
     def router(self, which: int | str | CheckpointLayer) -> Router:
         """What a layer's router logits are made of.
 

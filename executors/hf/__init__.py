@@ -18,11 +18,13 @@ from executors.hf.adapters import join_gate_and_up
 from executors.hf.export import export_adapter
 from executors.hf.injection import peft
 from executors.hf.interface import Switched, SwitchedLayer, register, use
+from executors.hf.load import load_quantized
 from executors.hf.logprobs import chunked_logprobs
 from executors.hf.module import config_of_experts, is_experts, weights_of
 from executors.hf.quantize import Quantized, QuantizedLayer, quantize_experts
 from executors.hf.router import config_of
 from executors.hf.router_rules import RouterRule
+from executors.hf.save import save_quantized
 
 __all__ = [
     "Quantized",
@@ -36,9 +38,11 @@ __all__ = [
     "export_adapter",
     "is_experts",
     "join_gate_and_up",
+    "load_quantized",
     "peft",
     "quantize_experts",
     "register",
+    "save_quantized",
     "use",
     "weights_of",
 ]

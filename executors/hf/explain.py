@@ -12,6 +12,7 @@ from torch import nn
 
 from executors import _registry
 from executors._protocol import Executor, Unavailable, Unsupported
+from executors.hf.classes import class_of, line
 from executors.hf.module import OWN_LOOPS, is_experts, weights_of
 from executors.hf.parameters import class_name
 from moe_ref.types import MoEConfig
@@ -73,15 +74,9 @@ def meta_model(name: str, changes: dict[str, Any] | None = None) -> nn.Module:
     Raises:
         ValueError: it is neither, one of ``changes`` is no field, or transformers cannot make the model.
     """
+    kind: Any
     if Path(name).is_dir():
-        try:
-            config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model={name}: must have a config.json of a known model: {_line(error)}") from error
-        kinds = [getattr(transformers, kind, None) for kind in config.architectures or []]
-        kind = next((kind for kind in kinds if kind is not None), None)
-        if kind is None:
-            raise ValueError(f"model={name}: architectures={config.architectures}: must name a class of transformers")
+        kind, config = class_of(Path(name))
     else:
         kind = getattr(transformers, name, None)
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class):
@@ -97,9 +92,7 @@ def meta_model(name: str, changes: dict[str, Any] | None = None) -> nn.Module:
         with torch.device("meta"):
             return kind(config)
     except (ArithmeticError, AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"model={name}: transformers cannot make it: {type(error).__name__}: {_line(error)}"
-        ) from error
+        raise ValueError(f"model={name}: transformers cannot make it: {type(error).__name__}: {line(error)}") from error
 
 
 def _fate(module: Any, executor: Executor, device: str) -> tuple[str, ...]:
@@ -107,7 +100,7 @@ def _fate(module: Any, executor: Executor, device: str) -> tuple[str, ...]:
     try:
         weights = weights_of(module)
     except Unsupported as error:
-        return kind, "", "", "", _line(error)
+        return kind, "", "", "", line(error)
     sizes = f"E={weights.num_experts} H={weights.hidden_size} I={weights.intermediate_size}"
     gate_up = weights.gate_up_proj
     if str(gate_up.device) == "meta":  # shapes of any size take the memory of one number
@@ -122,7 +115,7 @@ def _fate(module: Any, executor: Executor, device: str) -> tuple[str, ...]:
             executor.check(x, weights)
             chosen = executor.name
     except (Unavailable, Unsupported) as error:
-        return kind, sizes, in_short(weights.config), "", _line(error)
+        return kind, sizes, in_short(weights.config), "", line(error)
     return kind, sizes, in_short(weights.config), chosen, ""
 
 
@@ -135,7 +128,3 @@ def in_short(config: MoEConfig) -> str:
             shown = value if isinstance(value, str) else f"{value:g}"
             parts.append(shown if field.name == "gate_up_layout" else f"{field.name}={shown}")
     return " ".join(parts)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from executors import _registry
-from executors._protocol import Executor, UnknownExecutor
+from executors._protocol import Executor, UnknownExecutor, Unsupported
 from executors.hf.adapters import PREFIX, lora_of
 from executors.hf.module import experts_in, find_config, weights_of
 from executors.hf.parameters import class_name
-from moe_ref.types import MoEConfig
+from moe_ref.types import PROJECTIONS, MoEConfig, MoEWeights, PackedTensor
 from moe_ref.validation import dtype_name
 
 _made: dict[str, Executor] = {}
@@ -136,6 +136,16 @@ def _make(name: str) -> Executor:
     return _made.setdefault(name, _registry.get(name))
 
 
+def _check_there(module: nn.Module, weights: MoEWeights) -> None:
+    """Refuses projections that are offloaded at the time of the call."""
+    for name in PROJECTIONS:
+        value = getattr(weights, name)
+        if value.device.type == "meta":
+            packed = isinstance(value, PackedTensor)
+            allowed = "must stay on a device, in 4 bits" if packed else "must be brought by a hook on the module itself"
+            raise Unsupported(f"{class_name(module)}: {name} is on the meta device (offloaded?): {allowed}")
+
+
 @cache
 def _function(name: str) -> Callable[..., Tensor]:
     def forward(
@@ -152,6 +162,8 @@ def _function(name: str) -> Callable[..., Tensor]:
         weights, executor = weights_of(module), _made.get(name) or _make(name)
         if adapters:  # PEFT's wrappers that the call passed through
             weights = replace(weights, lora=lora_of(adapters))
+        if not hidden_states.is_meta:
+            _check_there(module, weights)
         x = hidden_states.to(getattr(torch, dtype_name(weights.gate_up_proj)))
         y = executor.experts(x, topk_ids=top_k_index, topk_weights=top_k_weights, weights=weights)
         return y.to(hidden_states.dtype)

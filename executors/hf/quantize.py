@@ -114,7 +114,6 @@ def quantize_experts(
                 sizes[own] = (parameter.nbytes, bytes_of(tensor))
                 before += parameter.numel()
                 put(module, own, tensor)
-                del parameter
             was, now = (sum(size[side] for size in sizes.values()) for side in (0, 1))
             layers.append(QuantizedLayer(name, class_name(module), tuple(sizes), was, now))
     return Quantized(quant_type, tuple(layers))

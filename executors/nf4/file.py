@@ -45,12 +45,19 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, NF4Tensor | Tensor]
             raise ValueError(f"tensors[{name!r}] has an entry {twice[0]!r}: must not be that of another tensor")
         entries |= own
     transposed = [name for name, tensor in tensors.items() if isinstance(tensor, NF4Tensor) and tensor.transposed]
-    metadata = {"format": "pt", TRANSPOSED: json.dumps(transposed)}
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    write(Path(path), entries, {"format": "pt", TRANSPOSED: json.dumps(transposed)})
+
+
+def write(path: Path, entries: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes tensors to a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(_apart(entries), temporary, metadata)
-        os.replace(temporary, target)
+        os.replace(temporary, path)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {_one_line(error)}") from error
     finally:
@@ -113,7 +120,7 @@ def _noted(path: Any, metadata: dict[str, str]) -> list[str]:
     return names
 
 
-def _apart(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+def _apart(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries as safetensors requires them: on the CPU, contiguous, without shared memory."""
     seen: set[int] = set()
     found = {}

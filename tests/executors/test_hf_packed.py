@@ -94,6 +94,18 @@ def test_a_changed_state_is_seen() -> None:
         executors.hf.weights_of(other)
 
 
+def test_statistics_follow_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """module.to(device) moves the bytes alone: their statistics move at the next call, once."""
+    (module, *_) = experts_in(build("mixtral", "nf4"))
+    _, state = packed_parameter(module, "down_proj")
+    elsewhere, state.absmax = state.absmax, state.absmax.to("meta")
+    moved: list[str] = []
+    monkeypatch.setattr(type(state), "to", lambda own, to: moved.append(str(to)) or setattr(own, "absmax", elsewhere))
+    for _ in range(2):
+        assert executors.hf.weights_of(module).down_proj.absmax is elsewhere
+    assert moved == ["cpu"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_hidden_states_in_another_dtype(dtype: torch.dtype) -> None:
     """Products are in the dtype that the codes decode to, y in that of x."""

@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "auto": {"_base", "_protocol", "_registry"},
     "nf4": {"_decode", "_progress"},
     "mxfp4": {"_decode", "_progress"},
-    "hf": PIPELINE | {"_progress", "_registry", "nf4"},
+    "hf": PIPELINE | {"_progress", "_registry", "checkpoint", "mxfp4", "nf4"},
     "checkpoint": {"_decode", "layer_file", "nf4", "mxfp4"},
     "_compare": FACE | {"layer_file"},
     "_bench": FACE | {"layer_file", "hf", "nf4", "mxfp4", "_decode", "_compare"},

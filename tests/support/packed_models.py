@@ -88,6 +88,10 @@ class Alive(LivePeak):
         self.given, self.alive, self.peak = set(), {}, 0
         self.saw("given", [value.detach() for value in given])
 
+    def saw(self, name: str, out: object) -> None:
+        several = out if isinstance(out, tuple | list) else [out]
+        super().saw(name, [value for value in several if not getattr(value, "is_meta", False)])
+
     def now(self) -> int:
         """The bytes that are alive."""
         self.saw("now", [])

@@ -1,0 +1,52 @@
+"""Model classes: the one that a folder names, how it is made, and how loading ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+
+def class_of(folder: Path) -> tuple[type[nn.Module], Any]:
+    """The class that config.json's architectures name, and the configuration.
+
+    Raises:
+        ValueError: there is no config.json of a known model, or transformers has no such class.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={folder}: must have a config.json of a known model: {line(error)}") from error
+    kinds = [getattr(transformers, kind, None) for kind in config.architectures or []]
+    kind = next((kind for kind in kinds if kind is not None), None)
+    if kind is None:
+        raise ValueError(f"model={folder}: architectures={config.architectures}: must name a class of transformers")
+    return kind, config
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What modules are made in meanwhile, as from_pretrained makes them."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def finish(model: Any, folder: Path) -> None:
+    """Evaluation mode, and the folder's generation configuration."""
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    model.eval()
+
+
+def line(error: BaseException) -> str:
+    """The message of another library's error, on one line."""
+    return " ".join(str(error).split())
