@@ -23,8 +23,8 @@ def peft(model: nn.Module) -> Iterator[None]:
         with executors.hf.peft(model):
             model = get_peft_model(model, LoraConfig(target_parameters=["mlp.experts.gate_up_proj"], ...))
 
-    PEFT finds no parameter in 4 bits, or wraps it wrongly. Here each such parameter has a stand-in
-    of its shape, dtype and device, which takes the memory of one number; its bytes are as they were afterwards.
+    PEFT finds no parameter in 4 bits, or wraps it wrongly. Here each such parameter has a stand-in of its shape, dtype
+    and device, which takes the memory of one number; afterwards its bytes are as they were.
     ``get_peft_model``, ``PeftModel.from_pretrained``, ``add_adapter`` and ``load_adapter`` may be called within it, but
     not the model. A model whose experts are dense needs it only where it is on an executor already: `executors.hf.use`
     does the same for adapters that are there.

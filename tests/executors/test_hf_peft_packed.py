@@ -13,10 +13,13 @@ pytest.importorskip("peft", reason="the extra moe-ref[qlora]")
 pytest.importorskip("bitsandbytes", reason="the extra moe-ref[qlora]")
 
 from peft import PeftModel, get_peft_model
+from transformers import GptOssConfig, GptOssForCausalLM
 
 import executors.hf
+import moe_ref
 import packed_models
 import peft_models
+from executors.hf.storage import put
 from packed_models import counted, decoded, packed_by_bitsandbytes
 from peft_models import NAMES, close, experts_in, fill, formed, lora_config, step, switched, wrappers_of
 
@@ -199,3 +202,42 @@ def test_dense_models_go_through_unchanged() -> None:
     equal_steps(copy.deepcopy(ours), plain)
     with pytest.raises(TypeError, match=r"^model=None: must be a torch.nn.Module$"), executors.hf.peft(None):
         pass
+
+
+def test_experts_in_mxfp4() -> None:
+    """Stored in another order than the class has: gpt-oss' class keeps (E, H, 2I), its checkpoints do not."""
+    model = GptOssForCausalLM(
+        GptOssConfig(
+            **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_local_experts": 4},
+            **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": peft_models.VOCAB},
+        )
+    )
+    dense = copy.deepcopy(model)
+    for module, other in zip(experts_in(model), experts_in(dense), strict=True):
+        for name in packed_models.names_of(module):
+            tensor = executors.mxfp4.quantize_tensor(getattr(module, name).detach().transpose(1, 2) * 20)
+            getattr(other, name).data = moe_ref.mxfp4.decode(tensor).float().transpose(1, 2)
+            put(module, name, tensor)
+    with executors.hf.peft(model):
+        ours = get_peft_model(model, lora_config())
+    plain = get_peft_model(dense, lora_config())
+    executors.hf.use(ours, "grouped_nf4")
+    for each_model in (ours, plain):
+        fill(each_model)
+    equal_steps(ours, plain)
+
+
+def test_a_model_that_was_loaded_in_4_bits(tmp_path: Path) -> None:
+    """From the folder that hf.save_quantized writes, with an adapter that PEFT saved."""
+    model = packed_models.build("mixtral", "nf4")
+    executors.hf.save_quantized(model, tmp_path / "model")
+    with executors.hf.peft(model):
+        first = get_peft_model(model, lora_config())
+    fill(first)
+    first.save_pretrained(tmp_path / "adapter")
+    loaded = executors.hf.load_quantized(tmp_path / "model")
+    with executors.hf.peft(loaded):
+        again = PeftModel.from_pretrained(loaded, tmp_path / "adapter", is_trainable=True)
+    for each_model in (first, again):
+        executors.hf.use(each_model, "grouped_nf4")
+    equal_steps(again, first)
