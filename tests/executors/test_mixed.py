@@ -68,7 +68,7 @@ def test_slices_hold_the_specification(problem: Problem) -> None:
 
 
 @problems
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["loop", pytest.param("slices", marks=pytest.mark.nightly)])
 def test_operators_are_registered_right(way: str, problem: Problem) -> None:
     operator = SLICED if way == "slices" else executors.get("grouped_nf4").operator
     inputs = inputs_of(replace(problem, entry="experts"))
@@ -79,7 +79,7 @@ def test_operators_are_registered_right(way: str, problem: Problem) -> None:
     torch.library.opcheck(operator.backward, (inputs.dy, *kept, needs_all(given), *detached))
 
 
-@pytest.mark.parametrize("executor", ["grouped_nf4", "numba"])
+@pytest.mark.parametrize("executor", ["grouped_nf4", pytest.param("numba", marks=pytest.mark.nightly)])
 def test_compiles_whole_with_dynamic_tokens(executor: str) -> None:
     demand_one_graph(executors.get(executor), MIXED["dense second"])
 

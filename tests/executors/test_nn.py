@@ -110,7 +110,7 @@ def test_a_dense_projection_that_others_cast_takes_4_bits_along() -> None:
     assert torch.equal(y, executors.get("auto")(x, logits, layer("mixed").to(dtype=torch.bfloat16)))
 
 
-@pytest.mark.parametrize("kind", ["dense", "mixed"])
+@pytest.mark.parametrize("kind", ["mixed", pytest.param("dense", marks=pytest.mark.nightly)])
 def test_compiles_whole_forward_and_backward(kind: str) -> None:
     torch._dynamo.reset()
     module, eager = Experts(layer(kind)), Experts(layer(kind))
