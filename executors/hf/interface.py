@@ -119,7 +119,7 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
         SwitchedLayer(name, type(module).__name__, find_config(module), has_norm(module))
         for name, module in found.items()
     )
-    for module in found.values():
+    for module in filter(has_norm, found.values()):
         check_norm(made, weights_of(module))
     _made[executor] = made
     for module in (model, *found.values()):  # the model's own is what transformers shows; each layer's is what it asks
