@@ -108,7 +108,7 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
     made = _registry.get(executor)
     (implementation,) = register(executor)
     configs = [find_config(module) for module in found.values()]
-    for module in found.values():
+    for module in filter(has_norm, found.values()):
         check_norm(made, weights_of(module))
     adapted = separate(model)
     found = experts_in(model)  # by other names where PEFT's wrappers were nested anew
