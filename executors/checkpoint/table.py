@@ -222,7 +222,7 @@ REFUSED: dict[str, str] = {
     "gemma4_text": OTHER_INPUT,
     "diffusion_gemma_text": OTHER_INPUT,
     "inkling_text": SHARED_SUM,
-    "muse_spark_text": "its experts take a projection of what its router takes, and this reader knows no norm after them",
+    "muse_spark_text": "its experts take a projection of what its router takes, and a norm follows each",
     "zaya": "its router is a network of its own with a state, and may skip a layer",
     "step3p5": "its stacks are called moe.gate_proj.weight and the like, which this reader does not know",
     "longcat_flash": "some of its experts have no weights and return their input",
