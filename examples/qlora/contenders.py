@@ -30,7 +30,7 @@ PEERS = (LOOP, STACK)
 _decoders: WeakKeyDictionary[nn.Module, tuple[list[Decode], list[Decode]]] = WeakKeyDictionary()
 
 
-def switch(model: nn.Module, name: str) -> None:
+def switch(model: Any, name: str) -> None:
     """Runs the experts of an adapted model on a peer, or on an executor.
 
     Args:

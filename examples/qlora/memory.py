@@ -21,7 +21,11 @@ def main(setup_json: str, name: str) -> None:
     contenders.switch(model, name)
     recipe: Recipe = recipe_of(setup)
     optimiser = torch.optim.AdamW(trained(model).values())
-    print(json.dumps(peak_of(lambda: one_step(model, text[0], optimiser, recipe, 0), lambda: None, setup.device)))
+
+    def step() -> None:
+        one_step(model, text[0], optimiser, recipe, 0)
+
+    print(json.dumps(peak_of(step, lambda: None, setup.device)))
 
 
 if __name__ == "__main__":

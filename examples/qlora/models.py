@@ -124,6 +124,7 @@ def _made(sizes: Sizes, dtype: torch.dtype) -> GptOssForCausalLM:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return GptOssForCausalLM._from_config(config, attn_implementation="eager")
+        model: GptOssForCausalLM = GptOssForCausalLM._from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
+        return model
     finally:
         torch.set_default_dtype(before)

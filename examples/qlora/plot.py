@@ -20,7 +20,7 @@ def plot(path: Path, results: list[Result], unit: str, title: str) -> None:
     """Writes the picture, whole or not at all."""
     figure = Figure(figsize=(10.5, 6.4), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=11)
-    left, right = figure.subfigures(1, 2, width_ratios=[1.6, 1])
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.6, 1])[0]
     above, below = left.subplots(2, 1, sharex=True, height_ratios=[1.4, 1])
     _losses(above, results, unit)
     _apart(below, results)

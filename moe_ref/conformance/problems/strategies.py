@@ -144,8 +144,8 @@ def problems(
     hidden, intermediate = draw(WIDTHS, label="hidden"), draw(WIDTHS, label="intermediate")
     if hidden == intermediate == 1 and all_equal:  # one number for all tokens: every error is a systematic one
         x_layout, all_equal = "contiguous", False
-    if post_expert_norm:  # of a single number it is the sign, which rounding may turn: only a large epsilon bars that
-        config = replace(config, post_expert_norm_eps=1.0 if hidden == 1 else norm_eps)
+    if post_expert_norm:  # with a small epsilon a single number is but its sign, and the weight of an input is lost
+        config = replace(config, post_expert_norm_eps=1.0 if hidden == 1 or config.scale_input else norm_eps)
     problem = Problem(
         tokens=tokens,
         experts=experts,
