@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from executors import hf
+from executors import Unsupported, hf
 from qlora import models, text
 from qlora.models import BUNDLED, RANDOM, Sizes, Text
 
@@ -68,10 +68,18 @@ def base_model(setup: Setup, progress: Any = None) -> Any:
         ValueError, OSError: the folder has no such model.
     """
     if setup.model not in (BUNDLED, RANDOM):
-        return hf.load_quantized(Path(setup.model), progress=progress).to(setup.device)
-    model = models.bundled_model() if setup.model == BUNDLED else models.random_model(setup.sizes, setup.seed)
+        return _loaded(setup, progress)
+    model: Any = models.bundled_model() if setup.model == BUNDLED else models.random_model(setup.sizes, setup.seed)
     hf.quantize_experts(model, progress=progress)
     return model.to(setup.device)
+
+
+def _loaded(setup: Setup, progress: Any) -> Any:
+    """From a folder; experts that are in 4 bits already stay what they are."""
+    try:
+        return hf.load_quantized(setup.model, progress=progress, device=setup.device)
+    except Unsupported:
+        return hf.load_quantized(setup.model, "nf4", progress=progress, device=setup.device)
 
 
 def adapted(model: Any, setup: Setup) -> PeftModel:

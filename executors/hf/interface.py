@@ -117,8 +117,8 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
         for (name, module), config in zip(found.items(), configs, strict=True)
     )
     _made[executor] = made
-    module: Any
-    for module in (model, *found.values()):  # the model's own is what transformers shows; each layer's is what it asks
+    own: list[Any] = [model, *found.values()]  # the model's is what transformers shows; each layer's is what it asks
+    for module in own:
         if hasattr(module, "config"):
             module.config._experts_implementation = implementation
     return Switched(executor, layers)
