@@ -1,5 +1,6 @@
 """examples/qlora_finetune.py: its model is the bundled one, its ways agree, and a killed run goes on bit for bit."""
 
+import gc
 import json
 import os
 import signal
@@ -178,12 +179,9 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("checkpointing", ["reentrant", "non-reentrant"])
 def test_memory_does_not_grow(checkpointing: str) -> None:
     """Live tensors after 50 steps are those after 5, with gradient accumulation."""
-    import gc
-
     setup = replace(SMALL, steps=50, checkpointing=checkpointing, accumulate=2)
     sizes = []
 
