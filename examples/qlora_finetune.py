@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,14 +40,13 @@ from executors._compare.report import chip
 from qlora import adapter, models
 from qlora.contenders import LOOP, PEERS, STACK, switch
 from qlora.contest import Contest, hold
-from qlora.models import BUNDLED, RANDOM, Sizes
+from qlora.models import BUNDLED, DEFAULT, RANDOM
 from qlora.plot import plot
 from qlora.report import PARITY, Result, as_json, table
 from qlora.setup import Setup, adapted, base_model, windows
 
 NAME = "qlora_finetune"
 NEW_TOKENS = 160
-DEFAULT = Sizes()
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Options:
     hidden: Annotated[int, typer.Option(callback=within(1), help="Of a random model.")] = DEFAULT.hidden
     intermediate: Annotated[int, typer.Option(callback=within(1), help="Of a random model.")] = DEFAULT.intermediate
     num_experts: Annotated[int, typer.Option(callback=within(1), help="Of a random model.")] = DEFAULT.experts
-    top_k: Annotated[int, typer.Option(callback=within(1), help="Of a random model.")] = DEFAULT.top_k
+    top_k: Annotated[int, typer.Option(callback=within(1), help="Of a random model.")] = DEFAULT.layer.top_k or 1
     device: DeviceOption = "cpu"
     seed: Annotated[int, typer.Option(callback=within(0, LARGEST_SEED), help="Of adapters and random models.")] = 0
     save_every: Annotated[int, typer.Option(callback=within(1), help="Steps between two states on disk.")] = 5
@@ -145,19 +144,26 @@ def _names(chosen: list[str] | None) -> tuple[str, ...]:
 
 
 def _setup(options: Options) -> Setup:
-    sizes = Sizes(options.layers, options.hidden, options.intermediate, options.num_experts, options.top_k)
+    shape = replace(
+        DEFAULT,
+        layers=options.layers,
+        hidden=options.hidden,
+        intermediate=options.intermediate,
+        experts=options.num_experts,
+        layer=replace(DEFAULT.layer, top_k=options.top_k),
+    )
     model = options.model
     if model == "20b":
-        model, sizes = RANDOM, models.TWENTY_B
+        model, shape = RANDOM, models.TWENTY_B
     elif model not in (BUNDLED, RANDOM):
         if not Path(model).is_dir():
             refuse(f"--model {model}: must be bundled, random, 20b, or a folder with transformers' files")
         model = str(Path(model).resolve())
-    if sizes.top_k > sizes.experts:
-        refuse(f"--top-k {sizes.top_k}: must be at most {sizes.experts}, the number of experts")
+    if options.top_k > options.num_experts:
+        refuse(f"--top-k {options.top_k}: must be at most {options.num_experts}, the number of experts")
     return Setup(
         model,
-        sizes,
+        shape,
         options.steps,
         options.windows,
         options.context,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,25 +15,13 @@ from tiny.model import Shape
 
 BUNDLED = "bundled"
 RANDOM = "random"
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Of a random model of the gpt-oss architecture; those of gpt-oss-20b are in `TWENTY_B`."""
-
-    layers: int = 4
-    hidden: int = 512
-    intermediate: int = 512
-    experts: int = 32
-    top_k: int = 4
-    heads: int = 8
-    key_value_heads: int = 2
-    head_dim: int = 64
-    vocabulary: int = 256
-
-
-TWENTY_B = Sizes(24, 2880, 2880, 32, 4, 64, 8, 64, 201088)
+_small = Shape()
+DEFAULT = replace(_small, layers=4, hidden=512, intermediate=512, heads=8, key_value_heads=2, head_dim=64)
+TWENTY_B = replace(  # gpt-oss-20b's
+    DEFAULT, layers=24, hidden=2880, intermediate=2880, heads=64, key_value_heads=8, vocabulary=201088
+)
 
 
 @dataclass(frozen=True)
@@ -53,29 +41,17 @@ class Text:
 
 def bundled_model(dtype: torch.dtype = torch.bfloat16) -> GptOssForCausalLM:
     """The trained model of data/README.md: three layers, 6.2 million parameters, a byte a token."""
-    shape = Shape()
-    sizes = Sizes(
-        shape.layers,
-        shape.hidden,
-        shape.intermediate,
-        shape.experts,
-        shape.layer.top_k or 0,
-        shape.heads,
-        shape.key_value_heads,
-        shape.head_dim,
-        shape.vocabulary,
-    )
-    model = _made(sizes, dtype)
+    model = _made(Shape(), dtype)
     model.load_state_dict(
         {name if name.startswith("lm_head") else f"model.{name}": v for name, v in checkpoint.state_dict().items()}
     )
     return model
 
 
-def random_model(sizes: Sizes, seed: int, dtype: torch.dtype = torch.bfloat16) -> GptOssForCausalLM:
+def random_model(shape: Shape, seed: int, dtype: torch.dtype = torch.bfloat16) -> GptOssForCausalLM:
     """A model whose parameters are drawn."""
     torch.manual_seed(seed)
-    return _made(sizes, dtype)
+    return _made(shape, dtype)
 
 
 def bytes_as_tokens() -> Text:
@@ -103,23 +79,19 @@ def tokens_of(folder: Path) -> Text:
     )
 
 
-def in_words(sizes: Sizes) -> str:
-    """The sizes, as "layers=4 hidden=512 ..."."""
-    return " ".join(f"{name}={value}" for name, value in asdict(sizes).items())
-
-
-def _made(sizes: Sizes, dtype: torch.dtype) -> GptOssForCausalLM:
+def _made(shape: Shape, dtype: torch.dtype) -> GptOssForCausalLM:
     config = GptOssConfig(
-        num_hidden_layers=sizes.layers,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_local_experts=sizes.experts,
-        num_experts_per_tok=sizes.top_k,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.key_value_heads,
-        head_dim=sizes.head_dim,
-        vocab_size=sizes.vocabulary,
-        rope_parameters=ROPE,
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=shape.layer.top_k,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+        sliding_window=shape.window,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_base},
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

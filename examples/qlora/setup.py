@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from executors import Unsupported, hf
+from moe_ref.types import MoEConfig
 from qlora import models, text
-from qlora.models import BUNDLED, RANDOM, Sizes, Text
+from qlora.models import BUNDLED, DEFAULT, RANDOM, Text
+from tiny.model import Shape
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -24,7 +26,7 @@ class Setup:
 
     Attributes:
         model: "bundled", "random", or a folder.
-        sizes: of a random model.
+        shape: of a random model.
         steps, windows, context: optimiser steps, windows of text in each, tokens in a window.
         rank: of the adapters; their lora_alpha is twice that.
         learning_rate: after a warm-up of 5 steps.
@@ -35,7 +37,7 @@ class Setup:
     """
 
     model: str = BUNDLED
-    sizes: Sizes = field(default_factory=Sizes)
+    shape: Shape = DEFAULT
     steps: int = 20
     windows: int = 4
     context: int = 256
@@ -58,7 +60,8 @@ class Setup:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Setup:
         """The same again."""
-        return cls(**{**values, "sizes": Sizes(**values["sizes"])})
+        shape = values["shape"] | {"layer": MoEConfig(**values["shape"]["layer"])}
+        return cls(**values | {"shape": Shape(**shape)})
 
 
 def base_model(setup: Setup, progress: Any = None) -> Any:
@@ -69,7 +72,7 @@ def base_model(setup: Setup, progress: Any = None) -> Any:
     """
     if setup.model not in (BUNDLED, RANDOM):
         return _loaded(setup, progress)
-    model: Any = models.bundled_model() if setup.model == BUNDLED else models.random_model(setup.sizes, setup.seed)
+    model: Any = models.bundled_model() if setup.model == BUNDLED else models.random_model(setup.shape, setup.seed)
     hf.quantize_experts(model, progress=progress)
     return model.to(setup.device)
 

@@ -25,7 +25,7 @@ import qlora_finetune
 from executors import hf
 from qlora import models, training
 from qlora.contest import Contest, hold
-from qlora.models import RANDOM, Sizes
+from qlora.models import RANDOM
 from qlora.setup import Setup, adapted, base_model, windows
 from qlora.state import load_state
 from qlora.training import Recipe, fine_tune, trained
@@ -34,8 +34,10 @@ from tiny.text import unread_windows
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SCRIPT = Path(qlora_finetune.__file__)
-SIZES = Sizes(2, 64, 32, 4, 2, 2, 1, 32)
-SMALL = Setup(RANDOM, SIZES, steps=4, windows=2, context=16, rank=2, learning_rate=5e-3)
+SHAPE = replace(
+    models.DEFAULT, layers=2, hidden=64, intermediate=32, experts=4, heads=2, key_value_heads=1, head_dim=32
+)
+SMALL = Setup(RANDOM, SHAPE, steps=4, windows=2, context=16, rank=2, learning_rate=5e-3)
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),  # PEFT's call
@@ -78,7 +80,7 @@ def test_the_bundled_model_is_that_of_the_other_example() -> None:
 
 def test_the_ways_train_alike(tmp_path: Path) -> None:
     """All read the same bytes and the same adapters: in fp32 their losses agree to rounding, and fall."""
-    base = models.random_model(SIZES, 0, torch.float32)
+    base = models.random_model(SHAPE, 0, torch.float32)
     hf.quantize_experts(base)
     names = ("loop", "stack", "grouped_nf4")
     setup = replace(SMALL, steps=12)
