@@ -23,7 +23,7 @@ from moe_ref.layer import layer, layer_vjp
 from moe_ref.noise import keys_of, uniform_of
 from moe_ref.numerics import FORMATS, Perturbed, Rounding, accumulator
 from moe_ref.routing import weigh
-from moe_ref.samples import Measured, Recorded, Replayed, Sums, Total, in_order, processors
+from moe_ref.samples import LEAST_WITH_A_GAIN, Measured, Recorded, Replayed, Sums, Total, in_order, processors
 from moe_ref.types import MoEGradients, MoEWeights
 
 KINDS = ("storage", "accumulation")
@@ -84,10 +84,12 @@ class TensorBars:
         return np.sqrt(np.where(reached, np.maximum(variance, row / 4), 0.0))
 
     def gain_sd(self, dtype: str, out_dtype: str) -> float:
-        """Standard deviation of the gain <error, y> / <y, y>."""
+        """Standard deviation of the gain <error, y> / <y, y>; 0 where y is so small that it has none."""
         gains = self._scaled(dtype, self.storage.gains, self.accumulation.gains)
         y = np.abs(self._finite()).ravel()
         largest = float(y.max(initial=0.0)) or 1.0
+        if largest < LEAST_WITH_A_GAIN:
+            return 0.0
         y, out = y / largest, FORMATS[out_dtype]  # so that no square of a tiny tensor underflows
         _, groups = np.unique(y.astype(np.float32), return_inverse=True)  # equal values round equally
         together = np.bincount(groups, weights=y * np.maximum(y, out.smallest_normal / largest), minlength=1)

@@ -20,6 +20,7 @@ from moe_ref._typing import Array
 from moe_ref.numerics import Exact, Perturbed
 
 PROBES = 65_536  # elements whose samples are kept, to see how far they err together
+LEAST_WITH_A_GAIN = 1e-150  # an answer below it has none: errors divided by it are no numbers any more
 KEPT_BYTES = 2**30  # of deviations at the most
 
 Result = TypeVar("Result")
@@ -110,6 +111,8 @@ class Measured:
         self._y = np.where(finite, exact, 0.0).ravel()
         self._largest = float(np.abs(self._y).max(initial=0.0)) or 1.0
         self._y /= self._largest  # so that no square of a tiny tensor underflows
+        if self._largest < LEAST_WITH_A_GAIN:
+            self._y[:] = 0.0
         self._norm = float(self._y @ self._y) or 1.0
 
     def sums(self, values: np.ndarray, scale: float, count: int) -> Sums:

@@ -168,6 +168,7 @@ def needs_of(own: layer.Layer, storage: Storage) -> dict[str, bool]:
         for prefix, projection in (("gate_up", own.up), ("down", own.down))
         for name, field in (("proj", "matrices"), ("proj_bias", "bias"), ("lora_a", "lora_a"), ("lora_b", "lora_b"))
     }
+    there["post_expert_norm"] = False  # Triton's kernels have none
     return {
         name: name in ("x", "topk_weights") or (there[name] and ("lora" in name or not storage.rank)) for name in NAMES
     }

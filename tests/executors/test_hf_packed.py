@@ -14,7 +14,7 @@ import moe_ref
 import packed_models
 from executors.hf.explain import explain_model
 from family_errors import Results, run_model
-from packed_models import build, counted, decoded, experts_in, names_of
+from packed_models import build, counted, decoded, experts_in, names_of, values_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each = pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
@@ -120,15 +120,22 @@ def test_hidden_states_in_another_dtype(dtype: torch.dtype) -> None:
 
 
 def test_one_projection_in_4_bits() -> None:
-    """Which `grouped_nf4` does not take: it says which projection is dense."""
+    """The other is dense: `grouped_nf4` takes both, and `native` says which one it does not take."""
     (module, *_) = experts_in(build("mixtral"))
     packed_models.parametrize.replace_parameter_4bit(module, "down_proj")
     weights = executors.hf.weights_of(module)
     assert isinstance(weights.gate_up_proj, nn.Parameter)
     assert isinstance(weights.down_proj, moe_ref.NF4Tensor)
+    inputs = torch.randn(3, 32), torch.randint(4, (3, 2)), torch.rand(3, 2)
     executors.hf.use(module, "grouped_nf4")
-    with pytest.raises(executors.Unsupported, match="gate_up_proj is dense"):
-        module(torch.randn(3, 32), torch.randint(4, (3, 2)), torch.rand(3, 2))
+    found = module(*inputs)
+    (dense, *_) = experts_in(build("mixtral"))
+    dense.gate_up_proj.data, dense.down_proj.data = module.gate_up_proj.data, values_of(module, "down_proj")
+    executors.hf.use(dense, "native")
+    assert (found - dense(*inputs)).norm() < 1e-5 * found.norm()
+    executors.hf.use(module, "native")
+    with pytest.raises(executors.Unsupported, match="down_proj is nf4"):
+        module(*inputs)
 
 
 def test_another_parametrization_beside_it() -> None:
