@@ -85,7 +85,7 @@ def _made(shape: Shape, dtype: torch.dtype) -> GptOssForCausalLM:
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_local_experts=shape.experts,
-        num_experts_per_tok=shape.layer.top_k,
+        num_experts_per_tok=shape.layer.top_k or 1,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_value_heads,
         head_dim=shape.head_dim,
