@@ -55,10 +55,9 @@ def _loop(
     if module not in _decoders:
         _decoders[module] = _decoders_of(weights.gate_up_proj), _decoders_of(weights.down_proj)
     up, down = _decoders[module]
-    dtype = hidden_states.dtype
-    up_bias, down_bias = _parts(weights.gate_up_proj_bias, dtype), _parts(weights.down_proj_bias, dtype)
-    up_a, up_b = _parts(lora.gate_up_lora_a, dtype), _parts(lora.gate_up_lora_b, dtype)
-    down_a, down_b = _parts(lora.down_lora_a, dtype), _parts(lora.down_lora_b, dtype)
+    up_bias, down_bias = _parts(weights.gate_up_proj_bias), _parts(weights.down_proj_bias)
+    up_a, up_b = _parts(lora.gate_up_lora_a), _parts(lora.gate_up_lora_b)
+    down_a, down_b = _parts(lora.down_lora_a), _parts(lora.down_lora_b)
     experts = [
         (
             FourBitLinear(up[e], up_bias[e], up_a[e], up_b[e], lora.gate_up_scaling),
@@ -70,9 +69,9 @@ def _loop(
     return loop(given, experts, weights.config)
 
 
-def _parts(stack: Tensor | None, dtype: torch.dtype) -> Any:
+def _parts(stack: Tensor | None) -> Any:
     """A view for each expert, or None for each."""
-    return _Nothing() if stack is None else stack.to(dtype).unbind()
+    return _Nothing() if stack is None else stack.unbind()
 
 
 class _Nothing:

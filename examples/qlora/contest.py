@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import nn
 from executors._compare.measure import in_a_process
 from qlora import contenders
 from qlora.report import Result
-from qlora.setup import Setup, windows
+from qlora.setup import Setup, adapted, base_model, windows
+from qlora.state import State
 from qlora.training import fine_tune, recipe_of, trained
 
+EXACT = "exact"  # the run in fp32
 EXAMPLES = Path(__file__).parents[1]
 Tell = Callable[[str, int], object]  # the contender, and its steps so far
 
@@ -31,6 +33,7 @@ class Contest:
         folder: where states are kept.
         save_every: steps between two of them.
         memory: whether peaks are measured, each in a process of its own.
+        exact: whether the same is trained in fp32 too, to see how far rounding alone moves losses.
     """
 
     setup: Setup
@@ -38,6 +41,22 @@ class Contest:
     folder: Path
     save_every: int
     memory: bool
+    exact: bool = False
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The names of all runs, in order."""
+        return (*([EXACT] if self.exact else []), *self.names)
+
+
+def exact_losses(contest: Contest, tell: Tell) -> list[float] | None:
+    """Of the same fine-tune in fp32, on an executor; None where it is not wanted."""
+    if not contest.exact:
+        return None
+    setup = replace(contest.setup, dtype="float32")
+    model = adapted(base_model(setup), setup)
+    contenders.switch(model, "auto")
+    return _run(contest, setup, model, EXACT, tell).losses
 
 
 def hold(contest: Contest, model: nn.Module, tell: Tell) -> list[Result]:
@@ -52,7 +71,6 @@ def hold(contest: Contest, model: nn.Module, tell: Tell) -> list[Result]:
         ValueError: a state on disk is of another run.
     """
     setup = contest.setup
-    text = windows(setup)
     start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
     results = []
     for name in contest.names:
@@ -60,17 +78,21 @@ def hold(contest: Contest, model: nn.Module, tell: Tell) -> list[Result]:
             for key, parameter in trained(model).items():
                 parameter.copy_(start[key])
         contenders.switch(model, name)
-        state = fine_tune(
-            model,
-            text,
-            recipe_of(setup, contest.save_every),
-            contest.folder / f"{name}.safetensors",
-            run_of(setup, name),
-            lambda step, name=name: tell(name, step),  # type: ignore[misc]
-        )
+        state = _run(contest, setup, model, name, tell)
         peak, reason = _peak(setup, name) if contest.memory else (None, "not asked for")
         results.append(Result(name, state.losses, state.seconds, setup.tokens, peak, reason))
     return results
+
+
+def _run(contest: Contest, setup: Setup, model: nn.Module, name: str, tell: Tell) -> State:
+    return fine_tune(
+        model,
+        windows(setup),
+        recipe_of(setup, contest.save_every),
+        contest.folder / f"{name}.safetensors",
+        run_of(setup, name),
+        lambda step: tell(name, step),
+    )
 
 
 def run_of(setup: Setup, name: str) -> str:

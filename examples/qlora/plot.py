@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from executors._compare.plot import COLOURS, save
-from qlora.report import MIB, PARITY, Result
+from qlora.report import MIB, PARITY, Result, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,39 +16,47 @@ if TYPE_CHECKING:
 LEAST = 1e-6  # nats; equal losses are drawn there
 
 
-def plot(path: Path, results: list[Result], unit: str, title: str) -> None:
+def plot(path: Path, results: Results, title: str) -> None:
     """Writes the picture, whole or not at all."""
     figure = Figure(figsize=(10.5, 6.4), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=11)
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.6, 1])[0]
     above, below = left.subplots(2, 1, sharex=True, height_ratios=[1.4, 1])
-    _losses(above, results, unit)
+    everyone = results.contenders
+    _losses(above, results)
     _apart(below, results)
     speed, memory = right.subplots(2, 1)
-    _bars(speed, results, [own.tokens_per_second for own in results], f"{unit}s per second", "{:.0f}")
-    peaks = [None if own.peak is None else own.peak / MIB for own in results]
-    _bars(memory, results, peaks, "peak of a step above the model (MiB)", "{:.0f}")
+    _bars(speed, everyone, [own.tokens_per_second for own in everyone], f"{results.unit}s per second", "{:.0f}")
+    peaks = [None if own.peak is None else own.peak / MIB for own in everyone]
+    _bars(memory, everyone, peaks, "peak of a step above the model (MiB)", "{:.0f}")
     save(figure, path)
 
 
-def _losses(ax: Axes, results: list[Result], unit: str) -> None:
-    for place, own in enumerate(results):
+def _losses(ax: Axes, results: Results) -> None:
+    if results.exact is not None:
+        steps = range(1, len(results.exact) + 1)
+        ax.plot(steps, results.exact, color="black", linewidth=1, label="all but the 4 bits in fp32")
+    for place, own in enumerate(results.contenders):
         steps = range(1, len(own.losses) + 1)
         ax.plot(steps, own.losses, marker="osD^v"[place % 5], label=own.name, **_style(place, 8 - 2 * place))
-    ax.set_ylabel(f"loss (nats per {unit})")
+    ax.set_ylabel(f"loss (nats per {results.unit})")
     ax.set_title("losses: equal runs lie inside one another", fontsize=10)
     ax.legend(fontsize=9, frameon=False)
     _finish(ax)
 
 
-def _apart(ax: Axes, results: list[Result]) -> None:
-    first = results[0]
-    ax.axhline(PARITY, color="#888888", linewidth=1, linestyle="--", label=f"allowed: {PARITY}")
-    for place, own in enumerate(results[1:], start=1):
-        apart = [max(abs(a - b), LEAST) for a, b in zip(own.losses, first.losses, strict=True)]
-        ax.plot(range(1, len(apart) + 1), apart, marker="osD^v"[place % 5], **_style(place, 5), label=own.name)
+def _apart(ax: Axes, results: Results) -> None:
+    """From the run in fp32, or from the first contender where there is none."""
+    against = results.contenders[0].losses if results.exact is None else results.exact
+    name = results.contenders[0].name if results.exact is None else "fp32"
+    ax.axhline(PARITY, color="#888888", linewidth=1, linestyle="--", label=f"{PARITY} nats")
+    for place, own in enumerate(results.contenders):
+        if own.losses is not against:
+            apart = [max(abs(a - b), LEAST) for a, b in zip(own.losses, against, strict=True)]
+            style = _style(place, 5)
+            ax.plot(range(1, len(apart) + 1), apart, marker="osD^v"[place % 5], label=own.name, **style)
     ax.set_yscale("log")
-    ax.set_ylabel(f"apart from {first.name}")
+    ax.set_ylabel(f"nats apart from {name}")
     ax.set_xlabel("optimiser step")
     ax.legend(fontsize=9, frameon=False)
     _finish(ax)

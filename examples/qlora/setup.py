@@ -34,6 +34,7 @@ class Setup:
         checkpointing: "none", or how activations are built anew in the backward pass: "reentrant", "non-reentrant".
         device: where all of it is.
         seed: of random parameters and adapters.
+        dtype: of all that is not in 4 bits: "bfloat16", or "float32" for a run that rounding hardly touches.
     """
 
     model: str = BUNDLED
@@ -47,6 +48,7 @@ class Setup:
     checkpointing: str = "none"
     device: str = "cpu"
     seed: int = 0
+    dtype: str = "bfloat16"
 
     @property
     def tokens(self) -> int:
@@ -73,6 +75,7 @@ def base_model(setup: Setup, progress: Any = None) -> Any:
     if setup.model not in (BUNDLED, RANDOM):
         return _loaded(setup, progress)
     model: Any = models.bundled_model() if setup.model == BUNDLED else models.random_model(setup.shape, setup.seed)
+    model = model.to(getattr(torch, setup.dtype))  # of the same numbers, and so of the same 4 bits
     hf.quantize_experts(model, progress=progress)
     return model.to(setup.device)
 

@@ -26,6 +26,7 @@ from executors import hf
 from qlora import models, training
 from qlora.contest import Contest, hold
 from qlora.models import RANDOM
+from qlora.report import Result, Results
 from qlora.setup import Setup, adapted, base_model, windows
 from qlora.state import load_state
 from qlora.training import Recipe, fine_tune, trained
@@ -88,7 +89,7 @@ def test_the_ways_train_alike(tmp_path: Path) -> None:
     assert [result.name for result in results] == list(names)
     first = results[0]
     assert first.losses[-1] < first.losses[0] - 0.05
-    assert max(result.apart_from(first) for result in results) < 2e-5
+    assert max(result.apart_from(first.losses) for result in results) < 2e-5
 
 
 def test_a_run_that_stops_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -137,11 +138,29 @@ def test_the_command_writes_what_it_says(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "the adapter read back gives the same logits to the last bit" in done.output
     found = json.loads((tmp_path / "qlora_finetune.json").read_text())
-    assert [row["name"] for row in found["results"]] == ["loop", "auto"]
+    assert [row["name"] for row in found["contenders"]] == ["loop", "auto"]
     assert found["adapter_comes_back"] is True
-    assert all(row["tokens_per_second"] > 0 and len(row["losses"]) == 2 for row in found["results"])
+    assert len(found["exact"]) == 2
+    assert found["contenders"][0]["apart_from_exact"] < 0.02
+    assert all(row["tokens_per_second"] > 0 and len(row["losses"]) == 2 for row in found["contenders"])
     assert (tmp_path / "qlora_finetune.png").read_bytes().startswith(PNG)
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("losses", "exact", "agrees"),
+    [
+        ([2.0, 1.501], [2.0, 1.51], True),
+        ([2.0, 1.51], [2.0, 1.509], True),
+        ([2.0, 1.51], [2.0, 1.49], False),
+        ([2.0, 1.51], None, False),
+    ],
+    ids=["near the first", "nearer to the exact run", "farther from it", "no exact run"],
+)
+def test_who_agrees(losses: list[float], exact: list[float] | None, agrees: bool) -> None:
+    first, own = (Result(name, found, [1.0], 1, None) for name, found in (("loop", [2.0, 1.5]), ("auto", losses)))
+    assert Results([first, own], exact, "byte", True, "", "").ok == agrees
+    assert not Results([first, own], exact, "byte", False, "", "").ok
 
 
 @pytest.mark.parametrize(
@@ -177,7 +196,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
     found = []
     for folder in (killed, whole):
         subprocess.run([*command, *small_arguments(folder)], check=True)
-        found.append(json.loads((folder / "qlora_finetune.json").read_text())["results"][0]["losses"])
+        found.append(json.loads((folder / "qlora_finetune.json").read_text())["contenders"][0]["losses"])
     assert found[0] == found[1]
 
 

@@ -44,11 +44,12 @@ class FourBitLinear:
     scaling: float = LORA_SCALING
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Decodes, and multiplies."""
+        """Decodes, and multiplies; the adapter in its own dtype, as PEFT does."""
         out = F.linear(rows, self.decode(), self.bias)
         if self.lora_a is None or self.lora_b is None:
             return out
-        return out + self.scaling * F.linear(F.linear(rows, self.lora_a), self.lora_b)
+        added = F.linear(F.linear(rows.to(self.lora_a.dtype), self.lora_a), self.lora_b)
+        return (out + self.scaling * added).to(out.dtype)
 
 
 Expert = tuple[FourBitLinear, FourBitLinear]
