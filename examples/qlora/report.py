@@ -84,7 +84,7 @@ def table(results: Results) -> Table:
     out = Table(pad_edge=False)
     out.add_column("experts", no_wrap=True)
     apart = [f"nats from {first.name}", "nats from fp32"]
-    for heading in (f"{results.unit}s/s", "x", "peak MiB", "x", "first loss", "last loss", *apart):
+    for heading in (f"{results.unit}s/s", "x", "peak MiB", "x", "last loss", *apart):
         out.add_column(heading, justify="right")
     for own in results.contenders:
         peak, smaller = "-", "-"
@@ -96,7 +96,6 @@ def table(results: Results) -> Table:
             f"{own.tokens_per_second / first.tokens_per_second:.2f}",
             peak,
             smaller,
-            f"{own.losses[0]:.4f}",
             f"{own.losses[-1]:.4f}",
             "" if own is first else f"{own.apart_from(first.losses):.1e}",
             "-" if results.exact is None else f"{own.apart_from(results.exact):.1e}",

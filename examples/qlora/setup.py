@@ -75,7 +75,8 @@ def base_model(setup: Setup, progress: Any = None) -> Any:
     if setup.model not in (BUNDLED, RANDOM):
         return _loaded(setup, progress)
     model: Any = models.bundled_model() if setup.model == BUNDLED else models.random_model(setup.shape, setup.seed)
-    model = model.to(getattr(torch, setup.dtype))  # of the same numbers, and so of the same 4 bits
+    if setup.dtype == "float32":  # of the same numbers, and so of the same 4 bits
+        model = model.float()
     hf.quantize_experts(model, progress=progress)
     return model.to(setup.device)
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 import typer
 from safetensors import safe_open
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
+from typer.testing import Result as Ended
 
 pytest.importorskip("peft", reason="the extra moe-ref[qlora]")
 pytest.importorskip("bitsandbytes", reason="the extra moe-ref[qlora]")
@@ -57,7 +58,7 @@ def made(setup: Setup) -> torch.nn.Module:
     return model
 
 
-def run(*arguments: object) -> Result:
+def run(*arguments: object) -> Ended:
     app = typer.Typer()
     app.command()(qlora_finetune.main)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
