@@ -54,7 +54,8 @@ class Experts(nn.Module):
         super().__init__()
         check_weights(weights)
         check_bool("frozen", frozen)
-        first = weights.gate_up_proj.codes if weights.packed() else weights.gate_up_proj
+        first: Any = weights.gate_up_proj
+        first = first.codes if isinstance(first, PackedTensor) else first
         if not isinstance(first, Tensor):
             kind = type(first)
             raise TypeError(f"weights.gate_up_proj is a {kind.__module__}.{kind.__name__}: must be a torch.Tensor")
