@@ -92,9 +92,14 @@ def loaded(state: Mapping[str, Tensor], key: str, before: NF4Tensor, *, assign: 
     if assign:
         return tensor
     there = tensor.to(before.device, dtype=before.dtype)
-    old, new = before.arrays(), there.arrays()
-    if {n: (a.shape, a.dtype) for n, a in old.items()} != {n: (a.shape, a.dtype) for n, a in new.items()}:
-        return there.map(torch.clone)  # another form: other buffers, which do not share the entries' memory
-    for name, array in new.items():
+    if _form(there) != _form(before):  # other buffers: who shares those that were there reads them in their form
+        return there.map(torch.clone)
+    old = before.arrays()
+    for name, array in there.arrays().items():
         old[name].copy_(array)
     return replace(there, **old)
+
+
+def _form(tensor: NF4Tensor) -> tuple[Any, ...]:
+    arrays = {name: (array.shape, array.dtype) for name, array in tensor.arrays().items()}
+    return tensor.quant_type, tensor.blocksize, tensor.nested_blocksize, arrays

@@ -160,6 +160,16 @@ def test_r3_loading_never_rounds_the_selection_bias() -> None:
     assert torch.equal(low.selection_bias, bias)  # type: ignore[arg-type]
 
 
+def test_another_form_spares_who_shares_the_memory() -> None:
+    """The other module would read FP4's codes by NF4's table."""
+    weights, source = layer("nf4"), nf4.quantize(layer("dense", seed=1), "fp4", nested=True)
+    module, other = Experts(weights), Experts(weights)
+    before = decode(other.weights.gate_up_proj)
+    module.load_state_dict(Experts(source).state_dict())
+    assert torch.equal(decode(other.weights.gate_up_proj), before)
+    assert torch.equal(decode(module.weights.gate_up_proj), decode(source.gate_up_proj))
+
+
 @every_kind
 def test_files_hold_it(kind: str, tmp_path: Path) -> None:
     module, other = Experts(layer(kind)), Experts(layer(kind, seed=1))
