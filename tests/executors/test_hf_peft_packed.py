@@ -132,6 +132,7 @@ def test_a_model_is_as_it_was_after_peft() -> None:
     with executors.hf.peft(model):
         assert module.gate_up_proj.shape == (4, 48, 32)
         assert module.gate_up_proj.untyped_storage().nbytes() == 4
+        assert peft_models.logits(model).isnan().all()  # who calls it against advice sees it
         assert dict(module.named_parameters()).keys() == {"gate_up_proj", "down_proj"}
     with pytest.raises(ValueError, match="lora_dropout"), executors.hf.peft(model):
         get_peft_model(model, lora_config(lora_dropout=0.1))
@@ -141,6 +142,20 @@ def test_a_model_is_as_it_was_after_peft() -> None:
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_layers_are_as_they_were_if_a_later_one_is_refused() -> None:
+    model = packed_models.build("mixtral", "nf4")
+    first, *_, last = experts_in(model)
+    executors.hf.use(model, "grouped_nf4")
+    before = peft_models.logits(model)
+    nn.utils.parametrize.register_parametrization(last, "down_proj", nn.Identity(), unsafe=True)
+    said = "down_proj is in 4 bits and is parametrized by Identity too"
+    with pytest.raises(executors.Unsupported, match=said), executors.hf.peft(model):
+        pass
+    assert first.parametrizations.gate_up_proj.original.dtype == torch.uint8
+    del last.parametrizations.down_proj[1]
+    assert torch.equal(peft_models.logits(model), before)
 
 
 def test_peft_refuses_or_goes_wrong_alone() -> None:
