@@ -25,7 +25,7 @@ class ParamWrapper(layer.ParamWrapper):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's, which gets the wrapper if its adapters are to be added."""
         module: Any = self.get_base_layer()
-        if not module.config._experts_implementation.startswith(PREFIX):
+        if not str(module.config._experts_implementation).startswith(PREFIX):
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)  # type: ignore[no-untyped-call]
         if self.disable_adapters and self.merged:
@@ -40,6 +40,12 @@ class ParamWrapper(layer.ParamWrapper):
         if parametrization_of(self.get_base_layer(), self.parameter_name):
             raise Unsupported(f"{self.parameter_name} is in 4 bits: must be dense to have its adapter merged")
         super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """PEFT's, which has no effect on experts in 4 bits: their codes keep what was merged before they were made."""
+        if self.merged and parametrization_of(self.get_base_layer(), self.parameter_name):
+            raise Unsupported(f"{self.parameter_name} is in 4 bits, with its adapter merged: cannot be had without it")
+        super().unmerge()
 
     def _activate_lora(self, active_adapters: list[str]) -> Any:
         """PEFT's, which goes wrong with experts in 4 bits: one adapter is ignored, and calls change the next ones."""

@@ -158,6 +158,32 @@ def test_layers_are_as_they_were_if_a_later_one_is_refused() -> None:
     assert torch.equal(peft_models.logits(model), before)
 
 
+def test_adapters_that_are_there_when_experts_are_quantized() -> None:
+    """Plain PEFT ignores them in 4 bits. They run apart on an executor, and on nothing else."""
+    model = peft_models.adapted("mixtral", torch.float32)
+    executors.hf.quantize_experts(model)
+    with pytest.raises(executors.Unsupported, match="is in 4 bits and has an adapter: must run on an executor"):
+        peft_models.logits(model)
+    dense = dense_of(model, "mixtral")
+    executors.hf.use(model, "grouped_nf4")
+    equal_steps(model, dense)
+
+
+def test_adapters_that_were_merged_before_stay_so() -> None:
+    """PEFT would take them off what it has decoded, and then say that they are off."""
+    model = peft_models.adapted("mixtral", torch.float32)
+    model.merge_adapter()
+    executors.hf.quantize_experts(model)
+    executors.hf.use(model, "grouped_nf4")
+    merged = peft_models.logits(model)
+    said = "is in 4 bits, with its adapter merged: cannot be had without it"
+    with pytest.raises(executors.Unsupported, match=said), model.disable_adapter():
+        peft_models.logits(model)
+    with pytest.raises(executors.Unsupported, match=said):
+        model.unmerge_adapter()
+    assert torch.equal(peft_models.logits(model), merged)
+
+
 def test_peft_refuses_or_goes_wrong_alone() -> None:
     """What hf.peft is for. If this fails, a later PEFT can do it."""
     with pytest.raises(ValueError, match="No `target_modules` passed but also no `target_parameters` found"):
