@@ -21,6 +21,7 @@ from executors.hf.module import experts_in
 from executors.hf.parameters import class_name, parametrization_of, up_name
 from executors.hf.storage import MXFP4Parametrization
 from executors.nf4.file import write
+from moe_ref.validation.arrays import short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +55,7 @@ def save_quantized(
         The folder.
 
     Raises:
-        TypeError: the model is no transformers model, or has adapters of PEFT.
+        TypeError: the model is no transformers model, or has adapters of PEFT; or the folder is no text and no path.
         ValueError: ``shard_bytes`` is no number from 1 on.
         Unsupported: no experts are in 4 bits (save_pretrained saves such a model); or a tensor is on the meta device.
         FileExistsError: the folder has files.
@@ -67,8 +68,10 @@ def save_quantized(
         )
     if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes!r:.60}: must be an integer, at least 1")
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder={short(folder)}: must be text or a path")
     check_progress(progress)
-    state, target = _state(model), Path(folder)
+    state, target = _state(model), Path(folder).resolve()  # of a link, what it means: only that can be replaced
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: must not exist, or be an empty folder")
     partial = target.with_name(f".{target.name}.partial")
@@ -94,7 +97,7 @@ def save_quantized(
     if target.exists():
         target.rmdir()
     os.replace(partial, target)
-    return target
+    return Path(folder)
 
 
 def _state(model: PreTrainedModel) -> dict[str, Tensor]:

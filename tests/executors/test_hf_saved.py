@@ -205,6 +205,18 @@ def test_a_save_that_stops_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     same_state(load_quantized(tmp_path / "model"), model)
 
 
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    """To an empty folder, and to one that is not there yet."""
+    model = packed("mixtral")
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        link = tmp_path / f"link to {name}"
+        link.symlink_to(tmp_path / name)
+        assert save_quantized(model, link) == link
+        assert link.is_symlink()
+        same_state(load_quantized(tmp_path / name), model)
+
+
 def test_progress(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     model = packed("mixtral")
@@ -271,6 +283,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_config(f, lambda values: values.update(architectures=["Nothing"])),
         "architectures=['Nothing']: must name a class of transformers",
     ),
+    "no model": (
+        lambda f: edit_config(f, lambda values: values.update(architectures=[7, "pipeline", "GptOssForCausalLM"])),
+        "architectures=[7, 'pipeline', 'GptOssForCausalLM']: must name a class of transformers",
+    ),
     "config": (lambda f: (f / "config.json").unlink(), "must have a config.json of a known model"),
 }
 
@@ -294,7 +310,7 @@ def test_what_is_broken_is_refused_by_key(case: str, saved: Path, tmp_path: Path
         load_quantized(folder)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
-    assert case in ("class", "config") or isinstance(caught.value, BadCheckpoint)
+    assert case in ("class", "no model", "config") or isinstance(caught.value, BadCheckpoint)
 
 
 @pytest.mark.filterwarnings(
@@ -318,6 +334,7 @@ def test_arguments_are_refused_in_one_line(saved: Path, tmp_path: Path) -> None:
         ),
         (lambda: save_quantized(model, tmp_path / "full"), FileExistsError, "must not exist, or be an empty folder"),
         (lambda: save_quantized(model, tmp_path / "x", shard_bytes=0), ValueError, "shard_bytes=0: must be an integer"),
+        (lambda: save_quantized(model, None), TypeError, "folder=None: must be text or a path"),  # type: ignore[arg-type]
         (lambda: save_quantized(model.to("meta"), tmp_path / "x"), executors.Unsupported, "is on the meta device"),
         (lambda: save_quantized(adapted, tmp_path / "x"), TypeError, "model is a PeftModel"),
         (
