@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT = "moe-ref 4-bit experts, 1"  # in the index's metadata: keys are the model's own
 DECODED = "mxfp4_dtypes"  # there too: what each projection in MXFP4 decodes to, which its bytes do not say
+TIED = "tied"  # there too: keys that share memory with another, which is written instead
 ADAPTERS = (".base_layer.", ".lora_A.", ".lora_B.")
 SHARD_BYTES = 4 * 10**9
 
@@ -71,7 +72,7 @@ def save_quantized(
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(f"folder={short(folder)}: must be text or a path")
     check_progress(progress)
-    state, target = _state(model), Path(folder).resolve()  # of a link, what it means: only that can be replaced
+    (state, tied), target = _state(model), Path(folder).resolve()  # of a link, what it means: only that can be replaced
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: must not exist, or be an empty folder")
     partial = target.with_name(f".{target.name}.partial")
@@ -89,7 +90,7 @@ def save_quantized(
             done += sum(value.nbytes for value in tensors.values())
             tell(done)
     where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-    metadata = {"total_size": total, "format": FORMAT, DECODED: _decoded(model)}
+    metadata = {"total_size": total, "format": FORMAT, DECODED: _decoded(model), TIED: tied}
     _write_json(partial / INDEX, {"metadata": metadata, "weight_map": where})
     for file in partial.glob("*.safetensors"):
         if file.name not in names:  # of an earlier try with other sizes
@@ -100,8 +101,8 @@ def save_quantized(
     return Path(folder)
 
 
-def _state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's tensors by key, each memory once.
+def _state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The model's tensors by key, each memory once; and for other keys of that memory the one that is there.
 
     Raises:
         TypeError, Unsupported: as `save_quantized`.
@@ -111,7 +112,8 @@ def _state(model: PreTrainedModel) -> dict[str, Tensor]:
         allowed = "must have been quantised by quantize_experts, or be saved by save_pretrained"
         raise Unsupported(f"model={class_name(model)}: no experts are in 4 bits: {allowed}")
     state: dict[str, Tensor] = {}
-    seen: set[Any] = set()
+    tied: dict[str, str] = {}
+    seen: dict[Any, str] = {}
     for key, value in model.state_dict().items():
         if any(part in key for part in ADAPTERS):
             raise TypeError(f"model has {key}, of an adapter of PEFT: must have none: save it by PEFT, and unload it")
@@ -121,10 +123,11 @@ def _state(model: PreTrainedModel) -> dict[str, Tensor]:
             raise Unsupported(f"{key} is on the meta device: must have its numbers (offloaded?)")
         place = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), value.device)
         if value.numel() and place in seen:
+            tied[key] = seen[place]
             continue
-        seen.add(place)
+        seen[place] = key
         state[key] = value
-    return state
+    return state, tied
 
 
 def _decoded(model: nn.Module) -> dict[str, str]:

@@ -205,6 +205,19 @@ def test_a_save_that_stops_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     same_state(load_quantized(tmp_path / "model"), model)
 
 
+def test_what_is_shared_against_the_configuration(tmp_path: Path) -> None:
+    """A head, and a whole experts module: one copy is written, and each place gets its own."""
+    model = mixtral()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
+    quantize_experts(model)
+    loaded = load_quantized(save_quantized(model, tmp_path / "model"))
+    same_state(loaded, model)
+    keys = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "lm_head.weight" not in keys
+    assert "model.layers.1.mlp.experts.gate_up_proj" not in keys
+
+
 def test_a_link_stays_one(tmp_path: Path) -> None:
     """To an empty folder, and to one that is not there yet."""
     model = packed("mixtral")
