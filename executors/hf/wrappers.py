@@ -31,9 +31,18 @@ class ParamWrapper(layer.ParamWrapper):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if not (self.disable_adapters or self.merged):
+            self._check_there(x)
             kwargs["adapters"] = (*kwargs.get("adapters", ()), self)
         wrapped: Any = self.base_layer
         return wrapped(x, *args, **kwargs)
+
+    def _check_there(self, x: Tensor) -> None:
+        """Refuses adapters that are offloaded: nothing brings them, as nobody calls them."""
+        own = [self.lora_A[name].weight for name in self.active_adapters if name in self.lora_A]
+        if any(value.is_meta for value in own) and not x.is_meta:
+            raise Unsupported(
+                f"{self.parameter_name}: its adapter is on the meta device (offloaded?): must stay on a device"
+            )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's, which has no effect on experts in 4 bits: it adds to what it has decoded, and then says merged."""
