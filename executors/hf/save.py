@@ -92,8 +92,8 @@ def save_quantized(
     where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
     metadata = {"total_size": total, "format": FORMAT, DECODED: _decoded(model), TIED: tied}
     _write_json(partial / INDEX, {"metadata": metadata, "weight_map": where})
-    for file in partial.glob("*.safetensors"):
-        if file.name not in names:  # of an earlier try with other sizes
+    for file in partial.iterdir():
+        if file.name not in names and file.suffix in (".safetensors", ".tmp"):  # of an earlier try: other sizes, killed
             file.unlink()
     if target.exists():
         target.rmdir()

@@ -196,12 +196,15 @@ def test_a_save_that_stops_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {file.name for file in partial.glob("*.safetensors")} == set(written)
     changed = load_file(partial / written[0])
     save_file({key: torch.zeros_like(value) for key, value in changed.items()}, partial / written[0])
+    killed = f".{written[1]}.1.tmp"
+    (partial / killed).write_bytes(b"half a file")
     again: list[str] = []
     monkeypatch.setattr(save, "write", lambda path, *rest: again.append(path.name) or true(path, *rest))
     save_quantized(model, tmp_path / "model", shard_bytes=20_000)
     assert written[0] in again  # which is not this model's
     assert written[1] not in again
     assert not partial.exists()
+    assert not (tmp_path / "model" / killed).exists()
     same_state(load_quantized(tmp_path / "model"), model)
 
 
