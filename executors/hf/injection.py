@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,7 @@ class _Hidden:
 
     def __init__(self, module: Any) -> None:
         self.module, self.kind, self.names = module, type(module), _packed(module)
+        self.order = list(module._parameters)
         tensors = [projection_of(module, name) for name in self.names]
         module.__class__ = type_before_parametrizations(module)
         self.parametrizations = module._modules.pop("parametrizations")
@@ -67,9 +68,17 @@ class _Hidden:
             experts, rows, columns = tensor.shape
             shape = (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
             module.register_parameter(name, nn.Parameter(one.expand(shape), requires_grad=False))
+        self._sort((up_name(module), "down_proj"))  # PEFT wraps in this order, also where one of them is dense
 
     def show(self) -> None:
         for name in self.names:
             del self.module._parameters[name]
+        self._sort(self.order)
         self.module._modules["parametrizations"] = self.parametrizations
         self.module.__class__ = self.kind
+
+    def _sort(self, names: Iterable[str]) -> None:
+        """Puts parameters last, in the order of their names."""
+        for name in names:
+            if name in self.module._parameters:
+                self.module._parameters[name] = self.module._parameters.pop(name)

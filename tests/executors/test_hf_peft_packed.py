@@ -123,6 +123,23 @@ def test_files_are_those_of_dense_experts(name: str, tmp_path: Path) -> None:
         assert close(peft_models.logits(ours), expected, TOLERANCE)
 
 
+@pytest.mark.parametrize("packed", ["up_proj", "down_proj"])
+def test_files_of_models_with_one_projection_in_4_bits(packed: str, tmp_path: Path) -> None:
+    """PEFT nests its wrappers in the order of parameters, and files have that order."""
+    model, other = packed_models.build("nemotron_h"), packed_models.build("nemotron_h")
+    for module, dense in zip(experts_in(model), experts_in(other), strict=True):
+        packed_models.parametrize.replace_parameter_4bit(module, packed, quant_type="nf4")
+        getattr(dense, packed).data = packed_models.values_of(module, packed)
+    plain = peft_models.with_adapter(other)
+    plain.save_pretrained(tmp_path)
+    keys = [key for key, _ in model.named_parameters()]
+    with executors.hf.peft(model):
+        ours = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
+    assert [key.replace("base_layer.", "") for key, _ in model.named_parameters() if "lora" not in key] == keys
+    executors.hf.use(ours, "grouped_nf4")
+    equal_steps(ours, plain)
+
+
 def test_a_model_is_as_it_was_after_peft() -> None:
     """Bytes, statistics, class, hooks; after an error of PEFT too."""
     model = packed_models.build("mixtral", "nested")
