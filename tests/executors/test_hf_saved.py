@@ -363,6 +363,7 @@ def test_arguments_are_refused_in_one_line(saved: Path, tmp_path: Path) -> None:
             ValueError,
             "device=nowhere: must be one that torch has",
         ),
+        (lambda: load_quantized(saved, device="meta"), ValueError, "device=meta: must be one that has memory"),
         (lambda: load_quantized(saved, "nf4"), ValueError, "quant_type='nf4': must be None"),
         (lambda: load_quantized(saved, "int4"), ValueError, "quant_type='int4': must be one of"),  # type: ignore[arg-type]
         (lambda: load_quantized(7), TypeError, "folder=7: must be text or a path"),  # type: ignore[arg-type]
