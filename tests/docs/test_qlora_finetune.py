@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -22,13 +23,15 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("peft", reason="the extra moe-ref[qlora]")
 pytest.importorskip("bitsandbytes", reason="the extra moe-ref[qlora]")
 
+import peft
+
 import executors
 import families
 import peft_models
 import qlora_finetune
 from executors import hf
 from qlora import models, training
-from qlora.contest import Contest, hold
+from qlora.contest import Contest, hold, run_of
 from qlora.models import RANDOM
 from qlora.setup import Setup, adapted, base_model, windows
 from qlora.state import load_state
@@ -136,6 +139,8 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "state.safetensors"
     model = made(SMALL)
     fine_tune(model, windows(SMALL)[:1], Recipe(), file, "one")
+    own = json.loads(run_of(SMALL, "auto"))
+    assert (own["python"], own["peft"]) == (platform.python_version(), peft.__version__)
     with pytest.raises(ValueError, match=r"state\.safetensors: is of another run: one; remove it"):
         load_state(file, "other", trained(model), torch.optim.AdamW(trained(model).values()))
     file.write_bytes(b"no state")
