@@ -27,16 +27,21 @@ def moved(array: Array, device: Any = None, dtype: Any = None) -> Array:
     """The array on another device and in another dtype, of its library or by name; None leaves either as it is.
 
     torch.compile traces it, if the dtype is not a name.
+
+    Raises:
+        ValueError: the library has no such dtype.
     """
     is_torch = hasattr(array, "requires_grad")
     if device is not None:
         array = array.to(device) if is_torch else to_device(array, device)
     if dtype is None or dtype_name(array) == _name_of(dtype):
         return array
-    if is_torch and not isinstance(dtype, str):
+    if is_torch and hasattr(dtype, "is_floating_point"):
         return array.to(dtype)
-    xp = array_namespace(array)
-    return xp.astype(array, getattr(xp, _name_of(dtype)))
+    xp, name = array_namespace(array), _name_of(dtype)
+    if not hasattr(xp, name):
+        raise ValueError(f"dtype={name}: must be one that {type(array).__module__} has")
+    return xp.astype(array, getattr(xp, name))
 
 
 def named_dtype(dtype: Any, allowed: tuple[str, ...]) -> str | None:
@@ -71,4 +76,4 @@ def rounds(before: Array, after: Any) -> bool:
 
 
 def _name_of(dtype: Any) -> str:
-    return str(dtype).rpartition(".")[2]
+    return dtype.__name__ if isinstance(dtype, type) else str(dtype).rpartition(".")[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from torch import nn
 
 from executors._compare.measure import in_a_process
+from executors._compare.report import version_of
 from qlora import contenders
-from qlora.report import Result
+from qlora.report import PACKAGES, Result
 from qlora.setup import Setup, adapted, base_model, windows
 from qlora.state import State
 from qlora.training import fine_tune, recipe_of, trained
@@ -97,8 +99,10 @@ def _run(contest: Contest, setup: Setup, model: nn.Module, name: str, tell: Tell
 
 def run_of(setup: Setup, name: str) -> str:
     """All that a run's losses depend on."""
-    own: dict[str, Any] = setup.as_json() | {"experts": name, "torch": torch.__version__}
-    own["threads"] = torch.get_num_threads()
+    own: dict[str, Any] = setup.as_json() | {"experts": name, "threads": torch.get_num_threads()}
+    own |= {"python": platform.python_version()} | {
+        package: version_of(package) for package in PACKAGES
+    }  # and its text
     return json.dumps(own, sort_keys=True)
 
 

@@ -80,6 +80,7 @@ def tokens_of(folder: Path) -> Text:
 
 
 def _made(shape: Shape, dtype: torch.dtype) -> GptOssForCausalLM:
+    assert shape.layer.top_k is not None  # the router is in the model
     config = GptOssConfig(
         num_hidden_layers=shape.layers,
         hidden_size=shape.hidden,

@@ -54,7 +54,16 @@ def loss_of(model: Any, windows: Tensor) -> Tensor:
     """
     base = model.get_base_model()
     hidden = base.model(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
-    return -hf.chunked_logprobs(hidden.float(), base.lm_head.weight.float(), windows[:, 1:]).mean()
+    head, rule = base.lm_head, logit_rule(base.config)
+    return -hf.chunked_logprobs(hidden.float(), head.weight.float(), windows[:, 1:], bias=head.bias, **rule).mean()
+
+
+def logit_rule(config: Any) -> dict[str, Any]:
+    """What a model does to its logits, as `executors.hf.chunked_logprobs` takes it: Cohere's, Granite's, Gemma's."""
+    config = config.get_text_config()
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    scale = getattr(config, "logit_scale", None) or 1.0 / divisor
+    return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
 
 
 def gradients(model: Any, windows: Tensor, accumulate: int) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from executors._protocol import Unsupported
 from moe_ref.types import ExpertLoRA
+from moe_ref.validation.arrays import check_array, check_finite
 
 PREFIX = "moe_"  # of the names under which transformers has executors
 UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
@@ -127,10 +128,11 @@ def join_gate_and_up(
         ExpertLoRA with gate_up_lora_a [E, r + q, H] and gate_up_lora_b [E, 2I, r + q], differentiable in all four.
 
     Raises:
-        ValueError: shapes do not fit, or there is no such layout.
+        ValueError: shapes do not fit, a scaling is not finite, or there is no such layout.
+        TypeError: a factor is no array of floats, or a scaling no number.
     """
-    _check_pair("gate", gate_a, gate_b)
-    _check_pair("up", up_a, up_b)
+    _check_pair("gate", gate_a, gate_b, gate_scaling)
+    _check_pair("up", up_a, up_b, up_scaling)
     for name, one, other in (("up_a", up_a, gate_a), ("up_b", up_b, gate_b)):
         axis = 2 if name == "up_a" else 1
         if (one.shape[0], one.shape[axis]) != (other.shape[0], other.shape[axis]):
@@ -156,7 +158,10 @@ def split_gate_and_up(b: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def _check_pair(name: str, a: Tensor, b: Tensor) -> None:
+def _check_pair(name: str, a: Tensor, b: Tensor, scaling: float) -> None:
+    for end, factor in (("a", a), ("b", b)):
+        check_array(f"{name}_{end}", factor)
+    check_finite(f"{name}_scaling", scaling)
     if a.ndim != 3 or b.ndim != 3 or (a.shape[0], a.shape[1]) != (b.shape[0], b.shape[2]):
         raise ValueError(
             f"{name}_a.shape={tuple(a.shape)}, {name}_b.shape={tuple(b.shape)}: must be (E, r, H) and (E, I, r)"

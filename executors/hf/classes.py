@@ -22,10 +22,13 @@ def class_of(folder: Path) -> tuple[type[nn.Module], Any]:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"model={folder}: must have a config.json of a known model: {line(error)}") from error
-    kinds = [getattr(transformers, kind, None) for kind in config.architectures or []]
-    kind = next((kind for kind in kinds if kind is not None), None)
+    named = config.architectures if isinstance(config.architectures, list) else []
+    found = [getattr(transformers, name, None) for name in named if isinstance(name, str)]
+    kinds = [kind for kind in found if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
+    kind: Any = next((kind for kind in kinds if kind.config_class and isinstance(config, kind.config_class)), None)
     if kind is None:
-        raise ValueError(f"model={folder}: architectures={config.architectures}: must name a class of transformers")
+        allowed = f"must name a class of transformers for a {type(config).__name__}"
+        raise ValueError(f"model={folder}: architectures={config.architectures}: {allowed}")
     return kind, config
 
 

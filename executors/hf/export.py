@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_ref.validation.arrays import short
+
 FORMS = ("per_expert",)
 
 
@@ -36,7 +38,7 @@ def export_adapter(
         The folder.
 
     Raises:
-        TypeError: the model is no PeftModel.
+        TypeError: the model is no PeftModel, the folder is no text and no path, or the adapter's name is no text.
         ValueError: there is no such form or adapter.
         Unsupported: the adapter has what the form cannot say: no experts, biases, whole modules, DoRA, ranks or
             scalings of single modules (``rank_pattern``, ``alpha_pattern``), or a parameter that is no expert's.
@@ -46,6 +48,10 @@ def export_adapter(
         raise ValueError(f"form={form!r}: must be {FORMS[0]!r}; model.save_pretrained writes PEFT's own form")
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         raise TypeError(f"model is a {type(model).__name__}: must be a PeftModel")
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder={short(folder)}: must be text or a path")
+    if not isinstance(adapter, str):
+        raise TypeError(f"adapter={short(adapter)}: must be the name of one")
     from executors.hf import adapter_file
 
     return adapter_file.write(model, folder, adapter)

@@ -64,6 +64,8 @@ def load_quantized(
         place = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device}: must be one that torch has here: {str(error).splitlines()[0]}") from None
+    if place.type == "meta":
+        raise ValueError(f"device={device}: must be one that has memory")
     if quant_type is not None:
         check_quantize(torch.empty(0), "float32", quant_type, blocksize, nested)
     if not _is_own(Path(folder)):

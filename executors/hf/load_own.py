@@ -16,7 +16,7 @@ from executors.checkpoint.shards import INDEX, Reader, Shards, read_json
 from executors.hf.classes import class_of, default_dtype, finish, line
 from executors.hf.module import experts_in
 from executors.hf.parameters import up_name
-from executors.hf.save import DECODED
+from executors.hf.save import DECODED, TIED
 from executors.hf.storage import check_library, put
 from moe_ref.types import MXFP4Tensor, NF4Tensor
 
@@ -43,11 +43,11 @@ def load_own(folder: Path, device: torch.device, progress: Progress) -> PreTrain
     with default_dtype(config.dtype or torch.float32), torch.device("meta"):
         model: Any = kind(config)
     quantizer = _quantizer(model, config)
-    decoded = metadata.get(DECODED)
+    decoded, tied = (_texts(metadata.get(name)) for name in (DECODED, TIED))
     read: set[str] = set()
     with shards.reading() as reader, reporter(progress, len(shards.where)) as tell:
         tell(0)
-        source = _Source(reader, device, decoded if isinstance(decoded, dict) else {}, read, tell)
+        source = _Source(reader, device, decoded, tied, read, tell)
         packed = _read_experts(model, source)
         _read_rest(model, source, {f"{name}.{own}" if name else own for name, own in packed})
     if unknown := sorted(shards.where.keys() - read):
@@ -63,19 +63,36 @@ def load_own(folder: Path, device: torch.device, progress: Progress) -> PreTrain
     return model
 
 
+def _texts(values: Any) -> dict[str, str]:
+    """What of the index's metadata is text by key."""
+    return {key: value for key, value in values.items() if isinstance(value, str)} if isinstance(values, dict) else {}
+
+
 class _Source:
     """Tensors by key, and which keys were read."""
 
     def __init__(
-        self, reader: Reader, device: torch.device, decoded: dict[str, str], read: set[str], tell: Any
+        self,
+        reader: Reader,
+        device: torch.device,
+        decoded: dict[str, str],
+        tied: dict[str, str],
+        read: set[str],
+        tell: Any,
     ) -> None:
-        self.reader, self.device, self.decoded, self.read, self.tell = reader, device, decoded, read, tell
+        self.reader, self.device, self.read, self.tell = reader, device, read, tell
+        self.decoded, self.tied = decoded, tied
 
     def __contains__(self, key: str) -> bool:
-        return key in self.reader.shards.where
+        return self._stored(key) in self.reader.shards.where
+
+    def _stored(self, key: str) -> str:
+        """The key under which a file has it: another one for what was tied when it was saved."""
+        return key if key in self.reader.shards.where else self.tied.get(key, key)
 
     def tensor(self, key: str) -> Tensor:
         """One tensor in memory of its own, on the device."""
+        key = self._stored(key)
         found = self.reader.tensor(key).clone().to(self.device)
         self.read.add(key)
         self.tell(len(self.read))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_ref.validation.arrays import short
+from moe_ref.validation.arrays import check_finite, short
 
 IGNORED = -100  # the label of tokens that do not count, as torch's losses have it
 
@@ -72,11 +72,13 @@ def chunked_logprobs(
     """
     weight, bias = _head(head, bias)
     _check(hidden, weight, bias, labels)
-    for name, value in (("chunk", chunk), ("temperature", temperature), ("softcap", softcap)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}={value!r}: must be positive")
     if not isinstance(chunk, int):
-        raise TypeError(f"chunk={chunk!r}: must be an int")
+        raise TypeError(f"chunk={short(chunk)}: must be an int")
+    numbers = {"chunk": chunk, "scale": scale, "temperature": temperature}
+    for name, value in (numbers if softcap is None else numbers | {"softcap": softcap}).items():
+        check_finite(name, value)  # a tensor would get no gradient
+        if name != "scale" and value <= 0:
+            raise ValueError(f"{name}={value!r}: must be positive")
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         hidden, weight = hidden.to(torch.get_autocast_dtype(kind)), weight.to(torch.get_autocast_dtype(kind))
@@ -111,23 +113,28 @@ class _LogProbs(torch.autograd.Function):
             raise RuntimeError(
                 "chunked_logprobs: double backward is not supported; differentiate with create_graph=False"
             )
-        rows, weight, bias, labels, total = ctx.saved_tensors
-        needs_rows, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        d_found = torch.where(labels == IGNORED, 0, d_found)[:, None]
-        d_rows = torch.zeros(rows.shape, dtype=total.dtype, device=rows.device) if needs_rows else None
-        d_weight = torch.empty_like(weight) if needs_weight else None
-        d_bias = torch.empty_like(bias) if needs_bias else None
-        for start, logits in _chunks(rows, weight, bias, ctx.chunk, ctx.rule):
-            part = slice(start, start + logits.shape[1])
-            d_logits = (_hits(labels, start, logits).to(total.dtype) - torch.exp(logits - total[:, None])) * d_found
-            dz = ctx.rule.back(d_logits, logits).to(rows.dtype)
-            if d_rows is not None:
-                d_rows += dz @ weight[part]
-            if d_weight is not None:
-                d_weight[part] = dz.T @ rows
-            if d_bias is not None:
-                d_bias[part] = dz.sum(0, dtype=total.dtype)
-        return None if d_rows is None else d_rows.to(rows.dtype), d_weight, d_bias, None, None, None
+        with torch.autocast(d_found.device.type, enabled=False):  # the logits are those of the forward pass
+            return _gradients(ctx, d_found)
+
+
+def _gradients(ctx: Any, d_found: Tensor) -> tuple[Any, ...]:
+    rows, weight, bias, labels, total = ctx.saved_tensors
+    needs_rows, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    d_found = torch.where(labels == IGNORED, 0, d_found)[:, None]
+    d_rows = torch.zeros(rows.shape, dtype=total.dtype, device=rows.device) if needs_rows else None
+    d_weight = torch.empty_like(weight) if needs_weight else None
+    d_bias = torch.empty_like(bias) if needs_bias else None
+    for start, logits in _chunks(rows, weight, bias, ctx.chunk, ctx.rule):
+        part = slice(start, start + logits.shape[1])
+        d_logits = (_hits(labels, start, logits).to(total.dtype) - torch.exp(logits - total[:, None])) * d_found
+        dz = ctx.rule.back(d_logits, logits).to(rows.dtype)
+        if d_rows is not None:
+            d_rows += dz @ weight[part]
+        if d_weight is not None:
+            d_weight[part] = dz.T @ rows
+        if d_bias is not None:
+            d_bias[part] = dz.sum(0, dtype=total.dtype)
+    return None if d_rows is None else d_rows.to(rows.dtype), d_weight, d_bias, None, None, None
 
 
 def _chunks(rows: Tensor, weight: Tensor, bias: Tensor | None, chunk: int, rule: _Rule) -> Iterator[tuple[int, Tensor]]:
@@ -155,8 +162,8 @@ def _head(head: object, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
-    for name, value in (("hidden", hidden), ("labels", labels)):
-        if not isinstance(value, Tensor):
+    for name, value in (("hidden", hidden), ("labels", labels), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (value is None and name == "bias"):
             raise TypeError(f"{name}={short(value)}: must be a torch.Tensor")
     if weight.ndim != 2 or not weight.shape[0]:
         raise ValueError(f"head.shape={tuple(weight.shape)}: must be (V, H), V at least 1")

@@ -6,13 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from executors._protocol import Unsupported
 from executors.hf.gate import as_config, gate_of, plain_of
 from executors.hf.norm import eps_of, factor_of
 from executors.hf.parameters import class_name, projection_of, up_name
-from moe_ref.types import MoEConfig, MoEWeights
+from moe_ref.types import MoEConfig, MoEWeights, PackedTensor
+from moe_ref.validation import dtype_name
 from moe_ref.validation.arrays import short
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # set by transformers' decorator
@@ -81,11 +82,18 @@ def weights_of(module: nn.Module) -> MoEWeights:
     """
     config, own = config_of_experts(module), cast("Any", module)
     up = up_name(own)
-    gate_up, down = projection_of(own, up), projection_of(own, "down_proj")
+    gate_up, down = _alike(projection_of(own, up), projection_of(own, "down_proj"))
     gate_up_bias = getattr(own, f"{up}_bias") if own.has_bias else None
     down_bias = own.down_proj_bias if own.has_bias else None
     norm = factor_of(own.post_expert_norm) if has_norm(own) else None
     return MoEWeights(gate_up, down, gate_up_bias, down_bias, config=config, post_expert_norm=norm)
+
+
+def _alike(gate_up: Tensor | PackedTensor, down: Tensor | PackedTensor) -> list[Tensor | PackedTensor]:
+    """Both projections; one in 4 bits beside a dense one decodes to its dtype, whoever has cast it."""
+    dense = [dtype_name(value) for value in (gate_up, down) if isinstance(value, Tensor)]
+    dtype = dense[0] if dense else None
+    return [value.to(dtype=dtype) if isinstance(value, PackedTensor) else value for value in (gate_up, down)]
 
 
 def has_norm(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from executors import nf4
 from executors._progress import Progress, check_progress, reporter
 from executors._protocol import Unsupported
+from executors.hf.interface import separate
 from executors.hf.module import config_of_experts, experts_in
 from executors.hf.parameters import class_name, parametrization_of, up_name
 from executors.hf.storage import check_library, put
@@ -69,7 +70,8 @@ def quantize_experts(
     the result it needs one projection in 4 bits, and tens of megabytes on a CPU and a few hundred elsewhere. A
     projection that is not contiguous is copied first.
 
-    Everything is checked before the first projection is changed. `executors.hf.use` works before and after.
+    Everything is checked before the first projection is changed. `executors.hf.use` works before and after. Adapters of
+    PEFT that are there run on an executor from then on, and on nothing else; merged ones stay merged.
 
     Args:
         model: a transformers model, or any module that contains its experts modules; on a device, not on "meta".
@@ -85,7 +87,8 @@ def quantize_experts(
         TypeError: the model is no torch.nn.Module; a projection is in fp64 or another dtype that has no 4 bits.
         ValueError: an argument is none of those above; or a projection has NaN or infinite elements.
         Unsupported: nothing is quantised: there are no experts that transformers dispatches; no `MoEConfig` says what
-            one computes; a projection is in 4 bits already, parametrized by something else, or on the meta device.
+            one computes; a projection is in 4 bits already, parametrized by something else, or on the meta device; an
+            adapter of PEFT does more than add ``scaling * B A`` to a projection.
         ModuleNotFoundError: bitsandbytes is missing; or rich, with ``progress=True``.
     """
     found = experts_in(model)
@@ -101,6 +104,7 @@ def quantize_experts(
         check_quantize(value, dtype_name(value), quant_type, blocksize, nested, label)
         if value.numel() and not all(torch.isfinite(end) for end in value.aminmax()):
             raise ValueError(f"{label} has NaN or infinite elements: must be finite")
+    separate(model)
     total, before = sum(value.numel() for value in plan.values()), 0
     del plan, value  # a reference would keep what is replaced
     layers = []

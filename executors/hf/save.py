@@ -21,12 +21,14 @@ from executors.hf.module import experts_in
 from executors.hf.parameters import class_name, parametrization_of, up_name
 from executors.hf.storage import MXFP4Parametrization
 from executors.nf4.file import write
+from moe_ref.validation.arrays import short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT = "moe-ref 4-bit experts, 1"  # in the index's metadata: keys are the model's own
 DECODED = "mxfp4_dtypes"  # there too: what each projection in MXFP4 decodes to, which its bytes do not say
+TIED = "tied"  # there too: keys that share memory with another, which is written instead
 ADAPTERS = (".base_layer.", ".lora_A.", ".lora_B.")
 SHARD_BYTES = 4 * 10**9
 
@@ -54,7 +56,7 @@ def save_quantized(
         The folder.
 
     Raises:
-        TypeError: the model is no transformers model, or has adapters of PEFT.
+        TypeError: the model is no transformers model, or has adapters of PEFT; or the folder is no text and no path.
         ValueError: ``shard_bytes`` is no number from 1 on.
         Unsupported: no experts are in 4 bits (save_pretrained saves such a model); or a tensor is on the meta device.
         FileExistsError: the folder has files.
@@ -67,8 +69,10 @@ def save_quantized(
         )
     if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes!r:.60}: must be an integer, at least 1")
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder={short(folder)}: must be text or a path")
     check_progress(progress)
-    state, target = _state(model), Path(folder)
+    (state, tied), target = _state(model), Path(folder).resolve()  # of a link, what it means: only that can be replaced
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: must not exist, or be an empty folder")
     partial = target.with_name(f".{target.name}.partial")
@@ -86,19 +90,19 @@ def save_quantized(
             done += sum(value.nbytes for value in tensors.values())
             tell(done)
     where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-    metadata = {"total_size": total, "format": FORMAT, DECODED: _decoded(model)}
+    metadata = {"total_size": total, "format": FORMAT, DECODED: _decoded(model), TIED: tied}
     _write_json(partial / INDEX, {"metadata": metadata, "weight_map": where})
-    for file in partial.glob("*.safetensors"):
-        if file.name not in names:  # of an earlier try with other sizes
+    for file in partial.iterdir():
+        if file.name not in names and file.suffix in (".safetensors", ".tmp"):  # of an earlier try: other sizes, killed
             file.unlink()
     if target.exists():
         target.rmdir()
     os.replace(partial, target)
-    return target
+    return Path(folder)
 
 
-def _state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's tensors by key, each memory once.
+def _state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The model's tensors by key, each memory once; and for other keys of that memory the one that is there.
 
     Raises:
         TypeError, Unsupported: as `save_quantized`.
@@ -108,7 +112,8 @@ def _state(model: PreTrainedModel) -> dict[str, Tensor]:
         allowed = "must have been quantised by quantize_experts, or be saved by save_pretrained"
         raise Unsupported(f"model={class_name(model)}: no experts are in 4 bits: {allowed}")
     state: dict[str, Tensor] = {}
-    seen: set[Any] = set()
+    tied: dict[str, str] = {}
+    seen: dict[Any, str] = {}
     for key, value in model.state_dict().items():
         if any(part in key for part in ADAPTERS):
             raise TypeError(f"model has {key}, of an adapter of PEFT: must have none: save it by PEFT, and unload it")
@@ -118,10 +123,11 @@ def _state(model: PreTrainedModel) -> dict[str, Tensor]:
             raise Unsupported(f"{key} is on the meta device: must have its numbers (offloaded?)")
         place = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), value.device)
         if value.numel() and place in seen:
+            tied[key] = seen[place]
             continue
-        seen.add(place)
+        seen[place] = key
         state[key] = value
-    return state
+    return state, tied
 
 
 def _decoded(model: nn.Module) -> dict[str, str]:

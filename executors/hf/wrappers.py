@@ -25,21 +25,36 @@ class ParamWrapper(layer.ParamWrapper):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's, which gets the wrapper if its adapters are to be added."""
         module: Any = self.get_base_layer()
-        if not module.config._experts_implementation.startswith(PREFIX):
+        if not str(module.config._experts_implementation).startswith(PREFIX):
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)  # type: ignore[no-untyped-call]
         if self.disable_adapters and self.merged:
             self.unmerge()
         if not (self.disable_adapters or self.merged):
+            self._check_there(x)
             kwargs["adapters"] = (*kwargs.get("adapters", ()), self)
         wrapped: Any = self.base_layer
         return wrapped(x, *args, **kwargs)
+
+    def _check_there(self, x: Tensor) -> None:
+        """Refuses adapters that are offloaded: nothing brings them, as nobody calls them."""
+        own = [self.lora_A[name].weight for name in self.active_adapters if name in self.lora_A]
+        if any(value.is_meta for value in own) and not x.is_meta:
+            raise Unsupported(
+                f"{self.parameter_name}: its adapter is on the meta device (offloaded?): must stay on a device"
+            )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's, which has no effect on experts in 4 bits: it adds to what it has decoded, and then says merged."""
         if parametrization_of(self.get_base_layer(), self.parameter_name):
             raise Unsupported(f"{self.parameter_name} is in 4 bits: must be dense to have its adapter merged")
         super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """PEFT's, which has no effect on experts in 4 bits: their codes keep what was merged before they were made."""
+        if self.merged and parametrization_of(self.get_base_layer(), self.parameter_name):
+            raise Unsupported(f"{self.parameter_name} is in 4 bits, with its adapter merged: cannot be had without it")
+        super().unmerge()
 
     def _activate_lora(self, active_adapters: list[str]) -> Any:
         """PEFT's, which goes wrong with experts in 4 bits: one adapter is ignored, and calls change the next ones."""

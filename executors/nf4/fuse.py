@@ -40,8 +40,8 @@ def fuse(gate: NF4Tensor, up: NF4Tensor, layout: GateUpLayout = "concatenated") 
     check_choice("layout", layout, LAYOUTS)
     for name, tensor in (("gate", gate), ("up", up)):
         check_tensor(name, tensor)
-        if tensor.ndim != 3:
-            raise ValueError(f"{name}.shape={tensor.shape}: must be (E, I, H)")
+        if tensor.ndim != 3 or not tensor.size:
+            raise ValueError(f"{name}.shape={tensor.shape}: must be (E, I, H), each at least 1")
     check_same("up", up, "gate", gate, SAME)
     runs, numbers = _runs(gate, layout)
     blocksize = gcd(gate.blocksize, numbers)

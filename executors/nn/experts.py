@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from executors._protocol import check_norm
 from executors._registry import get
-from executors.nn.packed_buffers import Form, entries, held, hold, loaded, saved
+from executors.nn.packed_buffers import Form, entries, held, hold, loaded, not_held, saved
 from moe_ref.types import LEARNED, LORA_FACTORS, PROJECTIONS, ExpertLoRA, MoEWeights, NF4Tensor, PackedTensor
 from moe_ref.validation import DECODED_DTYPES, check_weights, dtype_name
 from moe_ref.validation.arrays import check_bool
@@ -54,7 +54,8 @@ class Experts(nn.Module):
         super().__init__()
         check_weights(weights)
         check_bool("frozen", frozen)
-        first = weights.gate_up_proj.codes if weights.packed() else weights.gate_up_proj
+        first: Any = weights.gate_up_proj
+        first = first.codes if isinstance(first, PackedTensor) else first
         if not isinstance(first, Tensor):
             kind = type(first)
             raise TypeError(f"weights.gate_up_proj is a {kind.__module__}.{kind.__name__}: must be a torch.Tensor")
@@ -181,6 +182,11 @@ class Experts(nn.Module):
                 error_msgs.append(str(error))
             else:
                 self._forms[name] = hold(self, name, tensor)
+        for name, buffer in self._buffers.items():
+            said = "" if buffer is None else not_held(prefix + name, rest.get(prefix + name), buffer)
+            if said and not (assign and buffer is not None and buffer.is_floating_point()):
+                error_msgs.append(said)
+                rest[prefix + name] = buffer
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def __getstate__(self) -> dict[str, Any]:

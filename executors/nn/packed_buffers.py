@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from executors.nf4 import from_state_dict, to_state_dict
 from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
+from moe_ref.validation import FLOAT_DTYPES, dtype_name
 
 Form = tuple[type[PackedTensor], dict[str, Any]]  # the class, and its fields that are no arrays
 
@@ -30,6 +31,20 @@ def hold(module: nn.Module, name: str, tensor: PackedTensor) -> Form:
         module.register_buffer(f"{name}_{part}", array, persistent=isinstance(tensor, MXFP4Tensor))
     own = type(tensor)
     return own, {f.name: getattr(tensor, f.name) for f in fields(own) if f.name not in own.NAMES}  # type: ignore[arg-type]
+
+
+def not_held(key: str, entry: Any, buffer: Tensor) -> str:
+    """Why an entry of a state dict must not be copied into a buffer, which would cast it; "" where it may.
+
+    Bytes are bytes. A selection bias may be widened: rounded, it chooses other experts (R3).
+    """
+    if not isinstance(entry, Tensor) or entry.dtype == buffer.dtype:
+        return ""
+    floats = all(dtype_name(value) in FLOAT_DTYPES for value in (entry, buffer))
+    if floats and torch.promote_types(entry.dtype, buffer.dtype) == buffer.dtype:
+        return ""
+    exactly = ", or hold it exactly, since it chooses experts (R3)" if buffer.is_floating_point() else ""
+    return f"{key}.dtype={dtype_name(entry)}: must be {dtype_name(buffer)}{exactly}"
 
 
 def held(module: nn.Module, name: str, form: Form) -> PackedTensor:
@@ -77,9 +92,14 @@ def loaded(state: Mapping[str, Tensor], key: str, before: NF4Tensor, *, assign: 
     if assign:
         return tensor
     there = tensor.to(before.device, dtype=before.dtype)
-    old, new = before.arrays(), there.arrays()
-    if {n: (a.shape, a.dtype) for n, a in old.items()} != {n: (a.shape, a.dtype) for n, a in new.items()}:
-        return there.map(torch.clone)  # another form: other buffers, which do not share the entries' memory
-    for name, array in new.items():
+    if _form(there) != _form(before):  # other buffers: who shares those that were there reads them in their form
+        return there.map(torch.clone)
+    old = before.arrays()
+    for name, array in there.arrays().items():
         old[name].copy_(array)
     return replace(there, **old)
+
+
+def _form(tensor: NF4Tensor) -> tuple[Any, ...]:
+    arrays = {name: (array.shape, array.dtype) for name, array in tensor.arrays().items()}
+    return tensor.quant_type, tensor.blocksize, tensor.nested_blocksize, arrays

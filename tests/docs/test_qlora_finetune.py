@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +24,15 @@ from typer.testing import Result as Ended
 pytest.importorskip("peft", reason="the extra moe-ref[qlora]")
 pytest.importorskip("bitsandbytes", reason="the extra moe-ref[qlora]")
 
+import peft
+
 import executors
+import families
+import peft_models
 import qlora_finetune
 from executors import hf
 from qlora import models, training
-from qlora.contest import Contest, hold
+from qlora.contest import Contest, hold, run_of
 from qlora.models import RANDOM
 from qlora.report import Result, Results
 from qlora.setup import Setup, adapted, base_model, windows
@@ -67,6 +74,26 @@ def run(*arguments: object) -> Ended:
 def small_arguments(folder: Path) -> list[str]:
     sizes = ["--layers", "2", "--hidden", "64", "--intermediate", "64", "--num-experts", "4", "--top-k", "2"]
     return ["--model", "random", *sizes, "--windows", "2", "--context", "16", "--rank", "2", "--output", str(folder)]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gpt_oss", {}),
+        ("cohere2_moe", {}),
+        ("granitemoe", {"logits_scaling": 0.25}),
+        ("gemma4", {"final_logit_softcapping": 0.02}),
+    ],
+)
+def test_the_loss_is_the_model_s_own(name: str, changes: dict[str, float]) -> None:
+    """Of models that scale or cap their logits too."""
+    model: Any = families.build(families.named(name))
+    for field, value in changes.items():
+        setattr(model.config.get_text_config(), field, value)
+    ids = peft_models.ids()
+    with torch.no_grad():
+        expected, wrapped = model(input_ids=ids, labels=ids).loss, SimpleNamespace(get_base_model=lambda: model)
+        assert abs(training.loss_of(wrapped, ids) - expected) < 1e-5
 
 
 def test_the_bundled_model_is_that_of_the_other_example() -> None:
@@ -114,6 +141,8 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "state.safetensors"
     model = made(SMALL)
     fine_tune(model, windows(SMALL)[:1], Recipe(), file, "one")
+    own = json.loads(run_of(SMALL, "auto"))
+    assert (own["python"], own["peft"]) == (platform.python_version(), peft.__version__)
     with pytest.raises(ValueError, match=r"state\.safetensors: is of another run: one; remove it"):
         load_state(file, "other", trained(model), torch.optim.AdamW(trained(model).values()))
     file.write_bytes(b"no state")

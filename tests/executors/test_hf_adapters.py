@@ -80,12 +80,14 @@ def test_down_is_added() -> None:
         ({"up_b": torch.ones(E, I, R)}, r"up_a.shape=\(3, 4, 8\), up_b.shape=\(3, 6, 2\): must be \(E, r, H\) and"),
         ({"up_a": torch.ones(E, Q, 5)}, r"up_a.shape=\(3, 4, 5\): must fit gate's \(3, 2, 8\) but for the rank"),
         ({"up_b": torch.ones(E, 5, Q)}, r"up_b.shape=\(3, 5, 4\): must fit gate's \(3, 6, 2\) but for the rank"),
+        ({"gate_b": None}, "gate_b=None: must be an array"),
+        ({"up_scaling": torch.ones(2)}, r"up_scaling=tensor\(\[1., 1.\]\): must be a float or int"),
         ({"layout": "stacked"}, "layout='stacked': must be 'concatenated' or 'interleaved'"),
     ],
 )
 def test_refusals(changes: dict[str, Any], said: str) -> None:
     given = dict(zip(("gate_a", "gate_b", "up_a", "up_b"), factors(), strict=True)) | {"layout": "concatenated"}
-    with pytest.raises(ValueError, match=f"^{said}"):
+    with pytest.raises((TypeError, ValueError), match=f"^{said}"):
         join_gate_and_up(**given | changes)
 
 

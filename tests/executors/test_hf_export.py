@@ -193,6 +193,8 @@ def test_what_the_form_cannot_say_is_refused(changes: dict[str, Any], said: str,
     [
         ({"form": "3d"}, "^form='3d': must be 'per_expert'; model.save_pretrained writes PEFT's own form$"),
         ({"adapter": "none"}, "^adapter='none': must be one of 'default'$"),
+        ({"adapter": ["default"]}, r"^adapter=\['default'\]: must be the name of one$"),
+        ({"folder": None}, "^folder=None: must be text or a path$"),
         ({"model": nn.Linear(1, 1)}, "^model is a Linear: must be a PeftModel$"),
     ],
 )

@@ -128,6 +128,16 @@ def test_autocast() -> None:
     assert {value.dtype for value in gradients(y, hidden, weight, bias)} == {torch.float32}
 
 
+def test_the_backward_pass_has_the_forward_pass_s_products() -> None:
+    """Whatever autocast is on when it runs."""
+    hidden, weight, bias, labels = drawn(torch.float32)
+    y = chunked_logprobs(hidden, weight, labels, bias=bias, chunk=10)
+    expected = torch.autograd.grad(y.sum(), (hidden, weight, bias), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y.sum(), (hidden, weight, bias))
+    assert all(torch.equal(actual, wanted) for actual, wanted in zip(found, expected, strict=True))
+
+
 def test_logits_of_minus_infinity() -> None:
     """Tokens that a bias forbids."""
     hidden, weight, _, labels = drawn()
@@ -187,10 +197,15 @@ def test_a_model_s_own_loss() -> None:
         ({"labels": torch.ones(2, 5)}, "labels.dtype=torch.float32: must be torch.int64"),
         ({"labels": torch.full((2, 5), 37)}, "labels has 37: must be in [0, 37) or -100"),
         ({"labels": torch.full((2, 5), -1)}, "labels has -1: must be in [0, 37) or -100"),
+        ({"bias": [0.0]}, "bias=[0.0]: must be a torch.Tensor"),
         ({"bias": torch.ones(3)}, "bias.shape=(3,): must be (37,), as the head's rows"),
         ({"head": nn.Linear(HIDDEN, 37), "bias": torch.ones(37)}, "bias: must be None with a torch.nn.Linear, which"),
         ({"chunk": 0}, "chunk=0: must be positive"),
         ({"chunk": 1.5}, "chunk=1.5: must be an int"),
+        ({"chunk": "all"}, "chunk='all': must be an int"),
+        ({"scale": torch.ones(())}, "scale=tensor(1.): must be a float or int"),
+        ({"temperature": None}, "temperature=None: must be a float or int"),
+        ({"temperature": torch.inf}, "temperature=inf: must be finite"),
         ({"temperature": 0.0}, "temperature=0.0: must be positive"),
         ({"softcap": -1.0}, "softcap=-1.0: must be positive"),
     ],

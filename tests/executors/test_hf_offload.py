@@ -67,6 +67,30 @@ def test_offloaded_experts_are_there_for_the_call(name: str, how: str, first: st
         assert all(parameter.is_meta for module in away for parameter in module.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # of PEFT
+def test_adapters_of_offloaded_experts_stay_on_a_device(tmp_path: Path) -> None:
+    """PEFT puts them where the experts are, which is nowhere; there no hook brings them."""
+    peft_models = pytest.importorskip("peft_models", reason="the extra moe-ref[qlora]")
+    model = peft_models.adapted("mixtral", torch.float32)
+    executors.hf.use(model, "native")
+    expected = logits(model)
+    offloaded = build("mixtral")
+    by_map(offloaded, tmp_path)
+    ours = peft_models.with_adapter(offloaded)
+    executors.hf.use(ours, "native")
+    with pytest.raises(
+        executors.Unsupported, match=r"^down_proj: its adapter is on the meta device \(offloaded\?\): must"
+    ):
+        logits(ours)
+    for module in ours.modules():
+        for factor in ("lora_A", "lora_B"):
+            for linear in getattr(module, factor, {}).values():
+                if linear.weight.is_meta:
+                    linear.to_empty(device="cpu")
+    peft_models.fill(ours)
+    assert torch.equal(logits(ours), expected)
+
+
 @each
 @pytest.mark.parametrize("how", OFFLOADS)
 def test_experts_in_4_bits_cannot_be_offloaded(name: str, how: str, tmp_path: Path) -> None:

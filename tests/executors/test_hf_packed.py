@@ -133,6 +133,9 @@ def test_one_projection_in_4_bits() -> None:
     dense.gate_up_proj.data, dense.down_proj.data = module.gate_up_proj.data, values_of(module, "down_proj")
     executors.hf.use(dense, "native")
     assert (found - dense(*inputs)).norm() < 1e-5 * found.norm()
+    low, low_dense = (each.bfloat16()(inputs[0].bfloat16(), *inputs[1:]) for each in (module, dense))
+    assert low.dtype == torch.bfloat16
+    assert (low - low_dense).norm() < 2e-2 * low_dense.norm()
     executors.hf.use(module, "native")
     with pytest.raises(executors.Unsupported, match="down_proj is nf4"):
         module(*inputs)

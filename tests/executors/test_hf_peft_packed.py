@@ -123,6 +123,23 @@ def test_files_are_those_of_dense_experts(name: str, tmp_path: Path) -> None:
         assert close(peft_models.logits(ours), expected, TOLERANCE)
 
 
+@pytest.mark.parametrize("packed", ["up_proj", "down_proj"])
+def test_files_of_models_with_one_projection_in_4_bits(packed: str, tmp_path: Path) -> None:
+    """PEFT nests its wrappers in the order of parameters, and files have that order."""
+    model, other = packed_models.build("nemotron_h"), packed_models.build("nemotron_h")
+    for module, dense in zip(experts_in(model), experts_in(other), strict=True):
+        packed_models.parametrize.replace_parameter_4bit(module, packed, quant_type="nf4")
+        getattr(dense, packed).data = packed_models.values_of(module, packed)
+    plain = peft_models.with_adapter(other)
+    plain.save_pretrained(tmp_path)
+    keys = [key for key, _ in model.named_parameters()]
+    with executors.hf.peft(model):
+        ours = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
+    assert [key.replace("base_layer.", "") for key, _ in model.named_parameters() if "lora" not in key] == keys
+    executors.hf.use(ours, "grouped_nf4")
+    equal_steps(ours, plain)
+
+
 def test_a_model_is_as_it_was_after_peft() -> None:
     """Bytes, statistics, class, hooks; after an error of PEFT too."""
     model = packed_models.build("mixtral", "nested")
@@ -132,6 +149,7 @@ def test_a_model_is_as_it_was_after_peft() -> None:
     with executors.hf.peft(model):
         assert module.gate_up_proj.shape == (4, 48, 32)
         assert module.gate_up_proj.untyped_storage().nbytes() == 4
+        assert peft_models.logits(model).isnan().all()  # who calls it against advice sees it
         assert dict(module.named_parameters()).keys() == {"gate_up_proj", "down_proj"}
     with pytest.raises(ValueError, match="lora_dropout"), executors.hf.peft(model):
         get_peft_model(model, lora_config(lora_dropout=0.1))
@@ -141,6 +159,46 @@ def test_a_model_is_as_it_was_after_peft() -> None:
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_layers_are_as_they_were_if_a_later_one_is_refused() -> None:
+    model = packed_models.build("mixtral", "nf4")
+    first, *_, last = experts_in(model)
+    executors.hf.use(model, "grouped_nf4")
+    before = peft_models.logits(model)
+    nn.utils.parametrize.register_parametrization(last, "down_proj", nn.Identity(), unsafe=True)
+    said = "down_proj is in 4 bits and is parametrized by Identity too"
+    with pytest.raises(executors.Unsupported, match=said), executors.hf.peft(model):
+        pass
+    assert first.parametrizations.gate_up_proj.original.dtype == torch.uint8
+    del last.parametrizations.down_proj[1]
+    assert torch.equal(peft_models.logits(model), before)
+
+
+def test_adapters_that_are_there_when_experts_are_quantized() -> None:
+    """Plain PEFT ignores them in 4 bits. They run apart on an executor, and on nothing else."""
+    model = peft_models.adapted("mixtral", torch.float32)
+    executors.hf.quantize_experts(model)
+    with pytest.raises(executors.Unsupported, match="is in 4 bits and has an adapter: must run on an executor"):
+        peft_models.logits(model)
+    dense = dense_of(model, "mixtral")
+    executors.hf.use(model, "grouped_nf4")
+    equal_steps(model, dense)
+
+
+def test_adapters_that_were_merged_before_stay_so() -> None:
+    """PEFT would take them off what it has decoded, and then say that they are off."""
+    model = peft_models.adapted("mixtral", torch.float32)
+    model.merge_adapter()
+    executors.hf.quantize_experts(model)
+    executors.hf.use(model, "grouped_nf4")
+    merged = peft_models.logits(model)
+    said = "is in 4 bits, with its adapter merged: cannot be had without it"
+    with pytest.raises(executors.Unsupported, match=said), model.disable_adapter():
+        peft_models.logits(model)
+    with pytest.raises(executors.Unsupported, match=said):
+        model.unmerge_adapter()
+    assert torch.equal(peft_models.logits(model), merged)
 
 
 def test_peft_refuses_or_goes_wrong_alone() -> None:

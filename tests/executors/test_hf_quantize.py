@@ -15,7 +15,7 @@ pytest.importorskip("bitsandbytes", reason="the extra moe-ref[qlora]")
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import executors.hf
+import executors.hf.explain
 import executors.nf4
 import families
 from executors.hf import Quantized, quantize_experts

@@ -196,13 +196,41 @@ def test_a_save_that_stops_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {file.name for file in partial.glob("*.safetensors")} == set(written)
     changed = load_file(partial / written[0])
     save_file({key: torch.zeros_like(value) for key, value in changed.items()}, partial / written[0])
+    killed = f".{written[1]}.1.tmp"
+    (partial / killed).write_bytes(b"half a file")
     again: list[str] = []
     monkeypatch.setattr(save, "write", lambda path, *rest: again.append(path.name) or true(path, *rest))
     save_quantized(model, tmp_path / "model", shard_bytes=20_000)
     assert written[0] in again  # which is not this model's
     assert written[1] not in again
     assert not partial.exists()
+    assert not (tmp_path / "model" / killed).exists()
     same_state(load_quantized(tmp_path / "model"), model)
+
+
+def test_what_is_shared_against_the_configuration(tmp_path: Path) -> None:
+    """A head, and a whole experts module: one copy is written, and each place gets its own."""
+    model = mixtral()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
+    quantize_experts(model)
+    loaded = load_quantized(save_quantized(model, tmp_path / "model"))
+    same_state(loaded, model)
+    keys = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "lm_head.weight" not in keys
+    assert "model.layers.1.mlp.experts.gate_up_proj" not in keys
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    """To an empty folder, and to one that is not there yet."""
+    model = packed("mixtral")
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        link = tmp_path / f"link to {name}"
+        link.symlink_to(tmp_path / name)
+        assert save_quantized(model, link) == link
+        assert link.is_symlink()
+        same_state(load_quantized(tmp_path / name), model)
 
 
 def test_progress(tmp_path: Path) -> None:
@@ -271,6 +299,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_config(f, lambda values: values.update(architectures=["Nothing"])),
         "architectures=['Nothing']: must name a class of transformers",
     ),
+    "no model": (
+        lambda f: edit_config(f, lambda values: values.update(architectures=[7, "pipeline", "GptOssForCausalLM"])),
+        "architectures=[7, 'pipeline', 'GptOssForCausalLM']: must name a class of transformers",
+    ),
     "config": (lambda f: (f / "config.json").unlink(), "must have a config.json of a known model"),
 }
 
@@ -294,7 +326,7 @@ def test_what_is_broken_is_refused_by_key(case: str, saved: Path, tmp_path: Path
         load_quantized(folder)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
-    assert case in ("class", "config") or isinstance(caught.value, BadCheckpoint)
+    assert case in ("class", "no model", "config") or isinstance(caught.value, BadCheckpoint)
 
 
 @pytest.mark.filterwarnings(
@@ -318,6 +350,7 @@ def test_arguments_are_refused_in_one_line(saved: Path, tmp_path: Path) -> None:
         ),
         (lambda: save_quantized(model, tmp_path / "full"), FileExistsError, "must not exist, or be an empty folder"),
         (lambda: save_quantized(model, tmp_path / "x", shard_bytes=0), ValueError, "shard_bytes=0: must be an integer"),
+        (lambda: save_quantized(model, None), TypeError, "folder=None: must be text or a path"),  # type: ignore[arg-type]
         (lambda: save_quantized(model.to("meta"), tmp_path / "x"), executors.Unsupported, "is on the meta device"),
         (lambda: save_quantized(adapted, tmp_path / "x"), TypeError, "model is a PeftModel"),
         (
@@ -330,6 +363,7 @@ def test_arguments_are_refused_in_one_line(saved: Path, tmp_path: Path) -> None:
             ValueError,
             "device=nowhere: must be one that torch has",
         ),
+        (lambda: load_quantized(saved, device="meta"), ValueError, "device=meta: must be one that has memory"),
         (lambda: load_quantized(saved, "nf4"), ValueError, "quant_type='nf4': must be None"),
         (lambda: load_quantized(saved, "int4"), ValueError, "quant_type='int4': must be one of"),  # type: ignore[arg-type]
         (lambda: load_quantized(7), TypeError, "folder=7: must be text or a path"),  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """What nf4.fuse refuses, what it keeps, and that its result is a tensor like any other."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -70,8 +71,11 @@ def test_what_is_no_pair_of_stacks_is_refused() -> None:
         nf4.fuse(gate, random(3, 32, 64))
     with pytest.raises(TypeError, match=r"^gate.packed is a numpy.ndarray: must be a torch.Tensor$"):
         nf4.fuse(gate.map(np.asarray), up)
-    with pytest.raises(ValueError, match=r"^gate.shape=\(32, 64\): must be \(E, I, H\)$"):
-        nf4.fuse(*(nf4.quantize_tensor(random(32, 64)) for _ in range(2)))
+    for shape in ((32, 64), (0, 32, 64)):
+        with pytest.raises(
+            ValueError, match=rf"^gate.shape={re.escape(str(shape))}: must be \(E, I, H\), each at least 1$"
+        ):
+            nf4.fuse(*(nf4.quantize_tensor(random(*shape)) for _ in range(2)))
     with pytest.raises(ValueError, match=r"^layout='mixed': must be one of 'concatenated', 'interleaved'$"):
         nf4.fuse(gate, up, "mixed")  # type: ignore[arg-type]
 

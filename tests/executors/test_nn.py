@@ -27,6 +27,12 @@ def test_a_call_is_the_executors(kind: str, executor: str) -> None:
     assert torch.equal(module.experts(x, **slots()), own.experts(x, **slots(), weights=layer(kind)))
 
 
+def test_a_dense_up_projection_beside_4_bits() -> None:
+    weights = replace(layer("dense"), down_proj=layer("nf4").down_proj)
+    x, logits = inputs()
+    assert torch.equal(Experts(weights)(x, logits), executors.get("auto")(x, logits, weights))
+
+
 @every_kind
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_learns_has_a_gradient(kind: str, frozen: bool) -> None:

@@ -133,6 +133,43 @@ def test_states_that_do_not_fit_are_refused() -> None:
         Experts(layer("dense")).load_state_dict(state)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_m1_bytes_are_never_cast(assign: bool) -> None:
+    """A copy would make whole numbers of them. Scales may be stored in the dtype that means their powers of two."""
+    module, x = Experts(layer("mxfp4")), inputs()
+    expected, state = module(*x), Experts(layer("mxfp4", seed=1)).state_dict()
+    for key, other, name in (
+        ("gate_up_proj_blocks", state["gate_up_proj_blocks"].float(), "float32"),
+        ("down_proj_scales", state["down_proj_scales"].view(torch.float8_e8m0fnu), "float8_e8m0fnu"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"{key}\.dtype={name}: must be uint8\n?"):
+            module.load_state_dict(module.state_dict() | {key: other}, assign=assign)
+        assert torch.equal(module(*x), expected)
+
+
+def test_r3_loading_never_rounds_the_selection_bias() -> None:
+    weights = layer("dense")
+    state, bias = Experts(weights).state_dict(), weights.selection_bias
+    low = Experts(replace(weights, selection_bias=bias.bfloat16()))  # type: ignore[union-attr]
+    wide = Experts(replace(weights, selection_bias=torch.zeros_like(bias)))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"selection_bias\.dtype=float32: must be bfloat16, or hold it exactly"):
+        low.load_state_dict(state)
+    wide.load_state_dict(low.state_dict())
+    assert torch.equal(wide.selection_bias, low.selection_bias.float())
+    low.load_state_dict(state, assign=True)
+    assert torch.equal(low.selection_bias, bias)  # type: ignore[arg-type]
+
+
+def test_another_form_spares_who_shares_the_memory() -> None:
+    """The other module would read FP4's codes by NF4's table."""
+    weights, source = layer("nf4"), nf4.quantize(layer("dense", seed=1), "fp4", nested=True)
+    module, other = Experts(weights), Experts(weights)
+    before = decode(other.weights.gate_up_proj)
+    module.load_state_dict(Experts(source).state_dict())
+    assert torch.equal(decode(other.weights.gate_up_proj), before)
+    assert torch.equal(decode(module.weights.gate_up_proj), decode(source.gate_up_proj))
+
+
 @every_kind
 def test_files_hold_it(kind: str, tmp_path: Path) -> None:
     module, other = Experts(layer(kind)), Experts(layer(kind, seed=1))

@@ -133,6 +133,10 @@ def test_numpy_is_cast_where_it_has_the_dtype() -> None:
     in_numpy = layer().map(lambda value: value.detach().numpy())
     assert in_numpy.to(dtype="float64").gate_up_proj.dtype == np.float64
     assert in_numpy.to("cpu", dtype=np.dtype("float16")).selection_bias.dtype == np.float32
+    assert in_numpy.to(dtype=np.float64).down_proj.dtype == np.float64
+    assert layer().to(dtype=np.float16).down_proj.dtype == torch.float16
+    with pytest.raises(ValueError, match=r"^dtype=bfloat16: must be one that numpy has$"):
+        in_numpy.to(dtype="bfloat16")
     ids = route(logits().numpy(), CONFIG, in_numpy.selection_bias).topk_ids
     assert (route(logits().numpy(), CONFIG, in_numpy.to(dtype="float16").selection_bias).topk_ids == ids).all()
 
