@@ -58,7 +58,7 @@ def _apart(ax: Axes, results: Results) -> None:
     ax.set_yscale("log")
     ax.set_ylabel(f"nats apart from {name}")
     ax.set_xlabel("optimiser step")
-    ax.legend(fontsize=9, frameon=False)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=9, frameon=False, borderaxespad=0)
     _finish(ax)
 
 
@@ -81,4 +81,5 @@ def _style(place: int, size: float) -> dict[str, Any]:
 def _finish(ax: Axes) -> None:
     ax.grid(alpha=0.25)
     ax.set_axisbelow(True)
+    ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     ax.spines[["top", "right"]].set_visible(False)
