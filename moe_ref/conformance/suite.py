@@ -78,9 +78,7 @@ def test_pinned_problems(executor: Executor, conformance_device: str, problem: P
 @pytest.mark.parametrize("case", RANGES)
 def test_ranges(executor: Executor, conformance_device: str, case: str, kind: str) -> None:
     """Numbers that pass fp16's range on the way, site by site, still give exact results within the range (E7)."""
-    lacking = check_range(executor, case, kind, conformance_device)
-    if lacking:
-        pytest.skip(lacking)
+    _skip_if(check_range(executor, case, kind, conformance_device))
 
 
 @LAW_PROFILE
@@ -125,9 +123,7 @@ def test_batch_invariance(executor: Executor, conformance_device: str, data: st.
 @pytest.mark.parametrize("case", CASES)
 def test_exact_cases(executor: Executor, conformance_device: str, case: str, dtype: str) -> None:
     """Where every step is representable, the result is exact (E1, E2)."""
-    lacking = check_exact(executor, case, dtype, conformance_device)
-    if lacking:
-        pytest.skip(lacking)
+    _skip_if(check_exact(executor, case, dtype, conformance_device))
 
 
 @pytest.mark.parametrize("dtype", DECODED_DTYPES)
@@ -136,9 +132,7 @@ def test_exact_cases(executor: Executor, conformance_device: str, case: str, dty
 )
 def test_every_code(executor: Executor, conformance_device: str, quant_type: str, nested: str, dtype: str) -> None:
     """4-bit weights are decoded to the last bit, however the products round (Q1, Q2, Q3, Q5, M1)."""
-    lacking = check_every_code(executor, quant_type, nested, dtype, conformance_device)
-    if lacking:
-        pytest.skip(lacking)
+    _skip_if(check_every_code(executor, quant_type, nested, dtype, conformance_device))
 
 
 def test_bad_input_is_refused_in_one_line(executor: Executor, conformance_device: str) -> None:
@@ -154,6 +148,12 @@ def test_undeclared_weights_are_refused(executor: Executor, conformance_device: 
 def test_double_backward_is_refused(executor: Executor, conformance_device: str) -> None:
     """D1: a second derivative is an error, never a silent zero."""
     check_no_double_backward(executor, conformance_device)
+
+
+def _skip_if(lacking: str) -> None:
+    """Skips with the reason, if there is one."""
+    if lacking:
+        pytest.skip(lacking)
 
 
 def _skip_undeclared(executor: Executor, problem: Problem) -> None:

@@ -15,6 +15,7 @@ from dense_cases import (
     arguments,
     both,
     demand_one_graph,
+    demand_registered_right,
     each,
     every,
     inputs_of,
@@ -94,13 +95,7 @@ def test_operators_are_registered_right(name: str, tokens: int, problem: Problem
     """torch.library.opcheck: schema, autograd, fake kernels, dynamic shapes."""
     if name == "triton" and (problem is not EVERYTHING) == (tokens > 0):
         pytest.skip("interpreted: some of them")
-    operator = WATCHED[name]
-    inputs = inputs_of(replace(problem, tokens=tokens, entry="experts"))
-    given = arguments(inputs)
-    torch.library.opcheck(operator.forward, (*given, True, False))
-    _, *kept = (t.detach() for t in operator.forward(*given, True, False))
-    detached = each(given, torch.Tensor.detach)
-    torch.library.opcheck(operator.backward, (inputs.dy, *kept, needs_all(given), *detached))
+    demand_registered_right(WATCHED[name], replace(problem, tokens=tokens))
 
 
 def test_the_choice_is_registered_right() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import executors
-from dense_cases import arguments, demand_one_graph, each, inputs_of, needs_all
+from dense_cases import arguments, demand_one_graph, demand_registered_right, each, inputs_of, needs_all
 from executors._base.arguments import TENSORS
 from executors._decode import bitsandbytes as _decode_kernel
 from executors._pipeline import packed_matrices
@@ -177,12 +177,7 @@ def test_slices_never_look_at_a_value(problem: Problem, keep: bool) -> None:
 def test_operators_are_registered_right(way: str, keep: bool, problem: Problem) -> None:
     """torch.library.opcheck: schema, autograd, fake kernels, dynamic shapes."""
     operator = SLICED if way == "slices" else executors.get("grouped_nf4").operator
-    inputs = inputs_of(replace(problem, entry="experts"))
-    given = arguments(inputs)
-    torch.library.opcheck(operator.forward, (*given, True, keep))
-    _, *kept = (t.detach() for t in operator.forward(*given, True, keep))
-    detached = each(given, torch.Tensor.detach)
-    torch.library.opcheck(operator.backward, (inputs.dy, *kept, needs_all(given), *detached))
+    demand_registered_right(operator, problem, keep_decoded=keep)
 
 
 @problems

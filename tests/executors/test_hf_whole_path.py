@@ -72,6 +72,7 @@ def test_the_whole_way(name: str, tmp_path: Path) -> None:
     assert written[0].shape == (1, 8)
 
 
+@pytest.mark.filterwarnings("ignore::Warning")  # of datasets and trl, whichever version is there
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
 def test_trl_trains(name: str, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="trl is in no extra")
@@ -79,10 +80,13 @@ def test_trl_trains(name: str, tmp_path: Path) -> None:
     base = peft_models.base(name, torch.float32)
     hf.quantize_experts(base)
     model = adapted(base)
-    rows = datasets.Dataset.from_dict({"input_ids": TEXT.repeat(16, 1).tolist(), "labels": TEXT.repeat(16, 1).tolist()})
+    rows = datasets.IterableDataset.from_generator(
+        lambda: ({"input_ids": row, "labels": row} for row in TEXT.repeat(16, 1).tolist())
+    )
     arguments = trl.SFTConfig(
         str(tmp_path),
         per_device_train_batch_size=4,
+        max_steps=8,
         learning_rate=0.05,
         logging_steps=1,
         report_to=[],
@@ -95,7 +99,8 @@ def test_trl_trains(name: str, tmp_path: Path) -> None:
     )
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return {key: torch.tensor([row[key] for row in batch]) for key in ("input_ids", "labels")}
+        found = {key: torch.tensor([row[key] for row in batch]) for key in ("input_ids", "labels")}
+        return found | {"attention_mask": torch.ones_like(found["labels"])}
 
     trainer = trl.SFTTrainer(
         model, arguments, train_dataset=rows, data_collator=collate, processing_class=tokenizer(tmp_path)

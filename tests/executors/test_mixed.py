@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import executors
-from dense_cases import PROBLEM, arguments, demand_one_graph, each, inputs_of, needs_all
+from dense_cases import PROBLEM, arguments, demand_one_graph, demand_registered_right, each, inputs_of, needs_all
 from executors import Capabilities
 from executors._base.arguments import TENSORS
 from executors.grouped_nf4 import GroupedNF4
@@ -71,12 +71,7 @@ def test_slices_hold_the_specification(problem: Problem) -> None:
 @pytest.mark.parametrize("way", ["loop", pytest.param("slices", marks=pytest.mark.nightly)])
 def test_operators_are_registered_right(way: str, problem: Problem) -> None:
     operator = SLICED if way == "slices" else executors.get("grouped_nf4").operator
-    inputs = inputs_of(replace(problem, entry="experts"))
-    given = arguments(inputs)
-    torch.library.opcheck(operator.forward, (*given, True, True))
-    _, *kept = (t.detach() for t in operator.forward(*given, True, True))
-    detached = each(given, torch.Tensor.detach)
-    torch.library.opcheck(operator.backward, (inputs.dy, *kept, needs_all(given), *detached))
+    demand_registered_right(operator, problem, keep_decoded=True)
 
 
 @pytest.mark.parametrize("executor", ["grouped_nf4", pytest.param("numba", marks=pytest.mark.nightly)])

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from executors import Executor, grouped_mm, grouped_nf4, native
 from executors._base.arguments import TENSORS, Arguments, arguments_of
+from executors._base.operator import Operator
 from moe_ref import MoEConfig
 from moe_ref.conformance.judgement.call import Inputs, call, to_torch
 from moe_ref.conformance.problems.build import build
@@ -92,6 +93,16 @@ def with_parameters(problem: Problem) -> Inputs:
     inputs = inputs_of(problem)
     own = {name: torch.nn.Parameter(value.detach()) for name, value in inputs.weights.parameters().items()}
     return replace(inputs, weights=inputs.weights.with_parameters(own))
+
+
+def demand_registered_right(operator: Operator, problem: Problem, keep_decoded: bool = False) -> None:
+    """torch.library.opcheck of both halves: schema, autograd, fake kernels, dynamic shapes."""
+    inputs = inputs_of(replace(problem, entry="experts"))
+    given = arguments(inputs)
+    torch.library.opcheck(operator.forward, (*given, True, keep_decoded))
+    _, *kept = (t.detach() for t in operator.forward(*given, True, keep_decoded))
+    detached = each(given, torch.Tensor.detach)
+    torch.library.opcheck(operator.backward, (inputs.dy, *kept, needs_all(given), *detached))
 
 
 def demand_one_graph(executor: Executor, problem: Problem) -> None:
