@@ -53,12 +53,15 @@ def load_quantized(
         BadCheckpoint: a file or a key is missing, broken, of another shape, or too many; one line says which.
         Unsupported: experts are dense and ``quant_type`` is None, or are in 4 bits and it is not; or they are stored in
             another order, layout or format than their class can hold.
-        ValueError: an argument is none of those above; or config.json names no class of transformers.
+        ValueError: an argument is none of those above; there is no such folder; or config.json names no class of
+            transformers.
         TypeError: the folder is no text and no path.
         ModuleNotFoundError: bitsandbytes is missing; or rich, with ``progress=True``.
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(f"folder={short(folder)}: must be text or a path")
+    if not Path(folder).is_dir():
+        raise ValueError(f"folder={os.fspath(folder)}: must be a folder that exists")
     check_progress(progress)
     try:
         place = torch.empty(0, device=device).device

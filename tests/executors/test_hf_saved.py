@@ -367,7 +367,7 @@ def test_arguments_are_refused_in_one_line(saved: Path, tmp_path: Path) -> None:
         (lambda: load_quantized(saved, "nf4"), ValueError, "quant_type='nf4': must be None"),
         (lambda: load_quantized(saved, "int4"), ValueError, "quant_type='int4': must be one of"),  # type: ignore[arg-type]
         (lambda: load_quantized(7), TypeError, "folder=7: must be text or a path"),  # type: ignore[arg-type]
-        (lambda: load_quantized(tmp_path / "nothing"), ValueError, "must have a config.json of a known model"),
+        (lambda: load_quantized(tmp_path / "nothing"), ValueError, "nothing: must be a folder that exists"),
     ]
     for call, kind, said in cases:
         with pytest.raises(kind, match=re.escape(said)) as caught:
