@@ -99,10 +99,9 @@ def _run(contest: Contest, setup: Setup, model: nn.Module, name: str, tell: Tell
 
 def run_of(setup: Setup, name: str) -> str:
     """All that a run's losses depend on."""
-    own: dict[str, Any] = setup.as_json() | {"experts": name, "threads": torch.get_num_threads()}
-    own |= {"python": platform.python_version()} | {
-        package: version_of(package) for package in PACKAGES
-    }  # and its text
+    versions = {package: version_of(package) for package in PACKAGES}
+    machine = {"python": platform.python_version(), "threads": torch.get_num_threads()}  # the text is Python's own
+    own: dict[str, Any] = setup.as_json() | {"experts": name} | machine | versions
     return json.dumps(own, sort_keys=True)
 
 
