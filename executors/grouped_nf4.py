@@ -30,7 +30,7 @@ from executors._protocol import Capabilities, Unavailable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from executors._pipeline.layer import Products
+    from executors._pipeline.products import Products
     from moe_ref.types import MoEWeights
 
 

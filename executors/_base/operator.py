@@ -125,6 +125,7 @@ def define(implementation: Implementation) -> Operator:
         given = Arguments(*inputs_of_layer)
         tensors = given.tensors()
         ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)  # it would make zeros as large as z in each backward pass
         ctx.save_for_backward(*kept, *tensors)
         ctx.given = given.with_tensors([None] * len(tensors))
 

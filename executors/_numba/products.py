@@ -14,9 +14,9 @@ from executors._numba.kernels import KINDS, add_outer, add_outer_shared, multipl
 from executors._numba.launch import Group, run
 from executors._numba.packed import block_of, multiply_packed
 from executors._pipeline import cpu_product
-from executors._pipeline.layer import Matrices, stored_dtype
 from executors._pipeline.loop import LoopProducts
 from executors._pipeline.packed_matrices import PackedMatrices
+from executors._pipeline.products import Matrices, result_dtype
 from executors._pipeline.zeros import zeros_like
 from moe_ref.validation import dtype_name
 
@@ -77,7 +77,12 @@ class NumbaProducts(LoopProducts):
         """[S, m]: a [S, k] times matrices [E, k, m]."""
         limit = few_rows(matrices[0]) if matrices.shape[0] else 0
         return self._shared_out(
-            a, matrices.shape[2], limit, partial(_compiled, a, matrices), lambda expert, _: matrices[expert]
+            a,
+            matrices.shape[2],
+            result_dtype(a, matrices),
+            limit,
+            partial(_compiled, a, matrices),
+            lambda expert, _: matrices[expert],
         )
 
     def _packed_product(self, a: Tensor, stack: PackedMatrices, back: bool) -> Tensor:
@@ -88,6 +93,7 @@ class NumbaProducts(LoopProducts):
         return self._shared_out(
             a,
             stack.shape[2 if back else 1],
+            result_dtype(a, stack),
             limit,
             partial(multiply_packed, a, stack, by_rows=by_rows),
             lambda expert, place: stack.expert(expert, place) if back else stack.expert(expert, place).t(),
@@ -97,13 +103,13 @@ class NumbaProducts(LoopProducts):
         self,
         a: Tensor,
         columns: int,
+        dtype: torch.dtype,
         limit: int,
         all_at_once: Callable[[list[Group]], Tensor],
         matrix: Callable[[int, int], Tensor],
     ) -> Tensor:
-        """[S, columns]: groups of at most ``limit`` rows by one call, others one by one with their matrix."""
+        """[S, columns] in ``dtype``: groups of at most ``limit`` rows in one call, others by their matrix."""
         few = [group for group in self._groups if group[2] - group[1] <= limit]
-        dtype = stored_dtype(a.dtype)
         if few and len(few) == len(self._groups) and self._end == a.shape[0]:
             return all_at_once(few).to(dtype)
         out = a.new_empty(a.shape[0], columns, dtype=dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from executors._base.arguments import Activation
+from executors._pipeline.halves import join, split, split_wide
 
 BLOCK_ELEMENTS = 2**17  # of z: half a MiB in fp32
 
@@ -19,11 +20,20 @@ def forward(z: Tensor, act: Activation) -> Tensor:
     return h
 
 
-def backward(z: Tensor, dh: Tensor, act: Activation) -> Tensor:
-    """dz [n, J] from z [n, J] and dh [n, I], in at least fp32; the clamp's derivative at equality is 1."""
-    dz = torch.empty(z.shape, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+def backward(z: Tensor, dh: Tensor, weight: Tensor | None, act: Activation, dtype: torch.dtype) -> Tensor:
+    """dz, rounded once from at least fp32; the clamp's derivative at equality is 1.
+
+    Args:
+        z: [n, J].
+        dh: [n, I], but for the weight.
+        weight: [n, 1] in at least fp32, which multiplies dh; or None for ones.
+        act: the activation.
+        dtype: of dz.
+    """
+    dz = z.new_empty(z.shape, dtype=dtype)
     for rows in row_blocks(z):
-        _backward(dz[rows], z[rows], dh[rows], act)
+        own = _widen(dh[rows])
+        _backward(dz[rows], z[rows], own if weight is None else own * weight[rows], act)
     return dz
 
 
@@ -36,10 +46,10 @@ def row_blocks(z: Tensor) -> list[slice]:
 def _forward(z: Tensor, act: Activation) -> Tensor:
     if not act.layout:
         return _plain(z, act.name)
-    gate, up = _split(z, act.layout)
     if _is_plain(act):  # torch evaluates in fp32 within each of the two: act(g) and h are rounded once each
+        gate, up = split(z, act.layout)
         return _plain(gate, act.name).mul_(up)
-    gate, up = _clamp(_widen(gate), _widen(up), act)
+    gate, up = _clamp(*split_wide(z, act.layout), act)
     value = torch.sigmoid(act.alpha * gate).mul_(_softcap(gate, act.gate_softcap))
     value = value.clamp_(max=act.limit) if act.clamp == "after" else value
     return value.mul_(_softcap(up, act.up_softcap) + act.up_offset)
@@ -49,7 +59,7 @@ def _backward(dz: Tensor, z: Tensor, dh: Tensor, act: Activation) -> None:
     if not act.layout:
         torch.mul(dh, _value_and_slope(_widen(z), act)[1], out=dz)
         return
-    gate, up = (_widen(half) for half in _split(z, act.layout))
+    gate, up = split_wide(z, act.layout)
     clamped_gate, clamped_up = _clamp(gate, up, act)
     value, slope = _value_and_slope(clamped_gate, act)
     factor = _softcap(clamped_up, act.up_softcap) + act.up_offset
@@ -61,8 +71,7 @@ def _backward(dz: Tensor, z: Tensor, dh: Tensor, act: Activation) -> None:
         d_up.masked_fill_(up.abs() > act.limit, 0.0)
     if act.up_softcap is not None:
         d_up.mul_(_softcap_slope(up, act.up_softcap))
-    for whole, half in zip(_split(dz, act.layout), (d_gate, d_up), strict=True):
-        whole.copy_(half)
+    join(dz, act.layout, d_gate, d_up)
 
 
 def _is_plain(act: Activation) -> bool:
@@ -110,13 +119,6 @@ def _softcap(value: Tensor, cap: float | None) -> Tensor:
 
 def _softcap_slope(value: Tensor, cap: float) -> Tensor:
     return 1 - torch.tanh(value / cap).square_()
-
-
-def _split(z: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    if layout == "interleaved":
-        return z[:, 0::2], z[:, 1::2]
-    gate, up = z.chunk(2, dim=-1)
-    return gate, up
 
 
 def _widen(value: Tensor) -> Tensor:

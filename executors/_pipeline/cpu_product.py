@@ -21,6 +21,8 @@ from moe_ref.validation import dtype_name
 NARROW = (torch.bfloat16, torch.float16)
 X86 = ("x86_64", "amd64")
 FEW_ROWS = 5  # up to so many rows are multiplied as they are (docs/performance-results.md)
+FEW_COLUMNS = 16  # of a product in fp32 that is turned: those of an adapter (docs/performance-log.md)
+TURNED = 32  # rows, and numbers in a sum, from which on that pays
 SLICE = 2**18  # numbers of a matrix that are widened at a time: 1 MiB
 TILE = 32  # numbers of bf16 in a row of AMX' tiles
 ALIGNED = 64  # columns of which a slice has a multiple, if it can
@@ -70,7 +72,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         out: [n, m], written; a's dtype, or fp32 beside fp16, whose results may pass its range (E7).
     """
     if b.dtype not in NARROW:
-        torch.mm(a, b, out=out)
+        _multiply_wide(a, b, out)
     elif not (is_narrow(a.shape[0], b) and _multiply_narrow(a, b, out)):
         _multiply_widened(a.float().contiguous(), b, out)
 
@@ -85,12 +87,22 @@ def multiply_outer(a: Tensor, b: Tensor, out: Tensor) -> None:
     """
     if out.stride(0) < out.stride(1):  # stored by columns
         a, b, out = b, a, out.t()
-    if a.dtype == b.dtype == out.dtype and multiplies(out.dtype):
+    if a.dtype == b.dtype == out.dtype and out.dtype not in NARROW:
+        _multiply_wide(a.t(), b, out)
+    elif a.dtype == b.dtype == out.dtype and multiplies(out.dtype):
         torch.mm(a.t(), b, out=out)
     elif a.shape[0] == 1:  # a single product for each number
         torch.mul(a.float().t(), b.float(), out=out)
     else:
         _multiply_outer_widened(a, b, out)
+
+
+def _multiply_wide(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out`` = a b in fp32 or fp64: with few columns as bᵀ aᵀ, which MKL multiplies up to six times as fast."""
+    if out.shape[1] <= FEW_COLUMNS and min(a.shape) >= TURNED:
+        out.copy_(torch.mm(b.t(), a.t()).t())
+    else:
+        torch.mm(a, b, out=out)
 
 
 def is_narrow(count: int, b: Tensor) -> bool:

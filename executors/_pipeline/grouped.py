@@ -16,11 +16,14 @@ from torch.nn import functional as F
 
 from executors._pipeline import cpu_product
 from executors._pipeline.loop import LoopProducts
+from executors._pipeline.products import widened
 from executors._protocol import Unsupported
 from moe_ref.types import PARAMETERS
 from moe_ref.validation import dtype_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from moe_ref.types import MoEWeights
@@ -51,12 +54,14 @@ class GroupedProducts:
         """[S, m]: a [S, k] times matrices [E, m, k] transposed."""
         if _in_a_loop(a.device, matrices.dtype, a.shape[1]):
             return self._loop.rows(a, matrices)
+        a = widened(a, matrices.dtype)
         return self._product(a, matrices.transpose(1, 2))
 
     def rows_back(self, a: Tensor, matrices: Tensor) -> Tensor:
         """[S, k]: a [S, m] times matrices [E, m, k]."""
         if _in_a_loop(a.device, matrices.dtype, a.shape[1]):
             return self._loop.rows_back(a, matrices)
+        a = widened(a, matrices.dtype)
         return self._product(a, matrices)
 
     def outer(self, a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,9 +69,14 @@ class GroupedProducts:
         _check_rows(a)
         if _in_a_loop(a.device, dtype, 0):
             return self._loop.outer(a, b, like, dtype)
+        a, b = widened(a, dtype), widened(b, dtype)
         if like.stride(1) < like.stride(2):  # stored by columns: so is its gradient
             return self._outer(b, a).transpose(1, 2)
         return self._outer(a, b)
+
+    def parts(self, width: int) -> Iterator[tuple[slice, GroupedProducts]]:
+        """All rows together."""
+        yield slice(None), self
 
     def clear(self, rows: Tensor) -> Tensor:
         """The same tensor, with zeros written past the last group."""

@@ -8,46 +8,15 @@ nothing adds by atomics, so results are bitwise repeatable.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from executors._base.arguments import Activation, Norm, Projection
-from executors._pipeline import activation, post_norm
+from executors._pipeline import activation, post_norm, projection
 from executors._pipeline.grouping import combine, expert_of_rows, inverse_of, slot_weights
-from executors._pipeline.packed_matrices import PackedMatrices
-
-Matrices = Tensor | PackedMatrices  # [E, m, k]; of a PackedMatrices no gradient is ever asked for
-
-
-class Products(Protocol):
-    """Products of rows, sorted by expert, with that expert's matrix. Stacks are for executors of 4-bit weights.
-
-    Rows past the last group are never read; what stands there in a result is unspecified, NaN at worst. Beside fp16
-    matrices rows may be fp32. Results have the `stored_dtype` of the rows.
-    """
-
-    def rows(self, a: Tensor, matrices: Any) -> Tensor:
-        """[S, m]: a [S, k] times matrices [E, m, k] transposed."""
-
-    def rows_back(self, a: Tensor, matrices: Any) -> Tensor:
-        """[S, k]: a [S, m] times matrices [E, m, k]."""
-
-    def outer(self, a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """[E, m, k] in ``dtype``: a [S, m] transposed times b [S, k], group by group; the gradient of ``like``.
-
-        Exactly 0 for an expert without rows (D2). Beside fp16 one of a and b may be fp32. It is stored in the order of
-        ``like`` where that costs nothing.
-        """
-
-    def clear(self, rows: Tensor) -> Tensor:
-        """The same tensor, with zeros written past the last group."""
-
-
-def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of what stands between products, for an x of ``dtype``: fp32 beside fp16 (E7), else x's own."""
-    return torch.float32 if dtype == torch.float16 else dtype
+from executors._pipeline.products import Matrices, Products, stored_dtype
 
 
 class Layer(NamedTuple):
@@ -144,102 +113,97 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
         upstream, weight, of_outputs = normed.d_outputs, None, False
 
     # Of the down projection: its parameters take the weighted gradient, h and the weight the unweighted one (D3).
-    if down_matrix or needs["down_proj_bias"] or down_factors:
+    d_inner = projection.d_inner(upstream, layer.down, products) if need_dz or of_outputs or down_factors else None
+    if down_matrix or needs["down_proj_bias"]:
         wide = upstream.to(layer.wide) if weight is None else weight * upstream
-        weighted = wide.to(layer.stored)
         if needs["down_proj_bias"]:
             found["down_proj_bias"] = _sums(wide, layer)
+        if down_matrix and h is not None:
+            found["down_proj"] = _outer(wide.to(layer.stored), h, layer.down, layer, products)
         del wide
-        if h is not None:
-            _add_matrix_gradients(found, "down", needs, layer, products, h, weighted)
+    if down_factors and h is not None and d_inner is not None:
+        _add_factors(found, "down", needs, h, upstream, d_inner, weight, layer.down, products)
     if need_dz or of_outputs:
-        dh = _linear_back(upstream, layer.down, products).to(layer.wide)
+        dh = projection.backward(upstream, layer.down, products, d_inner)
         if of_outputs and h is not None:  # <dy, o> without keeping o
-            of_rows = (dh * h).sum(1)
+            of_rows = _dots(dh, h, layer.wide)
             if layer.down.bias is not None:
-                of_rows = of_rows + (upstream.to(layer.wide) * layer.down.bias[layer.experts()]).sum(1)
+                of_rows += _dots(upstream, layer.down.bias, layer.wide, layer.experts())
             found["topk_weights"] = _weight_gradients(of_rows, layer)
+        del upstream, h
         if need_dz:
-            dz = activation.backward(z, dh if weight is None else dh.mul_(weight), layer.act)
-            if needs["gate_up_proj_bias"]:
-                found["gate_up_proj_bias"] = _sums(dz, layer)
-            dz = dz.to(layer.stored)
-            if up_parameters:
-                _add_matrix_gradients(found, "gate_up", needs, layer, products, layer.rows(), dz)
-            if need_rows:
-                d_rows = _linear_back(dz, layer.up, products)
-                if layer.scale_input:
-                    wide = d_rows.to(layer.wide)
-                    if need_weights:
-                        found["topk_weights"] = _weight_gradients((wide * layer.x[layer.tokens()]).sum(1), layer)
-                    d_rows = (wide * layer.weights().reshape(-1)[layer.order, None]).to(layer.stored)
-                if needs["x"]:
-                    found["x"] = _combine(products.clear(d_rows), layer, None)
+            dtype = layer.wide if needs["gate_up_proj_bias"] else layer.stored
+            dz = activation.backward(z, dh, weight, layer.act, dtype)
+            del dh
+            _add_up(found, needs, layer, products, dz, need_rows)
     return found
 
 
-def _linear(rows: Tensor, projection: Projection[Matrices], layer: Layer, products: Products) -> Tensor:
-    total = products.rows(rows, projection.matrices)
-    if projection.lora_b is not None:
-        inner = _inner(rows, projection, products)
-        total = total.to(layer.wide) + products.rows(inner, _factor(projection.lora_b, rows))
-    if projection.bias is not None:  # torch adds in at least fp32 and rounds once, in place too
-        total.add_(projection.bias.index_select(0, layer.experts()))
-    return total.to(layer.stored)
+def _add_up(
+    found: dict[str, Tensor], needs: dict[str, bool], layer: Layer, products: Products, dz: Tensor, need_rows: bool
+) -> None:
+    """Adds the gradients of the up projection's parameters, of x, and of weights that scale it.
+
+    dz [S, J] is in at least fp32 where the bias has a gradient.
+    """
+    if needs["gate_up_proj_bias"]:
+        found["gate_up_proj_bias"] = _sums(dz, layer)
+        dz = dz.to(layer.stored)
+    factors = needs["gate_up_lora_a"] or needs["gate_up_lora_b"]
+    d_inner = projection.d_inner(dz, layer.up, products) if factors or need_rows else None
+    if needs["gate_up_proj"] or factors:
+        rows = layer.rows()
+        if needs["gate_up_proj"]:
+            found["gate_up_proj"] = _outer(dz, rows, layer.up, layer, products)
+        if factors and d_inner is not None:
+            _add_factors(found, "gate_up", needs, rows, dz, d_inner, None, layer.up, products)
+        del rows
+    if not need_rows:
+        return
+    d_rows = projection.backward(dz, layer.up, products, d_inner)
+    if layer.scale_input:
+        wide = d_rows.to(layer.wide)
+        if needs["topk_weights"]:
+            found["topk_weights"] = _weight_gradients((wide * layer.x[layer.tokens()]).sum(1), layer)
+        d_rows = (wide * layer.weights().reshape(-1)[layer.order, None]).to(layer.stored)
+    if needs["x"]:
+        found["x"] = _combine(products.clear(d_rows), layer, None)
 
 
-def _linear_back(d_out: Tensor, projection: Projection[Matrices], products: Products) -> Tensor:
-    d_rows = products.rows_back(d_out, projection.matrices)
-    if projection.lora_a is None:
-        return d_rows
-    d_inner = _d_inner(d_out, projection, products)
-    added = products.rows_back(d_inner, _factor(projection.lora_a, d_out))
-    return (d_rows.to(torch.promote_types(d_rows.dtype, added.dtype)) + added).to(d_rows.dtype)
+def _linear(rows: Tensor, own: Projection[Matrices], layer: Layer, products: Products) -> Tensor:
+    return projection.forward(rows, own, layer.experts(), products, layer.wide)
 
 
-def _add_matrix_gradients(
+def _outer(d_out: Tensor, rows: Tensor, own: Projection[Matrices], layer: Layer, products: Products) -> Tensor:
+    """[E, m, k] The gradient of a projection's matrices."""
+    assert isinstance(own.matrices, Tensor)
+    return products.outer(d_out, rows, own.matrices, layer.x.dtype)
+
+
+def _add_factors(
     found: dict[str, Tensor],
     name: str,
     needs: dict[str, bool],
-    layer: Layer,
-    products: Products,
     rows: Tensor,
     d_out: Tensor,
+    d_inner: Tensor,
+    weight: Tensor | None,
+    own: Projection[Matrices],
+    products: Products,
 ) -> None:
-    projection = layer.down if name == "down" else layer.up
-    if needs[f"{name}_proj"]:
-        assert isinstance(projection.matrices, Tensor)
-        found[f"{name}_proj"] = products.outer(d_out, rows, projection.matrices, layer.x.dtype)
-    if projection.lora_a is None:
-        return
-    if needs[f"{name}_lora_a"]:
-        d_inner = _d_inner(d_out, projection, products)
-        found[f"{name}_lora_a"] = products.outer(d_inner, rows.to(d_inner.dtype), projection.lora_a, d_inner.dtype)
-    if needs[f"{name}_lora_b"]:
-        assert projection.lora_b is not None
-        inner = _inner(rows, projection, products)
-        found[f"{name}_lora_b"] = products.outer(d_out.to(inner.dtype), inner, projection.lora_b, inner.dtype)
+    names = f"{name}_lora_a", f"{name}_lora_b"
+    needed = needs[names[0]], needs[names[1]]
+    of_factors = projection.factor_gradients(rows, d_out, d_inner, weight, own, products, needed)
+    found.update((key, value) for key, value in zip(names, of_factors, strict=True) if value is not None)
 
 
-def _inner(rows: Tensor, projection: Projection[Matrices], products: Products) -> Tensor:
-    """[S, r] What stands between an adapter's factors: scaling (rows A^T)."""
-    assert projection.lora_a is not None
-    a = _factor(projection.lora_a, rows)
-    return products.rows(rows.to(a.dtype), a) * projection.scaling
-
-
-def _d_inner(d_out: Tensor, projection: Projection[Matrices], products: Products) -> Tensor:
-    """[S, r] The gradient of rows A^T."""
-    assert projection.lora_b is not None
-    b = _factor(projection.lora_b, d_out)
-    return products.rows_back(d_out.to(b.dtype), b) * projection.scaling
-
-
-def _factor(factor: Tensor, rows: Tensor) -> Tensor:
-    """An adapter's factor in the dtype of its products: its own if it is the rows', else at least fp32."""
-    if factor.dtype == rows.dtype:
-        return factor
-    return factor.to(torch.promote_types(rows.dtype, torch.float32))
+def _dots(a: Tensor, b: Tensor, wide: torch.dtype, places: Tensor | None = None) -> Tensor:
+    """[S] The product of each row of a with that of b, or with the one of b at its place."""
+    found = a.new_empty(a.shape[0], dtype=wide)
+    for rows in activation.row_blocks(a):
+        own = b[rows] if places is None else b.index_select(0, places[rows])
+        torch.sum(a[rows].to(wide) * own, 1, out=found[rows])
+    return found
 
 
 def _sums(rows: Tensor, layer: Layer) -> Tensor:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from executors._pipeline import cpu_product, half
-from executors._pipeline.layer import Matrices, stored_dtype
 from executors._pipeline.packed_matrices import PackedMatrices
+from executors._pipeline.products import Matrices, result_dtype, widened
 from executors._pipeline.zeros import zeros_like
 
 PAIRED = 2**18  # numbers of a matrix from which on single rows are multiplied in pairs
+IN_CACHE = 2**18  # numbers of rows that pass through several operators together: 1 MiB in fp32
 
 
 class LoopProducts:
@@ -38,7 +40,7 @@ class LoopProducts:
         """
         size = matrices.shape[1] * matrices.shape[2]
         least = 2 if size >= self.paired and cpu_product.multiplies(a.dtype) else 1
-        out = a.new_empty(a.shape[0], matrices.shape[1], dtype=stored_dtype(a.dtype))
+        out = a.new_empty(a.shape[0], matrices.shape[1], dtype=result_dtype(a, matrices))
         for matrix, start, stop in self._matrices(matrices):
             rows = slice(start, min(max(stop, start + least), self._end))
             self.multiply(a[rows], matrix.t(), out[rows])
@@ -47,7 +49,7 @@ class LoopProducts:
 
     def rows_back(self, a: Tensor, matrices: Matrices) -> Tensor:
         """[S, k]: a [S, m] times matrices [E, m, k]."""
-        out = a.new_empty(a.shape[0], matrices.shape[2], dtype=stored_dtype(a.dtype))
+        out = a.new_empty(a.shape[0], matrices.shape[2], dtype=result_dtype(a, matrices))
         for matrix, start, stop in self._matrices(matrices):
             self.multiply(a[start:stop], matrix, out[start:stop])
             del matrix
@@ -62,6 +64,7 @@ class LoopProducts:
 
     def multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """``out`` [n, m] = a [n, k] times one expert's b [k, m]."""
+        a = widened(a, b.dtype)
         if a.device.type == "cpu":
             cpu_product.multiply(a, b, out)
         elif torch.float16 in (a.dtype, b.dtype):
@@ -71,12 +74,23 @@ class LoopProducts:
 
     def multiply_outer(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """``out`` [m, k] = a [n, m] transposed times b [n, k]."""
+        a, b = widened(a, out.dtype), widened(b, out.dtype)
         if a.device.type == "cpu":
             cpu_product.multiply_outer(a, b, out)
         elif out.dtype == torch.float16:
             half.multiply(a.t(), b, out)
         else:
             torch.mm(a.t(), b, out=out)
+
+    def parts(self, width: int) -> Iterator[tuple[slice, LoopProducts]]:
+        """The rows of each expert, or those of all where they are few."""
+        if self._end * width <= IN_CACHE:
+            yield slice(0, self._end), self
+            return
+        for expert, start, stop in self._groups:
+            own = copy(self)
+            own._groups, own._end = [(expert, 0, stop - start)], stop - start
+            yield slice(start, stop), own
 
     def clear(self, rows: Tensor) -> Tensor:
         """The same tensor, with zeros written past the last group."""

@@ -12,8 +12,9 @@ from executors._base.arguments import Arguments
 from executors._base.operator import Kept, owners_of
 from executors._pipeline import layer as _layer
 from executors._pipeline.grouping import group
-from executors._pipeline.layer import Layer, Matrices, Products
+from executors._pipeline.layer import Layer
 from executors._pipeline.packed_matrices import PackedMatrices, room_for
+from executors._pipeline.products import Matrices, Products, stored_dtype
 from moe_ref.types import PARAMETERS, PackedTensor
 
 Stacks = tuple[Tensor | PackedTensor, Tensor | PackedTensor]
@@ -55,7 +56,7 @@ class PipelineOperator(NamedTuple):
         experts, both = stacks[0].shape[:2]
         device = torch.device("cpu") if self.on_host else x.device
         return x.new_empty(x.shape), Kept(
-            x.new_empty(slots if keep_z else 0, both, dtype=_layer.stored_dtype(x.dtype)),
+            x.new_empty(slots if keep_z else 0, both, dtype=stored_dtype(x.dtype)),
             given.topk_ids.new_empty(slots, dtype=torch.int64),
             torch.empty(experts + 1, dtype=torch.int64, device=device),
             *(room_for(stack, slots if keep_decoded else 0, x) for stack in stacks),

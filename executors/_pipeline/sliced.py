@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from executors._pipeline.grouped import GroupedProducts
-from executors._pipeline.layer import Matrices, stored_dtype
 from executors._pipeline.packed_matrices import PackedMatrices
+from executors._pipeline.products import Matrices, stored_dtype
 
 SLICES = 8  # of all experts: what is decoded at a time is an eighth of a projection
 
