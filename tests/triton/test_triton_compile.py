@@ -42,7 +42,13 @@ SMALL = {"sm90": "HMMA", "sm100": "HMMA"}  # for fewer than 64 rows
 
 PER_WEIGHT = {"sm80": 21, "sm90": 11, "sm100": 11, "gfx942": 20}  # instructions of a thread at most
 SCALARS_MOVED = 48  # on gfx942, of kernels of 4 bits, which take more addresses: moved to vector registers, no spill
-SLOW = {("sm100", "bfloat16"), ("sm100", "float16"), ("sm90", "float32")}  # compiled every night
+SLOW = {
+    ("sm100", "bfloat16"),
+    ("sm100", "float16"),
+    ("sm90", "float16"),
+    ("sm90", "float32"),
+    ("gfx942", "float32"),
+}  # compiled every night
 WHOLE = {"sm90"}  # with every configuration; of the others the largest tiles, the nearest to their limits
 
 Row = dict[str, Any]

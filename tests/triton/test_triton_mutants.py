@@ -7,7 +7,7 @@ from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from types import ModuleType
-from typing import get_args
+from typing import Any, get_args
 from unittest.mock import patch
 
 import numpy as np
@@ -336,8 +336,16 @@ def test_as_they_are(name: str) -> None:
     check(name)
 
 
+def marked() -> list[Any]:
+    """Every second one; the others every night."""
+    return [
+        pytest.param(mutant, marks=[pytest.mark.nightly] if place % 2 else [])
+        for place, mutant in enumerate(ALL_MUTANTS)
+    ]
+
+
 @pytest.mark.usefixtures("new_kernels")
-@pytest.mark.parametrize("mutant", ALL_MUTANTS)
+@pytest.mark.parametrize("mutant", marked())
 def test_planted(mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, right, wrong, problem = ALL_MUTANTS[mutant]
     text = source(file)
