@@ -1,6 +1,7 @@
 """Three ways to compute the same adapted experts in 4 bits, as experts functions of transformers.
 
-``loop``: one expert after the other is decoded by bitsandbytes, multiplied, and its adapter added: what people run.
+``loop``: one expert after the other is decoded by bitsandbytes, multiplied, and its adapter added: what people run. As
+in bitsandbytes' own product (``MatMul4Bit``) the backward pass decodes again and nothing decoded is kept.
 ``stack``: transformers' grouped_mm on bitsandbytes' parametrization, which decodes the whole stack; PEFT's way to adapt
 a stack adds B A to it. An executor of this project reads the 4 bits as they are and keeps adapters apart.
 
@@ -14,12 +15,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from executors import hf
 from executors._bench.peers.bitsandbytes import own_bytes
-from executors._bench.peers.loops import Decode, FourBitLinear, loop
+from executors._bench.peers.loops import Decode, Expert, FourBitLinear, loop
 from executors._bench.quantised import quant_state
 from executors._bench.routing import Batch
 from executors.hf.adapters import PREFIX, lora_of
@@ -58,15 +60,32 @@ def _loop(
     up_bias, down_bias = _parts(weights.gate_up_proj_bias), _parts(weights.down_proj_bias)
     up_a, up_b = _parts(lora.gate_up_lora_a), _parts(lora.gate_up_lora_b)
     down_a, down_b = _parts(lora.down_lora_a), _parts(lora.down_lora_b)
-    experts = [
+    experts: list[Expert] = [
         (
-            FourBitLinear(up[e], up_bias[e], up_a[e], up_b[e], lora.gate_up_scaling),
-            FourBitLinear(down[e], down_bias[e], down_a[e], down_b[e], lora.down_scaling),
+            _Linear(up[e], up_bias[e], up_a[e], up_b[e], lora.gate_up_scaling),
+            _Linear(down[e], down_bias[e], down_a[e], down_b[e], lora.down_scaling),
         )
         for e in range(weights.num_experts)
     ]
     given = Batch(hidden_states, hidden_states, top_k_index, top_k_weights, top_k_index[:0])
     return loop(given, experts, weights.config)
+
+
+class _Linear(FourBitLinear):
+    def product(self, rows: Tensor) -> Tensor:
+        product: Tensor = _DecodedTwice.apply(rows, self.bias, self.decode)
+        return product
+
+
+class _DecodedTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, bias: Tensor | None, decode: Decode) -> Tensor:
+        ctx.decode = decode
+        return F.linear(rows, decode(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return d_out @ ctx.decode(), None, None
 
 
 def _parts(stack: Tensor | None) -> Any:

@@ -57,6 +57,7 @@ def test_the_whole_way(name: str, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.05
 
     again: Any = hf.load_quantized(tmp_path / "base")
+    again.set_attn_implementation(base.config._attn_implementation)  # no file keeps it, and losses are to be the same
     with hf.peft(again):
         again = PeftModel.from_pretrained(again, str(tmp_path / "adapter"), is_trainable=True)
     hf.use(again, "auto")

@@ -45,11 +45,15 @@ class FourBitLinear:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Decodes, and multiplies; the adapter in its own dtype, as PEFT does."""
-        out = F.linear(rows, self.decode(), self.bias)
+        out = self.product(rows)
         if self.lora_a is None or self.lora_b is None:
             return out
         added = F.linear(F.linear(rows.to(self.lora_a.dtype), self.lora_a), self.lora_b)
         return (out + self.scaling * added).to(out.dtype)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """Without the adapter; autograd keeps the decoded matrix."""
+        return F.linear(rows, self.decode(), self.bias)
 
 
 Expert = tuple[FourBitLinear, FourBitLinear]
