@@ -73,7 +73,7 @@ def _loop(
 
 class _Linear(FourBitLinear):
     def product(self, rows: Tensor) -> Tensor:
-        product: Tensor = _DecodedTwice.apply(rows, self.bias, self.decode)
+        product: Tensor = _DecodedTwice.apply(rows, self.bias, self.decode)  # type: ignore[no-untyped-call]
         return product
 
 
@@ -84,7 +84,7 @@ class _DecodedTwice(torch.autograd.Function):
         return F.linear(rows, decode(), bias)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
         return d_out @ ctx.decode(), None, None
 
 
