@@ -1,18 +1,18 @@
 """The group ``citizen`` has teeth: each behaviour rejects an executor that lacks it, and accepts those that have it."""
 
-from dataclasses import replace
-from typing import Any
+import re
+from pathlib import Path
 
 import pytest
 
 import executors
 from bad_citizens import BAD
 from moe_ref.conformance.citizen import BEHAVIOURS, check_citizen, company
-from moe_ref.conformance.citizen.case import problems_of
 from moe_ref.conformance.judgement.checks import ConformanceError
 from moe_ref.conformance.wrapped import Wrapped
 
 NATIVE = executors.get("native")
+PAGE = Path(__file__).parents[2] / "docs" / "adding-an-executor.md"
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
@@ -32,8 +32,6 @@ def test_auto(behaviour: str) -> None:
     assert check_citizen(executors.get("auto"), behaviour) == ""
 
 
-def test_every_behaviour_has_one_sentence() -> None:
-    for name, behaviour in BEHAVIOURS.items():
-        assert behaviour.__doc__ is not None, name
-        assert "\n" not in behaviour.__doc__, name
-        assert behaviour.__doc__.endswith("."), name
+def test_the_page_lists_every_behaviour() -> None:
+    (table,) = re.findall(r"^\| behaviour \| .*\n\|---\|---\|\n((?:\|.*\n)+)", PAGE.read_text(), flags=re.MULTILINE)
+    assert table.splitlines() == [f"| `{name}` | {behaviour.__doc__} |" for name, behaviour in BEHAVIOURS.items()]

@@ -1,4 +1,4 @@
-"""Executors with right numbers and bad manners: for each behaviour of the suite's group ``citizen``, one that lacks it."""
+"""Executors with right numbers and bad manners: one for each behaviour of the suite's group ``citizen``."""
 
 import multiprocessing
 import threading

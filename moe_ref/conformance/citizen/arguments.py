@@ -45,13 +45,12 @@ def forward_mode(case: Case) -> None:
         inputs = case.inputs()
         with forward_ad.dual_level(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of what it loads for these derivatives
-            duals = {n: forward_ad.make_dual(v.detach(), torch.ones_like(v)) for n, v in inputs.tensors().items()}
-            given = {n: duals[n] if n in names else v.detach() for n, v in inputs.tensors().items()}
+            given = {n: _dual(v.detach()) if n in names else v.detach() for n, v in inputs.tensors().items()}
             try:
                 y = case.call(with_tensors(inputs, given))
             except (RuntimeError, NotImplementedError, ValueError, TypeError):
                 continue
-            tangent = forward_ad.unpack_dual(y).tangent
+            tangent = forward_ad.unpack_dual(y).tangent  # type: ignore[no-untyped-call]
         if tangent is None:
             case.fail(f"the forward-mode derivative for {', '.join(names)} is silently 0")
         forward = (tangent * inputs.dy).double()  # <dy, dy/dx v> either way around, for v of ones
@@ -61,6 +60,12 @@ def forward_mode(case: Case) -> None:
             bool((forward.sum() - backward.sum()).abs() <= slack),
             f"<dy, tangent>={forward.sum():.6g} in forward mode, but must be {backward.sum():.6g}",
         )
+
+
+def _dual(value: Tensor) -> Tensor:
+    """With a tangent of ones."""
+    dual: Tensor = forward_ad.make_dual(value, torch.ones_like(value))  # type: ignore[no-untyped-call]
+    return dual
 
 
 def ids_of_route(case: Case) -> None:

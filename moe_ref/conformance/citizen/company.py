@@ -32,7 +32,7 @@ DIFFERS = 3  # exit status of a child whose results differ
 
 
 def threads(case: Case) -> None:
-    """Threads that call one executor on shared weights at once, forward and backward, get the bits that they get alone."""
+    """Threads that call one executor on shared weights at once, forward and backward, get the same bits as alone."""
     calls = 1 if case.executor.capabilities.interpreted else 8
     count = 2 if case.executor.capabilities.interpreted else THREADS
     shared = case.inputs()
@@ -187,9 +187,9 @@ def _quiet_forks() -> Iterator[None]:
 
 def copies(case: Case) -> None:
     """Copies of the executor, by deepcopy and by pickle, have its name and capabilities and give the same bits."""
-    for how, duplicate in (("deepcopy", copy.deepcopy), ("pickle", lambda e: pickle.loads(pickle.dumps(e)))):
+    for how in ("deepcopy", "pickle"):
         try:
-            other = duplicate(case.executor)
+            other = copy.deepcopy(case.executor) if how == "deepcopy" else pickle.loads(pickle.dumps(case.executor))
         except (*RAISED, pickle.PickleError) as error:
             case.fail(f"{how} of the executor: {error!r}")
         case.demand(other.name == case.executor.name, f"{how}: name={other.name!r}")

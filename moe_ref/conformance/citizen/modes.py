@@ -55,7 +55,7 @@ def inference_weights(case: Case) -> None:
 
 
 def deterministic_algorithms(case: Case) -> None:
-    """Under torch.use_deterministic_algorithms(True) it works, with the same bits, and warn_only has no reason to warn."""
+    """torch.use_deterministic_algorithms(True) raises nothing and changes no bit, and with warn_only nothing warns."""
     for warn_only in (False, True):
         try:
             with _deterministic(warn_only), warnings.catch_warnings():
