@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import executors
 from moe_ref import MoEConfig
 from moe_ref.conformance import profiles
+from moe_ref.conformance.citizen import BEHAVIOURS, check_citizen
 from moe_ref.conformance.judgement.checks import applicable, check_problem, check_repeatable
 from moe_ref.conformance.judgement.errors import check_errors, check_no_double_backward, check_undeclared_weights
 from moe_ref.conformance.judgement.exact import CASES, check_exact
@@ -151,3 +152,10 @@ def test_double_backward_is_refused() -> None:
 def test_bad_input_is_refused_in_one_line() -> None:
     check_errors(TRITON, DEVICE)
     check_undeclared_weights(TRITON, DEVICE)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_citizen(behaviour: str) -> None:
+    lacking = check_citizen(TRITON, behaviour, DEVICE)
+    if lacking:
+        pytest.skip(lacking)

@@ -2,13 +2,15 @@
 
 The interpreter keeps bfloat16 as raw 16-bit integers. It multiplies those integers in a dot product, and it truncates
 where a GPU rounds to nearest even. This module mends conversions and dot products, and refuses all other arithmetic in
-bfloat16. It is used only under `TRITON_INTERPRET=1`.
+bfloat16. The interpreter has one place in the grid for the whole process, so launches of several threads wait for one
+another. It is used only under `TRITON_INTERPRET=1`.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, interpreter_builder
 
 REFUSED = ("binary_op", "unary_op", "create_fma", "create_fdiv", "create_erf", "create_rsqrt")
+_ONE_LAUNCH = Lock()  # at a time
 
 
 @functools.cache
@@ -36,8 +39,8 @@ def mend() -> None:
         return plain_dot(self, in_rows(widened(a)), in_rows(widened(b)), *others)
 
     def run(self: Any, *args: Any, **options: Any) -> Any:
-        patched.clear()
-        with np.errstate(all="ignore"):  # as a GPU, which does not warn of infinities
+        with _ONE_LAUNCH, np.errstate(all="ignore"):  # as a GPU, which does not warn of infinities
+            patched.clear()
             return plain_run(self, *args, **options)
 
     def call(self: Any, *args: Any, **options: Any) -> Any:

@@ -3,5 +3,6 @@
 - `suite`, `plugin`, `profiles`: the tests, and how pytest finds them;
 - `problems`: whole problems, drawn by Hypothesis or pinned;
 - `judgement`: the reference, and what the suite demands of an executor;
+- `citizen`: what hooks, modes, threads and processes of torch expect of it;
 - `mutants`, `honest`: executors that the suite must reject, and executors that it must accept.
 """

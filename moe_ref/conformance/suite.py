@@ -18,6 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_ref.conformance import profiles
+from moe_ref.conformance.citizen import BEHAVIOURS, check_citizen
 from moe_ref.conformance.judgement.checks import applicable, check_problem, check_repeatable
 from moe_ref.conformance.judgement.errors import check_errors, check_no_double_backward, check_undeclared_weights
 from moe_ref.conformance.judgement.exact import CASES, check_exact
@@ -42,6 +43,7 @@ PINNED = pinned.EXAMPLES + pinned.LARGE + pinned.PACKED + pinned.PAST_RANGE
 __all__ = [
     "test_bad_input_is_refused_in_one_line",
     "test_batch_invariance",
+    "test_citizen",
     "test_double_backward_is_refused",
     "test_every_code",
     "test_exact_cases",
@@ -148,6 +150,12 @@ def test_undeclared_weights_are_refused(executor: Executor, conformance_device: 
 def test_double_backward_is_refused(executor: Executor, conformance_device: str) -> None:
     """D1: a second derivative is an error, never a silent zero."""
     check_no_double_backward(executor, conformance_device)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_citizen(executor: Executor, conformance_device: str, behaviour: str) -> None:
+    """Hooks, modes, threads, processes and views of torch change no bit: a good citizen's behaviours (C1, D1, E4)."""
+    _skip_if(check_citizen(executor, behaviour, conformance_device))
 
 
 def _skip_if(lacking: str) -> None:

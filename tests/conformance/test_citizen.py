@@ -1,0 +1,37 @@
+"""The group ``citizen`` has teeth: each behaviour rejects an executor that lacks it, and accepts those that have it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import executors
+from bad_citizens import BAD
+from moe_ref.conformance.citizen import BEHAVIOURS, check_citizen, company
+from moe_ref.conformance.judgement.checks import ConformanceError
+from moe_ref.conformance.wrapped import Wrapped
+
+NATIVE = executors.get("native")
+PAGE = Path(__file__).parents[2] / "docs" / "adding-an-executor.md"
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_bad_citizen_is_rejected(behaviour: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(company, "LIMIT", 0.5)
+    with pytest.raises(ConformanceError, match=f"breaks the behaviour {behaviour}: "):
+        check_citizen(BAD[behaviour](NATIVE), behaviour)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_wrapper_that_changes_nothing_is_accepted(behaviour: str) -> None:
+    assert check_citizen(Wrapped("harmless", NATIVE), behaviour) in ("", "harmless has no route")
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_auto(behaviour: str) -> None:
+    assert check_citizen(executors.get("auto"), behaviour) == ""
+
+
+def test_the_page_lists_every_behaviour() -> None:
+    (table,) = re.findall(r"^\| behaviour \| .*\n\|---\|---\|\n((?:\|.*\n)+)", PAGE.read_text(), flags=re.MULTILINE)
+    assert table.splitlines() == [f"| `{name}` | {behaviour.__doc__} |" for name, behaviour in BEHAVIOURS.items()]
