@@ -19,7 +19,7 @@ ID_DTYPES = ("int32", "int64")
 def check_array(
     name: str, value: Any, like: tuple[str, Array] | None = None, dtypes: tuple[str, ...] = FLOAT_DTYPES
 ) -> None:
-    """Checks that the value is an array of an allowed dtype, with the library and device of ``like``, (name, array)."""
+    """Checks that the value is an array of an allowed dtype, and of the library of ``like``, (name, array)."""
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(f"{name}={short(value)}: must be an array")
     if dtype_name(value) not in dtypes:
@@ -29,8 +29,23 @@ def check_array(
     other_name, other = like
     if not _of_one_library(value, other):
         raise TypeError(f"{name} is a {library_of(value)} array: must be a {library_of(other)} array, as {other_name}")
-    if device_of(value) != device_of(other):
-        raise ValueError(f"{name}.device={device_of(value)}: must be {device_of(other)}, {other_name}'s")
+
+
+def check_devices(arguments: dict[str, Array]) -> None:
+    """Checks that all arguments, by name, are on one device.
+
+    The message names one that differs from most, and one of those; of equally many, the first counts. On the device
+    "meta" there are no numbers: where others have some, what is there is what differs.
+    """
+    found = {name: device_of(value) for name, value in arguments.items()}
+    devices = list(found.values())
+    if all(device == devices[0] for device in devices):
+        return
+    real = [device for device in devices if not str(device).startswith("meta")]
+    wanted = max(real, key=real.count)
+    other = next(name for name, device in found.items() if device == wanted)
+    name, device = next((name, device) for name, device in found.items() if device != wanted)
+    raise ValueError(f"{name}.device={device}: must be {wanted}, {other}'s")
 
 
 def check_shape(name: str, value: Array, expected: tuple[int, ...], meaning: str) -> None:
