@@ -69,7 +69,11 @@ class Auto:
         return chosen.experts(x, topk_ids=topk_ids, topk_weights=topk_weights, weights=weights)
 
     def route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
-        """The choice that ``__call__`` makes, topk_ids and topk_weights [..., K]; the built-in executors share one."""
+        """The choice that ``__call__`` makes; the built-in executors share one.
+
+        Returns:
+            Routing with topk_ids [..., K] int64 (T1) and topk_weights [..., K].
+        """
         from executors._base.routing import route_checked
 
         return route_checked(router_logits, weights)
