@@ -22,7 +22,7 @@ def local(weights: MoEWeights, first: int, last: int) -> MoEWeights:
     return weights.with_parameters({name: value.detach().clone() for name, value in own.items()})
 
 
-@cases("dense", "nf4", "mxfp4", "mixed")
+@cases("dense", "nf4", nightly=("mxfp4", "mixed"))
 def test_r8_ranks_add_up_to_the_layer(name: str, kind: str) -> None:
     """Each is the specification's too, forward and backward; E local experts, ids shifted, foreign slots empty (R7)."""
     dense, executor = layer(name, "dense", CONFIG), made(name)
@@ -60,7 +60,7 @@ def test_r8_a_rank_of_one_expert_as_it_was_reported(name: str) -> None:
     assert y.any(dim=1).all()
 
 
-@cases("dense", "nested", "mxfp4")
+@cases("dense", "nested", nightly=("mxfp4",))
 def test_r8_whatever_handles_a_layer_takes_a_rank_s(name: str, kind: str) -> None:
     """`check`, `explain`, moves, casts, and the module."""
     weights = in_kind(local(layer(name, "dense", CONFIG), 0, 1), kind)

@@ -32,10 +32,15 @@ def takes(name: str, kind: str) -> bool:
     return able.mixed if kind == "mixed" else {"nested": "nf4"}.get(kind, kind) in able.weights
 
 
-def cases(*kinds: str) -> pytest.MarkDecorator:
-    """Every executor with each of these kinds that it takes."""
-    found = [(name, kind) for name in NAMES for kind in kinds if takes(name, kind)]
-    return pytest.mark.parametrize(("name", "kind"), found, ids=map("-".join, found))
+def cases(*kinds: str, nightly: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Every executor with each of these kinds that it takes; others run with the profile nightly."""
+    found = [
+        pytest.param(name, kind, id=f"{name}-{kind}", marks=[pytest.mark.nightly] if kind in nightly else [])
+        for name in NAMES
+        for kind in (*kinds, *nightly)
+        if takes(name, kind) and (name != "auto" or kind == "dense" or kind in nightly)
+    ]
+    return pytest.mark.parametrize(("name", "kind"), found)
 
 
 every = pytest.mark.parametrize("name", NAMES)
