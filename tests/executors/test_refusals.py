@@ -155,7 +155,7 @@ def test_4_bits_decode_to_no_float64() -> None:
 
 @every
 def test_autocast_casts_no_argument(name: str) -> None:
-    """T1: fp32 x beside bf16 weights is refused under autocast as elsewhere; the message says what helps, and it does."""
+    """T1: fp32 x beside bf16 weights is refused, as elsewhere; the message says what helps, and it does."""
     dense = MoEWeights(torch.randn(E, 2 * I, H), torch.randn(E, H, I), config=MoEConfig(2)).to(dtype=torch.bfloat16)
     weights = in_kind(dense, kind_of(name))
     x, logits = tokens()
