@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from moe_ref._typing import Array
-from moe_ref.types import DENSE, Activation, ExpertLoRA, MoEConfig, MoEWeights, MXFP4Tensor
+from moe_ref.types import DENSE, Activation, ExpertLoRA, MoEConfig, MoEWeights, MXFP4Tensor, PackedTensor
 from moe_ref.validation.arrays import (
     check_array,
     check_choice,
@@ -140,9 +140,9 @@ def _decoding_hint(weights: MoEWeights) -> str:
 
 def _check_no_list(name: str, value: Any) -> None:
     """Refuses matrices of experts one by one, and names what makes a stack of them."""
-    if hasattr(value, "shape") or not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
+    if isinstance(value, (str, PackedTensor)) or hasattr(value, "shape"):  # a broken tensor may have no shape
         return
-    if isinstance(value, str):
+    if not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
         return
     kind, count = type(value).__name__, len(value)
     raise TypeError(

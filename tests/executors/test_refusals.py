@@ -10,6 +10,7 @@ import torch
 
 from every_executor import E, H, I, cases, every, in_kind, kind_of, layer, made, takes, tokens
 from moe_ref import MoEConfig, MoEWeights, moe, routed_experts
+from moe_ref.conformance.judgement.errors import check_errors
 from moe_ref.types import LORA_FACTORS, PROJECTIONS
 
 Calls = dict[str, Callable[..., Any]]
@@ -193,3 +194,11 @@ def test_a_gate_without_its_up_is_told_how_to_fuse(name: str) -> None:
     hint = "; gate and up stored apart? moe_ref.MoEWeights.stack fuses them, once; executors.nf4.fuse in 4 bits"
     for call in calls(name).values():
         assert refusal(call, weights).endswith(hint)
+
+
+# Whoever chooses an executor --------------------------------------------------------------------------------------
+
+
+def test_auto_tells_bad_input_as_the_specification_does() -> None:
+    """And not as what each of the executors lacks."""
+    check_errors(made("auto"))
