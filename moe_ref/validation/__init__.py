@@ -19,12 +19,10 @@ from moe_ref.validation.config import check_config
 from moe_ref.validation.mxfp4 import check_mxfp4, check_quantize_mxfp4
 from moe_ref.validation.nf4 import DECODED_DTYPES, check_nf4, check_quantize
 from moe_ref.validation.weights import (
-    arrays_of_experts,
-    arrays_of_routing,
-    check_experts,
     check_routed_weights,
-    check_routing,
     check_weights,
+    checked_experts,
+    checked_routing,
     dtype_hint,
 )
 
@@ -53,15 +51,14 @@ def check_inputs(x: Array, router_logits: Array, weights: MoEWeights) -> None:
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
-    check_experts(weights)
-    check_routing(weights)
+    experts, routing = checked_experts(weights), checked_routing(weights)
     _check_x(x, weights)
     if weights.config.top_k is None:
         raise ValueError("top_k=None: must be an integer from 1 to E, unless topk_ids are given")
     check_array("router_logits", router_logits, like=("x", x))
     expected = (*x.shape[:-1], weights.num_experts)
     check_shape("router_logits", router_logits, expected, "x's leading dimensions and E")
-    check_devices({"x": x} | arrays_of_experts(weights) | {"router_logits": router_logits} | arrays_of_routing(weights))
+    check_devices({"x": x, **experts, "router_logits": router_logits, **routing})
 
 
 def check_route_inputs(
@@ -93,15 +90,14 @@ def check_router_logits(router_logits: Array, weights: MoEWeights) -> None:
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
-    check_experts(weights)
-    check_routing(weights)
+    experts, routing = checked_experts(weights), checked_routing(weights)
     if weights.config.top_k is None:
         raise ValueError("top_k=None: must be an integer from 1 to E, to choose experts")
     check_array("router_logits", router_logits, like=("gate_up_proj", weights.gate_up_proj))
     if router_logits.ndim < 1 or router_logits.shape[-1] != weights.num_experts:
         allowed = f"(..., {weights.num_experts}), the last dimension E"
         raise ValueError(f"router_logits.shape={tuple(router_logits.shape)}: must be {allowed}")
-    check_devices({"router_logits": router_logits} | arrays_of_experts(weights) | arrays_of_routing(weights))
+    check_devices({"router_logits": router_logits, **experts, **routing})
 
 
 def check_experts_inputs(x: Array, topk_ids: Array, topk_weights: Array, weights: MoEWeights) -> None:
@@ -112,7 +108,7 @@ def check_experts_inputs(x: Array, topk_ids: Array, topk_weights: Array, weights
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
-    check_experts(weights)
+    experts = checked_experts(weights)
     _check_x(x, weights)
     check_array("topk_ids", topk_ids, like=("x", x), dtypes=ID_DTYPES)
     check_array("topk_weights", topk_weights, like=("x", x))
@@ -121,7 +117,7 @@ def check_experts_inputs(x: Array, topk_ids: Array, topk_weights: Array, weights
         wanted = ", ".join([*map(str, leading), "K"])
         raise ValueError(f"topk_ids.shape={shape}: must be ({wanted}), x's leading dimensions and K of at least 1")
     check_shape("topk_weights", topk_weights, shape, "the shape of topk_ids")
-    check_devices({"x": x} | arrays_of_experts(weights) | {"topk_ids": topk_ids, "topk_weights": topk_weights})
+    check_devices({"x": x, **experts, "topk_ids": topk_ids, "topk_weights": topk_weights})
 
 
 def check_dy(x: Array, dy: Array) -> None:

@@ -37,10 +37,12 @@ def check_devices(arguments: dict[str, Array]) -> None:
     The message names one that differs from most, and one of those; of equally many, the first counts. On the device
     "meta" there are no numbers: where others have some, what is there is what differs.
     """
-    found = {name: device_of(value) for name, value in arguments.items()}
-    devices = list(found.values())
-    if all(device == devices[0] for device in devices):
+    devices = [
+        getattr(value, "device", "cpu") for value in arguments.values()
+    ]  # an array without the attribute is on the CPU
+    if devices.count(devices[0]) == len(devices):
         return
+    found = dict(zip(arguments, devices, strict=True))
     real = [device for device in devices if not str(device).startswith("meta")]
     wanted = max(real, key=real.count)
     other = next(name for name, device in found.items() if device == wanted)
@@ -91,11 +93,6 @@ def library_of(value: Array) -> str:
     """The library at the root of the array's class: a subclass of torch.Tensor is a torch array."""
     value = value.codes if isinstance(value, PackedTensor) else value
     return [c.__module__.partition(".")[0] for c in type(value).__mro__ if c.__module__ != "builtins"][-1]
-
-
-def device_of(value: Array) -> Any:
-    """The device of an array; the CPU if the array has no such attribute."""
-    return getattr(value, "device", "cpu")
 
 
 def short(value: Any) -> str:

@@ -34,8 +34,7 @@ def check_weights(weights: MoEWeights) -> None:
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
-    check_experts(weights)
-    check_devices(arrays_of_experts(weights))
+    check_devices(checked_experts(weights))
 
 
 def check_routed_weights(weights: MoEWeights) -> None:
@@ -44,13 +43,15 @@ def check_routed_weights(weights: MoEWeights) -> None:
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
-    check_experts(weights)
-    check_routing(weights)
-    check_devices(arrays_of_experts(weights) | arrays_of_routing(weights))
+    check_devices(checked_experts(weights) | checked_routing(weights))
 
 
-def check_experts(weights: MoEWeights) -> None:
-    """`check_weights` but for devices, which a call compares with those of its other arguments."""
+def checked_experts(weights: MoEWeights) -> dict[str, Array]:
+    """`check_weights` but for devices, which a call compares with those of its other arguments.
+
+    Returns:
+        The arrays that the experts use by argument, such as "down_proj" or, in 4 bits, "down_proj.packed".
+    """
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"weights={short(weights)}: must be a moe_ref.MoEWeights")
     if not isinstance(weights.config, MoEConfig):
@@ -79,6 +80,12 @@ def check_experts(weights: MoEWeights) -> None:
     if dtype_name(down) != dtype_name(gate_up):
         allowed = f"must be {dtype_name(gate_up)}, gate_up_proj's{_decoding_hint(weights)}"
         raise TypeError(f"down_proj.dtype={dtype_name(down)}: {allowed}")
+    found: dict[str, Array] = {}
+    for name, projection in (("gate_up_proj", gate_up), ("down_proj", down)):
+        if isinstance(projection, PackedTensor):
+            found |= {f"{name}.{part}": array for part, array in projection.arrays().items()}
+        else:
+            found[name] = projection
     optional = (
         ("gate_up_proj_bias", (experts, both), "(E, 2*I)" if gated else "(E, I)"),
         ("down_proj_bias", (experts, hidden), "(E, H)"),
@@ -89,37 +96,32 @@ def check_experts(weights: MoEWeights) -> None:
         if value is not None:
             check_array(name, value, like=("gate_up_proj", gate_up))
             check_shape(name, value, expected, letters)
-    for name, value in arrays_of_routing(weights).items():
-        check_array(name, value)
-    if weights.lora is not None:
-        _check_lora(weights.lora, gate_up, inner)
-    check_config(weights.config)
-
-
-def check_routing(weights: MoEWeights) -> None:
-    """What only routing uses, against the experts (R8), of a layer that `check_experts` has passed; no devices."""
-    check_sizes(weights.config, weights.num_experts)
-    for name, value in arrays_of_routing(weights).items():
-        check_array(name, value, like=("gate_up_proj", weights.gate_up_proj))
-        check_shape(name, value, (weights.num_experts,), "(E,)")
-
-
-def arrays_of_experts(weights: MoEWeights) -> dict[str, Array]:
-    """The arrays that the experts use by argument, such as "down_proj" or, in 4 bits, "down_proj.packed"."""
-    found: dict[str, Array] = {}
-    packed = weights.packed()
-    for name in ("gate_up_proj", "down_proj"):
+            found[name] = value
+    for name in OF_ROUTING:
         value = getattr(weights, name)
-        parts = packed[name].arrays().items() if name in packed else ()
-        found |= {f"{name}.{part}": array for part, array in parts} if parts else {name: value}
-    others = weights.parameters()
-    return found | {name: value for name, value in others.items() if name not in OF_ROUTING}
+        if value is not None:
+            check_array(name, value)
+    if weights.lora is not None:
+        found |= _checked_lora(weights.lora, gate_up, inner)
+    check_config(weights.config)
+    return found
 
 
-def arrays_of_routing(weights: MoEWeights) -> dict[str, Array]:
-    """The arrays that only routing uses, by argument."""
-    found = {name: getattr(weights, name) for name in OF_ROUTING}
-    return {name: value for name, value in found.items() if value is not None}
+def checked_routing(weights: MoEWeights) -> dict[str, Array]:
+    """What only routing uses, against the experts (R8), of a layer that `checked_experts` has passed; no devices.
+
+    Returns:
+        Its arrays by argument.
+    """
+    check_sizes(weights.config, weights.num_experts)
+    found: dict[str, Array] = {}
+    for name in OF_ROUTING:
+        value = getattr(weights, name)
+        if value is not None:
+            check_array(name, value, like=("gate_up_proj", weights.gate_up_proj))
+            check_shape(name, value, (weights.num_experts,), "(E,)")
+            found[name] = value
+    return found
 
 
 def dtype_hint(x: Array, weights: MoEWeights) -> str:
@@ -170,9 +172,10 @@ def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[0], shape[2], shape[1]
 
 
-def _check_lora(lora: ExpertLoRA, gate_up: Array, inner: int) -> None:
+def _checked_lora(lora: ExpertLoRA, gate_up: Array, inner: int) -> dict[str, Array]:
     if not isinstance(lora, ExpertLoRA):
         raise TypeError(f"lora={short(lora)}: must be a moe_ref.ExpertLoRA or None")
+    found: dict[str, Array] = {}
     experts, both, hidden = gate_up.shape
     for projection, (out, width) in (("gate_up", (both, hidden)), ("down", (hidden, inner))):
         names = f"{projection}_lora_a", f"{projection}_lora_b"
@@ -189,3 +192,5 @@ def _check_lora(lora: ExpertLoRA, gate_up: Array, inner: int) -> None:
             raise ValueError(f"{names[0]}.shape={shape}: must be ({experts}, rank, {width}), rank at least 1")
         check_shape(names[1], b, (experts, out, rank), f"the shape that goes with {names[0]}")
         check_finite(f"{projection}_scaling", getattr(lora, f"{projection}_scaling"))
+        found |= {names[0]: a, names[1]: b}
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from every_executor import E, H, I, cases, every, in_kind, kind_of, layer, made, takes, tokens
+from every_executor import E, H, I, cases, every, in_kind, kind_of, layer, made, tokens
 from moe_ref import MoEConfig, MoEWeights, moe, routed_experts
 from moe_ref.conformance.judgement.errors import check_errors
 from moe_ref.types import LORA_FACTORS, PROJECTIONS
@@ -127,11 +127,9 @@ def test_4_bits_stored_for_another_dtype(name: str, kind: str, dtype: str) -> No
     assert (y.double() - exact).norm() < 1e-2 * exact.norm()
 
 
-@every
-def test_4_bits_beside_a_dense_projection_of_another_dtype(name: str) -> None:
-    if not takes(name, "mixed"):
-        pytest.skip(f"{name} takes one kind only")
-    weights = in_kind(MoEWeights(torch.randn(E, 2 * I, H), torch.randn(E, H, I), config=MoEConfig(2)), "mixed")
+@cases("mixed")
+def test_4_bits_beside_a_dense_projection_of_another_dtype(name: str, kind: str) -> None:
+    weights = in_kind(MoEWeights(torch.randn(E, 2 * I, H), torch.randn(E, H, I), config=MoEConfig(2)), kind)
     for bad in (
         replace(weights, gate_up_proj=weights.gate_up_proj.bfloat16()),
         replace(weights, down_proj=weights.down_proj.to(dtype="bfloat16")),
