@@ -13,6 +13,7 @@ something) or `Unsupported` (this input). Importing this package imports no torc
 from typing import TYPE_CHECKING, Any
 
 from executors._checkpoint import checkpoint_policy
+from executors._padding import mask_padding
 from executors._protocol import Capabilities, Executor, RoutingExecutor, Unavailable, UnknownExecutor, Unsupported
 from executors._registry import Explanation, available, explain, get, names, register, unregister
 
@@ -35,6 +36,7 @@ __all__ = [
     "checkpoint_policy",
     "explain",
     "get",
+    "mask_padding",
     "names",
     "register",
     "unregister",

@@ -159,7 +159,7 @@ class RoutingExecutor(Protocol):
     """An executor that tells which experts it chooses."""
 
     def route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
-        """topk_ids and topk_weights [..., K] for router_logits [..., E], as ``__call__`` uses them."""
+        """topk_ids int64 (T1) and topk_weights, [..., K], for router_logits [..., E], as ``__call__`` uses them."""
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from executors._protocol import Capabilities, Executor, Unavailable, Unsupported
 from executors._registry import get
+from moe_ref.validation import check_experts_inputs, check_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,15 +62,28 @@ class Auto:
 
     def __call__(self, x: Tensor, router_logits: Tensor, weights: MoEWeights) -> Tensor:
         """The layer, by the chosen executor; arguments, result and errors are that executor's."""
-        return self._choose(x, weights)[0](x, router_logits, weights)
+        try:
+            chosen = self._choose(x, weights)[0]
+        except Unsupported:
+            check_inputs(x, router_logits, weights)  # what is wrong for everyone is told as everyone tells it
+            raise
+        return chosen(x, router_logits, weights)
 
     def experts(self, x: Tensor, *, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         """The layer with routing done elsewhere; arguments, result and errors are the chosen executor's."""
-        chosen = self._choose(x, weights)[0]
+        try:
+            chosen = self._choose(x, weights)[0]
+        except Unsupported:
+            check_experts_inputs(x, topk_ids, topk_weights, weights)
+            raise
         return chosen.experts(x, topk_ids=topk_ids, topk_weights=topk_weights, weights=weights)
 
     def route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
-        """The choice that ``__call__`` makes, topk_ids and topk_weights [..., K]; the built-in executors share one."""
+        """The choice that ``__call__`` makes; the built-in executors share one.
+
+        Returns:
+            Routing with topk_ids [..., K] int64 (T1) and topk_weights [..., K].
+        """
         from executors._base.routing import route_checked
 
         return route_checked(router_logits, weights)

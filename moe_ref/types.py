@@ -17,6 +17,7 @@ from moe_ref.packed_types import MXFP4Tensor as MXFP4Tensor
 from moe_ref.packed_types import NF4Tensor as NF4Tensor
 from moe_ref.packed_types import PackedTensor as PackedTensor
 from moe_ref.packed_types import QuantType as QuantType
+from moe_ref.stacking import rows_of, stacked
 
 Scoring = Literal["softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"]
 RenormalizeForm = Literal["add", "max"]
@@ -141,6 +142,55 @@ class MoEWeights:
     config: MoEConfig
     expert_scale: Float[Array, " E"] | None = None  # multiplies the weights that routing gives; learned (R9)
     post_expert_norm: Float[Array, " H"] | None = None  # gamma of the norm of each expert's output; learned (E8)
+
+    @classmethod
+    def stack(
+        cls,
+        *,
+        down_proj: Any,
+        gate_up_proj: Any = None,
+        gate_proj: Any = None,
+        up_proj: Any = None,
+        down_proj_bias: Any = None,
+        gate_up_proj_bias: Any = None,
+        gate_proj_bias: Any = None,
+        up_proj_bias: Any = None,
+        config: MoEConfig,
+        **others: Any,
+    ) -> MoEWeights:
+        """The layer of experts that are stored one by one, or whose gate and up projections are apart (w1, w3; w2).
+
+        It costs a copy: new memory of the size of each stack that is built, beside the parts until they are freed (and
+        while it runs once more, where gates and ups are interleaved). So call it once, when a model is loaded, and
+        keep the result, which `executors.nn.Experts` makes parameters of. What is a stack already is not copied. In
+        torch the copy is differentiable.
+
+        Args:
+            down_proj: [E, H, I], or a sequence of E arrays [H, I]; as all others, a stack or a sequence.
+            gate_up_proj: [E, J, H], or None where its halves are given.
+            gate_proj: [E, I, H]; ``config.gate_up_layout`` says how its rows and those of up_proj are laid.
+            up_proj: [E, I, H]; alone where the activation is not gated.
+            down_proj_bias: [E, H].
+            gate_up_proj_bias: [E, J].
+            gate_proj_bias: [E, I].
+            up_proj_bias: [E, I].
+            config: the layer's configuration.
+            **others: of `MoEWeights`, as they are.
+
+        Raises:
+            ValueError, TypeError: one line naming the argument, its value, and what is allowed; also for parts in 4
+                bits, which `executors.nf4` joins: ``fuse`` gate and up, ``from_linears`` experts one by one. A whole
+                projection in 4 bits is taken as it is.
+        """
+        layout = config.gate_up_layout if config.gated else ""
+        return cls(
+            rows_of(gate_up_proj, gate_proj, up_proj, "", layout),
+            stacked("down_proj", down_proj),
+            rows_of(gate_up_proj_bias, gate_proj_bias, up_proj_bias, "_bias", layout),
+            stacked("down_proj_bias", down_proj_bias),
+            config=config,
+            **others,
+        )
 
     @property
     def num_experts(self) -> int:

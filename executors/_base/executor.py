@@ -77,7 +77,7 @@ class LayerExecutor:
             weights: the layer's parameters and configuration.
 
         Returns:
-            Routing with topk_ids and topk_weights [..., K].
+            Routing with topk_ids [..., K] int64 (T1) and topk_weights [..., K].
 
         Raises:
             ValueError, TypeError: bad input, in one line naming argument, value, and what is allowed.

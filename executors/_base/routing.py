@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 def route_checked(
     router_logits: Tensor, weights: MoEWeights, choice: Callable[[Tensor, MoEWeights], Routing] | None = None
 ) -> Routing:
-    """`route`, or another ``choice``, with validation, for any leading dimensions: an executor's own ``route``."""
+    """`route`, or another ``choice``, with validation, for any leading dimensions: an executor's own ``route``.
+
+    Ids are int64, whatever the choice makes (T1).
+    """
     check_router_logits(router_logits, weights)
     routing = (choice or route)(router_logits.reshape(-1, weights.num_experts), weights)
     shape = (*router_logits.shape[:-1], routing.topk_ids.shape[-1])
-    return Routing(routing.topk_ids.reshape(shape), routing.topk_weights.reshape(shape))
+    return Routing(routing.topk_ids.reshape(shape).long(), routing.topk_weights.reshape(shape))
 
 
 def route(router_logits: Tensor, weights: MoEWeights) -> Routing:
@@ -60,12 +63,17 @@ def route(router_logits: Tensor, weights: MoEWeights) -> Routing:
 
 
 def scaled_by_expert(routing: Routing, expert_scale: Tensor | None) -> Routing:
-    """The weights times the learned scales of their experts, if there are any (R9)."""
+    """The weights times the learned scales of their experts, if there are any (R9).
+
+    An undefined row stays NaN, and is none of the scales' gradient: a token that is masked afterwards adds 0 (R7).
+    """
     if expert_scale is None:
         return routing
+    undefined = routing.topk_weights.detach().isnan()
     # Gathered from a row for each token: the backward pass of an index adds with atomics on a CPU, this one never (C1).
     rows = expert_scale.to(routing.topk_weights.dtype).expand(routing.topk_ids.shape[0], -1)
-    return Routing(routing.topk_ids, routing.topk_weights * rows.gather(-1, routing.topk_ids.long()))
+    scaled = routing.topk_weights.masked_fill(undefined, 0.0) * rows.gather(-1, routing.topk_ids.long())
+    return Routing(routing.topk_ids, scaled.masked_fill(undefined, math.nan))
 
 
 @torch.library.custom_op("moe_ref::choose", mutates_args=())

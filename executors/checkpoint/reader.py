@@ -18,7 +18,7 @@ from executors.checkpoint.names import Block, blocks_of
 from executors.checkpoint.projections import Source
 from executors.checkpoint.shards import Shards, read_json
 from moe_ref.types import MoEConfig, MoEWeights
-from moe_ref.validation import check_weights
+from moe_ref.validation import check_routed_weights
 
 Progress = Callable[[int, int], object]
 
@@ -156,7 +156,7 @@ class Checkpoint:
             weights = MoEWeights(**tensors, selection_bias=None if bias is None else bias.reshape(-1), config=config)
             self._check_count(source, family.router, layer, weights.num_experts)
         try:
-            check_weights(weights)
+            check_routed_weights(weights)
         except (ValueError, TypeError) as error:
             raise BadCheckpoint(f"{self.path}: {layer.prefix}experts: {error}") from error
         return weights

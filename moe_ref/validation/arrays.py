@@ -19,7 +19,7 @@ ID_DTYPES = ("int32", "int64")
 def check_array(
     name: str, value: Any, like: tuple[str, Array] | None = None, dtypes: tuple[str, ...] = FLOAT_DTYPES
 ) -> None:
-    """Checks that the value is an array of an allowed dtype, with the library and device of ``like``, (name, array)."""
+    """Checks that the value is an array of an allowed dtype, and of the library of ``like``, (name, array)."""
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(f"{name}={short(value)}: must be an array")
     if dtype_name(value) not in dtypes:
@@ -29,8 +29,25 @@ def check_array(
     other_name, other = like
     if not _of_one_library(value, other):
         raise TypeError(f"{name} is a {library_of(value)} array: must be a {library_of(other)} array, as {other_name}")
-    if device_of(value) != device_of(other):
-        raise ValueError(f"{name}.device={device_of(value)}: must be {device_of(other)}, {other_name}'s")
+
+
+def check_devices(arguments: dict[str, Array]) -> None:
+    """Checks that all arguments, by name, are on one device.
+
+    The message names one that differs from most, and one of those; of equally many, the first counts. On the device
+    "meta" there are no numbers: where others have some, what is there is what differs.
+    """
+    devices = [
+        getattr(value, "device", "cpu") for value in arguments.values()
+    ]  # an array without the attribute is on the CPU
+    if devices.count(devices[0]) == len(devices):
+        return
+    found = dict(zip(arguments, devices, strict=True))
+    real = [device for device in devices if not str(device).startswith("meta")]
+    wanted = max(real, key=real.count)
+    other = next(name for name, device in found.items() if device == wanted)
+    name, device = next((name, device) for name, device in found.items() if device != wanted)
+    raise ValueError(f"{name}.device={device}: must be {wanted}, {other}'s")
 
 
 def check_shape(name: str, value: Array, expected: tuple[int, ...], meaning: str) -> None:
@@ -76,11 +93,6 @@ def library_of(value: Array) -> str:
     """The library at the root of the array's class: a subclass of torch.Tensor is a torch array."""
     value = value.codes if isinstance(value, PackedTensor) else value
     return [c.__module__.partition(".")[0] for c in type(value).__mro__ if c.__module__ != "builtins"][-1]
-
-
-def device_of(value: Array) -> Any:
-    """The device of an array; the CPU if the array has no such attribute."""
-    return getattr(value, "device", "cpu")
 
 
 def short(value: Any) -> str:

@@ -22,7 +22,7 @@ SMALLEST_EPS = 2.0**-126  # the smallest normal number of fp32
 
 
 def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
-    """Checks a configuration, and ``top_k`` against E where E is known (R8).
+    """Checks a configuration by itself and, where E is known, its `check_sizes`.
 
     Raises:
         ValueError, TypeError: one line naming the field, its value, and what is allowed.
@@ -32,9 +32,8 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
     top_k = config.top_k
     if top_k is not None:
         check_integer("top_k", top_k)
-        if top_k < 1 or (num_experts is not None and top_k > num_experts):
-            most = "" if num_experts is None else f" and at most {num_experts} (E)"
-            raise ValueError(f"top_k={top_k}: must be at least 1{most}")
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k}: must be at least 1")
     check_choice("scoring", config.scoring, get_args(Scoring))
     check_choice("renormalize_form", config.renormalize_form, get_args(RenormalizeForm))
     check_choice("group_score", config.group_score, get_args(GroupScore))
@@ -57,7 +56,15 @@ def check_config(config: MoEConfig, num_experts: int | None = None) -> None:
         if config.limit <= 0:
             raise ValueError(f"limit={config.limit}: must be positive, or None for no clamp")
     _check_activation(config)
-    _check_groups(config, num_experts)
+    for name in ("num_groups", "topk_groups"):
+        check_integer(name, getattr(config, name))
+    if config.num_groups < 1:
+        raise ValueError(f"num_groups={config.num_groups}: must be at least 1")
+    if not 1 <= config.topk_groups <= config.num_groups:
+        allowed = f"must be at least 1 and at most {config.num_groups} (num_groups)"
+        raise ValueError(f"topk_groups={config.topk_groups}: {allowed}")
+    if num_experts is not None:
+        check_sizes(config, num_experts)
 
 
 def _check_activation(config: MoEConfig) -> None:
@@ -84,15 +91,16 @@ def _check_activation(config: MoEConfig) -> None:
         raise ValueError(f"gate_up_layout={config.gate_up_layout!r}: {only}")
 
 
-def _check_groups(config: MoEConfig, num_experts: int | None) -> None:
-    for name in ("num_groups", "topk_groups"):
-        check_integer(name, getattr(config, name))
+def check_sizes(config: MoEConfig, num_experts: int) -> None:
+    """Checks K and the groups of a configuration, right by itself, against the E experts to choose from (R8).
+
+    Raises:
+        ValueError: one line naming the field, its value, and what is allowed.
+    """
     groups, kept, top_k = config.num_groups, config.topk_groups, config.top_k
-    if groups < 1:
-        raise ValueError(f"num_groups={groups}: must be at least 1")
-    if not 1 <= kept <= groups:
-        raise ValueError(f"topk_groups={kept}: must be at least 1 and at most {groups} (num_groups)")
-    if num_experts is None or groups == 1:
+    if top_k is not None and top_k > num_experts:
+        raise ValueError(f"top_k={top_k}: must be at least 1 and at most {num_experts} (E)")
+    if groups == 1:
         return
     if num_experts % groups:
         raise ValueError(f"num_groups={groups}: must be a divisor of {num_experts} (E)")

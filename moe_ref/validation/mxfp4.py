@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_ref.types import MXFP4Tensor
-from moe_ref.validation.arrays import check_array, check_bool, check_choice, check_shape, short
+from moe_ref.validation.arrays import check_array, check_bool, check_choice, check_devices, check_shape, short
 from moe_ref.validation.nf4 import DECODED_DTYPES
 
 BYTES = 16  # of a block of 32 codes
@@ -21,6 +21,12 @@ def check_mxfp4(name: str, tensor: Any) -> None:
     Raises:
         ValueError, TypeError: one line naming the field, its value, and what is allowed.
     """
+    check_mxfp4_form(name, tensor)
+    check_devices({f"{name}.{field}": array for field, array in tensor.arrays().items()})
+
+
+def check_mxfp4_form(name: str, tensor: Any) -> None:
+    """`check_mxfp4` but for devices."""
     if not isinstance(tensor, MXFP4Tensor):
         raise TypeError(f"{name}={short(tensor)}: must be a moe_ref.MXFP4Tensor")
     check_choice(f"{name}.dtype", tensor.dtype, DECODED_DTYPES)

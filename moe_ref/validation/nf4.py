@@ -8,7 +8,15 @@ from typing import Any, get_args
 from moe_ref._typing import Array
 from moe_ref.moving import DECODED_DTYPES as DECODED_DTYPES
 from moe_ref.types import NF4Tensor, QuantType
-from moe_ref.validation.arrays import check_array, check_bool, check_choice, check_integer, check_shape, short
+from moe_ref.validation.arrays import (
+    check_array,
+    check_bool,
+    check_choice,
+    check_devices,
+    check_integer,
+    check_shape,
+    short,
+)
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = ("nested_absmax", "nested_code", "nested_offset")
@@ -24,6 +32,12 @@ def check_nf4(name: str, tensor: Any) -> None:
     Raises:
         ValueError, TypeError: one line naming the field, its value, and what is allowed.
     """
+    check_nf4_form(name, tensor)
+    check_devices({f"{name}.{field}": array for field, array in tensor.arrays().items()})
+
+
+def check_nf4_form(name: str, tensor: Any) -> None:
+    """`check_nf4` but for devices."""
     if not isinstance(tensor, NF4Tensor):
         raise TypeError(f"{name}={short(tensor)}: must be a moe_ref.NF4Tensor")
     _check_format(f"{name}.", tensor.dtype, tensor.quant_type, tensor.blocksize)

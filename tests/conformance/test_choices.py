@@ -133,6 +133,26 @@ def test_another_right_choice_is_judged_on_its_own() -> None:
         check_problem(Otherwise(0.2), problem)
 
 
+class Narrow(Otherwise):
+    """Chooses right, and returns ids in another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(0.0)
+        self.dtype = dtype
+
+    def route(self, router_logits, weights):  # type: ignore[no-untyped-def]
+        routing = self.inner.route(router_logits, weights)
+        return replace(routing, topk_ids=routing.topk_ids.to(self.dtype))
+
+
+def test_ids_of_route_are_int64() -> None:
+    """T1: int32 ones do not index; torch refuses them in one_hot and scatter."""
+    problem = Problem(6, 8, 4, 4, MoEConfig(2))
+    check_problem(Narrow(torch.int64), problem)
+    with pytest.raises(ConformanceError, match="breaks T1: route returns topk_ids in int32, but must return int64"):
+        check_problem(Narrow(torch.int32), problem)
+
+
 def test_slack_is_that_of_the_logit_under_its_key() -> None:
     """R2: with logits of 100 the key is far coarser than a sigmoid."""
     by_logit = replace(SIGMOID, selection_key="logit")

@@ -6,6 +6,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from moe_ref.conformance.judgement.call import to_torch
 from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.validation import check_config, check_router_logits
+from moe_ref.validation.arrays import check_devices
 
 E, K, H, I = 5, 2, 4, 3  # noqa: E741
 FLOATS = "must be one of float64, float32, bfloat16, float16"
@@ -38,13 +40,15 @@ GOOD: dict[str, Any] = {
     "config": MoEConfig(K),
 }
 PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias", "config")
+OF_ROUTING = ("selection_bias", "expert_scale")
 
 
 def call(function: Callable[..., Any], changes: dict[str, Any]) -> Any:
     """Calls one of the four public functions with some arguments, or fields of the configuration, changed."""
-    fields = {name: value for name, value in changes.items() if name not in {*GOOD, "weights"}}
+    fields = {name: value for name, value in changes.items() if name not in {*GOOD, *OF_ROUTING, "weights"}}
     given = {**GOOD, "config": replace(GOOD["config"], **fields), **changes}
-    weights = changes.get("weights") or MoEWeights(**{name: given[name] for name in PARAMETERS})
+    own = {name: given[name] for name in (*PARAMETERS, *OF_ROUTING) if name in given}
+    weights = changes.get("weights") or MoEWeights(**own)
     routing = ("topk_ids", "topk_weights") if function in (routed_experts, routed_experts_vjp) else ("router_logits",)
     upstream = ("dy",) if function in (moe_vjp, routed_experts_vjp) else ()
     return function(*(given[name] for name in ("x", *routing)), weights, *(given[name] for name in upstream))
@@ -83,7 +87,11 @@ def assert_refused(functions: tuple[Callable[..., Any], ...], changes: dict[str,
         # weights
         ({"weights": 7}, TypeError, "weights=7: must be a moe_ref.MoEWeights"),
         ({"gate_up_proj": None}, TypeError, "gate_up_proj=None: must be an array"),
-        ({"down_proj": [1]}, TypeError, "down_proj=[1]: must be an array"),
+        (
+            {"down_proj": [1]},
+            TypeError,
+            "down_proj is a list of 1: must be an array, which moe_ref.MoEWeights.stack makes of it, once",
+        ),
         ({"gate_up_proj_bias": 0.5}, TypeError, "gate_up_proj_bias=0.5: must be an array"),
         ({"gate_up_proj": np.ones((E, 2 * I, H), dtype=bool)}, TypeError, f"gate_up_proj.dtype=bool: {FLOATS}"),
         ({"down_proj_bias": np.ones((E, H), dtype=int)}, TypeError, f"down_proj_bias.dtype=int64: {FLOATS}"),
@@ -141,12 +149,24 @@ def assert_refused(functions: tuple[Callable[..., Any], ...], changes: dict[str,
             "gate_up_proj_bias.shape=(5, 3): must be (5, 6), (E, 2*I)",
         ),
         ({"down_proj_bias": np.ones(H)}, ValueError, "down_proj_bias.shape=(4,): must be (5, 4), (E, H)"),
+        (
+            {"down_proj": np.ones((E, H, 2 * I))},
+            ValueError,
+            "down_proj.shape=(5, 4, 6): must be (5, 4, 3), (E, H, I) to match gate_up_proj (E, 2*I, H); "
+            "gate and up stored apart? moe_ref.MoEWeights.stack fuses them, once; executors.nf4.fuse in 4 bits",
+        ),
+        (
+            {"gate_up_proj": [np.ones((2 * I, H))] * E},
+            TypeError,
+            "gate_up_proj is a list of 5: must be an array, which moe_ref.MoEWeights.stack makes of it, once",
+        ),
+        ({"selection_bias": np.ones(E, dtype=int)}, TypeError, f"selection_bias.dtype=int64: {FLOATS}"),
+        ({"expert_scale": 2.0}, TypeError, "expert_scale=2.0: must be an array"),
         # config
         ({"config": None}, TypeError, "config=None: must be a moe_ref.MoEConfig"),
         ({"config": {"top_k": 2}}, TypeError, "config={'top_k': 2}: must be a moe_ref.MoEConfig"),
-        ({"top_k": 0}, ValueError, "top_k=0: must be at least 1 and at most 5 (E)"),
-        ({"top_k": -1}, ValueError, "top_k=-1: must be at least 1 and at most 5 (E)"),
-        ({"top_k": E + 1}, ValueError, "top_k=6: must be at least 1 and at most 5 (E)"),
+        ({"top_k": 0}, ValueError, "top_k=0: must be at least 1"),
+        ({"top_k": -1}, ValueError, "top_k=-1: must be at least 1"),
         ({"top_k": 2.0}, TypeError, "top_k=2.0: must be an integer"),
         ({"top_k": True}, TypeError, "top_k=True: must be an integer"),
         ({"top_k": "2"}, TypeError, "top_k='2': must be an integer"),
@@ -222,6 +242,10 @@ def test_unknown_activation_lists_the_known_ones() -> None:
             "router_logits.shape=(6, 5): must be (2, 3, 5), x's leading dimensions and E",
         ),
         ({"top_k": None}, ValueError, "top_k=None: must be an integer from 1 to E, unless topk_ids are given"),
+        ({"top_k": E + 1}, ValueError, "top_k=6: must be at least 1 and at most 5 (E)"),
+        ({"num_groups": 2}, ValueError, "num_groups=2: must be a divisor of 5 (E)"),
+        ({"selection_bias": np.ones(E + 1)}, ValueError, "selection_bias.shape=(6,): must be (5,), (E,)"),
+        ({"expert_scale": np.ones(E - 1)}, ValueError, "expert_scale.shape=(4,): must be (5,), (E,)"),
     ],
 )
 def test_refused_by_the_layer(changes: dict[str, Any], error: type, line: str) -> None:
@@ -285,19 +309,66 @@ def test_libraries_do_not_mix_in_routing(name: str) -> None:
     assert_refused((routed_experts, routed_experts_vjp), {name: torch.from_numpy(GOOD[name])}, TypeError, line)
 
 
+def in_torch() -> dict[str, Any]:
+    arrays = {name: value for name, value in GOOD.items() if name != "config"}
+    arrays |= {name: np.ones(E) for name in OF_ROUTING}
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}
+
+
 @pytest.mark.parametrize(
     ("name", "other"),
     [
         ("x", "gate_up_proj"),
         ("router_logits", "x"),
-        ("down_proj", "gate_up_proj"),
-        ("gate_up_proj_bias", "gate_up_proj"),
+        ("gate_up_proj", "x"),
+        ("down_proj", "x"),
+        ("gate_up_proj_bias", "x"),
+        ("down_proj_bias", "x"),
+        ("selection_bias", "x"),
+        ("expert_scale", "x"),
     ],
 )
 def test_devices_do_not_mix(name: str, other: str) -> None:
-    tensors = {name: torch.from_numpy(value) for name, value in GOOD.items() if name != "config"}
+    tensors = in_torch()
     elsewhere = {name: tensors[name].to("meta")}
     assert_refused((moe,), tensors | elsewhere, ValueError, f"{name}.device=meta: must be cpu, {other}'s")
+
+
+@pytest.mark.parametrize(("name", "other"), [("x", "gate_up_proj"), ("topk_ids", "x"), ("topk_weights", "x")])
+def test_devices_do_not_mix_in_routing(name: str, other: str) -> None:
+    tensors = in_torch()
+    line = f"{name}.device=meta: must be cpu, {other}'s"
+    assert_refused((routed_experts,), tensors | {name: tensors[name].to("meta")}, ValueError, line)
+
+
+def test_a_layer_on_meta_is_what_differs() -> None:
+    """Though most arguments are on meta, x is not told to go there."""
+    tensors = in_torch()
+    elsewhere = {name: tensors[name].to("meta") for name in (*PARAMETERS[:-1], *OF_ROUTING)}
+    line = "gate_up_proj.device=meta: must be cpu, x's"
+    assert_refused((moe, routed_experts), tensors | elsewhere, ValueError, line)
+
+
+def test_what_only_routing_uses_may_be_elsewhere() -> None:
+    """R8."""
+    tensors = in_torch()
+    elsewhere = {name: tensors[name].to("meta") for name in OF_ROUTING}
+    assert call(routed_experts, tensors | elsewhere).shape == (2, 3, H)
+
+
+@pytest.mark.parametrize(
+    ("devices", "line"),
+    [
+        ("aab", "2.device=b: must be a, 0's"),
+        ("abb", "0.device=a: must be b, 1's"),
+        ("ab", "1.device=b: must be a, 0's"),
+        (["meta", "meta", "a"], "0.device=meta: must be a, 2's"),
+        (["a", "meta", "meta"], "1.device=meta: must be a, 0's"),
+    ],
+)
+def test_the_device_named_is_the_rare_one_or_the_one_without_numbers(devices: Any, line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        check_devices({str(i): SimpleNamespace(device=device) for i, device in enumerate(devices)})
 
 
 # Accepted --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.routing import keys_are_rounded
 from moe_ref.types import PER_EXPERT, Routing
+from moe_ref.validation import dtype_name
 
 if TYPE_CHECKING:
     from executors import Executor
@@ -189,7 +190,13 @@ def _route(executor: Executor, inputs: Inputs) -> Routing | None:
 
 
 def _check_route(executor: Executor, problem: Problem, truth: Reference, routing: Routing) -> np.ndarray:
-    """R2, R4: the choice is a right one; in broken rows the ids are in range and distinct. Returns the ids [T, K]."""
+    """T1, R2, R4: ids are int64; the choice is a right one; in broken rows the ids are in range and distinct.
+
+    Returns the ids [T, K].
+    """
+    if routing.topk_ids.dtype != torch.int64:
+        message = f"route returns topk_ids in {dtype_name(routing.topk_ids)}, but must return int64"
+        raise ConformanceError(executor, problem, "T1", message)
     ids = routing.topk_ids.reshape(-1, problem.top_k).cpu().numpy()
     logits, bias = truth.arrays.router_logits, truth.arrays.weights.selection_bias
     assert logits is not None
