@@ -68,7 +68,7 @@ def chunked_logprobs(
 
     Raises:
         TypeError, ValueError: in one line, with the argument, its value and what is allowed. Labels out of range are
-            refused too, which waits for the device.
+            refused too, which waits for the device; in a graph of torch.compile as RuntimeError, when it runs.
     """
     weight, bias = _head(head, bias)
     _check(hidden, weight, bias, labels)
@@ -176,6 +176,9 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) 
         raise ValueError(f"labels.shape={tuple(labels.shape)}: must be {tuple(hidden.shape[:-1])}, hidden's but for H")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels.dtype={labels.dtype}: must be torch.int64")
-    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= vocabulary)]
-    if wrong.numel():
-        raise ValueError(f"labels has {int(wrong[0])}: must be in [0, {vocabulary}) or {IGNORED}")
+    wrong = ((labels < 0) & (labels != IGNORED)) | (labels >= vocabulary)
+    allowed = f"must be in [0, {vocabulary}) or {IGNORED}"
+    if torch.compiler.is_compiling():  # a graph cannot read a value: it is checked when the graph runs
+        torch._assert_async(~wrong.any(), f"labels: {allowed}")
+    elif wrong.any():
+        raise ValueError(f"labels has {int(labels[wrong][0])}: {allowed}")

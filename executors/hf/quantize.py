@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ def quantize_experts(
     The bits are those of clause Q4, in the order in which the class stores the parameter. They are kept by
     bitsandbytes' parametrization, with its keys in a state dict. Biases, routers and all else stay as they are. Beside
     the result it needs one projection in 4 bits, and tens of megabytes on a CPU and a few hundred elsewhere. A
-    projection that is not contiguous is copied first.
+    projection that is not contiguous is copied first. Modules that share a parameter share its 4 bits.
 
     Everything is checked before the first projection is changed. `executors.hf.use` works before and after. Adapters of
     PEFT that are there run on an executor from then on, and on nothing else; merged ones stay merged.
@@ -106,15 +107,24 @@ def quantize_experts(
             raise ValueError(f"{label} has NaN or infinite elements: must be finite")
     separate(model)
     total, before = sum(value.numel() for value in plan.values()), 0
+    places = Counter(id(getattr(found[name], own)) for name, own in plan)
     del plan, value  # a reference would keep what is replaced
     layers = []
-    with reporter(progress, total) as tell:
+    tied: dict[int, tuple[Tensor, NF4Tensor]] = {}
+    # Tensors made in inference mode could not be trained beside.
+    with reporter(progress, total) as tell, torch.inference_mode(False), torch.no_grad():
         tell(0)
         for name, module in found.items():
             sizes = {}
             for own in _projections(module):
                 parameter = getattr(module, own)
-                tensor = quantized(parameter, quant_type, nested, blocksize, _from(before, tell))
+                _, tensor = tied.get(id(parameter), (None, None))
+                if tensor is None:
+                    tensor = quantized(parameter, quant_type, nested, blocksize, _from(before, tell))
+                if (
+                    places[id(parameter)] > 1
+                ):  # of modules that share a parameter: it stays shared, and alive until then
+                    tied[id(parameter)] = parameter, tensor
                 sizes[own] = (parameter.nbytes, bytes_of(tensor))
                 before += parameter.numel()
                 put(module, own, tensor)

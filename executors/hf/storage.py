@@ -43,8 +43,9 @@ def put(module: nn.Module, name: str, tensor: NF4Tensor | MXFP4Tensor) -> None:
     entries = nf4.to_state_dict(tensor, name)
     device = tensor.packed.device
     setattr(module, name, nn.Parameter(entries.pop(name), requires_grad=False))
-    state = {key.removeprefix(f"{name}."): value for key, value in entries.items()}
-    replace_parameter_4bit_prequantized(module, name, state, device)
+    replace_parameter_4bit_prequantized(module, name, _without(f"{name}.", entries), device)
+    # The library reads no state dict.
+    module.register_load_state_dict_pre_hook(partial(_from_state_dict, name=name))  # type: ignore[no-untyped-call]
 
 
 class MXFP4Parametrization(nn.Module):
@@ -80,10 +81,66 @@ def _put_mxfp4(module: Any, name: str, tensor: MXFP4Tensor) -> None:
     setattr(module, name, nn.Parameter(tensor.blocks, requires_grad=False))
     parametrize.register_parametrization(module, name, own, unsafe=True)
     module.register_state_dict_post_hook(partial(_as_in_checkpoints, name=name))
+    module.register_load_state_dict_pre_hook(partial(_from_checkpoints, name=name))
 
 
 def _as_in_checkpoints(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, *, name: str) -> None:
     """The keys of gpt-oss' checkpoints: NAME_blocks and NAME_scales."""
-    for key, part in (("original", "blocks"), ("0.scales", "scales")):
-        if (own := f"{prefix}parametrizations.{name}.{key}") in state:
-            state[f"{prefix}{name}_{part}"] = state.pop(own)
+    for own, key in _keys_of_mxfp4(prefix, name):
+        if own in state:
+            state[key] = state.pop(own)
+
+
+def _from_checkpoints(_module: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any, name: str) -> None:
+    """Reads the keys that `_as_in_checkpoints` writes."""
+    for own, key in _keys_of_mxfp4(prefix, name):
+        if key in state:
+            state[own] = state.pop(key)
+
+
+def _keys_of_mxfp4(prefix: str, name: str) -> list[tuple[str, str]]:
+    """Torch's key, and that of a checkpoint."""
+    parts = (("original", "blocks"), ("0.scales", "scales"))
+    return [(f"{prefix}parametrizations.{name}.{key}", f"{prefix}{name}_{part}") for key, part in parts]
+
+
+def _from_state_dict(
+    module: Any,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    _strict: bool,
+    _missing: list[str],
+    _unexpected: list[str],
+    errors: list[str],
+    *,
+    name: str,
+) -> None:
+    """Reads the entries that bitsandbytes' parametrization writes: torch copies the codes, and the state is new."""
+    from bitsandbytes.functional import QuantState
+
+    key = f"{prefix}{name}"
+    if key not in state:
+        return
+    own = next(each for each in module.parametrizations[name] if hasattr(each, "quant_state"))
+    entries = {other: value for other, value in state.items() if other == key or other.startswith(f"{key}.")}
+    try:
+        tensor = nf4.from_state_dict(entries, key)
+        if tensor.shape != tuple(own.quant_state.shape):
+            raise ValueError(f"size mismatch for {key}: shape={tensor.shape}: must be {tuple(own.quant_state.shape)}")
+    except (ValueError, TypeError) as error:
+        errors.append(str(error))
+        return
+    codes = module.parametrizations[name].original
+    before, assign = own.quant_state.dtype, metadata.get("assign_to_params_buffers", False)
+    arrays = _without(f"{key}.", {other: value.clone() for other, value in entries.items() if other != key})
+    own.quant_state = QuantState.from_dict(arrays, device=entries[key].device if assign else codes.device)
+    if not assign:  # as of torch's own parameters, the dtype is the module's
+        own.quant_state.dtype = before
+    for other in entries:
+        del state[other]
+    state[f"{prefix}parametrizations.{name}.original"] = tensor.packed[:, None]
+
+
+def _without(prefix: str, entries: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in entries.items()}

@@ -217,3 +217,20 @@ def test_refusals(changes: dict[str, Any], said: str) -> None:
         chunked_logprobs(**given)
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
+
+
+def test_compiles_whole() -> None:
+    """Labels out of range are seen when the graph runs."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    labels = torch.randint(0, 50, (7,))
+
+    def loss(labels: torch.Tensor) -> torch.Tensor:
+        return chunked_logprobs(hidden, weight, labels, chunk=13, softcap=5.0).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(labels), (hidden, weight))
+    found = torch.autograd.grad(compiled(labels), (hidden, weight))
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+    with pytest.raises(RuntimeError, match=r"labels: must be in \[0, 50\) or -100"):
+        compiled(labels + 50)

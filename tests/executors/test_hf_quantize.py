@@ -208,3 +208,59 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("executors.hf.storage.find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match="bitsandbytes is missing: must be there"):
         quantize_experts(build("mixtral"))
+
+
+@each
+def test_state_dicts_are_loaded(name: str) -> None:
+    """Strictly, by the keys that they are saved under; the form is that of the entries."""
+    model, other = build(name), build(name)
+    quantize_experts(model)
+    quantize_experts(other, "fp4", False, 128)
+    with torch.no_grad():
+        for value in other.parameters():
+            if value.is_floating_point():
+                value.zero_()
+    state = model.state_dict()
+    executors.hf.use(model, "auto")
+    executors.hf.use(other, "auto")
+    assert not torch.equal(run_model(other).output, run_model(model).output)
+    other.load_state_dict(state)
+    assert torch.equal(run_model(other).output, run_model(model).output)
+    again = other.state_dict()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], value) for key, value in state.items())
+
+
+def test_state_dicts_of_another_model_are_refused() -> None:
+    model = build("mixtral")
+    quantize_experts(model)
+    state = dict(model.state_dict())
+    key = next(key for key in state if key.endswith("gate_up_proj"))
+    with pytest.raises(RuntimeError, match=r"Missing key.*gate_up_proj"):
+        model.load_state_dict({other: value for other, value in state.items() if not other.startswith(key)})
+    with pytest.raises(RuntimeError, match=rf"{re.escape(key)}"):
+        model.load_state_dict(state | {f"{key}.absmax": state[f"{key}.absmax"][:-1]})
+    smaller = executors.nf4.to_state_dict(executors.nf4.quantize_tensor(torch.ones(2, 4, 32), blocksize=32), key)
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*gate_up_proj: shape=\(2, 4, 32\): must be"):
+        model.load_state_dict({k: v for k, v in state.items() if not k.startswith(f"{key}.")} | smaller)
+
+
+def test_a_parameter_that_is_shared_stays_so() -> None:
+    model = build("mixtral")
+    first, second = experts_in(model)
+    second.gate_up_proj = first.gate_up_proj
+    quantize_experts(model)
+    one, other = (module.parametrizations["gate_up_proj"] for module in (first, second))
+    assert one.original.data_ptr() == other.original.data_ptr()
+    assert (
+        first.parametrizations["down_proj"].original.data_ptr() != second.parametrizations.down_proj.original.data_ptr()
+    )
+
+
+def test_what_was_quantised_in_inference_mode_can_be_trained() -> None:
+    model = build("mixtral")
+    with torch.inference_mode():
+        quantize_experts(model)
+    executors.hf.use(model, "auto")
+    assert run_model(model.train()).gradients
+    assert not any(value.is_inference() for value in model.state_dict().values())
