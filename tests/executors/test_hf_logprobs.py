@@ -219,6 +219,7 @@ def test_refusals(changes: dict[str, Any], said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, within dynamo
 def test_compiles_whole() -> None:
     """Labels out of range are seen when the graph runs."""
     torch.manual_seed(0)
