@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 import executors
 from executors._cli.options import (
@@ -124,7 +125,10 @@ def main(options: Options) -> None:
         except (ValueError, executors.Unsupported, executors.Unavailable) as error:
             refuse(" ".join(str(error).split()))
         bar.update(task, description="saving the adapter, and reading it back")
-        same, before, after = _there_and_back(model, setup, names[-1], options.output / "adapter")
+        executor = "auto" if names[-1] in PEERS else names[-1]  # a peer has none to read it back on
+        logits, before = _saved(model, setup, executor, options.output / "adapter")
+        del model  # before there is another
+        same, after = _back(setup, executor, options.output / "adapter", logits)
     results = Results(found, losses, reader(setup).unit, same, before, after)
     console.print(table(results))
     print_lines(lines(results))
@@ -185,21 +189,21 @@ def _base(setup: Setup, progress: Any) -> Any:
         refuse(f"--model {setup.model}: {' '.join(str(error).split())}")
 
 
-def _there_and_back(model: Any, setup: Setup, executor: str, folder: Path) -> tuple[bool, str, str]:
-    """Whether the adapter's files give the same logits to the last bit; and what the model writes without it and with.
-
-    A peer has no executor to read it back on; "auto" does that.
-    """
-    executor = "auto" if executor in PEERS else executor
+def _saved(model: Any, setup: Setup, executor: str, folder: Path) -> tuple[Tensor, str]:
+    """Writes the adapter's files; the logits with it, and what the model writes without it."""
     switch(model, executor)
-    some = windows(setup)[0]
-    before = adapter.logits(model, some)
+    logits = adapter.logits(model, windows(setup)[0])
     with model.disable_adapter():
         plain = adapter.written(model, setup, NEW_TOKENS)
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    return logits, plain
+
+
+def _back(setup: Setup, executor: str, folder: Path, logits: Tensor) -> tuple[bool, str]:
+    """Whether a new model with the adapter's files has the same logits to the last bit, and what it writes."""
     back = adapter.reloaded(folder, setup, executor)
-    same = torch.equal(before, adapter.logits(back, some))
-    return same, plain, adapter.written(back, setup, NEW_TOKENS)
+    same = torch.equal(logits, adapter.logits(back, windows(setup)[0]))
+    return same, adapter.written(back, setup, NEW_TOKENS)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from tiny import checkpoint
@@ -48,10 +49,30 @@ def bundled_model(dtype: torch.dtype = torch.bfloat16) -> GptOssForCausalLM:
     return model
 
 
-def random_model(shape: Shape, seed: int, dtype: torch.dtype = torch.bfloat16) -> GptOssForCausalLM:
-    """A model whose parameters are drawn."""
+def random_model(
+    shape: Shape,
+    seed: int,
+    dtype: torch.dtype = torch.bfloat16,
+    each: Callable[[nn.Module], object] = lambda layer: None,
+) -> GptOssForCausalLM:
+    """A model whose parameters are drawn, layer by layer.
+
+    Args:
+        shape: its sizes.
+        seed: of the draw.
+        dtype: of the parameters.
+        each: gets each layer as soon as it is drawn, and may make it smaller before the next one is there.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = _made(shape, dtype)
     torch.manual_seed(seed)
-    return _made(shape, dtype)
+    for part in (*model.model.layers, model.model.embed_tokens, model.model.norm, model.lm_head):
+        part.to_empty(device="cpu")
+        for module in part.modules():
+            model._init_weights(module)  # type: ignore[no-untyped-call]
+        if part in model.model.layers:
+            each(part)
+    return model
 
 
 def bytes_as_tokens() -> Text:

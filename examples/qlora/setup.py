@@ -74,11 +74,33 @@ def base_model(setup: Setup, progress: Any = None) -> Any:
     """
     if setup.model not in (BUNDLED, RANDOM):
         return _loaded(setup, progress)
-    model: Any = models.bundled_model() if setup.model == BUNDLED else models.random_model(setup.shape, setup.seed)
+    if setup.model == RANDOM:
+        return _random(setup, progress).to(setup.device)
+    model: Any = models.bundled_model()
     if setup.dtype == "float32":  # of the same numbers, and so of the same 4 bits
         model = model.float()
     hf.quantize_experts(model, progress=progress)
     return model.to(setup.device)
+
+
+def _random(setup: Setup, progress: Any) -> Any:
+    """Packed layer by layer: one of them is there in 16 bits."""
+    layers, done = setup.shape.layers, 0
+
+    def pack(layer: Any) -> None:
+        nonlocal done
+        if setup.dtype == "float32":
+            layer.float()
+        hf.quantize_experts(layer, progress=_part_of(progress, done, layers))
+        done += 1
+
+    model: Any = models.random_model(setup.shape, setup.seed, each=pack)
+    return model.float() if setup.dtype == "float32" else model
+
+
+def _part_of(progress: Any, before: int, parts: int) -> Any:
+    """Progress of one of several parts of one size."""
+    return progress and (lambda done, total: progress(before * total + done, parts * total))
 
 
 def _loaded(setup: Setup, progress: Any) -> Any:
