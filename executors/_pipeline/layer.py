@@ -102,7 +102,7 @@ class Layer(NamedTuple):
 def forward(layer: Layer, products: Products) -> tuple[Tensor, Tensor]:
     """y [T, H] and z [S, J]."""
     z = preactivations(layer, products)
-    o = _linear(activation.forward(z, layer.act), layer.down, layer, products)
+    o = linear(activation.forward(z, layer.act), layer.down, layer, products)
     if layer.norm is not None:
         post_norm.forward_(o, layer.norm)
     return _combine(products.clear(o), layer, None if layer.scale_input else layer.weights()), z
@@ -110,7 +110,7 @@ def forward(layer: Layer, products: Products) -> tuple[Tensor, Tensor]:
 
 def preactivations(layer: Layer, products: Products) -> Tensor:
     """z [S, J]."""
-    return _linear(layer.rows(), layer.up, layer, products)
+    return linear(layer.rows(), layer.up, layer, products)
 
 
 def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
     uses_h = down_matrix or down_factors or of_outputs or layer.norm is not None
     h = activation.forward(z, layer.act) if uses_h else None
     if layer.norm is not None and h is not None:  # from here on weights and norm are in the upstream gradient
-        o = _linear(h, layer.down, layer, products)
+        o = linear(h, layer.down, layer, products)
         normed = post_norm.backward(o, layer.norm, upstream, weight, of_outputs, needs["post_expert_norm"])
         if normed.of_rows is not None:
             found["topk_weights"] = _weight_gradients(normed.of_rows, layer)
@@ -178,11 +178,12 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
     return found
 
 
-def _linear(rows: Tensor, projection: Projection[Matrices], layer: Layer, products: Products) -> Tensor:
+def linear(rows: Tensor, projection: Projection[Matrices], layer: Layer, products: Products) -> Tensor:
+    """[S, m] Rows W^T, with the adapter's part and the bias."""
     total = products.rows(rows, projection.matrices)
     if projection.lora_b is not None:
-        inner = _inner(rows, projection, products)
-        total = total.to(layer.wide) + products.rows(inner, _factor(projection.lora_b, rows))
+        inner = inner_of(rows, projection, products)
+        total = total.to(layer.wide) + adapter_part(inner, projection, rows, products)
     if projection.bias is not None:  # torch adds in at least fp32 and rounds once, in place too
         total.add_(projection.bias.index_select(0, layer.experts()))
     return total.to(layer.stored)
@@ -217,15 +218,21 @@ def _add_matrix_gradients(
         found[f"{name}_lora_a"] = products.outer(d_inner, rows.to(d_inner.dtype), projection.lora_a, d_inner.dtype)
     if needs[f"{name}_lora_b"]:
         assert projection.lora_b is not None
-        inner = _inner(rows, projection, products)
+        inner = inner_of(rows, projection, products)
         found[f"{name}_lora_b"] = products.outer(d_out.to(inner.dtype), inner, projection.lora_b, inner.dtype)
 
 
-def _inner(rows: Tensor, projection: Projection[Matrices], products: Products) -> Tensor:
+def inner_of(rows: Tensor, projection: Projection[Matrices], products: Products) -> Tensor:
     """[S, r] What stands between an adapter's factors: scaling (rows A^T)."""
     assert projection.lora_a is not None
     a = _factor(projection.lora_a, rows)
     return products.rows(rows.to(a.dtype), a) * projection.scaling
+
+
+def adapter_part(inner: Tensor, projection: Projection[Matrices], rows: Tensor, products: Products) -> Tensor:
+    """[S, m] What an adapter adds to rows W^T: inner B^T."""
+    assert projection.lora_b is not None
+    return products.rows(inner, _factor(projection.lora_b, rows))
 
 
 def _d_inner(d_out: Tensor, projection: Projection[Matrices], products: Products) -> Tensor:
