@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from executors._base.local import check_local
 from moe_ref.types import MoEConfig, MoEWeights, Routing
 from moe_ref.validation import check_router_logits, dtype_name
 
@@ -25,6 +26,7 @@ def route_checked(
 ) -> Routing:
     """`route`, or another ``choice``, with validation, for any leading dimensions: an executor's own ``route``."""
     check_router_logits(router_logits, weights)
+    check_local(weights, router_logits=router_logits)
     routing = (choice or route)(router_logits.reshape(-1, weights.num_experts), weights)
     shape = (*router_logits.shape[:-1], routing.topk_ids.shape[-1])
     return Routing(routing.topk_ids.reshape(shape), routing.topk_weights.reshape(shape))

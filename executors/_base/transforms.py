@@ -36,6 +36,8 @@ def layer(operator: Any, given: Arguments) -> Tensor:
     Raises:
         RuntimeError: for a second derivative, when it is taken.
     """
+    if torch.compiler.is_dynamo_compiling():  # which takes no function that has a jvp or a vmap of its own
+        torch._dynamo.graph_break(msg="transforms of torch.func around a layer run in eager mode: use fullgraph=False")
     tensors = given.tensors()
     y: Tensor = _Layer.apply(_Call(operator, given.with_tensors([None] * len(tensors))), *tensors)
     return y

@@ -41,9 +41,7 @@ def tangent(layer: Layer, plan: LaunchPlan, tangents: dict[str, Tensor]) -> Tens
     return products.combine(total, layer.dtype, layer.topk_ids, layer.num_experts)
 
 
-def _up_tangent(
-    layer: Layer, plan: LaunchPlan, tangents: dict[str, Tensor], d_weights: Tensor | None
-) -> Tensor | None:
+def _up_tangent(layer: Layer, plan: LaunchPlan, tangents: dict[str, Tensor], d_weights: Tensor | None) -> Tensor | None:
     """[S, J] The tangent of z, or None without tangents."""
     up, x, tile = layer.up, layer.x, plan.config.dh  # tiles for products without an activation
     dx, d_matrices, d_bias = (tangents.get(name) for name in ("x", "gate_up_proj", "gate_up_proj_bias"))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import executors
@@ -121,7 +122,10 @@ SECOND = {
     "hessian": (lambda loss: hessian(loss), "forward mode over reverse mode"),
     "grad of grad": (lambda loss: grad(lambda x: grad(loss)(x).sum()), "double backward"),
     "grad of jvp": (lambda loss: grad(lambda x: jvp(loss, (x,), (x,))[1]), "reverse mode over forward mode"),
-    "jvp of jvp": (lambda loss: lambda x: jvp(lambda a: jvp(loss, (a,), (a,))[1], (x,), (x,)), "forward mode over forw"),
+    "jvp of jvp": (
+        lambda loss: lambda x: jvp(lambda a: jvp(loss, (a,), (a,))[1], (x,), (x,)),
+        "forward mode over forw",
+    ),
 }
 
 
@@ -155,10 +159,34 @@ def test_a_function_of_the_past_is_kept() -> None:
     near(back(y)[0], back(y.clone())[0])
 
 
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")  # dynamo's own
 @pytest.mark.parametrize("name", [name for name in ("native", "grouped_nf4", "triton") if name in CASES])
 def test_transforms_inside_a_compiled_function(name: str) -> None:
+    """They run in eager mode, and are right; a whole graph is refused."""
     layer, x = of_x(name)
     along = directions({"x": x})["x"]
-    for function in (lambda a: jvp(layer, (a,), (along,))[1], grad(lambda a: layer(a).sum()), lambda a: vmap(layer)(a[None])[0]):
+    functions = (
+        lambda a: jvp(layer, (a,), (along,))[1],
+        grad(lambda a: layer(a).sum()),
+        lambda a: vmap(layer)(a[None])[0],
+    )
+    for function in functions:
         torch._dynamo.reset()
         near(torch.compile(function, backend="aot_eager")(x), function(x))
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="run in eager mode: use fullgraph=False"):
+            torch.compile(function, backend="aot_eager", fullgraph=True)(x)
+
+
+def test_forward_mode_around_a_compiled_function() -> None:
+    layer, x = of_x("native")
+    along = directions({"x": x})["x"]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a: layer(a) * 2, backend="aot_eager")
+    compiled(x)
+    expected = 2 * jvp(layer, (x,), (along,))[1]
+    near(jvp(compiled, (x,), (along,))[1], expected)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, along))).tangent
+    near(found, expected)

@@ -95,4 +95,3 @@ def directions(leaves: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     """A tangent for each leaf."""
     drawn = torch.Generator().manual_seed(seed)
     return {name: torch.randn(leaf.shape, generator=drawn).to(leaf.dtype) for name, leaf in leaves.items()}
-
