@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from executors._base import transforms
+from executors._base import flops, transforms
 from executors._base.arguments import NAMES as NAMES
 from executors._base.arguments import TENSORS, Arguments, arguments_of
 from moe_ref.types import PARAMETERS, MoEWeights
@@ -160,6 +160,7 @@ def define(implementation: Implementation) -> Operator:
 
     forward.register_autograd(autograd, setup_context=setup_context)
     backward.register_autograd(no_double_backward)
+    flops.register(name)
     return Operator(forward, backward, tangent)
 
 
