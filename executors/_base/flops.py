@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from executors._base.arguments import NAMES, Arguments
 from executors._base.after_import import after_import
+from executors._base.arguments import NAMES, Arguments
 
 COUNTER = "torch.utils.flop_counter"
 KEPT = 5  # what the backward operator takes between dy and needs: z first
@@ -55,7 +55,7 @@ class Sizes(NamedTuple):
 
 def register(name: str) -> None:
     """Registers the formulas of ``moe_ref::NAME`` and its derivatives, as soon as torch's counter is imported."""
-    of_operators = {name: forward, f"{name}_backward": backward, f"{name}_tangent": tangent}
+    of_operators: dict[str, Any] = {name: forward, f"{name}_backward": backward, f"{name}_tangent": tangent}
 
     def tell() -> None:
         from torch.utils.flop_counter import register_flop_formula
@@ -73,7 +73,7 @@ def forward(*inputs: Any, out_val: Any = None) -> int:
 
 
 def backward(dy: Tensor, z: Tensor, *inputs: Any, out_val: Any = None) -> int:
-    """Of ``moe_ref::NAME_backward``: what ``needs`` asks for; and z, and outputs for their norm, where computed anew."""
+    """Of ``moe_ref::NAME_backward``: what ``needs`` asks for, and what is computed anew: z, outputs for their norm."""
     needs, given = dict(zip(NAMES, inputs[KEPT - 1], strict=True)), Arguments(*inputs[KEPT:])
     up, down = _sizes(given)
     normed = given.post_expert_norm is not None
@@ -100,7 +100,10 @@ def tangent(*inputs: Any, out_val: Any = None) -> int:
 
 
 def _sizes(given: Arguments) -> tuple[Sizes, Sizes]:
-    (_, *up), (_, *down) = (stack.shape for stack in given.matrices())
-    ranks = [0 if factor is None else factor.shape[1] for factor in (given.gate_up_lora_a, given.down_lora_a)]
+    up, down = given.matrices()
     slots = given.topk_ids.numel()
-    return Sizes(slots, *up, ranks[0]), Sizes(slots, *down, ranks[1])
+    return _size(slots, up.shape, given.gate_up_lora_a), _size(slots, down.shape, given.down_lora_a)
+
+
+def _size(slots: int, shape: tuple[int, ...], factor: Tensor | None) -> Sizes:
+    return Sizes(slots, shape[1], shape[2], 0 if factor is None else factor.shape[1])

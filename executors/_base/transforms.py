@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.utils._pytree import tree_map
 
 from executors._base.arguments import NAMES, TENSORS, Arguments
 
@@ -39,7 +40,7 @@ def layer(operator: Any, given: Arguments) -> Tensor:
     if torch.compiler.is_dynamo_compiling():  # which takes no function that has a jvp or a vmap of its own
         torch._dynamo.graph_break(msg="transforms of torch.func around a layer run in eager mode: use fullgraph=False")
     tensors = given.tensors()
-    y: Tensor = _Layer.apply(_Call(operator, given.with_tensors([None] * len(tensors))), *tensors)
+    y: Tensor = _apply(_Layer, _Call(operator, given.with_tensors([None] * len(tensors))), *tensors)
     return y
 
 
@@ -83,23 +84,23 @@ class _Layer(Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         asked = dict(zip(Arguments._fields[:TENSORS], ctx.needs_input_grad[1:], strict=False))
         wanted = [name for name in NAMES if asked[name] and dy is not None]
         found: dict[str, Tensor] = {}
         if wanted:
             call = replace(ctx.call, needs=tuple(name in wanted for name in NAMES))
-            found = dict(zip(wanted, _Gradients.apply(call, dy, *ctx.saved_tensors), strict=True))
+            found = dict(zip(wanted, _apply(_Gradients, call, dy, *ctx.saved_tensors), strict=True))
         scales = [None] * (len(ctx.needs_input_grad) - 1 - TENSORS)
         return None, *(found.get(name) for name in Arguments._fields[:TENSORS]), *scales
 
     @staticmethod
-    def jvp(ctx: Any, _of_call: None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
-        found: Tensor = _Tangent.apply(ctx.call, *tangents, *ctx.saved_tensors)
+    def jvp(ctx: Any, _of_call: None, *tangents: Tensor | None) -> Tensor:
+        found: Tensor = _apply(_Tangent, ctx.call, *tangents, *ctx.saved_tensors)
         return found
 
     @staticmethod
-    def vmap(info: Any, dims: Any, call: _Call, *tensors: Any) -> tuple[Any, Any]:  # type: ignore[override]
+    def vmap(info: Any, dims: Any, call: _Call, *tensors: Any) -> tuple[Any, Any]:
         by_rows = [place < ROWS for place in range(len(tensors))]
         return _batched(_Layer, info.batch_size, call, tensors, dims[1:], by_rows)
 
@@ -128,7 +129,7 @@ class _Tangent(Function):
         raise RuntimeError(f"{ctx.name}: forward mode over forward mode is not supported; {SPECIFICATION}")
 
     @staticmethod
-    def vmap(info: Any, dims: Any, call: _Call, *both: Any) -> tuple[Any, Any]:  # type: ignore[override]
+    def vmap(info: Any, dims: Any, call: _Call, *both: Any) -> tuple[Any, Any]:
         count = len(both) // 2
         by_rows = [place % count < ROWS for place in range(len(both))]
         return _batched(_Tangent, info.batch_size, call, both, dims[1:], by_rows)
@@ -157,7 +158,7 @@ class _Gradients(Function):
         raise RuntimeError(f"{ctx.name}: forward mode over reverse mode is not supported; {SPECIFICATION}")
 
     @staticmethod
-    def vmap(info: Any, dims: Any, call: _Call, *both: Any) -> tuple[Any, Any]:  # type: ignore[override]
+    def vmap(info: Any, dims: Any, call: _Call, *both: Any) -> tuple[Any, Any]:
         sums_tokens = any(call.needs[NAMES.index(name)] for name in NAMES if name not in ("x", "topk_weights"))
         by_rows = [place <= ROWS and not sums_tokens for place in range(len(both))]
         return _batched(_Gradients, info.batch_size, call, both, dims[1:], by_rows)
@@ -177,21 +178,19 @@ def _batched(
             _rows_of(value, dim, batch) if rows and value is not None else value
             for value, dim, rows in zip(tensors, dims, by_rows, strict=True)
         ]
-        found = function.apply(call, *flat)
-        return (_apart(found, batch), 0) if isinstance(found, Tensor) else (tuple(_apart(f, batch) for f in found), 0)
-    parts = [
-        function.apply(
-            call,
-            *(
-                value if alone else value.select(dim, place)
-                for value, dim, alone in zip(tensors, dims, shared, strict=True)
-            ),
-        )
-        for place in range(batch)
-    ]
-    if isinstance(parts[0], Tensor):
-        return torch.stack(parts), 0
-    return tuple(torch.stack(own) for own in zip(*parts, strict=True)), 0
+        return tree_map(lambda own: _apart(own, batch), _apply(function, call, *flat)), 0
+    parts = []
+    for place in range(batch):
+        own = [
+            value if alone else value.select(dim, place)
+            for value, dim, alone in zip(tensors, dims, shared, strict=True)
+        ]
+        parts.append(_apply(function, call, *own))
+    return tree_map(lambda *own: torch.stack(own), *parts), 0
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
 
 
 def _rows_of(value: Tensor, dim: int | None, batch: int) -> Tensor:

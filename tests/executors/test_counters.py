@@ -21,8 +21,8 @@ from forward_cases import CASES, directions, layer_of, leaves_of
 from moe_ref.conformance.judgement.call import Inputs, call
 from moe_ref.conformance.problems.problem import Problem
 
-T, E, H, I, K = 12, 5, 16, 8, 2  # of PROBLEM
-UP, DOWN = 2 * T * K * 2 * I * H, 2 * T * K * H * I
+K = 2
+UP, DOWN = 2 * 12 * K * 16 * 16, 2 * 12 * K * 16 * 8  # of PROBLEM: 2 T K 2I H, 2 T K H I
 
 
 def counted(function) -> int:  # type: ignore[no-untyped-def]
@@ -100,7 +100,11 @@ def test_tangents_are_counted() -> None:
     inputs = inputs_of(PROBLEM)
     leaves, layer = leaves_of(inputs), layer_of(executors.get("native"), inputs)
     along = directions(leaves)
-    for names, expected in ((["x"], 2 * (UP + DOWN)), (["down_proj"], UP + 2 * DOWN), (["gate_up_proj"], 2 * (UP + DOWN))):
+    for names, expected in (
+        (["x"], 2 * (UP + DOWN)),
+        (["down_proj"], UP + 2 * DOWN),
+        (["gate_up_proj"], 2 * (UP + DOWN)),
+    ):
         some = {own: leaves[own] for own in names}
 
         def of_some(some: dict[str, Tensor]) -> Tensor:

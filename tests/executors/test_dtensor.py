@@ -48,9 +48,9 @@ def test_each_argument_is_refused(name: str, placement: Placement, mesh: DeviceM
     logits, bias = leaves["router_logits"], inputs.weights.selection_bias
     assert bias is not None
     moved = distribute_tensor(logits, mesh, [placement]), distribute_tensor(bias.detach(), mesh, [placement])
-    with pytest.raises(TypeError, match="^router_logits is a DTensor"):
+    with pytest.raises(TypeError, match=r"^router_logits is a DTensor"):
         executor.route(moved[0], inputs.weights)  # type: ignore[attr-defined]
-    with pytest.raises(TypeError, match="^selection_bias is a DTensor"):
+    with pytest.raises(TypeError, match=r"^selection_bias is a DTensor"):
         executor.route(logits, replace(inputs.weights, selection_bias=moved[1]))  # type: ignore[attr-defined]
     routing = {"topk_ids": inputs.topk_ids, "topk_weights": torch.ones(inputs.topk_ids.shape)}
     for own, value in routing.items():
@@ -70,7 +70,7 @@ def test_codes_are_refused(name: str, mesh: DeviceMesh) -> None:
         for own, tensor in inputs.weights.packed().items()
     }
     inputs = replace(inputs, weights=inputs.weights.with_parameters(packed))
-    with pytest.raises(TypeError, match="^gate_up_proj is a DTensor placed as"):
+    with pytest.raises(TypeError, match=r"^gate_up_proj is a DTensor placed as"):
         layer_of(CASES[name].executor(), inputs)(leaves_of(inputs))
 
 

@@ -11,11 +11,12 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 import executors
 from dense_cases import PROBLEM, inputs_of
-from forward_cases import CASES, directions, layer_of, leaves_of
+from forward_cases import CASES, directions, each_of, layer_of, leaves_of
 from moe_ref.conformance.judgement.call import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, at the first jvp
-every = pytest.mark.parametrize("name", CASES)
+OFTEN = ("native", "grouped_nf4")
+every = each_of(*OFTEN)
 BATCH = 3
 
 
@@ -36,7 +37,7 @@ def batch_of(value: Tensor, dim: int = 0) -> Tensor:
     return torch.stack([value * scale for scale in (1.0, -0.5, 0.25)], dim)
 
 
-@every
+@each_of(*OFTEN, "grouped_mm", "numba", "triton")
 def test_gradients_are_those_of_autograd(name: str) -> None:
     """To the last bit (D4), of everything that is differentiable."""
     inputs = inputs_of(CASES[name].problem)
@@ -52,7 +53,7 @@ def test_gradients_are_those_of_autograd(name: str) -> None:
             near(gradient, expected.tensors[own])
 
 
-@every
+@each_of(*OFTEN, "grouped_mm", "numba", "triton")
 def test_tokens_of_all_batches_are_one_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A vmap over x and over logits, whatever dimension; no token depends on others."""
     inputs = inputs_of(CASES[name].problem)

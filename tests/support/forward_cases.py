@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
+import pytest
 import torch
 from torch import Tensor
 
 import executors
 import moe_ref
-from dense_cases import EVERYTHING, inputs_of
+from dense_cases import EVERYTHING
 from executors import Executor
 from moe_ref.conformance.judgement.call import Inputs, call
 from moe_ref.conformance.problems.problem import Problem
@@ -48,6 +49,12 @@ if find_spec("numba"):
 if find_spec("triton") and not torch.cuda.is_available():
     in_bits = replace(SMALL, quant_type="nf4", blocksize=32)
     CASES |= {"triton": _case("triton", SMALL), "triton, 4 bits": _case("triton", in_bits)}
+
+
+def each_of(*often: str) -> pytest.MarkDecorator:
+    """Every case by its ``name``: often these, and all others at night."""
+    names = [pytest.param(name, marks=[] if name in often else [pytest.mark.nightly]) for name in CASES]
+    return pytest.mark.parametrize("name", names)
 
 
 def leaves_of(inputs: Inputs) -> dict[str, Tensor]:
