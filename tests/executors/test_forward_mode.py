@@ -10,7 +10,7 @@ import executors
 from dense_cases import EVERYTHING, PROBLEM, arguments, inputs_of
 from executors import native
 from executors._base.arguments import NAMES
-from forward_cases import CASES, DENSE, EMPTY, directions, each_of, layer_of, leaves_of, specification_of
+from forward_cases import CASES, DENSE, EMPTY, UNSCALED, directions, each_of, layer_of, leaves_of, specification_of
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.problems.problem import Problem
 from packed_cases import SLICED
@@ -23,11 +23,11 @@ dense = pytest.mark.parametrize("name", [name for name in ("native", "grouped_mm
 EXACT = Problem(5, 3, 4, 4, MoEConfig(2, activation="relu2"), entry="experts", gate_up_rank=1, down_rank=2)
 
 
-def tangents(name: str, problem: Problem, only: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+def tangents(name: str, problem: Problem, only: str = "", size: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """An executor's tangent and the specification's, of everything or of one leaf."""
     inputs = inputs_of(problem)
     leaves = leaves_of(inputs)
-    along = {own: t if only in ("", own) else torch.zeros_like(t) for own, t in directions(leaves).items()}
+    along = {own: t * size if only in ("", own) else torch.zeros_like(t) for own, t in directions(leaves).items()}
     found = torch.func.jvp(layer_of(CASES[name].executor(), inputs), (leaves,), (along,))[1]
     return found, torch.func.jvp(specification_of(inputs), (leaves,), (along,))[1]
 
@@ -70,13 +70,14 @@ def test_tangent_of_each_input_alone(name: str) -> None:
     "problem",
     [
         EMPTY,
+        replace(EMPTY, config=UNSCALED),
         replace(DENSE, tokens=0),
         replace(DENSE, batch=True, weights_layout="transposed", x_layout="sliced"),
         replace(DENSE, config=MoEConfig(2, gate_softcap=2.0, up_softcap=1.0)),
         replace(DENSE, config=MoEConfig(2, limit=0.5, clamp="after", scoring="sqrtsoftplus", renormalize=True)),
         replace(DENSE, config=MoEConfig(2, activation="gelu", num_groups=2, topk_groups=1, group_score="top2_sum")),
     ],
-    ids=["empty slots", "no tokens", "strides", "softcap", "clamp after", "no gate"],
+    ids=["empty slots", "empty slots, weights after", "no tokens", "strides", "softcap", "clamp after", "no gate"],
 )
 def test_forms_of_the_layer(name: str, problem: Problem) -> None:
     if problem.tokens:
@@ -91,7 +92,7 @@ def test_e7_what_passes_the_range_of_fp16_between_products(name: str) -> None:
     form = MoEConfig(2, activation="silu", scoring="sigmoid")
     problem = replace(CASES[name].problem, config=form, dtype="float16", gate_up_rank=0, down_rank=0, seed=1)
     problem = replace(problem, powers=(("x", 9), ("gate_up_proj", 8), ("down_proj", -11)), post_expert_norm=False)
-    found, right = tangents(name, problem, only="x")
+    found, right = tangents(name, problem, only="x", size=2.0**9)
     assert found.dtype == torch.float16
     demand_near(found, right, 5e-3)
 

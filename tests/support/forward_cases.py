@@ -18,8 +18,9 @@ from moe_ref.packed import decode
 from packed_cases import MXFP4, PACKED_EVERYTHING, Sliced
 
 DENSE = replace(EVERYTHING, tokens=6, post_expert_norm=True, expert_scale=True)
+UNSCALED = replace(EVERYTHING.config, scale_input=False)
 EMPTY = replace(DENSE, entry="experts", empty_slots=True, ids_dtype="int32")  # NaN and inf among their weights
-PACKED = replace(PACKED_EVERYTHING, tokens=6, post_expert_norm=True, expert_scale=True)
+PACKED = replace(PACKED_EVERYTHING, tokens=6, post_expert_norm=True, expert_scale=True, config=UNSCALED)
 SMALL = replace(EVERYTHING, tokens=3, experts=4, hidden=8, intermediate=4, expert_scale=True)  # what is interpreted
 
 
@@ -47,7 +48,7 @@ CASES = {
 if find_spec("numba"):
     CASES |= {"numba": _case("numba", DENSE), "numba, 4 bits": _case("numba", PACKED)}
 if find_spec("triton") and not torch.cuda.is_available():
-    in_bits = replace(SMALL, quant_type="nf4", blocksize=32)
+    in_bits = replace(SMALL, quant_type="nf4", blocksize=32, config=UNSCALED)
     CASES |= {"triton": _case("triton", SMALL), "triton, 4 bits": _case("triton", in_bits)}
 
 
