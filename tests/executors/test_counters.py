@@ -90,6 +90,13 @@ def test_only_what_is_needed_is_counted(frozen: set[str], expected: int) -> None
     assert counts("native", replace(PROBLEM, frozen=frozenset(frozen)))[1] == expected
 
 
+def test_the_first_factor_alone_needs_what_the_second_gives_back() -> None:
+    """Of rank 2, on gate_up_proj: dh, and of the factor B^T dz and its gradient."""
+    given = replace(PROBLEM, gate_up_rank=2)
+    only = frozenset(leaves_of(inputs_of(given))) - {"gate_up_lora_a"}
+    assert counts("native", replace(given, frozen=only))[1] == DOWN + 2 * (2 * 12 * K * 2 * 16)
+
+
 def test_what_is_computed_anew_is_counted() -> None:
     assert counts("native", PROBLEM, recompute=True) == (UP + DOWN, UP + 2 * (UP + DOWN))
     assert counts("native", replace(PROBLEM, post_expert_norm=True)) == (UP + DOWN, DOWN + 2 * (UP + DOWN))

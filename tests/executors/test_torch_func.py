@@ -11,6 +11,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 import executors
 from dense_cases import PROBLEM, inputs_of
+from executors._base import transforms
 from forward_cases import CASES, directions, each_of, layer_of, leaves_of
 from moe_ref.conformance.judgement.call import run
 
@@ -63,7 +64,10 @@ def test_tokens_of_all_batches_are_one_call(name: str, monkeypatch: pytest.Monke
     for place in range(BATCH):
         at = {"x": own["x"].select(1, place), "router_logits": own["router_logits"][place]}
         near(found.select(1, place), layer(leaves | at))
+    calls, plain = [], transforms._apply
+    monkeypatch.setattr(transforms, "_apply", lambda *given: calls.append(given[0].__name__) or plain(*given))
     alone = vmap(lambda z: layer(leaves | {"router_logits": z}))(own["router_logits"])
+    assert calls == ["_Layer", "_Layer"]  # under vmap, and below it
     near(alone[1], layer(leaves | {"router_logits": own["router_logits"][1]}))
 
 
