@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from executors._base import transforms
 from executors._base.executor import LayerExecutor
 from executors._base.operator import Operator, apply
-from executors._base.routing import scaled_by_expert
+from executors._base.routing import scaled_by_expert, weigh
 from executors._decode.paths import mean_rows
 from executors._protocol import Capabilities, Unavailable
 from executors._triton import operator
@@ -95,6 +96,9 @@ class Triton(LayerExecutor):
         return "interpreted on the CPU (TRITON_INTERPRET=1): slow, for numbers only" if INTERPRETED else ""
 
     def _route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
+        if transforms.are_active():  # which differentiate no kernel: it chooses, and torch weighs
+            ids = route(router_logits.detach(), weights).topk_ids
+            return weigh(router_logits, ids.long(), weights)
         return scaled_by_expert(route(router_logits, weights), weights.expert_scale)
 
     def _apply(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:

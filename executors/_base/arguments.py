@@ -18,6 +18,7 @@ from moe_ref.validation import dtype_name
 DENSE = 0
 KINDS = (*get_args(QuantType), "mxfp4")  # of 4 bits, numbered from 1
 OWN = (*PARAMETERS, "post_expert_norm")  # the layer's tensors that may need a gradient
+NAMES = ("x", "topk_weights", *OWN)  # what may need a gradient
 TENSORS = 3 + len(OWN)  # arguments that are tensors, before the two lists of scales
 
 Matrices = TypeVar("Matrices")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from executors._base.local import check_local
 from executors._base.routing import route, route_checked
 from executors._protocol import Capabilities, Unsupported, check_norm
 from moe_ref.types import LORA_FACTORS, PROJECTIONS, MoEWeights, PackedTensor, Routing
@@ -43,6 +44,7 @@ class LayerExecutor:
             Unsupported: right input that this executor cannot take.
         """
         check_inputs(x, router_logits, weights)
+        check_local(weights, x=x, router_logits=router_logits)
         self.check(x, weights)
         routing = self._route(router_logits.reshape(-1, weights.num_experts), weights)
         return self._apply(x, routing.topk_ids, routing.topk_weights, weights)
@@ -64,6 +66,7 @@ class LayerExecutor:
             Unsupported: right input that this executor cannot take.
         """
         check_experts_inputs(x, topk_ids, topk_weights, weights)
+        check_local(weights, x=x, topk_ids=topk_ids, topk_weights=topk_weights)
         self.check(x, weights)
         top_k = topk_ids.shape[-1]
         ids, slot_weights = topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)

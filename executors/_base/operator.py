@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from executors._base.arguments import OWN, TENSORS, Arguments, arguments_of
+from executors._base import flops, transforms
+from executors._base.arguments import NAMES as NAMES
+from executors._base.arguments import TENSORS, Arguments, arguments_of
 from moe_ref.types import PARAMETERS, MoEWeights
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-NAMES = ("x", "topk_weights", *OWN)  # what may need a gradient
 
 ARGUMENTS = """
     Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj,
@@ -30,6 +30,7 @@ BACKWARD = f"""(
     Tensor dy, Tensor z, Tensor order, Tensor group_offsets, Tensor decoded_gate_up, Tensor decoded_down,
     bool[] needs, {ARGUMENTS}
 ) -> Tensor[]"""
+TANGENT = f"({', '.join(f'Tensor? d_{name}' for name in NAMES)}, {ARGUMENTS}) -> Tensor"
 
 
 class Kept(NamedTuple):
@@ -69,6 +70,9 @@ class Implementation(Protocol):
     def backward(self, given: Arguments, kept: Kept, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
         """The gradients of `NAMES` that are needed, by name, each of its owner's shape."""
 
+    def tangent(self, given: Arguments, tangents: dict[str, Tensor]) -> Tensor:
+        """The tangent of y [T, H], from those of `NAMES` that are there, each of its owner's shape and dtype."""
+
 
 class Operator(NamedTuple):
     """A custom operator and its backward.
@@ -76,14 +80,16 @@ class Operator(NamedTuple):
     Attributes:
         forward: (y, *Kept).
         backward: the gradients of `NAMES`; an empty tensor for what is not needed.
+        tangent: of y, from the tangents of `NAMES`, or None for what has none, and the arguments.
     """
 
     forward: Any
     backward: Any
+    tangent: Any
 
 
 def define(implementation: Implementation) -> Operator:
-    """Registers ``moe_ref::NAME`` and ``moe_ref::NAME_backward`` with torch."""
+    """Registers ``moe_ref::NAME``, ``moe_ref::NAME_backward`` and ``moe_ref::NAME_tangent`` with torch."""
     name = implementation.name
 
     @torch.library.custom_op(f"moe_ref::{name}", mutates_args=(), schema=FORWARD)
@@ -120,6 +126,17 @@ def define(implementation: Implementation) -> Operator:
             for name, owner in owners_of(given).items()
         ]
 
+    @torch.library.custom_op(f"moe_ref::{name}_tangent", mutates_args=(), schema=TANGENT)
+    @_without_autocast
+    def tangent(*inputs: Any) -> Tensor:
+        of_names, given = inputs[: len(NAMES)], Arguments(*inputs[len(NAMES) :])
+        tangents = {name: own for name, own in zip(NAMES, of_names, strict=True) if own is not None}
+        return implementation.tangent(given, tangents)
+
+    @tangent.register_fake
+    def _(*inputs: Any) -> Tensor:
+        return torch.empty_like(inputs[len(NAMES)], memory_format=torch.contiguous_format)
+
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         (*inputs_of_layer, _keep_z, _keep_decoded), (_y, *kept) = inputs, output
         given = Arguments(*inputs_of_layer)
@@ -144,7 +161,8 @@ def define(implementation: Implementation) -> Operator:
 
     forward.register_autograd(autograd, setup_context=setup_context)
     backward.register_autograd(no_double_backward)
-    return Operator(forward, backward)
+    flops.register(name)
+    return Operator(forward, backward, tangent)
 
 
 def owners_of(given: Arguments) -> dict[str, Tensor | None]:
@@ -174,6 +192,8 @@ def apply(
     """
     rows = x.reshape(-1, x.shape[-1])
     given = arguments_of(rows, topk_ids, topk_weights, weights)
+    if transforms.are_active():
+        return transforms.layer(operator, given).view(x.shape)
     training = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in owners_of(given).values())
     y: Tensor = operator.forward(*given, training and keep_z, training and keep_decoded)[0]
     # No view, although its memory is y's own: what is added to it in place would lose the hooks of FSDP2.

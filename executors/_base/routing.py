@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from executors._base.local import check_local
 from moe_ref.types import MoEConfig, MoEWeights, Routing
 from moe_ref.validation import check_router_logits, dtype_name
 
@@ -28,6 +29,7 @@ def route_checked(
     Ids are int64, whatever the choice makes (T1).
     """
     check_router_logits(router_logits, weights)
+    check_local(weights, router_logits=router_logits)
     routing = (choice or route)(router_logits.reshape(-1, weights.num_experts), weights)
     shape = (*router_logits.shape[:-1], routing.topk_ids.shape[-1])
     return Routing(routing.topk_ids.reshape(shape).long(), routing.topk_weights.reshape(shape))
@@ -50,6 +52,21 @@ def route(router_logits: Tensor, weights: MoEWeights) -> Routing:
     groups = config.num_groups, config.topk_groups, config.group_score
     bias = None if bias is None else bias.detach()
     ids = choose(router_logits.detach(), bias, config.top_k, config.scoring, *groups, config.selection_key)
+    return weigh(router_logits, ids, weights)
+
+
+def weigh(router_logits: Tensor, ids: Tensor, weights: MoEWeights) -> Routing:
+    """The weights of chosen experts, in operators of torch (R4, R5, R6, R9).
+
+    Args:
+        router_logits: [T, E], any float dtype, read exactly.
+        ids: [T, K] int64.
+        weights: the layer's parameters and configuration.
+
+    Returns:
+        Routing with these ids and topk_weights [T, K].
+    """
+    config = weights.config
     of_x = getattr(torch, dtype_name(weights.gate_up_proj))
     wide = torch.promote_types(torch.promote_types(of_x, router_logits.dtype), torch.float32)
     logits = router_logits.to(wide)
@@ -108,6 +125,17 @@ def choose(
 @choose.register_fake
 def _(router_logits: Tensor, selection_bias: Tensor | None, top_k: int, *_choice: Any) -> Tensor:
     return router_logits.new_empty((*router_logits.shape[:-1], top_k), dtype=torch.int64)
+
+
+@choose.register_vmap
+def _(info: Any, dims: Any, router_logits: Tensor, selection_bias: Tensor | None, *choice: Any) -> tuple[Tensor, int]:
+    of_logits, of_bias = dims[:2]
+    logits = router_logits.expand(info.batch_size, *router_logits.shape)
+    if of_logits is not None:
+        logits = router_logits.movedim(of_logits, 0)
+    if of_bias is not None and selection_bias is not None:
+        selection_bias = selection_bias.movedim(of_bias, 0)[:, None]
+    return choose(logits, selection_bias, *choice), 0
 
 
 def _largest(keys: Tensor, count: int) -> Tensor:

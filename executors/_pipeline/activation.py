@@ -37,6 +37,16 @@ def backward(z: Tensor, dh: Tensor, weight: Tensor | None, act: Activation, dtyp
     return dz
 
 
+def tangent(z: Tensor, dz: Tensor, act: Activation) -> Tensor:
+    """[n, I] The tangent of h from z [n, J] and its tangent, in at least fp32: slopes are those of `backward`."""
+    slopes = backward(z, dz.new_ones(()).expand(z.shape[0], z.shape[1] // (2 if act.layout else 1)), act)
+    terms = slopes.mul_(dz)
+    if not act.layout:
+        return terms
+    of_gate, of_up = split(terms, act.layout)
+    return of_gate + of_up
+
+
 def row_blocks(z: Tensor) -> list[slice]:
     """Rows that a CPU's cache holds while they pass through several operators; on a GPU all of them."""
     step = max(1, BLOCK_ELEMENTS // z.shape[1]) if z.device.type == "cpu" else max(1, z.shape[0])

@@ -71,7 +71,7 @@ class Layer(NamedTuple):
 def forward(layer: Layer, products: Products) -> tuple[Tensor, Tensor]:
     """y [T, H] and z [S, J]."""
     z = preactivations(layer, products)
-    o = _linear(activation.forward(z, layer.act), layer.down, layer, products)
+    o = linear(activation.forward(z, layer.act), layer.down, layer, products)
     if layer.norm is not None:
         post_norm.forward_(o, layer.norm)
     return _combine(products.clear(o), layer, None if layer.scale_input else layer.weights()), z
@@ -79,7 +79,7 @@ def forward(layer: Layer, products: Products) -> tuple[Tensor, Tensor]:
 
 def preactivations(layer: Layer, products: Products) -> Tensor:
     """z [S, J]."""
-    return _linear(layer.rows(), layer.up, layer, products)
+    return linear(layer.rows(), layer.up, layer, products)
 
 
 def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dict[str, bool]) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
     uses_h = down_matrix or down_factors or of_outputs or layer.norm is not None
     h = activation.forward(z, layer.act) if uses_h else None
     if layer.norm is not None and h is not None:  # from here on weights and norm are in the upstream gradient
-        o = _linear(h, layer.down, layer, products)
+        o = linear(h, layer.down, layer, products)
         normed = post_norm.backward(o, layer.norm, upstream, weight, of_outputs, needs["post_expert_norm"])
         if normed.of_rows is not None:
             found["topk_weights"] = _weight_gradients(normed.of_rows, layer)
@@ -170,7 +170,8 @@ def _add_up(
         found["x"] = _combine(products.clear(d_rows), layer, None)
 
 
-def _linear(rows: Tensor, own: Projection[Matrices], layer: Layer, products: Products) -> Tensor:
+def linear(rows: Tensor, own: Projection[Matrices], layer: Layer, products: Products) -> Tensor:
+    """[S, m] Rows W^T, with the adapter's part and the bias."""
     return projection.forward(rows, own, layer.experts(), products, layer.wide)
 
 

@@ -15,6 +15,7 @@ from executors._pipeline.grouping import group
 from executors._pipeline.layer import Layer
 from executors._pipeline.packed_matrices import PackedMatrices, room_for
 from executors._pipeline.products import Matrices, Products, stored_dtype
+from executors._pipeline.tangent import tangent
 from moe_ref.types import PARAMETERS, PackedTensor
 
 Stacks = tuple[Tensor | PackedTensor, Tensor | PackedTensor]
@@ -73,6 +74,14 @@ class PipelineOperator(NamedTuple):
         found = _layer.backward(layer, multiply, z, dy, needs)
         owners = owners_of(given)
         return {name: _stored_as(owners[name], gradient, name in PARAMETERS) for name, gradient in found.items()}
+
+    def tangent(self, given: Arguments, tangents: dict[str, Tensor]) -> Tensor:
+        """The tangent of y; what is in 4 bits is decoded for each product anew."""
+        stacks = given.matrices()
+        matrices = _matrices(stacks, [room_for(stack, 0, given.x) for stack in stacks], filled=False)
+        order, group_offsets = group(given.topk_ids, matrices[0].shape[0])
+        offsets = group_offsets.cpu() if self.on_host else group_offsets
+        return tangent(_make_layer(given, order, offsets, matrices), self.products(offsets), tangents)
 
 
 def _stored_as(owner: Tensor | None, gradient: Tensor, parameter: bool) -> Tensor:

@@ -35,6 +35,31 @@ def forward_(o: Tensor, norm: Norm) -> None:
         o[rows] = n.mul_(r)
 
 
+def tangent_(o: Tensor, d_outputs: Tensor | None, norm: Norm, d_factor: Tensor | None) -> Tensor | None:
+    """Writes o' [S, H] over o, and returns its tangent, in at least fp32; None without tangents.
+
+    Args:
+        o: [S, H] outputs before the norm.
+        d_outputs: [S, H] their tangent, in at least fp32, which is written over.
+        norm: the norm.
+        d_factor: [H] the factor's tangent.
+    """
+    if d_outputs is None and d_factor is None:
+        forward_(o, norm)
+        return None
+    wide = torch.promote_types(o.dtype, torch.float32)
+    found = torch.zeros(o.shape, dtype=wide, device=o.device) if d_outputs is None else d_outputs
+    for rows in row_blocks(o):
+        n, r = _scaled(o[rows], norm)
+        dn = found[rows].mul_(norm.factor.to(wide))
+        if d_factor is not None:
+            dn.addcmul_(o[rows].to(wide), d_factor.to(wide))
+        normed = n.mul_(r)
+        dn.addcmul_(normed, (normed * dn).mean(1, keepdim=True), value=-1).mul_(r)
+        o[rows] = normed
+    return found
+
+
 def backward(
     o: Tensor, norm: Norm, upstream: Tensor, weight: Tensor | None, needs_rows: bool, needs_factor: bool
 ) -> NormGradients:

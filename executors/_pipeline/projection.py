@@ -58,6 +58,12 @@ def inner(rows: Tensor, projection: Projection[Matrices], products: Products) ->
     return products.rows(rows, _factor(projection.lora_a, rows)).mul_(projection.scaling)
 
 
+def from_inner(inside: Tensor, projection: Projection[Matrices], rows: Tensor, products: Products) -> Tensor:
+    """[S, m] What an adapter adds to rows W^T: the product of what stands between its factors with B^T."""
+    assert projection.lora_b is not None
+    return products.rows(inside, _factor(projection.lora_b, rows))
+
+
 def d_inner(d_out: Tensor, projection: Projection[Matrices], products: Products) -> Tensor | None:
     """[S, r] The gradient of rows A^T; None without an adapter."""
     if projection.lora_b is None:

@@ -21,6 +21,7 @@ from executors._triton.launch.grouping import check_slots as check_slots
 from executors._triton.launch.narrow import between
 from executors._triton.launch.operands import LaunchPlan
 from executors._triton.layer import Layer
+from executors._triton.tangent import tangent
 from moe_ref.types import PackedTensor
 
 
@@ -73,6 +74,17 @@ class Kernels(NamedTuple):
             plan = self._plan(layer)
             upstream = operands.readable(dy, plan.aligned)
             return _layer.backward(readable(layer, plan), plan, kept.z.contiguous(), upstream, needs)
+
+    def tangent(self, given: Arguments, tangents: dict[str, Tensor]) -> Tensor:
+        """The tangent of y."""
+        if not given.topk_ids.numel():
+            return torch.zeros(given.x.shape, dtype=given.x.dtype, device=given.x.device)
+        if INTERPRETED:
+            interpreter.mend()
+        layer = layer_of(given)
+        with device_guard(given.x):
+            plan = self._plan(layer)
+            return tangent(readable(layer, plan), plan, tangents)
 
     def _kept(self, z: Tensor) -> Kept:
         """Slots are sorted anew in backward: hooks may hand back weights with other strides, and so other tiles."""

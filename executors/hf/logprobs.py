@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from executors._base.transforms import are_active
 from moe_ref.validation.arrays import check_finite, short
 
 IGNORED = -100  # the label of tokens that do not count, as torch's losses have it
@@ -68,8 +69,12 @@ def chunked_logprobs(
 
     Raises:
         TypeError, ValueError: in one line, with the argument, its value and what is allowed. Labels out of range are
-            refused too, which waits for the device; in a graph of torch.compile as RuntimeError, when it runs.
+            refused too, which waits for the device.
+        RuntimeError: under a transform of torch.func, or in forward mode; in a graph of torch.compile for labels out of
+            range, when it runs.
     """
+    if are_active():
+        raise RuntimeError("chunked_logprobs: torch.func and forward mode are not supported; use torch.autograd.grad")
     weight, bias = _head(head, bias)
     _check(hidden, weight, bias, labels)
     if not isinstance(chunk, int):

@@ -81,7 +81,7 @@ def test_nothing_is_kept_where_nothing_needs_a_gradient() -> None:
         inputs = inputs_of(replace(PROBLEM, entry="experts", frozen=frozen))
         with torch.set_grad_enabled(grad):
             given = inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.weights
-            _operator.apply(_operator.Operator(forward, None), *given, keep_z=True)
+            _operator.apply(_operator.Operator(forward, None, None), *given, keep_z=True)
     assert asked == [True, True, False, False]
 
 
@@ -171,8 +171,8 @@ def test_transposed_weights_are_not_copied(name: str, monkeypatch: pytest.Monkey
     with torch.no_grad(), Allocations(stack) as honest:
         call(executors.get(name), inputs)
     assert 0 < honest.largest < stack.numel()
-    product = _layer._linear
-    monkeypatch.setattr(_layer, "_linear", lambda *a: stack.contiguous() is not None and product(*a))
+    product = _layer.linear
+    monkeypatch.setattr(_layer, "linear", lambda *a: stack.contiguous() is not None and product(*a))
     with torch.no_grad(), Allocations(stack) as copying:
         call(executors.get(name), inputs)
     assert copying.largest >= stack.numel()

@@ -71,14 +71,16 @@ def kernel(operator):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("problem", [PROBLEM, EVERYTHING, replace(PROBLEM, tokens=0), replace(PROBLEM, hidden=7)])
 def test_grouped_mm_never_looks_at_a_value(problem: Problem) -> None:
-    """Forward and backward on tensors without values: what a host would have to wait for raises here."""
+    """Forward, backward and tangent on tensors without values: what a host would have to wait for raises here."""
     inputs = inputs_of(replace(problem, entry="experts", dtype="bfloat16", lora_dtype="bfloat16"))
     given = without_values(inputs)
     y, *kept = kernel(grouped_mm.OPERATOR.forward)(*given, True, False)
     assert (y.shape, y.device.type) == (inputs.x.shape, "meta")
     gradients = kernel(grouped_mm.OPERATOR.backward)(y, *kept, needs_all(given), *given)
-    for gradient, owner in zip(gradients, [given[0], *given[2:TENSORS]], strict=True):
+    owners = [given[0], *given[2:TENSORS]]
+    for gradient, owner in zip(gradients, owners, strict=True):
         assert owner is None or gradient.shape == owner.shape
+    assert kernel(grouped_mm.OPERATOR.tangent)(*owners, *given).shape == y.shape
 
 
 def test_native_looks_at_its_offsets() -> None:

@@ -163,12 +163,15 @@ def test_slices_never_look_at_a_value(problem: Problem, keep: bool) -> None:
     inputs = inputs_of(replace(problem, entry="experts", dtype="bfloat16", lora_dtype="bfloat16"))
     given = arguments(inputs)
     given = each(given, lambda t: t.detach().to("meta"))
-    forward, backward = (kernel._init_fn.__wrapped__ for kernel in executors.get("grouped_nf4").operator)
+    forward, backward, tangent = (kernel._init_fn.__wrapped__ for kernel in executors.get("grouped_nf4").operator)
     y, *kept = forward(*given, True, keep)
     assert (y.shape, y.device.type) == (inputs.x.shape, "meta")
     gradients = backward(y, *kept, needs_all(given), *given)
     for gradient, owner, needed in zip(gradients, [given[0], *given[2:TENSORS]], needs_all(given), strict=True):
         assert not needed or gradient.shape == owner.shape
+    owners = [given[0], *given[2:TENSORS]]
+    along = [owner if needed else None for owner, needed in zip(owners, needs_all(given), strict=True)]
+    assert tangent(*along, *given).shape == y.shape
 
 
 @problems

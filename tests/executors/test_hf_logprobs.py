@@ -1,5 +1,6 @@
 """`executors.hf.chunked_logprobs` against the plain formula: values and gradients, in float64 and in narrow dtypes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -82,6 +83,14 @@ def test_gradients_by_differences() -> None:
     assert torch.autograd.gradcheck(run, (hidden, weight, bias))
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         torch.autograd.grad(run(hidden, weight, bias).sum(), hidden, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, at the first jvp
+@pytest.mark.parametrize("transform", [torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))])
+def test_transforms_are_refused_in_one_line(transform: Callable[..., Callable[..., object]]) -> None:
+    hidden, weight, _, labels = (value if value is None else value.detach() for value in drawn())
+    with pytest.raises(RuntimeError, match=r"^chunked_logprobs: torch\.func and forward mode are not supported; use"):
+        transform(lambda x: chunked_logprobs(x, weight, labels).sum())(hidden)
 
 
 @pytest.mark.parametrize("frozen", ["head", "hidden", "all"])

@@ -84,12 +84,14 @@ def test_slices_never_look_at_a_value() -> None:
     for problem in MIXED.values():
         inputs = inputs_of(replace(problem, entry="experts", dtype="bfloat16", lora_dtype="bfloat16"))
         given = each(arguments(inputs), lambda t: t.detach().to("meta"))
-        forward, backward = (kernel._init_fn.__wrapped__ for kernel in executors.get("grouped_nf4").operator)
+        forward, backward, tangent = (kernel._init_fn.__wrapped__ for kernel in executors.get("grouped_nf4").operator)
         y, *kept = forward(*given, True, True)
         owners = [given[0], *given[2:TENSORS]]
         gradients = backward(y, *kept, needs_all(given), *given)
         for gradient, owner, needed in zip(gradients, owners, needs_all(given), strict=True):
             assert not needed or gradient.shape == owner.shape
+        along = [owner if needed else None for owner, needed in zip(owners, needs_all(given), strict=True)]
+        assert tangent(*along, *given).shape == y.shape
 
 
 @problems

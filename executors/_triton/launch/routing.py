@@ -108,6 +108,24 @@ def _(router_logits: Tensor, _bias: Tensor | None, wide: bool, top_k: int, *_oth
     return router_logits.new_empty(shape, dtype=wide_dtype), router_logits.new_empty(shape, dtype=torch.int32)
 
 
+@operator.register_vmap
+def _(info: Any, dims: Any, router_logits: Tensor, selection_bias: Tensor | None, *choice: Any) -> tuple[Any, Any]:
+    of_logits, of_bias = dims[:2]
+    if of_bias is None:  # rows do not depend on each other
+        found = operator(router_logits.movedim(of_logits, 0).flatten(0, 1), selection_bias, *choice)
+        return tuple(own.unflatten(0, (info.batch_size, -1)) for own in found), (0, 0)
+    assert selection_bias is not None
+    parts = [
+        operator(
+            router_logits if of_logits is None else router_logits.select(of_logits, place),
+            selection_bias.select(of_bias, place),
+            *choice,
+        )
+        for place in range(info.batch_size)
+    ]
+    return tuple(torch.stack(own) for own in zip(*parts, strict=True)), (0, 0)
+
+
 @torch.library.custom_op("moe_ref::triton_route_backward", mutates_args=())
 def backward_operator(
     gradients: Tensor,
