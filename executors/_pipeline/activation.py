@@ -39,7 +39,8 @@ def backward(z: Tensor, dh: Tensor, weight: Tensor | None, act: Activation, dtyp
 
 def tangent(z: Tensor, dz: Tensor, act: Activation) -> Tensor:
     """[n, I] The tangent of h from z [n, J] and its tangent, in at least fp32: slopes are those of `backward`."""
-    slopes = backward(z, dz.new_ones(()).expand(z.shape[0], z.shape[1] // (2 if act.layout else 1)), act)
+    ones = dz.new_ones(()).expand(z.shape[0], z.shape[1] // (2 if act.layout else 1))
+    slopes = backward(z, ones, None, act, torch.promote_types(z.dtype, torch.float32))
     terms = slopes.mul_(dz)
     if not act.layout:
         return terms
