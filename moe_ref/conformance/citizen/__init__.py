@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from moe_ref.conformance.citizen import company, gradients, graph, modes, saved
+from moe_ref.conformance.citizen import arguments, company, gradients, graph, modes, saved
 from moe_ref.conformance.citizen.case import Case, NotApplicableError, cases
 from moe_ref.conformance.judgement.checks import ConformanceError
 from moe_ref.conformance.judgement.faults import RAISED
@@ -44,6 +44,11 @@ _ALL: tuple[Behaviour, ...] = (
     gradients.no_tokens,
     gradients.toggled,
     gradients.functional_call,
+    arguments.local_experts,
+    arguments.forward_mode,
+    arguments.ids_of_route,
+    arguments.padding,
+    arguments.other_device,
 )
 BEHAVIOURS: dict[str, Behaviour] = {behaviour.__name__: behaviour for behaviour in _ALL}
 
