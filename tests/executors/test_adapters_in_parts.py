@@ -1,4 +1,4 @@
-"""What makes adapters fast on a CPU changes no bit, or rounds no more: parts of rows, halves of words, turned products."""
+"""What makes adapters fast on a CPU changes no bit: parts of rows, halves of words, turned products."""
 
 from typing import Any
 
