@@ -113,7 +113,8 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
         upstream, weight, of_outputs = normed.d_outputs, None, False
 
     # Of the down projection: its parameters take the weighted gradient, h and the weight the unweighted one (D3).
-    d_inner = projection.d_inner(upstream, layer.down, products) if need_dz or of_outputs or down_factors else None
+    through = need_dz or of_outputs or needs["down_lora_a"]
+    d_inner = projection.d_inner(upstream, layer.down, products) if through else None
     if down_matrix or needs["down_proj_bias"]:
         wide = upstream.to(layer.wide) if weight is None else weight * upstream
         if needs["down_proj_bias"]:
@@ -121,7 +122,7 @@ def backward(layer: Layer, products: Products, z: Tensor, dy: Tensor, needs: dic
         if down_matrix and h is not None:
             found["down_proj"] = _outer(wide.to(layer.stored), h, layer.down, layer, products)
         del wide
-    if down_factors and h is not None and d_inner is not None:
+    if down_factors and h is not None:
         _add_factors(found, "down", needs, h, upstream, d_inner, weight, layer.down, products)
     if need_dz or of_outputs:
         dh = projection.backward(upstream, layer.down, products, d_inner)
@@ -150,12 +151,12 @@ def _add_up(
         found["gate_up_proj_bias"] = _sums(dz, layer)
         dz = dz.to(layer.stored)
     factors = needs["gate_up_lora_a"] or needs["gate_up_lora_b"]
-    d_inner = projection.d_inner(dz, layer.up, products) if factors or need_rows else None
+    d_inner = projection.d_inner(dz, layer.up, products) if needs["gate_up_lora_a"] or need_rows else None
     if needs["gate_up_proj"] or factors:
         rows = layer.rows()
         if needs["gate_up_proj"]:
             found["gate_up_proj"] = _outer(dz, rows, layer.up, layer, products)
-        if factors and d_inner is not None:
+        if factors:
             _add_factors(found, "gate_up", needs, rows, dz, d_inner, None, layer.up, products)
         del rows
     if not need_rows:
@@ -187,7 +188,7 @@ def _add_factors(
     needs: dict[str, bool],
     rows: Tensor,
     d_out: Tensor,
-    d_inner: Tensor,
+    d_inner: Tensor | None,
     weight: Tensor | None,
     own: Projection[Matrices],
     products: Products,

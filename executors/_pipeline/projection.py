@@ -74,7 +74,7 @@ def d_inner(d_out: Tensor, projection: Projection[Matrices], products: Products)
 def factor_gradients(
     rows: Tensor,
     d_out: Tensor,
-    of_inner: Tensor,
+    of_inner: Tensor | None,
     weight: Tensor | None,
     projection: Projection[Matrices],
     products: Products,
@@ -85,7 +85,7 @@ def factor_gradients(
     Args:
         rows: [S, k] what the projection was given.
         d_out: [S, m] the gradient of what it gave, but for the weight.
-        of_inner: [S, r] from `d_inner`, of this d_out.
+        of_inner: [S, r] from `d_inner`, of this d_out; wanted for A.
         weight: [S, 1] the weight of each row, or None for ones. It multiplies the small factors, not d_out.
         projection: its parameters.
         products: the way to multiply.
@@ -94,7 +94,7 @@ def factor_gradients(
     assert projection.lora_a is not None
     assert projection.lora_b is not None
     of_a = of_b = None
-    if needs[0]:
+    if needs[0] and of_inner is not None:
         left = _weighted(of_inner, weight)
         of_a = products.outer(left, rows, projection.lora_a, left.dtype)
     if needs[1]:
