@@ -11,17 +11,23 @@ import torch
 import transformers
 from torch import nn
 
+from executors._files.text import one_line
+from executors.checkpoint.shards import read_json
+
 
 def class_of(folder: Path) -> tuple[type[nn.Module], Any]:
     """The class that config.json's architectures name, and the configuration.
 
     Raises:
-        ValueError: there is no config.json of a known model, or transformers has no such class.
+        ValueError: there is no config.json of a known model, or transformers has no such class; BadCheckpoint where it
+            is no JSON object.
     """
+    if (folder / "config.json").exists():
+        read_json(folder / "config.json")  # says what is wrong in one line, where transformers does not
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model={folder}: must have a config.json of a known model: {line(error)}") from error
+        raise ValueError(f"model={folder}: must have a config.json of a known model: {one_line(error)}") from error
     named = config.architectures if isinstance(config.architectures, list) else []
     found = [getattr(transformers, name, None) for name in named if isinstance(name, str)]
     kinds = [kind for kind in found if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
@@ -48,8 +54,3 @@ def finish(model: Any, folder: Path) -> None:
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     model.eval()
-
-
-def line(error: BaseException) -> str:
-    """The message of another library's error, on one line."""
-    return " ".join(str(error).split())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from executors._files.text import parse_json
 from executors.nf4.codes import CODES, code_table, same_bits
 from executors.nf4.convert import bytes_of, check_tensor, join, read_transposed, unnest
 from moe_ref.types import NF4Tensor
@@ -176,8 +177,8 @@ def _entries(key: str, value: Any, quant_type: str, *, nested: bool) -> dict[str
         raise ValueError(f"{key} is {shown}: must be uint8 (bytes,), JSON")
     text = bytes(value.tolist())
     try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError):  # not UTF-8 or JSON, thousands of digits, lists nested thousands deep
+        entries = parse_json(text, finite=False)  # numbers are checked below
+    except ValueError:
         raise ValueError(f"{key}={text!r:.60}: must be JSON") from None
     required = (*ENTRIES, *(NESTED_ENTRIES if nested else ()))
     if not isinstance(entries, dict) or set(entries) != set(required):

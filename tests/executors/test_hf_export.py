@@ -162,7 +162,7 @@ def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("executors.hf.adapter_file.save_file", broken)
+    monkeypatch.setattr("executors._files.tensors.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         export_adapter(adapted("mixtral", r=1), tmp_path)
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before

@@ -1,0 +1,44 @@
+"""Text that comes from files: JSON that means one thing, and messages of one line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+LONGEST = 1000  # characters of a message that quotes a file
+
+
+def one_line(said: object) -> str:
+    """Anything as one line that a terminal can print: an error of another library, or names that a file chose."""
+    text = " ".join(str(said).split())
+    text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
+    """The value of a JSON text that means the same to every reader.
+
+    Args:
+        text: as text, or as bytes in UTF-8.
+        finite: whether NaN and Infinity, which JSON does not have, are refused; config.json of some models has them.
+
+    Raises:
+        ValueError: it is no JSON, an object has a key twice, or it is nested thousands deep; in one line.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number if finite else None)
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice!r:.60} is there twice")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
