@@ -19,6 +19,7 @@ from executors._files.text import one_line, parse_json
 from executors._files.whole import replacing
 
 LARGEST_SIZE = 2**63 - 1  # of a dimension, in torch
+TRIES = 100
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -99,12 +100,31 @@ def opened(path: Path, refuse: type[ValueError] = ValueError, *, verify: bool = 
         raise refuse(f"{path}: must be a file that exists")
     if not (path.is_file() or path.is_dir()):
         raise refuse(f"{path}: must be a safetensors file, but is no regular file")
-    try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise refuse(f"{path}: must be a safetensors file, but {one_line(error)}") from error
-    with file as entered:
+    with _open(path, refuse) as entered:
         yield TensorFile(path, entered, refuse, verify)
+
+
+def _open(path: Path, refuse: type[ValueError]) -> Any:
+    """The file, opened by safetensors, which opens it twice: one header must not get another file's numbers."""
+    for _ in range(TRIES):
+        before, said = _identity(path), ""
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError, RuntimeError) as error:
+            said = one_line(error)
+        if _identity(path) == before:
+            if said:
+                raise refuse(f"{path}: must be a safetensors file, but {said}")
+            return file
+    raise refuse(f"{path}: was replaced while it was opened, {TRIES} times: must stay")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def header(path: Path) -> bytes:

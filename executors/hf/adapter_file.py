@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from executors._files.tensors import write as write_tensors
-from executors._files.whole import cannot_write, sync
+from executors._files.whole import cannot_write, locked, sync
 from executors._protocol import Unsupported
 from executors.hf.adapters import DOWN, factors_of, split_gate_and_up
 from executors.hf.checkpoint_names import name_of, names_of_experts
@@ -37,7 +37,7 @@ def write(model: Any, folder: str | os.PathLike[str], adapter: str) -> Path:
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=target, prefix=".export") as temporary:
+        with locked(target), TemporaryDirectory(dir=target, prefix=".export") as temporary:
             config.save_pretrained(temporary)
             write_tensors(Path(temporary, TENSORS), tensors, {"format": "pt"})
             sync(Path(temporary, CONFIG))
