@@ -15,7 +15,7 @@ from torch import Tensor
 
 from executors._files import checksums
 from executors._files.checksums import Checksums
-from executors._files.text import one_line, parse_json
+from executors._files.text import check_regular, one_line, parse_json
 from executors._files.whole import replacing
 
 LARGEST_SIZE = 2**63 - 1  # of a dimension, in torch
@@ -98,8 +98,10 @@ def opened(path: Path, refuse: type[ValueError] = ValueError, *, verify: bool = 
     """
     if not path.exists():
         raise refuse(f"{path}: must be a file that exists")
-    if not (path.is_file() or path.is_dir()):
-        raise refuse(f"{path}: must be a safetensors file, but is no regular file")
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise refuse(f"{path}: must be a safetensors file, but {error.strerror}") from error
     with _open(path, refuse) as entered:
         yield TensorFile(path, entered, refuse, verify)
 
@@ -129,6 +131,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 def header(path: Path) -> bytes:
     """The header of a safetensors file, in JSON: names, dtypes, shapes and places of the tensors, and the metadata."""
+    check_regular(path)
     with path.open("rb") as file:
         return file.read(int.from_bytes(file.read(8), "little"))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 LONGEST = 1000  # characters of a message that quotes a file
@@ -13,6 +16,22 @@ def one_line(said: object) -> str:
     text = " ".join(str(said).split())
     text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def read(path: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        OSError: there is none, it cannot be read, or it is a pipe or a device, which may never end.
+    """
+    check_regular(path)
+    return path.read_bytes()
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError for a pipe or a device, which may never end. What is missing, or a folder, fails by itself."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "is no regular file", os.fspath(path))
 
 
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:

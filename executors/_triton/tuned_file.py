@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from executors._files.text import one_line, parse_json
+from executors._files.text import read as read_bytes
 from executors._files.whole import cannot_write, locked, write_json
 from executors._triton.configs import KernelConfig, Tile
 
@@ -172,7 +173,7 @@ def _load(path: Path) -> list[Any]:
         OSError: the file cannot be read.
         ValueError: it is not a file of tuned tiles; in one line.
     """
-    raw = parse_json(path.read_bytes())
+    raw = parse_json(read_bytes(path))
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if type(schema) is not int or schema != SCHEMA:
         raise ValueError(f"schema={schema!r}: must be {SCHEMA}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from executors._files import tensors
 from executors._files.tensors import TensorFile
-from executors._files.text import parse_json
+from executors._files.text import parse_json, read
 from executors.checkpoint.errors import BadCheckpoint, short
 
 INDEX = "model.safetensors.index.json"
@@ -89,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
         BadCheckpoint: there is no such file, or it holds something else.
     """
     try:
-        found = parse_json(path.read_bytes(), finite=False)
+        found = parse_json(read(path), finite=False)
     except FileNotFoundError:
         raise BadCheckpoint(f"{path}: must be a file that exists") from None
     except (OSError, ValueError) as error:
@@ -106,9 +107,10 @@ def _indexed(folder: Path) -> dict[str, Path]:
         raise BadCheckpoint(f"{folder / INDEX}: weight_map={short(names)}: must be an object from keys to file names")
     for name in sorted(set(names.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise BadCheckpoint(f"{folder / INDEX} names {name!r}: must be a .safetensors file in the same folder")
-        if not (folder / name).is_file():
-            raise BadCheckpoint(f"{folder / name}: must be a file that exists, since {INDEX} names it")
+            said = short(name)
+            raise BadCheckpoint(f"{folder / INDEX} names {said}: must be a .safetensors file in the same folder")
+        if not os.path.isfile(folder / name):  # also where the name is none: too long, half a surrogate
+            raise BadCheckpoint(f"{folder}: {short(name)} must be a file that exists, since {INDEX} names it")
     return {key: folder / name for key, name in names.items()}
 
 

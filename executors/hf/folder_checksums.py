@@ -7,6 +7,7 @@ from typing import Any
 
 from executors._files import checksums
 from executors._files.tensors import header
+from executors._files.text import read
 from executors.checkpoint import BadCheckpoint
 from executors.checkpoint.shards import INDEX
 
@@ -45,4 +46,4 @@ def check(folder: Path, index: dict[str, Any]) -> None:
 
 
 def _of(path: Path) -> str:
-    return checksums.of_bytes(header(path) if path.suffix == ".safetensors" else path.read_bytes())
+    return checksums.of_bytes(header(path) if path.suffix == ".safetensors" else read(path))

@@ -15,7 +15,7 @@ from executors._progress import Progress, reporter
 from executors.checkpoint import BadCheckpoint
 from executors.checkpoint.shards import INDEX, Reader, Shards, read_json
 from executors.hf import folder_checksums
-from executors.hf.classes import class_of, default_dtype, finish
+from executors.hf.classes import check_layers, class_of, default_dtype, finish, told_of
 from executors.hf.module import experts_in
 from executors.hf.parameters import up_name
 from executors.hf.save import DECODED, TIED
@@ -44,9 +44,12 @@ def load_own(folder: Path, device: torch.device, progress: Progress, verify: boo
         folder_checksums.check(folder, index)
     kind, config = class_of(folder)
     shards, metadata = Shards(folder, verify=verify), index["metadata"]
-    with default_dtype(config.dtype or torch.float32), torch.device("meta"):
-        model: Any = kind(config)
-    quantizer = _quantizer(model, config)
+    check_layers(folder, config, len(shards.where))
+    with told_of(folder / "config.json"):
+        with default_dtype(config.dtype or torch.float32), torch.device("meta"):
+            model: Any = kind(config)
+        experts_in(model)  # has some
+        quantizer = _quantizer(model, config)
     decoded, tied = (_texts(metadata.get(name)) for name in (DECODED, TIED))
     read: set[str] = set()
     with shards.reading() as reader, reporter(progress, len(shards.where)) as tell:

@@ -161,7 +161,8 @@ def write_state(path: Path, version: int) -> None:
 def read_state(path: Path) -> str:
     parameter = torch.nn.Parameter(torch.zeros(40))
     found = state.load_state(path, "run", {"p": parameter}, torch.optim.AdamW([parameter]))
-    assert found is not None
+    if found is None:
+        raise FileNotFoundError(f"{path}: there is no state")
     return f"{found.losses} {parameter.sum().item()}"
 
 
@@ -185,7 +186,10 @@ WRITERS = (
     Writer(
         "JSON of compare, bench, crossover, tune, kernels, benchmarks and examples",
         (
-            *(f"executors/_cli/{name}.py" for name in ("bench", "bench_model", "compare", "crossover", "kernels", "tune")),
+            *(
+                f"executors/_cli/{name}.py"
+                for name in ("bench", "bench_model", "compare", "crossover", "kernels", "tune")
+            ),
             *(f"benchmarks/{name}.py" for name in ("calibrate", "cpu_products", "four_bit_counts")),
             *("examples/qlora_finetune.py", "examples/train_tiny.py", "data/train_tiny_gpt_oss.py"),
         ),
@@ -297,7 +301,7 @@ class _Case:
 
     def sizes(self, points: int) -> list[int]:
         count = min(points, self.size)
-        return sorted({round(self.size * point / count) for point in range(count)})
+        return sorted({int(self.size * (point + 0.5) / count) for point in range(count)})
 
     def killed_at_a_byte(self, points: int) -> None:
         for size in self.sizes(points):
@@ -346,7 +350,7 @@ class _Case:
     def spread(self, points: int) -> list[int]:
         steps = self.steps()
         assert steps > 1
-        return sorted({round((steps - 1) * point / max(points - 1, 1)) for point in range(points)})
+        return sorted({int(steps * (point + 0.5) / points) for point in range(points)})
 
     def read_only_folder(self, points: int) -> None:
         path = self.prepared()

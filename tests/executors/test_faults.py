@@ -1,0 +1,147 @@
+"""Files under faults (docs/reliability.md): each writer and each reader of the lists, with each fault."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fault_readers
+import fault_writers
+from executors._files import whole
+from executors._files.text import one_line, parse_json
+from fault_readers import READERS, Reader, Readings
+from fault_writers import WRITERS, Tally, Writer, open_folder
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),  # of PEFT and transformers, for files that are refused
+]
+NIGHTLY = pytest.mark.nightly
+
+
+def named(entry: Any) -> str:
+    return str(getattr(entry, "name", entry))
+
+
+@pytest.mark.parametrize("fault", fault_writers.FAULTS)
+@pytest.mark.parametrize("writer", WRITERS, ids=named)
+def test_a_fault_leaves_the_old_file_or_the_new_one(writer: Writer, fault: str) -> None:
+    tally = Tally()
+    fault_writers.inject(writer, fault, 1 if writer.slow else 2, tally)
+    assert tally.losses == []
+    assert tally.injected.total() >= 1
+
+
+@pytest.mark.parametrize("fault", fault_readers.FAULTS)
+@pytest.mark.parametrize("reader", READERS, ids=named)
+def test_what_is_damaged_or_hostile_is_refused_in_one_line(reader: Reader, fault: str) -> None:
+    found = Readings()
+    fault_readers.inject(reader, fault, 3 if reader.slow else 40, found)
+    assert found.losses == []
+    assert found.injected.total() >= 1
+    assert found.refused.total() > found.injected.total() / 3
+
+
+@NIGHTLY
+@pytest.mark.parametrize("fault", fault_writers.FAULTS)
+@pytest.mark.parametrize("writer", WRITERS, ids=named)
+def test_a_fault_at_many_points(writer: Writer, fault: str) -> None:
+    tally = Tally()
+    fault_writers.inject(writer, fault, 40, tally)
+    assert tally.losses == []
+
+
+@NIGHTLY
+@pytest.mark.parametrize("fault", fault_readers.FAULTS)
+@pytest.mark.parametrize("reader", READERS, ids=named)
+def test_damage_at_many_points(reader: Reader, fault: str) -> None:
+    found = Readings()
+    fault_readers.inject(reader, fault, 60 if reader.slow else 4000, found)
+    assert found.losses == []
+
+
+def test_the_content_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a machine that stops leaves an empty file under the name."""
+    synced, early = set(), []
+    fsync, rename = os.fsync, os.replace
+
+    def synced_first(source: Path, target: Path) -> None:
+        files = [file for file in Path(source).rglob("*") if file.is_file()] or [Path(source)]
+        early.extend(file.name for file in files if file.stat().st_ino not in synced)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino) or fsync(descriptor))
+    monkeypatch.setattr(os, "replace", synced_first)
+    for number, writer in enumerate(WRITERS):
+        writer.write(tmp_path / str(number), 0)
+        assert early == [], writer.name
+
+
+def test_two_threads_write_one_file_whole(tmp_path: Path) -> None:
+    """Two temporary files of one process have two names."""
+    with whole.replacing(tmp_path / "x") as one, whole.replacing(tmp_path / "x") as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "x").read_text() == "one"
+
+
+def test_a_lock_waits_or_refuses_and_leaves_nothing(tmp_path: Path) -> None:
+    refused = pytest.raises(BlockingIOError, match=r"must not be written by another process meanwhile: '.*/x'$")
+    with whole.locked(tmp_path / "x"), refused, whole.locked(tmp_path / "x", wait=False):
+        pass
+    with whole.locked(tmp_path / "x", wait=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("reader", [reader for reader in READERS if not reader.slow], ids=named)
+def test_any_bytes_are_refused_in_one_line(reader: Reader) -> None:
+    """Bytes are changed, put in, taken out and doubled, in the file's header above all."""
+    with open_folder() as root:
+        path = root / "model.bin"
+        reader.write(path)
+        expected = reader.read(path)
+
+        @settings(max_examples=max(settings().max_examples // 4, 5) if reader.files == ("",) else 10, deadline=None)
+        @given(data=st.data())
+        def spoiled(data: st.DataObject) -> None:
+            name = data.draw(st.sampled_from(reader.files), label="file")
+            file = path / name if name else path
+            good = file.read_bytes()
+            try:
+                file.write_bytes(data.draw(fault_readers.edits(good), label="content"))
+                found = Readings()
+                fault_readers.read_spoiled(reader, path, "fuzzed", "hostile", expected, found)
+                assert found.losses == []
+            finally:
+                file.write_bytes(good)
+
+        spoiled()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1, "a": 2}', "key 'a' is there twice"),
+        ('[{"b": {"a": 1, "a": 1}}]', "key 'a' is there twice"),
+        ("[NaN]", "NaN is no number of JSON"),
+        ("-Infinity", "-Infinity is no number of JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("9" * 5000, "4300 digits"),
+        (b"\xff", "can't decode byte"),
+    ],
+)
+def test_json_means_one_thing(text: str | bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        parse_json(text)
+
+
+def test_one_line_is_one_line() -> None:
+    assert one_line("a\n b\x1b[31m\u2028c\x00\ud800") == "a b\\x1b[31m c\\x00\\ud800"
+    assert len(one_line("x" * 10**6)) == 1000
+    assert torch.equal(torch.tensor(parse_json("[1, 2]")), torch.tensor([1, 2]))
