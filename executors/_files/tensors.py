@@ -133,7 +133,8 @@ def header(path: Path) -> bytes:
     """The header of a safetensors file, in JSON: names, dtypes, shapes and places of the tensors, and the metadata."""
     check_regular(path)
     with path.open("rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little"))
+        size = int.from_bytes(file.read(8), "little")
+        return file.read(min(size, path.stat().st_size))
 
 
 def _check_header(content: bytes) -> None:

@@ -71,7 +71,7 @@ def read(path: Path, versions: str) -> Entries:
     except OSError as error:
         return _warned(path, f"cannot be read: {error.strerror}")
     except ValueError as error:
-        return _warned(path, one_line(error))
+        return _warned(path, str(error))
     found, faults = {}, []
     for number, entry in enumerate(raw):
         try:
@@ -205,4 +205,4 @@ def _warned(path: Path, problem: str) -> Entries:
 
 
 def _warn(path: Path, problem: str) -> None:
-    warnings.warn(f"{path}: {problem}", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"{path}: {one_line(problem)}", RuntimeWarning, stacklevel=2)

@@ -29,8 +29,8 @@ def check(folder: Path, index: dict[str, Any]) -> None:
     if FILES not in index["metadata"]:
         return
     said = index["metadata"][FILES]
-    if not isinstance(said, dict) or INDEX not in said:
-        raise BadCheckpoint(f"{folder / INDEX}: metadata {FILES}={said!r:.60}: must be an object from files to texts")
+    if not isinstance(said, dict) or INDEX not in said or any(Path(n).name != n or "\0" in n for n in said):
+        raise BadCheckpoint(f"{folder / INDEX}: metadata {FILES}={said!r:.200}: must be texts by file of this folder")
     rest = {name: value for name, value in said.items() if name != INDEX}
     plain = index | {"metadata": index["metadata"] | {FILES: rest}}
     for name, value in {**rest, INDEX: said[INDEX]}.items():

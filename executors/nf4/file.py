@@ -14,7 +14,7 @@ from torch import Tensor
 from executors._files.tensors import opened, write
 from executors._files.text import one_line, parse_json
 from executors.nf4.convert import shown
-from executors.nf4.state_dict import fields_by_expert, from_state_dict, to_state_dict
+from executors.nf4.state_dict import fields_by_expert, from_state_dict, of_expert, to_state_dict
 from moe_ref.types import MoEWeights, NF4Tensor
 
 TRANSPOSED = "transposed"  # metadata: a JSON list of the names of transposed tensors
@@ -78,7 +78,7 @@ def load(
         raise ValueError(f"device={device}: must be one that torch has here: {str(error).splitlines()[0]}") from None
     with opened(Path(path), verify=verify) as file:
         fields = fields_by_expert(file.names, name)
-        prefixes = [name if expert is None else name.format(expert) for expert in fields]
+        prefixes = [of_expert(name, expert) for expert in fields]
         keys = [
             f"{prefix}.{field}" if field else prefix
             for prefix, own in zip(prefixes, fields.values(), strict=True)

@@ -83,14 +83,19 @@ def from_state_dict(state: Mapping[str, Tensor], name: str, *, transposed: bool 
     if "{}" not in name:
         return read_transposed(_read(state, name, experts.get(None, set())), transposed)
     if not experts:
-        raise ValueError(f"no key matches {name!r}: must have an entry {name.format(0)!r}")
-    keys = [name.format(expert) for expert in range(len(experts))]
+        raise ValueError(f"no key matches {name!r}: must have an entry {name.replace('{}', str(0))!r}")
+    keys = [of_expert(name, expert) for expert in range(len(experts))]
     for expert, key in enumerate(keys):
         if expert not in experts:
-            last = name.format(max(number for number in experts if number is not None))
+            last = of_expert(name, max(number for number in experts if number is not None))
             raise ValueError(f"{key!r} is missing: must be there, as {last!r} is: experts are counted from 0")
     tensors = [_read(state, key, experts[expert]) for expert, key in enumerate(keys)]
     return read_transposed(join(tensors, lambda index: keys[index]), transposed)
+
+
+def of_expert(name: str, expert: int | None) -> str:
+    """A name with the expert's number for its "{}". (No format: names in files may have other braces.)"""
+    return name if expert is None else name.replace("{}", str(expert))
 
 
 def fields_by_expert(keys: Iterable[str], name: str) -> dict[int | None, set[str]]:

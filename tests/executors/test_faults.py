@@ -1,6 +1,7 @@
 """Files under faults (docs/reliability.md): each writer and each reader of the lists, with each fault."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of PEFT and transformers, for files that are refused
 ]
 NIGHTLY = pytest.mark.nightly
+SHARD = "model-00001-of-00003.safetensors"
 
 
 def named(entry: Any) -> str:
@@ -122,6 +124,46 @@ def test_any_bytes_are_refused_in_one_line(reader: Reader) -> None:
                 file.write_bytes(good)
 
         spoiled()
+
+
+def renamed_key(good: bytes) -> bytes:
+    return good.replace(b"experts.0.w1", b"experts.0.w1}", 1)
+
+
+def long_key(good: bytes) -> bytes:
+    return good.replace(b'"block_k"', b'"' + b"[" * 3000 + b'"', 1)
+
+
+MODEL, CHECKPOINT = "executors.hf.load_quantized, of save_quantized", "executors.checkpoint"
+FOUND: dict[str, tuple[str, str, Callable[[bytes], bytes]]] = {  # by fuzzing: the reader, the file, what is put in
+    "read of 2**63 bytes": (MODEL, SHARD, lambda good: b"\xff" * 8 + good[8:]),
+    "memory for 2**40 bytes": (MODEL, SHARD, lambda good: (2**40).to_bytes(8, "little") + good[8:]),
+    "embedded null byte": (
+        MODEL,
+        fault_readers.INDEX,
+        lambda good: good.replace(b'"config.json"', b'"config\\u0000json"'),
+    ),
+    "file of another folder": (
+        MODEL,
+        fault_readers.INDEX,
+        lambda good: good.replace(b'"config.json"', b'"../config.json"'),
+    ),
+    "a brace in a key": (CHECKPOINT, fault_readers.INDEX, renamed_key),
+    "a message of 3000 characters": ("tuned tiles", "", long_key),
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_what_fuzzing_found(what: str) -> None:
+    named, name, change = FOUND[what]
+    (reader,) = [each for each in READERS if each.name == named]
+    with open_folder() as root:
+        reader.write(root / "model.bin")
+        file = root / "model.bin" / name if name else root / "model.bin"
+        file.write_bytes(change(file.read_bytes()))
+        found = Readings()
+        fault_readers.read_spoiled(reader, root / "model.bin", what, "hostile", "", found)
+        assert (found.refused.total(), found.losses) == (1, [])
 
 
 @pytest.mark.parametrize(
