@@ -42,12 +42,16 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
         finite: whether NaN and Infinity, which JSON does not have, are refused; config.json of some models has them.
 
     Raises:
-        ValueError: it is no JSON, an object has a key twice, or it is nested thousands deep; in one line.
+        ValueError: it is no JSON, an object has a key twice, it is nested thousands deep, or a text is none in UTF-8; in
+            one line.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number if finite else None)
+        found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number if finite else None)
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply") from None
+    if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():  # type: ignore[operator]
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate is no text: raises
+    return found
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def check(folder: Path, index: dict[str, Any]) -> None:
             own = checksums.of_json(plain) if name == INDEX else _of(folder / name)
         except FileNotFoundError:
             raise BadCheckpoint(f"{folder / name}: must be a file that exists, since {INDEX} names it") from None
-        except OSError as error:
-            raise BadCheckpoint(f"{folder / name}: cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            raise BadCheckpoint(f"{folder / name}: cannot be read: {error}") from error
         if own != value:
             allowed = "as when it was written: the file is damaged or was changed; verify=False does not compare"
             raise BadCheckpoint(f"{folder / name} has checksum {own}: must be {value!r:.20}, {allowed}")

@@ -18,7 +18,8 @@ CLAUSES = clauses.clauses()
 
 
 @pytest.mark.parametrize(
-    "page", ["spec.md", "nf4-weights.md", "mxfp4-weights.md", "four-bit.md", "checkpoints.md", "module.md"]
+    "page",
+    ["spec.md", "nf4-weights.md", "mxfp4-weights.md", "four-bit.md", "checkpoints.md", "module.md", "reliability.md"],
 )
 def test_examples_on_the_page_hold(page: str) -> None:
     with np.printoptions():

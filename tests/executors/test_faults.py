@@ -148,6 +148,7 @@ FOUND: dict[str, tuple[str, str, Callable[[bytes], bytes]]] = {  # by fuzzing: t
         fault_readers.INDEX,
         lambda good: good.replace(b'"config.json"', b'"../config.json"'),
     ),
+    "half a surrogate": (MODEL, fault_readers.INDEX, lambda good: good.replace(b'"config.json"', b'"\\ud800.json"')),
     "a brace in a key": (CHECKPOINT, fault_readers.INDEX, renamed_key),
     "a message of 3000 characters": ("tuned tiles", "", long_key),
 }
@@ -176,6 +177,7 @@ def test_what_fuzzing_found(what: str) -> None:
         ("[" * 100_000, "nested too deeply"),
         ("9" * 5000, "4300 digits"),
         (b"\xff", "can't decode byte"),
+        (b'{"a\\uD800": 1}', "surrogates not allowed"),
     ],
 )
 def test_json_means_one_thing(text: str | bytes, said: str) -> None:
