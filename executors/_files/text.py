@@ -49,8 +49,9 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
         found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number if finite else None)
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply") from None
-    if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():  # type: ignore[operator]
-        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate is no text: raises
+    half = b"\\ud" in text.lower() if isinstance(text, bytes) else "\\ud" in text.lower()
+    if half:
+        json.dumps(found, ensure_ascii=False).encode()  # raises: half a surrogate is no text
     return found
 
 

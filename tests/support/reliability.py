@@ -1,7 +1,7 @@
 """docs/reliability.md: what is promised of files, and figures of the faults.
 
-``PYTHONPATH=examples python tests/support/reliability.py``. Without an argument it injects every fault at many points (minutes), and writes the figures and the page; ``page`` writes
-the page from the figures that are there.
+``PYTHONPATH=examples python tests/support/reliability.py`` injects every fault at many points (minutes), and writes the
+figures and the page. With the argument ``page`` it writes the page from the figures that are there.
 """
 
 from __future__ import annotations
