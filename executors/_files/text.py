@@ -42,8 +42,8 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
         finite: whether NaN and Infinity, which JSON does not have, are refused; config.json of some models has them.
 
     Raises:
-        ValueError: it is no JSON, an object has a key twice, it is nested thousands deep, or a text is none in UTF-8; in
-            one line.
+        ValueError: it is no JSON, an object has a key twice, it is nested thousands deep, or it has half a surrogate;
+            in one line.
     """
     try:
         found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number if finite else None)

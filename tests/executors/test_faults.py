@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 import fault_readers
 import fault_writers
-from executors._files import whole
+from executors._files import tensors, whole
 from executors._files.text import one_line, parse_json
 from fault_readers import READERS, Reader, Readings
 from fault_writers import WRITERS, Tally, Writer, open_folder
@@ -90,6 +91,35 @@ def test_two_threads_write_one_file_whole(tmp_path: Path) -> None:
         one.write_text("one")
         other.write_text("other")
     assert (tmp_path / "x").read_text() == "one"
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors opens it twice, for the header and for the numbers."""
+    path, opens = tmp_path / "x", []
+    tensors.write(path, {"a": torch.zeros(3)}, {})
+
+    def slow(name: Path, **given: str) -> Any:
+        opens.append(name)
+        file = safe_open(name, **given)
+        if len(opens) < 3:
+            tensors.write(path, {"a": torch.full((3,), float(len(opens)))}, {})
+        return file
+
+    monkeypatch.setattr(tensors, "safe_open", slow)
+    with tensors.opened(path) as file:
+        assert file.tensor("a").tolist() == [2.0] * 3
+    assert len(opens) == 3
+
+
+def test_a_file_that_never_stays_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    tensors.write(path, {"a": torch.zeros(3)}, {})
+    monkeypatch.setattr(tensors, "safe_open", lambda name, **_: tensors.write(name, {"a": torch.ones(3)}, {}))
+    refused = pytest.raises(ValueError, match=r"x: was replaced while it was opened, 100 times: must stay$")
+    with refused, tensors.opened(path):
+        pass
 
 
 def test_a_lock_waits_or_refuses_and_leaves_nothing(tmp_path: Path) -> None:

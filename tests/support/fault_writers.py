@@ -42,6 +42,7 @@ class Writer:
         write: two versions of the content, 0 and 1.
         read: what is there, as the user's reader finds it; raises for half a file.
         replaces: whether it takes the place of what is there.
+        adds: whether what is there stays, and both versions are there in the end.
         reads_beside: whether a reader may read while it is replaced.
         gone: whether a kill may leave nothing that is read, rather than the old.
         slow: fewer points in every run.
@@ -52,6 +53,7 @@ class Writer:
     write: Callable[[Path, int], object]
     read: Callable[[Path], Any]
     replaces: bool = True
+    adds: bool = False
     reads_beside: bool = True
     gone: bool = False
     slow: bool = False
@@ -182,7 +184,7 @@ def read_json(path: Path) -> str:
 WRITERS = (
     Writer("executors.nf4.save", ("executors/nf4/file.py",), write_nf4, read_nf4),
     Writer("executors.layer_file.save_layer", ("executors/layer_file.py",), write_layer, read_layer),
-    Writer("python -m executors tune", ("executors/_triton/tuned_file.py",), write_tuned, read_tuned),
+    Writer("python -m executors tune", ("executors/_triton/tuned_file.py",), write_tuned, read_tuned, adds=True),
     Writer(
         "JSON of compare, bench, crossover, tune, kernels, benchmarks and examples",
         (
@@ -375,8 +377,8 @@ class _Case:
             while still():
                 if self.writer.reads_beside:
                     self.watched(path, seen)
-        self.tally.injected[self.fault] += 2 * rounds
-        self.watched(path, seen - {NOTHING})
+        self.tally.injected[self.fault] += 2 * (rounds if self.writer.replaces else 1)
+        self.watched(path, {self.new} if self.writer.adds else seen - {NOTHING})
 
     def extra(self) -> set[Any]:
         """What may be there besides: of a writer that does not replace, or that adds, the other version alone."""
