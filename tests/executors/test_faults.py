@@ -1,6 +1,7 @@
 """Files under faults (docs/reliability.md): each writer and each reader of the lists, with each fault."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import safe_open
 
 import fault_readers
 import fault_writers
+import hostile
 from executors._files import tensors, whole
 from executors._files.text import one_line, parse_json
 from fault_readers import READERS, Reader, Readings
@@ -120,6 +122,20 @@ def test_a_file_that_never_stays_is_refused(tmp_path: Path, monkeypatch: pytest.
     refused = pytest.raises(ValueError, match=r"x: was replaced while it was opened, 100 times: must stay$")
     with refused, tensors.opened(path):
         pass
+
+
+def test_a_header_that_safetensors_takes_and_nobody_should(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    tensors.write(path, {"a": torch.zeros(3), "b": torch.zeros(8, dtype=torch.uint8)}, {"key": "1"})
+    good, tried = path.read_bytes(), 0
+    for what, content in hostile.files(good):
+        if what.endswith((": twice", "in another dtype", "size 2**63")):
+            path.write_bytes(content)
+            refused = pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: .*(is there twice|must have sizes)")
+            with refused, tensors.opened(path, verify=False):
+                pass
+            tried += 1
+    assert tried == 8
 
 
 def test_a_lock_waits_or_refuses_and_leaves_nothing(tmp_path: Path) -> None:
