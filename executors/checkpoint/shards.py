@@ -110,7 +110,7 @@ def _indexed(folder: Path) -> dict[str, Path]:
             said = short(name)
             raise BadCheckpoint(f"{folder / INDEX} names {said}: must be a .safetensors file in the same folder")
         if not os.path.isfile(folder / name):  # also where the name is none: too long, half a surrogate
-            raise BadCheckpoint(f"{folder}: {short(name)} must be a file that exists, since {INDEX} names it")
+            raise BadCheckpoint(f"{folder / name}: must be a file that exists, since {INDEX} names it")
     return {key: folder / name for key, name in names.items()}
 
 
