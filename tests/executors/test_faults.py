@@ -36,7 +36,7 @@ def named(entry: Any) -> str:
 @pytest.mark.parametrize("writer", WRITERS, ids=named)
 def test_a_fault_leaves_the_old_file_or_the_new_one(writer: Writer, fault: str) -> None:
     tally = Tally()
-    fault_writers.inject(writer, fault, 1 if writer.slow else 2, tally)
+    fault_writers.inject(writer, fault, 1, tally)
     assert tally.losses == []
     assert tally.injected.total() >= 1
 
@@ -45,7 +45,7 @@ def test_a_fault_leaves_the_old_file_or_the_new_one(writer: Writer, fault: str) 
 @pytest.mark.parametrize("reader", READERS, ids=named)
 def test_what_is_damaged_or_hostile_is_refused_in_one_line(reader: Reader, fault: str) -> None:
     found = Readings()
-    fault_readers.inject(reader, fault, 3 if reader.slow else 40, found)
+    fault_readers.inject(reader, fault, 2 if reader.slow else 40, found)
     assert found.losses == []
     assert found.injected.total() >= 1
     assert found.refused.total() > found.injected.total() / 3

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def calls(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
-        name = ast.unparse(node.func)
+        name = dotted(node.func)
         last = name.rpartition(".")[2]
         yield from {name, last}
         if last == "open" and not name.endswith(("os.open", "checkpoint.open")):
@@ -84,6 +85,18 @@ def calls(source: str) -> Iterator[str]:
             texts += [k.value.value for k in node.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
             mode = texts[-1] if texts and len(texts[-1]) < 4 else "r"
             yield "open for writing" if set(mode) & set("wax+") else "open for reading"
+
+
+def dotted(node: ast.expr) -> str:
+    """ "a.b.c", or ".c" of what is no name."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@cache
+def called_in(path: Path) -> frozenset[str]:
+    return frozenset(calls(path.read_text()))
 
 
 def imports_a_helper(source: str) -> bool:
@@ -96,7 +109,7 @@ def imports_a_helper(source: str) -> bool:
 def found(names: set[str], root: Path = ROOT) -> dict[str, set[str]]:
     """The modules that call one of the names, without the helpers."""
     files = [path for package in PACKAGES for path in sorted((root / package).rglob("*.py"))]
-    own = {str(path.relative_to(root)): names & set(calls(path.read_text())) for path in files}
+    own = {str(path.relative_to(root)): set(names & called_in(path)) for path in files}
     return {module: called for module, called in own.items() if called and module not in HELPERS}
 
 
