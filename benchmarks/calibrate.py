@@ -19,7 +19,8 @@ from rich.progress import track
 from rich.table import Table
 
 import executors
-from executors._compare.files import write_json
+from executors._compare.plot import save
+from executors._files.whole import write_json
 from moe_ref import MoEConfig
 from moe_ref.conformance.honest import honest_variants
 from moe_ref.conformance.judgement.checks import check_problem
@@ -131,7 +132,7 @@ def plot(path: Path, rows: list[dict[str, Any]], heading: str) -> None:
         axes.set(ylabel=titles[gate], ylim=(0, limit * 1.18))
         axes.grid(axis="y", alpha=0.3)
     axes.set_xticks(range(len(labels)), [f"{dtype}\n{direction}" for dtype, direction in labels], fontsize=8)
-    figure.savefig(path, dpi=110)
+    save(figure, path, 110)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -9,7 +9,6 @@ that has them: ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTR
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -24,6 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from executors._compare.plot import save
+from executors._files.whole import write_json
 from executors._numba import products as compiled
 from executors._pipeline import cpu_product
 
@@ -66,7 +67,7 @@ def main(
     }
     result = {"machine": machine, "dtype": dtype, "width": width, "columns": columns, "microseconds": found}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "products.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(out / "products.json", result)
     plot(out / "products.png", result)
     Console().print(table(result))
 
@@ -147,7 +148,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     machine = result["machine"]
     able = "with" if machine["16-bit products"] else "without"
     figure.suptitle(f"{result['dtype']} {able} 16-bit instructions ({machine['processor']}, torch {machine['torch']})")
-    figure.savefig(path)
+    save(figure, path)
     plt.close(figure)
 
 

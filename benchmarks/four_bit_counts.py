@@ -18,6 +18,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from executors._compare.plot import save
+from executors._files.whole import write_json
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -180,7 +183,7 @@ def draw(path: Path, families: dict[str, list[dict[str, Any]]]) -> None:
     right.legend(frameon=False, fontsize=8, loc="upper left")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    save(figure, path, 130)
     plt.close(figure)
 
 
@@ -202,9 +205,9 @@ def main(
         table.add_row(family, DEVICES[family].name, str(rows), *cells, str(own.crossover()))
     console = Console(width=80)
     console.print(table)
-    (RESULTS / "kernels.json").write_text(json.dumps({"schema": SCHEMA, "families": families}, indent=1) + "\n")
+    write_json(RESULTS / "kernels.json", {"schema": SCHEMA, "families": families})
     summary = {family: own._asdict() | {"crossover": own.crossover()} for family, own in counted.items()}
-    (RESULTS / "counts.json").write_text(json.dumps({"schema": SCHEMA, "families": summary}, indent=1) + "\n")
+    write_json(RESULTS / "counts.json", {"schema": SCHEMA, "families": summary})
     draw(RESULTS / "counts.png", families)
     console.print(f"wrote {RESULTS}")
 

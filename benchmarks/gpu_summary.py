@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 from gpu_run import Outcome
 
+ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 80
 SHOWN = 12  # last lines of the log of a stage that failed
 
@@ -34,10 +34,10 @@ def failures(outcomes: list[Outcome], out: Path) -> list[str]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes a file, whole or not at all, as `executors` does, which is not installed yet."""
+    spec = spec_from_file_location("whole", ROOT / "executors" / "_files" / "whole.py")
+    assert spec is not None
+    assert spec.loader is not None
+    whole = module_from_spec(spec)
+    spec.loader.exec_module(whole)
+    whole.write_json(path, content)

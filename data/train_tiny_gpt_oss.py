@@ -38,7 +38,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 import moe_ref.nf4
 from executors import nf4
 from executors._cli.options import with_options
-from executors._compare.files import replacing
+from executors._files.whole import replacing
 from moe_ref.types import NF4Tensor
 
 FORMAT = "moe-ref layer 1"

@@ -36,8 +36,8 @@ from executors._cli.options import (
     with_options,
     within,
 )
-from executors._compare.files import write_json
 from executors._compare.report import chip
+from executors._files.whole import write_json
 from qlora import adapter, models
 from qlora.contenders import LOOP, PEERS, STACK, switch
 from qlora.contest import Contest, exact_losses, hold

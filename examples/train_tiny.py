@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import executors
 from executors._cli.options import LARGEST_SEED, DeviceOption, check_device, new_console, refuse, within
-from executors._compare.files import write_json
+from executors._files.whole import write_json
 from moe_ref.conformance.mutants import mutants
 from tiny.checkpoint import bundled_model
 from tiny.contest import Contest, hold

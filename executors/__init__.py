@@ -7,7 +7,8 @@
     y = executors.get("native")(x, router_logits, weights)
 
 An executor that was asked for by name never falls back to another one: it raises `Unavailable` (this machine lacks
-something) or `Unsupported` (this input). Importing this package imports no torch.
+something) or `Unsupported` (this input). Importing this package imports no torch. It lets ``torch.load`` read what
+`moe_ref.types` has (docs/reliability.md).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from executors._checkpoint import checkpoint_policy
 from executors._padding import mask_padding
 from executors._protocol import Capabilities, Executor, RoutingExecutor, Unavailable, UnknownExecutor, Unsupported
 from executors._registry import Explanation, available, explain, get, names, register, unregister
+from executors._saving import declare_safe as _declare_safe
 
 if TYPE_CHECKING:
     from executors import checkpoint as checkpoint
@@ -41,6 +43,8 @@ __all__ = [
     "register",
     "unregister",
 ]
+
+_declare_safe()
 
 
 def __getattr__(name: str) -> Any:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from executors._files.tensors import opened, write
+from executors._files.text import one_line, parse_json
 from moe_ref.types import PROJECTIONS, MoEConfig, MoEWeights
 from moe_ref.validation import check_inputs
 
@@ -27,6 +26,9 @@ BUNDLED = "tiny_gpt_oss_layer.safetensors"
 
 class BadLayerFile(ValueError):
     """A file that is not a layer. The message is one line: the file, what is wrong, and what is allowed."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,26 +66,21 @@ def bundled_layer() -> Path:
     raise BadLayerFile(f"{BUNDLED}: must lie in {' or '.join(str(c.parent) for c in candidates)}; or name a FILE")
 
 
-def load_layer(path: Path, device: str = "cpu") -> Layer:
+def load_layer(path: Path, device: str = "cpu", *, verify: bool = True) -> Layer:
     """Reads and checks a layer file.
 
     Args:
         path: a safetensors file of the documented form.
         device: the device for the tensors.
+        verify: whether checksums are compared, where the file has them.
 
     Raises:
         BadLayerFile: the file does not have that form; one line says why.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = set(file.keys())
-            _check_names(path, names)
-            tensors = {name: file.get_tensor(name).to(device) for name in names}
-    except FileNotFoundError:
-        raise BadLayerFile(f"{path}: must be a file that exists") from None
-    except (SafetensorError, OSError) as error:
-        raise BadLayerFile(f"{path}: must be a safetensors file, but {_one_line(error)}") from error
+    with opened(path, BadLayerFile, verify=verify) as file:
+        _check_names(path, file.names)
+        metadata = file.metadata
+        tensors: dict[str, Any] = {name: file.tensor(name).to(device) for name in file.names}
     config = _config(path, metadata)
     for name in _transposed(path, metadata):
         if tensors[name].ndim != 3:
@@ -92,7 +89,8 @@ def load_layer(path: Path, device: str = "cpu") -> Layer:
     x, router_logits = tensors.pop("x"), tensors.pop("router_logits")
     weights = MoEWeights(**tensors, config=config)
     _check_layer(path, x, router_logits, weights)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
     return Layer(path, digest, metadata.get("source", ""), x, router_logits, weights)
 
 
@@ -123,6 +121,7 @@ def save_layer(
 
     Raises:
         ValueError, TypeError: the arguments do not make a layer.
+        OSError: the file cannot be written.
     """
     check_inputs(x, router_logits, weights)
     if x.ndim != 2:
@@ -138,12 +137,7 @@ def save_layer(
         "transposed": json.dumps(list(transposed)),
         "source": source,
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write(path, tensors, metadata)
 
 
 def _check_names(path: Path, names: set[str]) -> None:
@@ -161,8 +155,8 @@ def _check_names(path: Path, names: set[str]) -> None:
 def _metadata(path: Path, metadata: dict[str, str], key: str) -> Any:
     text = metadata.get(key, "")
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # not JSON, thousands of digits, lists nested thousands deep
+        return parse_json(text)
+    except ValueError:
         raise BadLayerFile(f"{path}: metadata {key}={text!r:.60}: must be JSON") from None
 
 
@@ -210,7 +204,3 @@ def _check_layer(path: Path, x: Tensor, router_logits: Tensor, weights: MoEWeigh
 def _shown(name: str) -> str:
     """A name from a file for a message: one line, cut if it is long."""
     return name if name.isidentifier() and len(name) <= 60 else f"{name!r:.60}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from moe_ref._typing import Array, Float, UInt8
 from moe_ref.moving import DECODED_DTYPES, check_device, moved, named_dtype
+from moe_ref.saving import saved
 
 QuantType = Literal["nf4", "fp4"]
 Own = TypeVar("Own", bound="PackedTensor")
@@ -105,6 +106,7 @@ class PackedTensor:
         return replace(self, **{name: change(array) for name, array in self.arrays().items()})  # type: ignore[type-var]
 
 
+@saved
 @dataclass(frozen=True, eq=False)
 class NF4Tensor(PackedTensor):
     """A tensor in 4 bits, in bitsandbytes' format with bitsandbytes' bytes (clauses Q1 to Q5).
@@ -153,6 +155,7 @@ class NF4Tensor(PackedTensor):
         return replace(self, shape=_swapped(self.shape), transposed=not self.transposed)
 
 
+@saved
 @dataclass(frozen=True, eq=False)
 class MXFP4Tensor(PackedTensor):
     """A tensor in 4 bits, in the format of gpt-oss' checkpoints with the checkpoint's bytes (clause M1).

@@ -18,6 +18,8 @@ from moe_ref.packed_types import NF4Tensor as NF4Tensor
 from moe_ref.packed_types import PackedTensor as PackedTensor
 from moe_ref.packed_types import QuantType as QuantType
 from moe_ref.stacking import rows_of, stacked
+from moe_ref.saving import rebuild as rebuild
+from moe_ref.saving import saved
 
 Scoring = Literal["softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"]
 RenormalizeForm = Literal["add", "max"]
@@ -36,6 +38,7 @@ PER_EXPERT = (*PARAMETERS, "expert_scale")  # with the routing's own; each has E
 LEARNED = (*PER_EXPERT, "post_expert_norm")  # all that a layer may learn
 
 
+@saved
 @dataclass(frozen=True)
 class MoEConfig:
     """The static part of a layer: hashable, compared by value, free of arrays.
@@ -102,6 +105,7 @@ class MoEConfig:
         return self.activation in GATED
 
 
+@saved
 @dataclass(frozen=True, eq=False)
 class ExpertLoRA:
     """Low-rank adapters, one for each expert: a projection's result gains ``scaling * (row A^T) B^T``.
@@ -124,6 +128,7 @@ class ExpertLoRA:
     down_scaling: float = 1.0
 
 
+@saved
 @dataclass(frozen=True, eq=False)
 class MoEWeights:
     """A thin view of a layer's parameters: build it per call, free of copies.
@@ -272,6 +277,7 @@ class MoEWeights:
         return replace(changed, selection_bias=bias)
 
 
+@saved
 @dataclass(frozen=True, eq=False)
 class Routing:
     """The experts of each token, ordered by (key descending, id ascending), and their weights."""
@@ -280,6 +286,7 @@ class Routing:
     topk_weights: Float[Array, "*#samples T K"]
 
 
+@saved
 @dataclass(frozen=True, eq=False)
 class Grouping:
     """Slots sorted by expert.
@@ -294,6 +301,7 @@ class Grouping:
     group_offsets: Int[Array, " E+1"]  # expert e has rows group_offsets[e] .. group_offsets[e + 1] - 1
 
 
+@saved
 @dataclass(frozen=True, eq=False)
 class MoEGradients:
     """Gradients of <dy, y>, each in the shape of its argument; None for arguments that the layer does not have."""

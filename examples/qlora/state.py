@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from executors._compare.files import replacing
+from executors._files.tensors import opened, write
+from executors._files.text import one_line, parse_json
 
 FORMAT = "moe-ref qlora state 1"
 PARTS = ("parameter", "exp_avg", "exp_avg_sq")
@@ -50,6 +49,9 @@ def save_state(
         state: so far.
         parameters: that are trained, by name.
         optimiser: AdamW over them.
+
+    Raises:
+        OSError: it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -62,8 +64,7 @@ def save_state(
         "losses": json.dumps([loss.hex() for loss in state.losses]),
         "seconds": json.dumps(state.seconds),
     }
-    with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, described)
+    write(path, tensors, described)
 
 
 def load_state(
@@ -76,20 +77,25 @@ def load_state(
     """
     if not path.exists():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            described = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: must be a safetensors file: {error}") from error
+    with opened(path) as file:
+        described, tensors = file.metadata, {name: file.tensor(name) for name in file.names}
     if described.get("format") != FORMAT:
-        raise ValueError(f"{path}: format={described.get('format')!r}: must be {FORMAT!r}")
+        raise ValueError(f"{path}: format={described.get('format')!r:.60}: must be {FORMAT!r}")
     if described.get("run") != run:
-        raise ValueError(f"{path}: is of another run: {described.get('run')}; remove it, or choose another --output")
-    losses = [float.fromhex(loss) for loss in json.loads(described["losses"])]
+        own = one_line(described.get("run"))
+        raise ValueError(f"{path}: is of another run: {own}; remove it, or choose another --output")
+    try:
+        losses = [float.fromhex(loss) for loss in parse_json(described["losses"])]
+        seconds = [float(each) for each in parse_json(described["seconds"])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: losses and seconds must be lists of numbers: {one_line(error)}") from error
+    for name, parameter in parameters.items():
+        for key in (f"{part}.{name}" for part in PARTS):
+            if key not in tensors or tensors[key].shape != parameter.shape:
+                raise ValueError(f"{path}: {key} must be there, of shape {tuple(parameter.shape)}")
     for name, parameter in parameters.items():
         kept = {part: tensors.pop(f"{part}.{name}").to(parameter.device) for part in PARTS}
         with torch.no_grad():
             parameter.copy_(kept.pop("parameter"))
         optimiser.state[parameter] = {"step": torch.tensor(float(len(losses))), **kept}
-    return State(losses, json.loads(described["seconds"]))
+    return State(losses, seconds)

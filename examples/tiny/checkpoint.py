@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 import moe_ref.nf4
 from executors import nf4
+from executors._files.tensors import opened
 from tiny.model import Model, Shape
 
 DATA = Path(__file__).parents[2] / "data"
@@ -25,7 +25,7 @@ def bundled_model() -> Model:
     """The trained model, in float64. Its outer layers' experts were stored in 4 bits, all else in bf16.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        ValueError: a file is not there, or is none of theirs.
     """
     model = Model(Shape()).double()
     model.load_state_dict(state_dict())
@@ -43,8 +43,8 @@ def state_dict() -> dict[str, Tensor]:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with opened(path) as file:
+        return {name: file.tensor(name) for name in file.names}
 
 
 def _wide(value: Any) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from executors._compare.plot import COLOURS
+from executors._compare.plot import COLOURS, save
 from tiny.judgement import LIMIT
 from tiny.report import Contender, Results
 
@@ -28,12 +27,7 @@ def plot(path: Path, results: Results, title: str) -> None:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.6])
     _losses(above, results)
     _differences(below, results)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save(figure, path)
 
 
 def _losses(ax: Axes, results: Results) -> None:

@@ -15,10 +15,10 @@ from functools import cache
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from executors._bench.layers import Shape
+from executors._files.tensors import opened
 from executors.layer_file import bundled_layer
 from moe_ref.routing import route
 
@@ -129,5 +129,5 @@ def _real(tokens: int, experts: int, experts_rng: np.random.Generator, tokens_rn
 
 @cache
 def _bundled_logits() -> np.ndarray:
-    with safe_open(bundled_layer(), framework="numpy") as file:
-        return file.get_tensor("router_logits").astype(np.float64)
+    with opened(bundled_layer()) as file:
+        return file.tensor("router_logits").double().numpy()

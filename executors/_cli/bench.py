@@ -22,7 +22,7 @@ from executors._bench.measure import MIN_ROUNDS
 from executors._bench.routing import KINDS
 from executors._cli import options as cli
 from executors._cli.bench_model import ModelSettings, bench_model
-from executors._compare.files import write_json
+from executors._files.whole import write_json
 
 DEFAULT_RANK = 16
 OF_MODELS = ("model", "set", "tokens", "direction", "executor", "seconds", "out", "device", "seed")  # with --model

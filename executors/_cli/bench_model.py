@@ -16,7 +16,7 @@ from executors._bench.measure import spread
 from executors._bench.report import commit
 from executors._bench.table import DIRECTIONS
 from executors._cli import options as cli
-from executors._compare.files import write_json
+from executors._files.whole import write_json
 
 if TYPE_CHECKING:
     from executors._bench.block import Block, BlockRow

@@ -13,8 +13,8 @@ from rich.markup import escape
 from executors._cli import options as cli
 from executors._compare import report
 from executors._compare import run as comparison
-from executors._compare.files import write_json
 from executors._compare.judge import exact_answer, with_clear_choice
+from executors._files.whole import write_json
 from executors.layer_file import first_tokens
 
 

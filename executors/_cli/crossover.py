@@ -13,7 +13,7 @@ from rich.markup import escape
 from executors._bench import layers as bench_layers
 from executors._bench.routing import KINDS
 from executors._cli import options as cli
-from executors._compare.files import write_json
+from executors._files.whole import write_json
 
 if TYPE_CHECKING:
     from executors._crossover.points import CrossoverCurve

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import executors
 from executors._cli import options as cli
-from executors._compare.files import write_json
+from executors._files.whole import write_json
 
 if TYPE_CHECKING:
     from executors._triton.inspect.cases import Kernel

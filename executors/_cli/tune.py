@@ -17,7 +17,7 @@ from executors._bench.routing import KINDS
 from executors._bench.settings import DIRECTIONS
 from executors._cli import options as cli
 from executors._compare import report
-from executors._compare.files import write_json
+from executors._files.whole import write_json
 from moe_ref.types import GATED, MoEConfig
 
 if TYPE_CHECKING:

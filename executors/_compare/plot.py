@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from executors._compare.files import replacing
 from executors._compare.run import LABELS, CompareRow
+from executors._files.whole import replacing
 from moe_ref.conformance.judgement.gates import MAX_Z
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's, for colour-blind eyes
@@ -36,10 +36,10 @@ def plot(path: Path, rows: list[CompareRow], title: str) -> None:
     save(figure, path)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a picture, whole or not at all."""
+def save(figure: Figure, path: Path, dpi: float | None = None) -> None:
+    """Writes a picture, whole or not at all; ``dpi`` is the figure's own, or another."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", dpi=dpi or "figure")
 
 
 def _errors(axes: list[Axes], tensors: list[str], ran: list[CompareRow]) -> None:

@@ -7,12 +7,14 @@ wrong results.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+from executors._files.text import one_line, parse_json
+from executors._files.text import read as read_bytes
+from executors._files.whole import cannot_write, locked, write_json
 from executors._triton.configs import KernelConfig, Tile
 
 SCHEMA = 1
@@ -68,8 +70,8 @@ def read(path: Path, versions: str) -> Entries:
         return {}
     except OSError as error:
         return _warned(path, f"cannot be read: {error.strerror}")
-    except (ValueError, RecursionError) as error:
-        return _warned(path, f"{' '.join(str(error).split())}")
+    except ValueError as error:
+        return _warned(path, str(error))
     found, faults = {}, []
     for number, entry in enumerate(raw):
         try:
@@ -89,7 +91,7 @@ def read(path: Path, versions: str) -> Entries:
 def save(path: Path, key: Key, config: KernelConfig, found: dict[str, Any]) -> Path | None:
     """Adds an entry, or replaces the one of that key; all others stay.
 
-    Two processes that save within the same milliseconds may lose one of the two entries, never more.
+    Of several processes that save at once each waits for the others, so that no entry is lost (but on Windows).
 
     Args:
         path: of the file; folders are made.
@@ -103,23 +105,25 @@ def save(path: Path, key: Key, config: KernelConfig, found: dict[str, Any]) -> P
     Raises:
         OSError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            return _add(path, as_entry(key, config, found))
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _add(path: Path, new: dict[str, Any]) -> Path | None:
     aside, old = None, []
     try:
         old = _load(path)
     except FileNotFoundError:
         pass
-    except (ValueError, RecursionError):
+    except ValueError:
         aside = path.with_name(f"{path.name}.old")
         os.replace(path, aside)
-    new = as_entry(key, config, found)
     others = [entry for entry in old if not (isinstance(entry, dict) and entry.get("key") == new["key"])]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps({"schema": SCHEMA, "entries": [*others, new]}, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(path, {"schema": SCHEMA, "entries": [*others, new]})
     return aside
 
 
@@ -169,7 +173,7 @@ def _load(path: Path) -> list[Any]:
         OSError: the file cannot be read.
         ValueError: it is not a file of tuned tiles; in one line.
     """
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = parse_json(read_bytes(path))
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if type(schema) is not int or schema != SCHEMA:
         raise ValueError(f"schema={schema!r}: must be {SCHEMA}")
@@ -201,4 +205,4 @@ def _warned(path: Path, problem: str) -> Entries:
 
 
 def _warn(path: Path, problem: str) -> None:
-    warnings.warn(f"{path}: {problem}", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"{path}: {one_line(problem)}", RuntimeWarning, stacklevel=2)

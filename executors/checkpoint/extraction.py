@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from executors._decode import decode_expert
-from executors.checkpoint.errors import BadCheckpoint, one_line
+from executors._files.tensors import opened
+from executors.checkpoint.errors import BadCheckpoint
 from executors.checkpoint.reader import Checkpoint, CheckpointLayer, Progress
 from executors.layer_file import OPTIONAL, save_layer
 from moe_ref.types import PROJECTIONS, MoEWeights, PackedTensor
@@ -41,10 +41,7 @@ class Extracted:
             OSError: the file cannot be written.
         """
         transposed = tuple(name for name in PROJECTIONS if not getattr(self.weights, name).is_contiguous())
-        try:
-            save_layer(path, self.x, self.router_logits, self.weights, self.source, transposed)
-        except SafetensorError as error:
-            raise OSError(f"cannot be written: {one_line(error)}") from error
+        save_layer(path, self.x, self.router_logits, self.weights, self.source, transposed)
 
 
 def extract(
@@ -113,13 +110,10 @@ def given(path: Path, dtype: torch.dtype) -> Tensor:
     Raises:
         BadCheckpoint: it is no such file, or has no finite tensor "x" of two dimensions.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            x: Tensor = file.get_tensor("x")
-    except FileNotFoundError:
-        raise BadCheckpoint(f"{path}: must be a file that exists") from None
-    except (SafetensorError, OSError) as error:
-        raise BadCheckpoint(f'{path}: must be a safetensors file with a tensor "x", but {one_line(error)}') from error
+    with opened(path, BadCheckpoint) as file:
+        if "x" not in file.names:
+            raise BadCheckpoint(f'{path}: must have a tensor "x", of hidden states')
+        x = file.tensor("x")
     if x.ndim != 2 or not len(x) or not x.is_floating_point():
         raise BadCheckpoint(f"{path}: x is {x.dtype} {tuple(x.shape)}: must be floats of shape (T, H), T at least 1")
     x = x.to(dtype)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from executors.nf4.state_dict import of_expert
+
 QUANT_FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # of bitsandbytes, beside quant_state.*
 PARTS = ("blocks", "scales")  # of MXFP4
 PACKED = re.compile(
@@ -106,7 +108,7 @@ class Block:
         """The keys of some names, with those of packed parts."""
         for name in names & self.keys.keys():
             for expert in self.keys[name]:
-                key = self.prefix + (name if expert is None else name.format(expert))
+                key = self.prefix + of_expert(name, expert)
                 for ending in self.endings[name]:
                     yield key + ("" if not ending else f"_{ending}" if ending in PARTS else f".{ending}")
 
@@ -114,7 +116,7 @@ class Block:
         """A key below the experts that no name explains."""
         for name in sorted(self.keys.keys() - self.naming.names - known):
             expert = min((number for number in self.keys[name] if number is not None), default=None)
-            return f"{self.prefix}{name if expert is None else name.format(expert)}"
+            return f"{self.prefix}{name if expert is None else name.replace('{}', str(expert))}"
         return None
 
 

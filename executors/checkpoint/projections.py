@@ -13,6 +13,7 @@ from executors.checkpoint.errors import BadCheckpoint
 from executors.checkpoint.names import Block
 from executors.checkpoint.shards import Reader
 from executors.nf4.convert import join
+from executors.nf4.state_dict import of_expert
 from moe_ref.types import NF4Tensor, PackedTensor
 
 DENSE = ("F64", "F32", "BF16", "F16")
@@ -40,7 +41,7 @@ class Source:
         prefix = self.block.prefix
         if name.startswith("../"):
             prefix, name = prefix.rstrip(".").rpartition(".")[0] + ".", name.removeprefix("../")
-        return prefix + (name if expert is None else name.format(expert))
+        return prefix + of_expert(name, expert)
 
     def tensor(self, key: str) -> Tensor:
         """One dense tensor.

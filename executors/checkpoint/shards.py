@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from executors.checkpoint.errors import BadCheckpoint, one_line, short
+from executors._files import tensors
+from executors._files.tensors import TensorFile
+from executors._files.text import parse_json, read
+from executors.checkpoint.errors import BadCheckpoint, short
 
 INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -22,14 +24,15 @@ class Shards:
 
     Attributes:
         folder: where they lie.
+        verify: whether checksums are compared, where a file has them.
         where: the file of each key.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, verify: bool = True) -> None:
         if not folder.is_dir():
             raise BadCheckpoint(f"{folder}: must be a folder with config.json and .safetensors files")
-        self.folder = folder
-        self.where = _indexed(folder) if (folder / INDEX).exists() else _listed(folder)
+        self.folder, self.verify = folder, verify
+        self.where = _indexed(folder) if (folder / INDEX).exists() else _listed(folder, verify)
 
     @contextmanager
     def reading(self) -> Iterator[Reader]:
@@ -44,7 +47,7 @@ class Reader:
     def __init__(self, shards: Shards, stack: ExitStack) -> None:
         self.shards = shards
         self._stack = stack
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, TensorFile] = {}
 
     def file_of(self, key: str) -> Path:
         """The file that holds a key.
@@ -60,38 +63,24 @@ class Reader:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header alone."""
-        return tuple(self._call(key, lambda file: file.get_slice(key).get_shape()))
+        return self._file(key).shape(key)
 
     def dtype(self, key: str) -> str:
         """The dtype of a tensor in the format's own words, such as "BF16", from the header alone."""
-        return str(self._call(key, lambda file: file.get_slice(key).get_dtype()))
+        return self._file(key).dtype(key)
 
     def tensor(self, key: str) -> Tensor:
         """The tensor, on the CPU."""
-        found: Tensor = self._call(key, lambda file: file.get_tensor(key))
-        return found
+        return self._file(key).tensor(key)
 
-    def _call(self, key: str, action: Any) -> Any:
+    def _file(self, key: str) -> TensorFile:
         path = self.file_of(key)
         if path not in self._files:
-            self._files[path] = self._stack.enter_context(opened(path))
-        try:
-            return action(self._files[path])
-        except SafetensorError as error:
-            raise BadCheckpoint(f"{path}: {key} cannot be read: {one_line(error)}") from error
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, or one line that says why it is none."""
-    try:
-        file = safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise BadCheckpoint(f"{path}: must be a file that exists") from None
-    except (SafetensorError, OSError) as error:
-        raise BadCheckpoint(f"{path}: must be a safetensors file, but {one_line(error)}") from error
-    with file as entered:
-        yield entered
+            file = tensors.opened(path, BadCheckpoint, verify=self.shards.verify)
+            self._files[path] = self._stack.enter_context(file)
+        if key not in self._files[path].names:
+            raise BadCheckpoint(f"{path}: {key} is missing: must be there, since {INDEX} names this file")
+        return self._files[path]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -101,11 +90,11 @@ def read_json(path: Path) -> dict[str, Any]:
         BadCheckpoint: there is no such file, or it holds something else.
     """
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(read(path), finite=False)
     except FileNotFoundError:
         raise BadCheckpoint(f"{path}: must be a file that exists") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{path}: must be JSON, but {one_line(error)}") from None
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(f"{path}: must be JSON, but {error}") from None
     if not isinstance(found, dict):
         raise BadCheckpoint(f"{path} holds {short(found)}: must be a JSON object")
     return found
@@ -118,13 +107,14 @@ def _indexed(folder: Path) -> dict[str, Path]:
         raise BadCheckpoint(f"{folder / INDEX}: weight_map={short(names)}: must be an object from keys to file names")
     for name in sorted(set(names.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise BadCheckpoint(f"{folder / INDEX} names {name!r}: must be a .safetensors file in the same folder")
-        if not (folder / name).is_file():
+            said = short(name)
+            raise BadCheckpoint(f"{folder / INDEX} names {said}: must be a .safetensors file in the same folder")
+        if not os.path.isfile(folder / name):  # also where the name is none: too long, half a surrogate
             raise BadCheckpoint(f"{folder / name}: must be a file that exists, since {INDEX} names it")
     return {key: folder / name for key, name in names.items()}
 
 
-def _listed(folder: Path) -> dict[str, Path]:
+def _listed(folder: Path, verify: bool) -> dict[str, Path]:
     """Keys and files where there is no index: of every .safetensors file, each key once."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
@@ -133,8 +123,8 @@ def _listed(folder: Path) -> dict[str, Path]:
         raise BadCheckpoint(f"{folder} has no .safetensors file: must have one{reason}")
     where: dict[str, Path] = {}
     for path in paths:
-        with opened(path) as file:
-            for key in file.keys():  # noqa: SIM118  (no mapping)
+        with tensors.opened(path, BadCheckpoint, verify=verify) as file:
+            for key in sorted(file.names):
                 if key in where:
                     allowed = f"must be in one file, or {INDEX} must say in which"
                     raise BadCheckpoint(f"{path}: {key} is also in {where[key].name}: {allowed}")

@@ -10,9 +10,10 @@ from typing import Any
 
 from peft.tuners.lora import LoraLayer, layer
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from executors._files.tensors import write as write_tensors
+from executors._files.whole import cannot_write, locked, sync
 from executors._protocol import Unsupported
 from executors.hf.adapters import DOWN, factors_of, split_gate_and_up
 from executors.hf.checkpoint_names import name_of, names_of_experts
@@ -20,7 +21,7 @@ from executors.hf.module import config_of_experts, is_experts
 from executors.hf.wrappers import chain_of
 
 ROOT, WRAPPED = "base_model.model.", ".base_layer"
-FILES = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def write(model: Any, folder: str | os.PathLike[str], adapter: str) -> Path:
@@ -34,12 +35,17 @@ def write(model: Any, folder: str | os.PathLike[str], adapter: str) -> Path:
     config.target_modules = {key.rsplit(".", 3)[1] for key in tensors}
     config.target_parameters, config.inference_mode = None, True
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target, prefix=".export") as temporary:
-        config.save_pretrained(temporary)
-        save_file(tensors, Path(temporary, FILES[1]), {"format": "pt"})
-        for name in FILES:
-            os.replace(Path(temporary, name), target / name)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with locked(target), TemporaryDirectory(dir=target, prefix=".export") as temporary:
+            config.save_pretrained(temporary)
+            write_tensors(Path(temporary, TENSORS), tensors, {"format": "pt"})
+            sync(Path(temporary, CONFIG))
+            (target / CONFIG).unlink(missing_ok=True)  # no reader takes one adapter's tensors with another's settings
+            os.replace(Path(temporary, TENSORS), target / TENSORS)
+            os.replace(Path(temporary, CONFIG), target / CONFIG)
+    except OSError as error:
+        raise cannot_write(target, error) from error
     return target
 
 

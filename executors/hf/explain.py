@@ -11,8 +11,9 @@ import transformers
 from torch import nn
 
 from executors import _registry
+from executors._files.text import one_line
 from executors._protocol import Executor, Unavailable, Unsupported, check_norm
-from executors.hf.classes import class_of, line
+from executors.hf.classes import class_of
 from executors.hf.module import OWN_LOOPS, is_experts, weights_of
 from executors.hf.parameters import class_name
 from moe_ref.types import MoEWeights
@@ -92,7 +93,9 @@ def meta_model(name: str, changes: dict[str, Any] | None = None) -> nn.Module:
         with torch.device("meta"):
             return kind(config)
     except (ArithmeticError, AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"model={name}: transformers cannot make it: {type(error).__name__}: {line(error)}") from error
+        raise ValueError(
+            f"model={name}: transformers cannot make it: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def _fate(module: Any, executor: Executor, device: str) -> tuple[str, ...]:
@@ -100,7 +103,7 @@ def _fate(module: Any, executor: Executor, device: str) -> tuple[str, ...]:
     try:
         weights = weights_of(module)
     except Unsupported as error:
-        return kind, "", "", "", line(error)
+        return kind, "", "", "", one_line(error)
     sizes = f"E={weights.num_experts} H={weights.hidden_size} I={weights.intermediate_size}"
     gate_up = weights.gate_up_proj
     if str(gate_up.device) == "meta":  # shapes of any size take the memory of one number
@@ -116,7 +119,7 @@ def _fate(module: Any, executor: Executor, device: str) -> tuple[str, ...]:
             check_norm(executor, weights)
             chosen = executor.name
     except (Unavailable, Unsupported) as error:
-        return kind, sizes, in_short(weights), "", line(error)
+        return kind, sizes, in_short(weights), "", one_line(error)
     return kind, sizes, in_short(weights), chosen, ""
 
 

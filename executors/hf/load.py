@@ -29,6 +29,7 @@ def load_quantized(
     *,
     device: torch.device | str = "cpu",
     progress: Progress = None,
+    verify: bool = True,
 ) -> PreTrainedModel:
     """A model whose experts are in 4 bits, from a folder with config.json and safetensors files.
 
@@ -48,9 +49,11 @@ def load_quantized(
         blocksize: numbers that share a scale, as for `quantize_experts`.
         device: where the model's tensors go.
         progress: None; a callable (done, total), in tensors or in layers; or True for a bar, which needs rich.
+        verify: whether files and tensors are compared with the checksums that `save_quantized` writes (5 GB/s or so).
+            A config.json that was changed on purpose is refused otherwise.
 
     Raises:
-        BadCheckpoint: a file or a key is missing, broken, of another shape, or too many; one line says which.
+        BadCheckpoint: a file or a key is missing, damaged, of another shape, or too many; one line says which.
         Unsupported: experts are dense and ``quant_type`` is None, or are in 4 bits and it is not; or they are stored in
             another order, layout or format than their class can hold.
         ValueError: an argument is none of those above; there is no such folder; or config.json names no class of
@@ -75,7 +78,7 @@ def load_quantized(
         return load_checkpoint(Path(folder), quant_type, nested, blocksize, place, progress)
     if quant_type is not None:
         raise ValueError(f"quant_type={quant_type!r}: must be None: {folder} is in 4 bits: nothing is quantised twice")
-    return load_own(Path(folder), place, progress)
+    return load_own(Path(folder), place, progress, verify)
 
 
 def _is_own(folder: Path) -> bool:

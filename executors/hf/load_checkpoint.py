@@ -14,7 +14,7 @@ from executors import checkpoint
 from executors._progress import Progress, reporter
 from executors._protocol import Unsupported
 from executors.checkpoint import BadCheckpoint, Checkpoint, CheckpointLayer
-from executors.hf.classes import class_of, finish
+from executors.hf.classes import check_layers, class_of, finish, told_of
 from executors.hf.module import config_of_experts, experts_in
 from executors.hf.parameters import up_name
 from executors.hf.quantize import quantized
@@ -46,7 +46,9 @@ def load_checkpoint(
     for layer in source.layers:  # from headers and config.json, before anything is read
         source.config(layer)
         _check_form(f"{folder}: {layer.prefix}experts", layer.form.partition(",")[0], quant_type)
-    model, shapes = _without_experts(kind, config, source.others(), folder)
+    rest = source.others()
+    check_layers(folder, config, len(rest))
+    model, shapes = _without_experts(kind, config, rest, folder)
     model.to(device)  # type: ignore[arg-type]
     layers = _layers(model, source)
     with reporter(progress, len(layers)) as tell:
@@ -90,7 +92,9 @@ def _without_experts(
         self._keys_to_ignore_on_load_missing = {*(self._keys_to_ignore_on_load_missing or ()), *ours}
 
     made: Any = type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
-    model, info = made.from_pretrained(None, config=config, state_dict=rest, output_loading_info=True)
+    with told_of(folder):
+        given = {"state_dict": rest, "output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
+        model, info = made.from_pretrained(None, config=config, **given)
     model.__class__ = kind
     model._keys_to_ignore_on_load_missing -= ours
     for what, allowed in (("missing_keys", "must be there"), ("unexpected_keys", "is unknown: must not be there")):

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from executors import mxfp4, nf4
+from executors._files.text import one_line
 from executors._progress import Progress, reporter
 from executors.checkpoint import BadCheckpoint
 from executors.checkpoint.shards import INDEX, Reader, Shards, read_json
-from executors.hf.classes import class_of, default_dtype, finish, line
+from executors.hf import folder_checksums
+from executors.hf.classes import check_layers, class_of, default_dtype, finish, told_of
 from executors.hf.module import experts_in
 from executors.hf.parameters import up_name
 from executors.hf.save import DECODED, TIED
@@ -27,7 +29,7 @@ STATES = tuple(f"quant_state.bitsandbytes__{quant_type}" for quant_type in ("nf4
 FIELDS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *(f".{state}" for state in STATES))
 
 
-def load_own(folder: Path, device: torch.device, progress: Progress) -> PreTrainedModel:
+def load_own(folder: Path, device: torch.device, progress: Progress, verify: bool) -> PreTrainedModel:
     """A model that `save_quantized` wrote: the same bytes, dtypes and numbers.
 
     It is made on the meta device, and gets each tensor from its file. So no projection is ever dense.
@@ -37,12 +39,17 @@ def load_own(folder: Path, device: torch.device, progress: Progress) -> PreTrain
         ValueError: config.json names no class of transformers.
     """
     check_library()
+    index = read_json(folder / INDEX)
+    if verify:
+        folder_checksums.check(folder, index)
     kind, config = class_of(folder)
-    shards = Shards(folder)
-    metadata = read_json(folder / INDEX)["metadata"]
-    with default_dtype(config.dtype or torch.float32), torch.device("meta"):
-        model: Any = kind(config)
-    quantizer = _quantizer(model, config)
+    shards, metadata = Shards(folder, verify=verify), index["metadata"]
+    check_layers(folder, config, len(shards.where))
+    with told_of(folder / "config.json"):
+        with default_dtype(config.dtype or torch.float32), torch.device("meta"):
+            model: Any = kind(config)
+        experts_in(model)  # has some
+        quantizer = _quantizer(model, config)
     decoded, tied = (_texts(metadata.get(name)) for name in (DECODED, TIED))
     read: set[str] = set()
     with shards.reading() as reader, reporter(progress, len(shards.where)) as tell:
@@ -189,7 +196,7 @@ def _linear4bit(module: Any, source: _Source, key: str) -> Tensor:
     try:  # as bitsandbytes reads them: after inference on a CPU their statistics are in bf16
         value: Any = Params4bit.from_prequantized(state[key], stats, device=source.device, module=module)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise source.refuse(key, f": bitsandbytes cannot read it: {type(error).__name__} {line(error)}") from error
+        raise source.refuse(key, f": bitsandbytes cannot read it: {type(error).__name__} {one_line(error)}") from error
     shape, size = (module.out_features, module.in_features), value.nbytes
     wanted = ceil(prod(shape) / 2)
     if tuple(value.quant_state.shape) != shape or size != wanted:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from executors._files.tensors import opened, write
+from executors._files.whole import cannot_write, locked, sync, write_json
 from executors._progress import Progress, check_progress, reporter
 from executors._protocol import Unsupported
 from executors.checkpoint.shards import INDEX
+from executors.hf import folder_checksums
 from executors.hf.module import experts_in
 from executors.hf.parameters import class_name, parametrization_of, up_name
 from executors.hf.storage import MXFP4Parametrization
-from executors.nf4.file import write
 from moe_ref.validation.arrays import short
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def save_quantized(
     in its form too. Adapters of PEFT are not: save them by PEFT.
 
     The folder appears when all is written. Until then the files lie beside it in ".NAME.partial"; another call with
-    the same model goes on there, and writes only the files that are missing or differ.
+    the same model goes on there, and writes only the files that are missing or differ. Files and their index have
+    checksums.
 
     Args:
         model: a transformers model; not one of PEFT.
@@ -60,6 +62,7 @@ def save_quantized(
         ValueError: ``shard_bytes`` is no number from 1 on.
         Unsupported: no experts are in 4 bits (save_pretrained saves such a model); or a tensor is on the meta device.
         FileExistsError: the folder has files.
+        BlockingIOError: another process is saving there.
         OSError: it cannot be written.
         ModuleNotFoundError: ``progress=True`` without rich.
     """
@@ -75,13 +78,11 @@ def save_quantized(
     (state, tied), target = _state(model), Path(folder).resolve()  # of a link, what it means: only that can be replaced
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: must not exist, or be an empty folder")
-    partial = target.with_name(f".{target.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    _write_configs(model, partial)
     shards = list(_shards(state, shard_bytes))
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     total, done = sum(value.nbytes for value in state.values()), 0
-    with reporter(progress, total) as tell:
+    with _partial(target) as partial, reporter(progress, total) as tell:
+        configs = _write_configs(model, partial)
         tell(0)
         for name, keys in zip(names, shards, strict=True):
             tensors = {key: state[key] for key in keys}
@@ -89,16 +90,33 @@ def save_quantized(
                 write(partial / name, tensors, {"format": "pt"})
             done += sum(value.nbytes for value in tensors.values())
             tell(done)
-    where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-    metadata = {"total_size": total, "format": FORMAT, DECODED: _decoded(model), TIED: tied}
-    _write_json(partial / INDEX, {"metadata": metadata, "weight_map": where})
-    for file in partial.iterdir():
-        if file.name not in names and file.suffix in (".safetensors", ".tmp"):  # of an earlier try: other sizes, killed
-            file.unlink()
-    if target.exists():
-        target.rmdir()
-    os.replace(partial, target)
+        where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        metadata = {"total_size": total, "format": FORMAT, DECODED: _decoded(model), TIED: tied}
+        index = {"metadata": metadata, "weight_map": where}
+        folder_checksums.add(partial, index, [*configs, *names])
+        write_json(partial / INDEX, index)
+        for file in partial.iterdir():
+            if file.name not in names and file.suffix in (".safetensors", ".tmp"):  # of an earlier try: other, killed
+                file.unlink()
     return Path(folder)
+
+
+@contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """The folder in which the files lie until they are all there, for one process alone."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target, wait=False):
+            partial = target.with_name(f".{target.name}.partial")
+            partial.mkdir(exist_ok=True)
+            yield partial
+            if target.exists():
+                target.rmdir()
+            os.replace(partial, target)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise cannot_write(target, error) from error
 
 
 def _state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -140,15 +158,21 @@ def _decoded(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _write_configs(model: PreTrainedModel, folder: Path) -> None:
+def _write_configs(model: PreTrainedModel, folder: Path) -> list[str]:
+    """Writes what transformers writes itself; returns the files' names."""
     config = copy.deepcopy(model.config)
     config.architectures = [class_name(model)]
     if config.dtype is None:
         floats = (value.dtype for value in model.parameters() if value.is_floating_point())
         config.dtype = str(next(floats, torch.float32)).rpartition(".")[2]
+    names = ["config.json"]
     config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
+        names.append("generation_config.json")
         model.generation_config.save_pretrained(folder)
+    for name in names:
+        sync(folder / name)
+    return names
 
 
 def _shards(state: dict[str, Tensor], shard_bytes: int) -> Iterator[list[str]]:
@@ -169,11 +193,9 @@ def _is_there(path: Path, tensors: dict[str, Tensor]) -> bool:
     if not path.is_file():
         return False
     try:
-        with safe_open(path, framework="pt") as file:
-            if set(file.keys()) != tensors.keys():
-                return False
-            return all(_same(file.get_tensor(key), value) for key, value in tensors.items())
-    except (SafetensorError, OSError):
+        with opened(path) as file:
+            return file.names == tensors.keys() and all(_same(file.tensor(k), value) for k, value in tensors.items())
+    except ValueError:
         return False
 
 
@@ -182,13 +204,3 @@ def _same(there: Tensor, value: Tensor) -> bool:
         return False
     plain = value.detach().cpu().contiguous()
     return torch.equal(there.reshape(-1).view(torch.uint8), plain.reshape(-1).view(torch.uint8))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

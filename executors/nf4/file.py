@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from executors._files.tensors import opened, write
+from executors._files.text import one_line, parse_json
 from executors.nf4.convert import shown
-from executors.nf4.state_dict import fields_by_expert, from_state_dict, to_state_dict
+from executors.nf4.state_dict import fields_by_expert, from_state_dict, of_expert, to_state_dict
 from moe_ref.types import MoEWeights, NF4Tensor
 
 TRANSPOSED = "transposed"  # metadata: a JSON list of the names of transposed tensors
@@ -26,7 +26,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, NF4Tensor | Tensor]
     Args:
         path: the file; an existing one is replaced.
         tensors: by name: 4-bit tensors, whose entries are those of `to_state_dict`, and any other tensors. The file's
-            metadata lists those that are read transposed, for `load`.
+            metadata lists those that are read transposed, and has a checksum of each entry, for `load`.
 
     Raises:
         ValueError, TypeError: one line naming the entry, and what is allowed.
@@ -48,24 +48,13 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, NF4Tensor | Tensor]
     write(Path(path), entries, {"format": "pt", TRANSPOSED: json.dumps(transposed)})
 
 
-def write(path: Path, entries: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes tensors to a safetensors file, whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(_apart(entries), temporary, metadata)
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written: {_one_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def load(
-    path: str | os.PathLike[str], name: str, *, transposed: bool | None = None, device: torch.device | str = "cpu"
+    path: str | os.PathLike[str],
+    name: str,
+    *,
+    transposed: bool | None = None,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
 ) -> NF4Tensor:
     """Reads one 4-bit tensor, and only that, from a safetensors file.
 
@@ -75,6 +64,7 @@ def load(
         transposed: whether the tensor is read transposed. None: as the metadata says, which only `save` writes; other
             files are read as stored.
         device: the device for its bytes.
+        verify: whether the entries are compared with their checksums, which only `save` writes (5 GB/s or so).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -86,51 +76,31 @@ def load(
         where = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device}: must be one that torch has here: {str(error).splitlines()[0]}") from None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            fields = fields_by_expert(file.keys(), name)
-            prefixes = [name if expert is None else name.format(expert) for expert in fields]
-            keys = [
-                f"{prefix}.{field}" if field else prefix
-                for prefix, own in zip(prefixes, fields.values(), strict=True)
-                for field in own
-            ]
-            state = {key: file.get_tensor(key) for key in keys}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: must be a safetensors file, but {_one_line(error)}") from error
-    noted = name in _noted(path, metadata)
+    with opened(Path(path), verify=verify) as file:
+        fields = fields_by_expert(file.names, name)
+        prefixes = [of_expert(name, expert) for expert in fields]
+        keys = [
+            f"{prefix}.{field}" if field else prefix
+            for prefix, own in zip(prefixes, fields.values(), strict=True)
+            for field in own
+        ]
+        state = {key: file.tensor(key) for key in keys}
+    noted = name in _noted(path, file.metadata)
     if transposed is False and noted:
         raise ValueError(f"{path}: transposed=False: must be True or None, since the file lists {name} as transposed")
     try:
         tensor = from_state_dict(state, name, transposed=noted if transposed is None else transposed)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {one_line(error)}") from error
     return tensor.map(lambda array: array.to(where))
 
 
 def _noted(path: Any, metadata: dict[str, str]) -> list[str]:
     text = metadata.get(TRANSPOSED, "[]")
     try:
-        names = json.loads(text)
-    except (ValueError, RecursionError):
+        names = parse_json(text)
+    except ValueError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: metadata {TRANSPOSED}={text!r:.60}: must be a JSON list of names")
     return names
-
-
-def _apart(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries as safetensors requires them: on the CPU, contiguous, without shared memory."""
-    seen: set[int] = set()
-    found = {}
-    for key, value in entries.items():
-        plain = value.detach().cpu().contiguous()
-        place = plain.untyped_storage().data_ptr()
-        found[key] = plain.clone() if place in seen else plain
-        seen.add(place)
-    return found
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

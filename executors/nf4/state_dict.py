@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from executors._files.text import parse_json
 from executors.nf4.codes import CODES, code_table, same_bits
 from executors.nf4.convert import bytes_of, check_tensor, join, read_transposed, unnest
 from moe_ref.types import NF4Tensor
@@ -82,14 +83,19 @@ def from_state_dict(state: Mapping[str, Tensor], name: str, *, transposed: bool 
     if "{}" not in name:
         return read_transposed(_read(state, name, experts.get(None, set())), transposed)
     if not experts:
-        raise ValueError(f"no key matches {name!r}: must have an entry {name.format(0)!r}")
-    keys = [name.format(expert) for expert in range(len(experts))]
+        raise ValueError(f"no key matches {name!r}: must have an entry {name.replace('{}', str(0))!r}")
+    keys = [of_expert(name, expert) for expert in range(len(experts))]
     for expert, key in enumerate(keys):
         if expert not in experts:
-            last = name.format(max(number for number in experts if number is not None))
+            last = of_expert(name, max(number for number in experts if number is not None))
             raise ValueError(f"{key!r} is missing: must be there, as {last!r} is: experts are counted from 0")
     tensors = [_read(state, key, experts[expert]) for expert, key in enumerate(keys)]
     return read_transposed(join(tensors, lambda index: keys[index]), transposed)
+
+
+def of_expert(name: str, expert: int | None) -> str:
+    """A name with the expert's number for its "{}". (No format: names in files may have other braces.)"""
+    return name if expert is None else name.replace("{}", str(expert))
 
 
 def fields_by_expert(keys: Iterable[str], name: str) -> dict[int | None, set[str]]:
@@ -176,8 +182,8 @@ def _entries(key: str, value: Any, quant_type: str, *, nested: bool) -> dict[str
         raise ValueError(f"{key} is {shown}: must be uint8 (bytes,), JSON")
     text = bytes(value.tolist())
     try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError):  # not UTF-8 or JSON, thousands of digits, lists nested thousands deep
+        entries = parse_json(text, finite=False)  # numbers are checked below
+    except ValueError:
         raise ValueError(f"{key}={text!r:.60}: must be JSON") from None
     required = (*ENTRIES, *(NESTED_ENTRIES if nested else ()))
     if not isinstance(entries, dict) or set(entries) != set(required):

@@ -14,6 +14,7 @@ from moe_ref.moving import dtype_name as dtype_name
 from moe_ref.types import PackedTensor
 
 ID_DTYPES = ("int32", "int64")
+LARGEST_INTEGER = 2**63 - 1  # that a library takes as a number
 
 
 def check_array(
@@ -24,6 +25,9 @@ def check_array(
         raise TypeError(f"{name}={short(value)}: must be an array")
     if dtype_name(value) not in dtypes:
         raise TypeError(f"{name}.dtype={dtype_name(value)}: must be one of {', '.join(dtypes)}")
+    layout = str(getattr(value, "layout", ""))
+    if layout.startswith("torch.") and layout != "torch.strided":
+        raise TypeError(f"{name}.layout={layout}: must be torch.strided")
     if like is None:
         return
     other_name, other = like
@@ -72,6 +76,8 @@ def check_finite(name: str, value: Any) -> None:
     """Checks that the value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
         raise TypeError(f"{name}={short(value)}: must be a float or int")
+    if isinstance(value, Integral) and not -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
+        raise ValueError(f"{name}={short(value)}: must be an integer of 64 bits, or a float")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}={value}: must be finite")
 

@@ -19,6 +19,7 @@ from moe_ref.validation.arrays import (
 )
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+LARGEST_NESTED = 2**31 - 1
 NESTED = ("nested_absmax", "nested_code", "nested_offset")
 
 
@@ -52,8 +53,9 @@ def check_nf4_form(name: str, tensor: Any) -> None:
     check_array(*packed, dtypes=("uint8",))
     check_shape(*packed, (ceil(size / 2),), "two codes to a byte")
     check_integer(f"{name}.nested_blocksize", tensor.nested_blocksize)
-    if tensor.nested_blocksize < 1:
-        raise ValueError(f"{name}.nested_blocksize={tensor.nested_blocksize}: must be at least 1")
+    if not 1 <= tensor.nested_blocksize <= LARGEST_NESTED:
+        allowed = f"must be at least 1, and at most {LARGEST_NESTED}"
+        raise ValueError(f"{name}.nested_blocksize={short(tensor.nested_blocksize)}: {allowed}")
     missing = [n for n in NESTED if getattr(tensor, n) is None]
     nested = len(missing) < len(NESTED)
     if nested and missing:

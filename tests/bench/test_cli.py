@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 import executors
 from executors import __main__ as program
 from executors._cli.app import app
-from executors._compare.files import write_json
 from executors._compare.measure import peak_memory
+from executors._files.whole import write_json
 from executors.layer_file import bundled_layer, save_layer
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.mutants import mutants

@@ -179,7 +179,7 @@ def test_bad_arguments_exit_with_2_and_one_line(arguments: list[Any], expected: 
 @pytest.mark.parametrize(
     ("tensors", "expected"),
     [
-        ({"y": torch.zeros(2, H)}, 'must be a safetensors file with a tensor "x", but'),
+        ({"y": torch.zeros(2, H)}, 'must have a tensor "x", of hidden states'),
         ({"x": torch.zeros(H)}, f"x is torch.float32 ({H},): must be floats of shape (T, H), T at least 1"),
         ({"x": torch.zeros(0, H)}, f"x is torch.float32 (0, {H}): must be floats"),
         ({"x": torch.zeros(2, H, dtype=torch.int64)}, "x is torch.int64"),
@@ -225,7 +225,7 @@ def test_a_failed_write_leaves_the_old_file(model: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("executors.layer_file.os.replace", full)
+    monkeypatch.setattr("os.replace", full)
     line = refused(model, "--layer", 0, "-o", out)
     assert line == f"error: --out {out}: must be a file that can be written: No space left on device"
     assert out.read_bytes() == b"old"

@@ -19,7 +19,16 @@ CLAUSES = clauses.clauses()
 
 @pytest.mark.parametrize(
     "page",
-    ["spec.md", "nf4-weights.md", "mxfp4-weights.md", "four-bit.md", "checkpoints.md", "module.md", "padding.md"],
+    [
+        "spec.md",
+        "nf4-weights.md",
+        "mxfp4-weights.md",
+        "four-bit.md",
+        "checkpoints.md",
+        "module.md",
+        "padding.md",
+        "reliability.md",
+    ],
 )
 def test_examples_on_the_page_hold(page: str) -> None:
     with np.printoptions():

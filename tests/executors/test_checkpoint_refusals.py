@@ -84,7 +84,9 @@ def test_index_that_is_wrong_about_a_file(tmp_path: Path) -> None:
     folder(tmp_path, {"other": torch.zeros(1)}, MIXTRAL)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(state, "model.safetensors")}))
     message = refused(lambda: read(tmp_path))
-    assert message.startswith(f"{tmp_path / 'model.safetensors'}: {SPARSE}experts.0.w1.weight cannot be read: ")
+    assert message.startswith(
+        f"{tmp_path / 'model.safetensors'}: {SPARSE}experts.0.w1.weight is missing: must be there, since "
+    )
 
 
 def test_a_key_in_two_files(tmp_path: Path) -> None:

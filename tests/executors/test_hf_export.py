@@ -1,6 +1,7 @@
 """`executors.hf.export_adapter`: what it writes is read by hand, and is what PEFT merges, expert by expert."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +163,28 @@ def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("executors.hf.adapter_file.save_file", broken)
+    monkeypatch.setattr("executors._files.tensors.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         export_adapter(adapted("mixtral", r=1), tmp_path)
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
+
+
+def test_no_settings_stand_beside_the_tensors_of_another_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files cannot be replaced at once: in between there are no settings, which every reader refuses."""
+    export_adapter(adapted("mixtral"), tmp_path)
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).name == "adapter_config.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export_adapter(adapted("mixtral", r=1), tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["adapter_model.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, MixtralConfig, Mi
 
 import executors.hf
 import families
+from executors._files.whole import locked
 from executors.checkpoint import BadCheckpoint
 from executors.hf import load_quantized, quantize_experts, save, save_quantized
 from family_errors import inputs
@@ -323,10 +325,59 @@ def test_what_is_broken_is_refused_by_key(case: str, saved: Path, tmp_path: Path
         (folder / file.name).write_bytes(file.read_bytes())
     change(folder)
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
-        load_quantized(folder)
+        load_quantized(folder, verify=False)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert case in ("class", "no model", "config") or isinstance(caught.value, BadCheckpoint)
+
+
+def swap_a_shard(folder: Path) -> None:
+    """One file of another save of the same model class: the same keys, dtypes and shapes."""
+    model = mixtral(layers=1)
+    quantize_experts(model)
+    other = save_quantized(model, folder.with_name("other"))
+    name = min(file.name for file in other.glob("*.safetensors"))
+    (folder / name).write_bytes((other / name).read_bytes())
+
+
+def edit_index(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"total_size"', '"total_sizf"'))
+
+
+CHANGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "two saves": (swap_a_shard, ".safetensors has checksum "),
+    "config": (lambda f: edit_config(f, lambda v: v.update(num_experts_per_tok=1)), "config.json has checksum "),
+    "index": (edit_index, "model.safetensors.index.json has checksum "),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_folder_that_was_changed_is_refused_but_on_demand(case: str, saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "model")
+    change, said = CHANGED[case]
+    change(folder)
+    with pytest.raises(BadCheckpoint, match=said + ".*; verify=False does not compare$"):
+        load_quantized(folder)
+    load_quantized(folder, verify=False)
+
+
+def test_a_folder_without_checksums_is_read(saved: Path, tmp_path: Path) -> None:
+    """Of an earlier version."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    del values["metadata"]["checksums"]
+    index.write_text(json.dumps(values))
+    for file in folder.glob("*.safetensors"):
+        save_file(load_file(file), file, {"format": "pt"})
+    same_state(load_quantized(folder), load_quantized(saved))
+
+
+def test_another_process_that_saves_there_is_refused(tmp_path: Path) -> None:
+    with locked(tmp_path / "model"), pytest.raises(BlockingIOError, match="must not be written by another process"):
+        save_quantized(packed("mixtral"), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.filterwarnings(

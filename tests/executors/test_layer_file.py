@@ -65,7 +65,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     def stopped(*_args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("executors.layer_file.os.replace", stopped)
+    monkeypatch.setattr("os.replace", stopped)
     with pytest.raises(OSError, match="disk full"):
         save(path, ("down_proj",))
     assert path.read_bytes() == before

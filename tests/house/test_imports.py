@@ -18,28 +18,40 @@ BASE = {"_base", "_decode", "_protocol"}
 PIPELINE = BASE | {"_pipeline"}
 # Which rooms of executors a room may look into, beside itself.
 ROOMS: dict[str, set[str]] = {
-    "executors": {"_protocol", "_registry", "_checkpoint", "_padding", "checkpoint", "hf", "mxfp4", "nf4", "nn"},
+    "executors": {
+        "_protocol",
+        "_registry",
+        "_saving",
+        "_checkpoint",
+        "_padding",
+        "checkpoint",
+        "hf",
+        "mxfp4",
+        "nf4",
+        "nn",
+    },
     "_registry": {"_protocol"},
     "_base": {"_protocol"},
     "_pipeline": BASE,
     "_numba": PIPELINE,
-    "_triton": BASE,
+    "_triton": BASE | {"_files"},
     "native": PIPELINE,
     "grouped_mm": PIPELINE,
     "grouped_nf4": PIPELINE,
     "numba": PIPELINE | {"_numba"},
     "triton": BASE | {"_triton"},
     "auto": {"_base", "_protocol", "_registry"},
-    "nf4": {"_decode", "_progress"},
+    "nf4": {"_decode", "_files", "_progress"},
     "mxfp4": {"_decode", "_progress"},
     "nn": {"_protocol", "_registry", "nf4"},
-    "hf": PIPELINE | {"_progress", "_registry", "checkpoint", "mxfp4", "nf4"},
-    "checkpoint": {"_decode", "layer_file", "nf4", "mxfp4"},
-    "_compare": FACE | {"layer_file"},
-    "_bench": FACE | {"layer_file", "hf", "nf4", "mxfp4", "_decode", "_compare"},
+    "hf": PIPELINE | {"_files", "_progress", "_registry", "checkpoint", "mxfp4", "nf4"},
+    "checkpoint": {"_decode", "_files", "layer_file", "nf4", "mxfp4"},
+    "layer_file": {"_files"},
+    "_compare": FACE | {"_files", "layer_file"},
+    "_bench": FACE | {"_files", "layer_file", "hf", "nf4", "mxfp4", "_decode", "_compare"},
     "_tune": FACE | {"_base", "_triton", "_bench"},
     "_crossover": FACE | {"_triton", "_compare", "_bench", "_tune"},
-    "_cli": FACE | {"checkpoint", "layer_file", "hf", "_triton", "_compare", "_bench", "_tune", "_crossover"},
+    "_cli": FACE | {"_files", "checkpoint", "layer_file", "hf", "_triton", "_compare", "_bench", "_tune", "_crossover"},
     "__main__": {"_cli"},
 }
 TOOLS = tuple(f"executors.{room}" for room in ("_compare", "_bench", "_tune", "_crossover", "_cli"))  # of ours
@@ -163,7 +175,8 @@ def test_circles_are_found() -> None:
 def test_every_room_has_its_rule() -> None:
     """A new room stands in the table, and the table has no rooms that are gone."""
     found = {room_of(module) for module in graph_of(ROOT) if within(module, "executors")}
-    assert found - {"_protocol", "_progress", "_decode", "_checkpoint", "_padding", "layer_file"} == ROOMS.keys()
+    alone = {"_protocol", "_progress", "_decode", "_checkpoint", "_padding", "_files", "_saving"}
+    assert found - alone == ROOMS.keys()
 
 
 def test_the_page_has_the_table() -> None:

@@ -82,7 +82,7 @@ def test_plain_tensors(changes: dict[str, Any], error: type, line: str) -> None:
     [
         ({"absmax": SCALES}, TypeError, "t.absmax.dtype=float32: must be one of uint8"),
         ({"nested_offset": None}, ValueError, "t.nested_offset=None: must be given with the other nested statistics"),
-        ({"nested_blocksize": 0}, ValueError, "t.nested_blocksize=0: must be at least 1"),
+        ({"nested_blocksize": 0}, ValueError, "t.nested_blocksize=0: must be at least 1, and at most 2147483647"),
         ({"nested_blocksize": True}, TypeError, "t.nested_blocksize=True: must be an integer"),
         (
             {"nested_code": np.zeros(256)},

@@ -79,7 +79,7 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path: Path, what: str, monkeyp
     save(path, KEY, TILES, {})
     before = path.read_text()
 
-    def half(file: Path, text: str) -> None:
+    def half(file: Path, text: str, **_: object) -> None:
         with open(file, "w") as out:
             out.write(text[: len(text) // 2])
         raise OSError(28, "No space left on device")
@@ -108,7 +108,7 @@ NOT_SUCH_FILES = {
     "true is not 1": (b'{"schema": true, "entries": []}', "schema=True: must be 1"),
     "no list": (b'{"schema": 1, "entries": {}}', "entries is dict: must be a list"),
     "not text": (b"\xff\xfe\x00", "codec can't decode"),
-    "too deep": (b"[" * 100_000, "recursion"),
+    "too deep": (b"[" * 100_000, "nested too deeply"),
 }
 
 
