@@ -17,9 +17,9 @@ from moe_ref.packed_types import MXFP4Tensor as MXFP4Tensor
 from moe_ref.packed_types import NF4Tensor as NF4Tensor
 from moe_ref.packed_types import PackedTensor as PackedTensor
 from moe_ref.packed_types import QuantType as QuantType
-from moe_ref.stacking import rows_of, stacked
 from moe_ref.saving import rebuild as rebuild
 from moe_ref.saving import saved
+from moe_ref.stacking import rows_of, stacked
 
 Scoring = Literal["softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"]
 RenormalizeForm = Literal["add", "max"]
