@@ -193,16 +193,10 @@ def test_a_second_backward_pass_is_judged() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_combine_in_low_precision_is_seen(dtype: str) -> None:
-    def narrow(inner, x, ids, w, weights):  # type: ignore[no-untyped-def]
-        slots = range(ids.shape[1])
-        parts = [
-            inner.experts(x, topk_ids=ids[:, k : k + 1], topk_weights=w[:, k : k + 1], weights=weights) for k in slots
-        ]
-        return sum(parts[1:], parts[0])
-
-    with pytest.raises(ConformanceError, match="wide_combine"):
-        check_exact(Wrapped("narrow", native(), slots=narrow), "wide_combine", dtype)
+@pytest.mark.parametrize("case", ["wide_combine", "plain_combine"])
+def test_combine_in_low_precision_is_seen(case: str, dtype: str) -> None:
+    with pytest.raises(ConformanceError, match=case):
+        check_exact(mutant("combine_in_x_dtype"), case, dtype)
 
 
 @pytest.mark.parametrize(
@@ -235,9 +229,11 @@ def test_each_exact_case_can_fail(case: str, dtype: str) -> None:
     breakers = {
         "long_sums": mutant("hidden_tail_dropped"),
         "many_rows": mutant("weight_gradient_lacks_one_row"),
+        "many_rows_of_adapters": mutant("adapter_scaled_twice"),
         "clamp_at_equality": mutant("clamp_forgotten"),
         "late_clamp_at_equality": mutant("late_clamp_without_slope"),
         "wide_combine": mutant("one_percent_more"),
+        "plain_combine": mutant("one_percent_more"),
         "small_integers": mutant("another_activation"),
     }
     with pytest.raises(ConformanceError, match=case):

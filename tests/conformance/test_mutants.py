@@ -10,6 +10,7 @@ import executors
 from moe_ref import MoEConfig
 from moe_ref.conformance.honest import honest_variants
 from moe_ref.conformance.judgement.checks import ConformanceError, check_problem, check_repeatable
+from moe_ref.conformance.judgement.exact import check_exact
 from moe_ref.conformance.judgement.exact_decode import check_every_code
 from moe_ref.conformance.judgement.ranges import RANGES, check_range
 from moe_ref.conformance.mutants import mutants
@@ -24,6 +25,11 @@ EXACT = {
     "nested_scales_fused": [*product(("nf4",), ("one", "per expert"), ("float32", "bfloat16"))],
     "exponent_0_is_zero": [("mxfp4", "", "bfloat16")],
     "exponents_in_7_bits": [("mxfp4", "", "bfloat16")],
+}
+SUMS = {  # errors that only a sum of ones sees for sure
+    "combine_in_x_dtype": "plain_combine",
+    "bias_gradients_in_x_dtype": "many_rows",
+    "adapter_gradients_in_x_dtype": "many_rows_of_adapters",
 }
 FULL = MoEConfig(
     4,
@@ -180,6 +186,10 @@ def test_mutant_is_rejected(name: str, mutant: str) -> None:
     wrong = mutants(executors.get(name))[mutant]
     if mutant in EXACT:
         assert any(decodes_wrongly(wrong, *form) for form in EXACT[mutant])
+        return
+    if mutant in SUMS:
+        with pytest.raises(ConformanceError, match=SUMS[mutant]):
+            check_exact(wrong, SUMS[mutant], "bfloat16")
         return
     if mutant in RANGE_MUTANTS:
         kinds = sorted(wrong.capabilities.weights)

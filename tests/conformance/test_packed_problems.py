@@ -36,6 +36,12 @@ class OnlyMXFP4(GroupedNF4):
     capabilities: ClassVar[Capabilities] = replace(GroupedNF4().capabilities, weights=frozenset({"mxfp4"}))
 
 
+@dataclass(frozen=True)
+class OnlySwiGLU(GroupedNF4):
+    name: ClassVar[str] = "only_swiglu"
+    capabilities: ClassVar[Capabilities] = replace(GroupedNF4().capabilities, activations=frozenset({"swiglu"}))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize(("nested", "segments"), [("", None), ("one", ()), ("per expert", (4,))])
@@ -164,3 +170,19 @@ def test_laws_of_experts_look_at_4_bits(law: str, breaker, form: dict[str, Any])
     assert check_law(executor, problem, law)
     with pytest.raises(ConformanceError):
         check_law(Wrapped("broken", executor, slots=breaker), problem, law)
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "nested", "wrong"),
+    [
+        ("nf4", "per expert", "decoded_in_fp32"),
+        ("nf4", "one", "nested_scales_fused"),
+        ("mxfp4", "", "exponent_0_is_zero"),
+    ],
+)
+def test_every_code_is_seen_without_squared_relu(quant_type: str, nested: str, wrong: str) -> None:
+    only = OnlySwiGLU(path="torch")
+    dtype = "float32" if wrong == "nested_scales_fused" else "bfloat16"
+    assert check_every_code(only, quant_type, nested, dtype) == ""
+    with pytest.raises(ConformanceError, match="every code"):
+        check_every_code(mutants(only)[wrong], quant_type, nested, dtype)

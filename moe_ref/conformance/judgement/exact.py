@@ -22,7 +22,7 @@ from moe_ref.conformance.problems.strategies import undeclared
 from moe_ref.error_bars import named
 from moe_ref.layer import layer_vjp
 from moe_ref.numerics import FORMATS, round_to_nearest
-from moe_ref.types import MoEConfig, MoEWeights
+from moe_ref.types import ExpertLoRA, MoEConfig, MoEWeights
 
 if TYPE_CHECKING:
     from executors import Executor
@@ -96,16 +96,29 @@ def long_sums(dtype: str) -> tuple[Problem, Arrays, str]:
 
 
 def many_rows(dtype: str) -> tuple[Problem, Arrays, str]:
-    """512 tokens that each add one to a weight's gradient add 512 (E2, D1)."""
+    """512 tokens each add one to the gradients of weights and biases, after one that adds many (E2, D1)."""
+    dy = np.ones((513, 1))
+    dy[0] = _more_than_it_counts(dtype)
     return _case(
         dtype,
         "E2, D1",
-        x=np.ones((512, 1)),
-        dy=np.ones((512, 1)),
+        x=np.ones(dy.shape),
+        dy=dy,
         gate=np.ones((1, 1, 1)),
         up=np.zeros((1, 1, 1)),
         down=np.ones((1, 1, 1)),
+        biases=True,
     )
+
+
+def many_rows_of_adapters(dtype: str) -> tuple[Problem, Arrays, str]:
+    """The same for the factors of adapters: the gate is 1 + 1, so that each token adds twice as much to some."""
+    problem, arrays, clause = many_rows(dtype)
+    gate_alone, one = np.array([[[1.0], [0.0]]]), np.ones((1, 1, 1))
+    lora = ExpertLoRA(one, gate_alone, one, one)
+    weights = replace(arrays.weights, gate_up_proj_bias=None, down_proj_bias=None, lora=lora)
+    ranks = replace(problem, gate_up_bias=False, down_bias=False, gate_up_rank=1, down_rank=1, lora_dtype=dtype)
+    return ranks, replace(arrays, weights=weights), clause
 
 
 def clamp_at_equality(dtype: str) -> tuple[Problem, Arrays, str]:
@@ -132,7 +145,7 @@ def late_clamp_at_equality(dtype: str) -> tuple[Problem, Arrays, str]:
 
 def wide_combine(dtype: str) -> tuple[Problem, Arrays, str]:
     """A large slot and two small ones add up in at least fp32, in y and in dx (C1, E2)."""
-    large = 2.0 ** min(FORMATS[dtype].precision, 11)
+    large = _more_than_it_counts(dtype)
     return _case(
         dtype,
         "C1",
@@ -142,6 +155,16 @@ def wide_combine(dtype: str) -> tuple[Problem, Arrays, str]:
         up=np.zeros((3, 1, 1)),
         down=np.array([[[large]], [[1.0]], [[1.0]]]),
     )
+
+
+def plain_combine(dtype: str) -> tuple[Problem, Arrays, str]:
+    """The same with plain SwiGLU: the sigmoid of 64 is 1 in fp64 too, and ups of 1/64 make h = 1."""
+    problem, arrays, clause = wide_combine(dtype)
+    config = MoEConfig(top_k=problem.experts)
+    stack = np.tile([[64.0], [1 / 64]], (problem.experts, 1, 1))
+    weights = replace(arrays.weights, gate_up_proj=stack, config=config)
+    arrays = replace(arrays, dy=arrays.dy / 64, weights=weights)  # ups' gradients are 64 times that
+    return replace(problem, config=config), arrays, clause
 
 
 def small_integers(dtype: str) -> tuple[Problem, Arrays, str]:
@@ -174,14 +197,33 @@ def _case(
     up: np.ndarray,
     down: np.ndarray,
     limit: float | None = None,
+    biases: bool = False,
 ) -> tuple[Problem, Arrays, str]:
     (tokens, hidden), experts = x.shape, gate.shape[0]
     config = MoEConfig(top_k=experts, alpha=1000.0, limit=limit, up_offset=1.0)
     problem = Problem(tokens, gate.shape[0], hidden, gate.shape[1], config, dtype=dtype, entry="experts")
     weights = MoEWeights(np.concatenate([gate, up], axis=1), down, config=config)
+    if biases:
+        problem = replace(problem, gate_up_bias=True, down_bias=True, bias_dtype=dtype)
+        zeros = [np.zeros(stack.shape[:2]) for stack in (weights.gate_up_proj, down)]
+        weights = replace(weights, gate_up_proj_bias=zeros[0], down_proj_bias=zeros[1])
     ids = np.tile(np.arange(experts), (tokens, 1))  # every token goes to every expert, with weight 1
     return problem, Arrays(x, dy, ids, None, np.ones(ids.shape), weights), clause
 
 
-_ALL = (long_sums, many_rows, clamp_at_equality, late_clamp_at_equality, wide_combine, small_integers)
+def _more_than_it_counts(dtype: str) -> float:
+    """A power of two to which an accumulator in 16 bits adds one in vain: 256 in bf16, else 2048."""
+    return float(2.0 ** min(FORMATS[dtype].precision, 11))
+
+
+_ALL = (
+    long_sums,
+    many_rows,
+    many_rows_of_adapters,
+    clamp_at_equality,
+    late_clamp_at_equality,
+    wide_combine,
+    plain_combine,
+    small_integers,
+)
 CASES = {case.__name__: case for case in _ALL}

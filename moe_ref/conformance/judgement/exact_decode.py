@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SIZE = 64  # H and I
 EXPERTS = 2
+GATE = 64.0
 LAYOUTS = ("contiguous", "transposed")
 BLOCKSIZES = (32, 64, 4096)
 # Of MXFP4: the tokens' number, and the exponents whose codes times that number have squares in range. Together all in
@@ -34,7 +35,8 @@ def check_every_code(executor: Executor, quant_type: str, nested: str, dtype: st
     """Demands that every number of a projection in 4 bits is decoded to the last bit (Q1, Q2, Q3, M1).
 
     Token j is 1 or -1 at position j (or another power of two), squared ReLU hides the sign, and the down projection is
-    the identity: y holds the squares of column j.
+    the identity: y holds the squares of column j. An executor without squared ReLU gets SwiGLU, with gates of 64 or so,
+    whose sigmoid is 1 even in fp64: y holds 64 times column j, with its sign.
 
     Returns:
         The reason why the case does not apply to the executor, or "".
@@ -42,8 +44,9 @@ def check_every_code(executor: Executor, quant_type: str, nested: str, dtype: st
     Raises:
         ConformanceError: if a number differs.
     """
-    config = MoEConfig(top_k=1, activation="relu2")
-    problem = Problem(2 * SIZE, EXPERTS, SIZE, SIZE, config, dtype, entry="experts", quant_type=quant_type)
+    squared = "relu2" in executor.capabilities.activations
+    config = MoEConfig(top_k=1, activation="relu2" if squared else "swiglu")
+    problem = Problem((1 + squared) * SIZE, EXPERTS, SIZE, SIZE, config, dtype, entry="experts", quant_type=quant_type)
     lacking = undeclared(problem, executor.capabilities)
     if lacking:
         return f"{executor.name} does not declare {lacking}"
@@ -53,7 +56,7 @@ def check_every_code(executor: Executor, quant_type: str, nested: str, dtype: st
     ):
         identity = quantized(_weights(np.eye(SIZE), form), replace(form, nested="")).down_proj
         weights = MoEWeights(gate_up, identity, config=config)
-        x = scale * np.concatenate([np.eye(SIZE), -np.eye(SIZE)])
+        x = scale * np.concatenate([np.eye(SIZE), -np.eye(SIZE)][: 1 + squared])
         for expert in range(EXPERTS):  # all tokens go to it
             ids = np.full((problem.tokens, 1), expert)
             arrays = Arrays(x, np.zeros_like(x), ids, None, np.ones(ids.shape), weights)
@@ -84,11 +87,21 @@ def _of_mxfp4(problem: Problem) -> Iterator[tuple[Problem, float, PackedTensor]]
         exponents = np.resize(np.array(window, dtype=np.uint8), (EXPERTS, blocks[0, ..., 0].size))
         scales = rng.permuted(exponents, axis=1).reshape(blocks.shape[:-1])
         blocks = np.where(scales[..., None] < 2, blocks | 0x44, blocks)
+        if problem.config.gated:
+            blocks, scales = _with_gates(blocks, scales, scale, axis=2 if layout == "transposed" else 1)
         tensor = MXFP4Tensor(blocks, scales, dtype=problem.dtype)
         yield form, scale, tensor.transpose(1, 2) if layout == "transposed" else tensor
 
 
 def _weights(matrix: np.ndarray, problem: Problem) -> MoEWeights:
-    """One matrix, or one for each expert, as both projections."""
+    """One matrix, or one for each expert, as both projections; gates are `GATE` everywhere."""
     stack = np.broadcast_to(matrix, (EXPERTS, SIZE, SIZE))
-    return MoEWeights(stack, stack, config=problem.config)
+    gates = [np.full_like(stack, GATE)] if problem.config.gated else []
+    return MoEWeights(np.concatenate([*gates, stack], axis=1), stack, config=problem.config)
+
+
+def _with_gates(blocks: np.ndarray, scales: np.ndarray, scale: float, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gates before the others: codes of 4.0, under the exponent that makes their product with x `GATE`."""
+    exponent = 127 + int(np.log2(GATE / 4 / scale))
+    gates = np.full_like(blocks, 0x66), np.full_like(scales, exponent)
+    return np.concatenate([gates[0], blocks], axis=axis), np.concatenate([gates[1], scales], axis=axis)

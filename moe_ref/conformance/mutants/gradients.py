@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_ref.conformance.mutants._registry import dense_mutant, slot_mutant
 from moe_ref.conformance.mutants.experts import with_own_down_bias
 from moe_ref.conformance.wrapped import experts
-from moe_ref.types import MoEWeights
+from moe_ref.types import LORA_FACTORS, MoEWeights
 
 if TYPE_CHECKING:
     from executors import Executor
@@ -66,3 +66,32 @@ def x_gradient_of_first_slot_only(inner: Executor, x: Tensor, ids: Tensor, w: Te
 def d3_bias_term_missing(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
     """D topk_weights forgets <dy, b_d> (D3)."""
     return with_own_down_bias(inner, x, ids, w, weights, w.detach())
+
+
+@slot_mutant
+def bias_gradients_in_x_dtype(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """Sums the gradients of biases over tokens in their own dtype (E2)."""
+    return _token_by_token(inner, x, ids, w, weights, {"gate_up_proj_bias", "down_proj_bias"})
+
+
+@slot_mutant
+def adapter_gradients_in_x_dtype(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """Sums the gradients of adapters over tokens in their own dtype (E2)."""
+    return _token_by_token(inner, x, ids, w, weights, set(LORA_FACTORS))
+
+
+def _token_by_token(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, names: set[str]) -> Tensor:
+    """The right output; gradients of these parameters come from a call for each token, and autograd adds them."""
+    parameters = weights.parameters()
+    kept = {name: value.detach() for name, value in parameters.items() if name in names}
+    others = {name: value.detach() for name, value in parameters.items() if name not in names}
+    y = experts(inner, x, ids, w, weights.with_parameters(kept))
+    own = weights.with_parameters(others)
+    x, ids, w = x.detach(), ids.detach(), w.detach()
+    each = (slice(token, token + 1) for token in range(x.shape[0]))
+    alone = [experts(inner, x[rows], ids[rows], w[rows], own) for rows in each]
+    return y + _nothing_but_gradients(torch.cat(alone)) if alone else y
+
+
+def _nothing_but_gradients(value: Tensor) -> Tensor:
+    return value - value.detach()

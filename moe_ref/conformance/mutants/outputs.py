@@ -76,3 +76,10 @@ def inference_path_wrong(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, wei
     """Right while gradients are recorded, zeros without."""
     y = experts(inner, x, ids, w, weights)
     return y if torch.is_grad_enabled() else torch.zeros_like(y)
+
+
+@slot_mutant
+def combine_in_x_dtype(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """Rounds the sum to x's dtype after each slot (C1)."""
+    slots = [experts(inner, x, ids[:, k : k + 1], w[:, k : k + 1], weights) for k in range(ids.shape[1])]
+    return sum(slots[1:], slots[0])
