@@ -229,7 +229,7 @@ def test_each_exact_case_can_fail(case: str, dtype: str) -> None:
     breakers = {
         "long_sums": mutant("hidden_tail_dropped"),
         "many_rows": mutant("weight_gradient_lacks_one_row"),
-        "many_rows_of_adapters": mutant("adapter_scaled_twice"),
+        "many_rows_of_adapters": mutant("adapters_without_gradient"),
         "clamp_at_equality": mutant("clamp_forgotten"),
         "late_clamp_at_equality": mutant("late_clamp_without_slope"),
         "wide_combine": mutant("one_percent_more"),

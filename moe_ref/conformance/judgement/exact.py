@@ -68,11 +68,13 @@ def check_equal(executor: Executor, problem: Problem, arrays: Arrays, clause: st
     """Demands that y and all gradients equal the specification's, to the last bit.
 
     Raises:
-        ConformanceError: if a number differs.
+        ConformanceError: if a number differs, or a gradient is missing.
     """
     y, gradients = layer_vjp(arrays.x, None, arrays.topk_ids, arrays.topk_weights, arrays.weights, arrays.dy)
     with poisoned():
         result = run(executor, to_torch(problem, arrays, device), executor.capabilities.backward)
+    if executor.capabilities.backward and result.missing:
+        raise ConformanceError(executor, problem, clause, f"no gradient of {', '.join(result.missing)}")
     exact = {n: round_to_nearest(v, problem.dtype_of(n)) if n == "y" else v for n, v in named(y, gradients).items()}
     for name, actual in result_arrays(result).items():
         wrong = actual != exact[name]
