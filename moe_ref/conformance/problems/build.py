@@ -111,7 +111,7 @@ def _weights(problem: Problem, rng: np.random.Generator) -> MoEWeights:
     )
     scale = SELECTION_BIAS.get(problem.selection_bias)
     selection = None if scale is None else normal((), problem.bias_dtype, scale)
-    if problem.selection_bias == "infinite":
+    if selection is not None and problem.selection_bias == "infinite":
         selection = np.where(rng.random(experts) < 1 / 2, -math.inf, selection)
         selection[rng.integers(experts)] *= math.inf
     scales = 1 + normal((), problem.bias_dtype, 0.5) if problem.expert_scale else None
