@@ -71,6 +71,14 @@ def test_infinite_keys_are_exact(infinite: float) -> None:
     assert not is_right([2, 3], [0.0, 1.0, 2.0, 3.0], GROUPS, bias)
 
 
+def test_an_infinite_logit_leaves_the_slack_finite() -> None:
+    """R2: where the key is the logit itself plus a bias."""
+    by_logit, masked = MoEConfig(2, "topk_softmax"), [-np.inf, 1.0, 0.5, 0.0]
+    assert is_right([1, 2], masked, by_logit)
+    assert not is_right([1, 3], masked, by_logit)
+    assert not is_right([1, 0], masked, by_logit)
+
+
 def test_experts_outside_the_kept_groups_are_in_the_order_of_ids() -> None:
     """R2: their keys are -inf, whatever they were before. Such a choice was once refused."""
     config = MoEConfig(3, "sigmoid", num_groups=2, topk_groups=1)

@@ -166,6 +166,12 @@ def test_a_bias_of_nan_or_minus_infinity_masks(bias: float) -> None:
         assert route(np.array([[-INF, -1.0]]), config, np.array([INF, 0.0])).topk_ids.tolist() == [[1]]
 
 
+def test_groups_without_a_bias_are_judged_by_scores() -> None:
+    """R2: by logits the second group would be kept, with a sum of 8 against -15."""
+    ids, _ = routed([[5.0, -20.0, 4.0, 4.0]], top_k=1, num_groups=2, group_score="top2_sum")
+    assert ids == [[0]]
+
+
 def test_experts_outside_the_kept_groups_keep_their_weights() -> None:
     """R2: where the kept groups have too few; they tie at -inf, and the lower id wins."""
     ids, weights = routed([[1.0, -INF, -INF, 2.0]], top_k=2, scoring="sigmoid", num_groups=2, topk_groups=1)
