@@ -80,16 +80,18 @@ def choice_keys(
 ) -> Float[Array, "T E"]:
     """The keys by which experts are chosen: the logits; with a bias or groups, score + bias or logit + bias.
 
-    Every scoring orders experts as the logits do. A logit of -inf or NaN has key -inf, whatever its bias (R4).
+    Every scoring orders experts as the logits do. A logit of -inf or NaN has key -inf, whatever its bias; so does a
+    bias of -inf or NaN, whatever the logit (R4).
     """
     xp = array_namespace(logits)
+    keys = unbiased_keys(logits, config) if keys_are_rounded(config, selection_bias) else logits
+    possible = (logits > -math.inf) & ~xp.isnan(keys)
     lowest = xp.full_like(logits, -math.inf)
-    keys = logits
-    if keys_are_rounded(config, selection_bias):
-        keys = unbiased_keys(logits, config)
-        if selection_bias is not None:
-            keys = keys + xp.astype(selection_bias, xp.float64)
-    return xp.where(xp.isnan(keys) | ~(logits > -math.inf), lowest, keys)
+    if selection_bias is None:
+        return xp.where(possible, keys, lowest)
+    bias = xp.astype(selection_bias, xp.float64)
+    possible = possible & (bias > -math.inf)
+    return xp.where(possible, keys, lowest) + xp.where(possible, bias, xp.zeros_like(bias))
 
 
 def unbiased_keys(logits: Float[Array, "T E"], config: MoEConfig) -> Float[Array, "T E"]:
@@ -181,11 +183,13 @@ def weigh(
 
 
 def divisor(total: Float[Array, "*#samples T 1"], config: MoEConfig) -> Float[Array, "*#samples T 1"]:
-    """What renormalisation divides by: the sum + eps, or the larger of the two (R5)."""
-    if config.renormalize_form == "add":
-        return total + config.renormalize_eps
+    """What renormalisation divides by: the sum + eps, or the larger of the two; 1 where that is 0 (R5)."""
     xp = array_namespace(total)
-    return xp.where(total < config.renormalize_eps, xp.full_like(total, config.renormalize_eps), total)
+    if config.renormalize_form == "add":
+        total = total + config.renormalize_eps
+    else:
+        total = xp.where(total < config.renormalize_eps, xp.full_like(total, config.renormalize_eps), total)
+    return xp.where(total == 0.0, xp.ones_like(total), total)
 
 
 def chosen_scores(

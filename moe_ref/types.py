@@ -49,7 +49,7 @@ class MoEConfig:
             chosen; gpt-oss), "sigmoid" (DeepSeek-V3, Llama 4), or "sqrtsoftplus" (sqrt(log(1 + exp(logit)));
             DeepSeek-V4).
         renormalize: divide the K weights by (their sum + ``renormalize_eps``).
-        renormalize_eps: the model's own epsilon (DeepSeek-V3: 1e-20), so that a zero sum does not give 0/0.
+        renormalize_eps: the model's own epsilon (DeepSeek-V3: 1e-20). A zero sum gives 0, not 0/0, also with 0.
         renormalize_form: how the epsilon enters: "add", or "max" for a division by max(sum, ``renormalize_eps``)
             (ERNIE 4.5).
         routed_scaling_factor: multiplies the weights after that (DeepSeek-V3: 2.5).

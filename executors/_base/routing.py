@@ -73,10 +73,16 @@ def weigh(router_logits: Tensor, ids: Tensor, weights: MoEWeights) -> Routing:
     broken = _broken_rows(logits.detach(), config)
     chosen = _chosen_scores(logits.masked_fill(broken, 0.0), ids, config)
     if config.renormalize:
-        total, eps = chosen.sum(dim=-1, keepdim=True), config.renormalize_eps
-        chosen = chosen / (total.clamp(min=eps) if config.renormalize_form == "max" else total + eps)
+        chosen = chosen / _divisor(chosen.sum(dim=-1, keepdim=True), config)
     routing = Routing(ids, (chosen * config.routed_scaling_factor).masked_fill(broken, math.nan))
     return scaled_by_expert(routing, weights.expert_scale)
+
+
+def _divisor(total: Tensor, config: MoEConfig) -> Tensor:
+    """What renormalisation divides by; where that is 0, which only an epsilon of 0 allows, 1 (R5)."""
+    eps = config.renormalize_eps
+    total = total.clamp(min=eps) if config.renormalize_form == "max" else total + eps
+    return total if eps >= torch.finfo(total.dtype).tiny else total.masked_fill(total.detach() == 0.0, 1.0)
 
 
 def scaled_by_expert(routing: Routing, expert_scale: Tensor | None) -> Routing:
@@ -116,7 +122,10 @@ def choose(
     if num_groups > 1:
         members = keys.view(*keys.shape[:-1], num_groups, keys.shape[-1] // num_groups)
         best = members.sort(dim=-1, descending=True).values
-        of_groups = best[..., 0] if group_score == "max" else best[..., 0] + best[..., 1]
+        of_groups = best[..., 0]
+        if group_score != "max":
+            of_groups = of_groups + best[..., 1]
+            of_groups = of_groups.masked_fill(of_groups.isnan(), -math.inf)  # inf - inf, by a bias (R2)
         kept = torch.zeros_like(of_groups, dtype=torch.bool).scatter(-1, _largest(of_groups, topk_groups), True)
         keys = members.masked_fill(~kept[..., None], -math.inf).flatten(-2)
     return _largest(keys, top_k)

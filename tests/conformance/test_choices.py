@@ -48,6 +48,60 @@ def test_the_slack_grows_with_the_bias() -> None:
     assert not is_right([0, 2], [0.0] * 4, SIGMOID, bias - np.array([99.0, 99.0, 99.0, 0.0]))
 
 
+def test_an_infinite_bias_leaves_the_slack_finite() -> None:
+    """R2: it masks an expert, or calls for one. It once admitted every choice, or refused the specification's own."""
+    masked = np.array([-np.inf, 0.0, 0.0, 0.0])
+    assert is_right([1, 2], [0.0, 0.5, 0.25, -1.0], SIGMOID, masked)
+    assert not is_right([0, 1], [0.0, 0.5, 0.25, -1.0], SIGMOID, masked)
+    assert not is_right([1, 3], [0.0, 0.5, 0.25, -1.0], SIGMOID, masked)
+    called = np.array([0.0, 0.0, np.inf, 0.0])
+    assert is_right([2, 1], [0.0, 0.5, 0.25, -1.0], SIGMOID, called)
+    assert not is_right([1, 2], [0.0, 0.5, 0.25, -1.0], SIGMOID, called)
+    assert not is_right([2, 0], [0.0, 0.5, 0.25, -1.0], SIGMOID, called)
+
+
+@pytest.mark.parametrize("infinite", [np.inf, -np.inf])
+def test_infinite_keys_are_exact(infinite: float) -> None:
+    """R2: of equal ones the lower id wins, as rounding does not touch them."""
+    bias = np.full(4, infinite)
+    assert is_right([0, 1], [0.0, 1.0, 2.0, 3.0], SIGMOID, bias)
+    for other in ([1, 0], [0, 2], [2, 3]):
+        assert not is_right(other, [0.0, 1.0, 2.0, 3.0], SIGMOID, bias)
+        assert not is_right(other, [0.0, 1.0, 2.0, 3.0], replace(GROUPS, topk_groups=2), bias)
+    assert not is_right([2, 3], [0.0, 1.0, 2.0, 3.0], GROUPS, bias)
+
+
+def test_an_infinite_logit_leaves_the_slack_finite() -> None:
+    """R2: where the key is the logit itself plus a bias."""
+    by_logit, masked = MoEConfig(2, "topk_softmax"), [-np.inf, 1.0, 0.5, 0.0]
+    assert is_right([1, 2], masked, by_logit)
+    assert not is_right([1, 3], masked, by_logit)
+    assert not is_right([1, 0], masked, by_logit)
+
+
+def test_experts_outside_the_kept_groups_are_in_the_order_of_ids() -> None:
+    """R2: their keys are -inf, whatever they were before. Such a choice was once refused."""
+    config = MoEConfig(3, "sigmoid", num_groups=2, topk_groups=1)
+    logits = [0.0, 1.0, 0.5, 2.0, -np.inf, -np.inf]
+    assert route(np.array([logits]), config).topk_ids.tolist() == [[3, 0, 1]]
+    assert is_right([3, 0, 1], logits, config, np.zeros(6))
+    assert not is_right([3, 1, 0], logits, config, np.zeros(6))
+
+
+def test_the_specification_chooses_right_under_masks() -> None:
+    """R2, R4: and another expert in place of a chosen one is wrong, but for near ties."""
+    rng = np.random.default_rng(0)
+    configs = SIGMOID, replace(SIGMOID, selection_key="logit"), replace(GROUPS, group_score="top2_sum"), GROUPS
+    for config in configs:
+        for _ in range(50):
+            logits, bias = rng.standard_normal((4, 6)), rng.choice([0.0, 0.5, -np.inf, np.inf, np.nan], 6)
+            logits[rng.random((4, 6)) < 0.2] = -np.inf
+            ids = route(logits, config, bias).topk_ids
+            assert admissible(ids, logits, config, bias).all()
+            for other in set(range(6)) - set(ids[0].tolist()):
+                assert not admissible(np.array([[ids[0, 0], other]]), logits[:1], config, bias)[0]
+
+
 def test_groups_come_first() -> None:
     """R2: the best expert of another group does not count."""
     logits = [3.0, -1.0, 2.0, 1.9]

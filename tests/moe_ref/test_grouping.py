@@ -14,6 +14,11 @@ def test_order_is_stable_and_empty_slots_come_last() -> None:
     assert grouping.group_offsets.tolist() == [0, 2, 2, 6, 6]
 
 
+def test_empty_slots_keep_the_order_of_slots() -> None:
+    """G1: whatever their ids."""
+    assert group(np.array([[9, 0], [-1, 4], [-7, 2]]), 4).order.tolist() == [1, 5, 0, 2, 3, 4]
+
+
 def test_offsets_are_exclusive_and_start_with_zero() -> None:
     assert group(np.array([[-1], [-7], [0]]), 1).group_offsets.tolist() == [0, 1]
 

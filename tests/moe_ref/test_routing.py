@@ -1,6 +1,7 @@
 """Routing by hand; laws and gradients are in property_tests."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,6 +143,40 @@ def test_the_larger_of_sum_and_epsilon(eps: float, gradient: float) -> None:
     logits, ids = np.zeros((1, 2)), np.zeros((1, 1), dtype=int)
     assert route(logits, config).topk_weights.tolist() == [[0.5 / max(0.5, eps)]]
     assert route_vjp(logits, ids, config, np.ones((1, 1))).tolist() == [[gradient, -gradient]]
+
+
+@pytest.mark.parametrize("form", ["add", "max"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_a_zero_sum_without_epsilon_gives_zeros(scoring: str, form: str) -> None:
+    """R5: weights and gradients, and not 0/0."""
+    config = MoEConfig(2, scoring, True, 0.0, renormalize_form=form)  # type: ignore[arg-type]
+    logits, mask = np.array([[-INF, -INF, 0.5]]), np.array([1.0, 0.5, -INF])
+    routing = route(logits, replace(config, top_k=2), mask)
+    assert routing.topk_ids.tolist() == [[0, 1]]
+    assert routing.topk_weights.tolist() == [[0.0, 0.0]]
+    assert route_vjp(logits, routing.topk_ids, config, np.array([[3.0, 5.0]])).tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("bias", [math.nan, -INF])
+def test_a_bias_of_nan_or_minus_infinity_masks(bias: float) -> None:
+    """R4: also a logit of +inf, which only a sigmoid has, and without a warning."""
+    for key in ("score", "logit"):
+        config = MoEConfig(1, "sigmoid", selection_key=key)  # type: ignore[arg-type]
+        assert route(np.array([[INF, -1.0]]), config, np.array([bias, 0.0])).topk_ids.tolist() == [[1]]
+        assert route(np.array([[-INF, -1.0]]), config, np.array([INF, 0.0])).topk_ids.tolist() == [[1]]
+
+
+def test_groups_without_a_bias_are_judged_by_scores() -> None:
+    """R2: by logits the second group would be kept, with a sum of 8 against -15."""
+    ids, _ = routed([[5.0, -20.0, 4.0, 4.0]], top_k=1, num_groups=2, group_score="top2_sum")
+    assert ids == [[0]]
+
+
+def test_experts_outside_the_kept_groups_keep_their_weights() -> None:
+    """R2: where the kept groups have too few; they tie at -inf, and the lower id wins."""
+    ids, weights = routed([[1.0, -INF, -INF, 2.0]], top_k=2, scoring="sigmoid", num_groups=2, topk_groups=1)
+    assert ids == [[3, 0]]
+    np.testing.assert_allclose(weights, [[1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))]], rtol=1e-15)
 
 
 def test_scales_are_of_the_chosen_experts() -> None:

@@ -74,11 +74,12 @@ def softmax(values):
 
 @triton.jit
 def divisor(total, EPS, MAX):
-    """What renormalisation divides by (R5)."""
+    """What renormalisation divides by; 1 where that is 0 (R5)."""
     if MAX:
-        return tl.where(total < EPS, EPS, total)
+        total = tl.where(total < EPS, EPS, total)
     else:
-        return total + EPS
+        total += EPS
+    return tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Which choices of experts are right (R2) where keys are computed with rounding and may differ in their last bits.
 
-A choice is judged in NumPy, row by row. Let d = 4 * 2**-23 * max(1, |score|, |bias|), the largest of the row. A chosen
-key may be below the K-th largest by at most d, and an unchosen key above it by at most d. The same holds for groups,
-which are judged first, with 2 d for a sum of two scores.
+A choice is judged in NumPy, row by row. Let d = 4 * 2**-23 * max(1, |score|, |bias|), the largest of the row's finite
+ones. A chosen key may be below the K-th largest by at most d, an unchosen key above it by at most d, and a chosen key
+above the one before it by at most 2 d. Infinite keys are exact: of equal ones, the lower id wins. The same holds for
+groups, with 2 d for a sum of two scores: ids are right if they are right under some right choice of groups.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _slack(logits: np.ndarray, config: MoEConfig, selection_bias: np.ndarray | N
         return np.zeros(len(logits))
     sizes = np.abs(unbiased_keys(np.where(np.isfinite(logits), logits, 0.0), config))
     if selection_bias is not None:
-        sizes = np.maximum(sizes, np.abs(selection_bias))
+        sizes = np.maximum(sizes, np.abs(np.where(np.isfinite(selection_bias), selection_bias, 0.0)))
     return UNIT * np.maximum(1.0, sizes.max(axis=-1))
 
 
@@ -71,9 +72,6 @@ def _group_slack(slack: np.ndarray, config: MoEConfig) -> np.ndarray:
 
 
 def _row_is_admissible(ids: np.ndarray, keys: np.ndarray, config: MoEConfig, slack: float) -> bool:
-    ordered = keys[ids]
-    if np.any(ordered[1:] > ordered[:-1] + 2 * slack):
-        return False
     if config.num_groups == 1:
         return _is_top(ids, keys, slack)
     of_groups = group_keys(keys[None], config)[0]
@@ -81,7 +79,8 @@ def _row_is_admissible(ids: np.ndarray, keys: np.ndarray, config: MoEConfig, sla
     cut = -np.sort(-of_groups)[config.topk_groups - 1]
     sure = np.flatnonzero(of_groups > cut + allowed)
     unsure = np.flatnonzero((of_groups <= cut + allowed) & (of_groups >= cut - allowed))
-    for rest in combinations(unsure, config.topk_groups - len(sure)):
+    places = config.topk_groups - len(sure)
+    for rest in combinations(unsure, places) if np.isfinite(cut) else [unsure[:places]]:  # infinite: the lower groups
         kept = np.zeros(config.num_groups, dtype=bool)
         kept[[*sure, *rest]] = True
         if _is_top(ids, keys_of_groups(keys[None], kept[None])[0], slack):
@@ -90,7 +89,13 @@ def _row_is_admissible(ids: np.ndarray, keys: np.ndarray, config: MoEConfig, sla
 
 
 def _is_top(ids: np.ndarray, keys: np.ndarray, slack: float) -> bool:
-    cut = -np.sort(-keys)[len(ids) - 1]
+    ordered, cut = keys[ids], -np.sort(-keys)[len(ids) - 1]
+    if np.any(ordered[1:] > ordered[:-1] + 2 * slack):
+        return False
+    for infinite in (np.inf, -np.inf):
+        tied, own = np.flatnonzero(keys == infinite), ids[ordered == infinite]
+        if np.any(own != tied[: len(own)]):
+            return False
     chosen = np.zeros(len(keys), dtype=bool)
     chosen[ids] = True
     return bool(np.all(keys[chosen] >= cut - slack) and np.all(keys[~chosen] <= cut + slack))

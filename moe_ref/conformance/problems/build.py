@@ -17,7 +17,7 @@ from moe_ref.numerics import round_to_nearest
 from moe_ref.routing import chosen_scores, route, weigh
 from moe_ref.types import ExpertLoRA, MoEConfig, MoEWeights
 
-SELECTION_BIAS = {"small": 0.5, "large": 100.0}
+SELECTION_BIAS = {"small": 0.5, "large": 100.0, "infinite": 0.5}
 SHIFTS = {"sigmoid": [100.0], "sqrtsoftplus": [100.0, -50.0]}  # exp(-100) leaves fp32's range
 SCALINGS = (2.0, 0.5)  # of the adapters of gate_up_proj and of down_proj
 
@@ -111,6 +111,9 @@ def _weights(problem: Problem, rng: np.random.Generator) -> MoEWeights:
     )
     scale = SELECTION_BIAS.get(problem.selection_bias)
     selection = None if scale is None else normal((), problem.bias_dtype, scale)
+    if selection is not None and problem.selection_bias == "infinite":
+        selection = np.where(rng.random(experts) < 1 / 2, -math.inf, selection)
+        selection[rng.integers(experts)] *= math.inf
     scales = 1 + normal((), problem.bias_dtype, 0.5) if problem.expert_scale else None
     scales = None if scales is None else round_to_nearest(scales, problem.bias_dtype)
     lora = None

@@ -16,6 +16,7 @@ INKLING2 = MoEConfig(top_k=4, scoring="sigmoid", renormalize=True, gate_softcap=
 DEEPSEEK = MoEConfig(top_k=8, scoring="sigmoid", renormalize=True, routed_scaling_factor=2.5)
 DEEPSEEK_V4 = MoEConfig(top_k=6, scoring="sqrtsoftplus", renormalize=True, routed_scaling_factor=1.5)
 KOLIBRI = MoEConfig(top_k=4, scoring="sigmoid", renormalize=True, renormalize_eps=0.0, selection_key="logit")
+GROUPED = MoEConfig(top_k=3, scoring="sigmoid", num_groups=4, topk_groups=2, group_score="top2_sum")
 ERNIE = MoEConfig(top_k=6, renormalize=True, renormalize_eps=1e-12, renormalize_form="max")
 GEMMA = MoEConfig(top_k=8, renormalize=True, renormalize_eps=0.0, activation="geglu_tanh")
 MUSE = MoEConfig(top_k=4, scoring="sigmoid", renormalize=True, renormalize_eps=1e-15, post_expert_norm_eps=1e-8)
@@ -269,6 +270,10 @@ EXAMPLES = (
     # a bias on the logit, larger than any score
     Problem(33, 16, 8, 8, KOLIBRI, "bfloat16", selection_bias="small", seed=4),
     Problem(16, 9, 8, 8, KOLIBRI, selection_bias="large", logits="masked", seed=5),
+    # infinite biases: masked experts, in groups too; and sums of scores that are 0, without an epsilon
+    Problem(33, 9, 8, 8, KOLIBRI, selection_bias="infinite", logits="masked", seed=5),
+    Problem(33, 8, 8, 8, GROUPED, selection_bias="infinite", seed=60),
+    Problem(33, 3, 8, 8, replace(KOLIBRI, top_k=1), selection_bias="infinite", logits="masked", seed=1),
     # the larger of sum and epsilon: the sum, and either
     Problem(33, 16, 8, 8, ERNIE, "bfloat16", selection_bias="small", seed=6),
     Problem(33, 16, 8, 8, replace(ERNIE, top_k=3, renormalize_eps=0.7), selection_bias="small", seed=7),

@@ -24,7 +24,8 @@ class Problem:
         ids_dtype: of topk_ids.
         bias_dtype: of the biases, also of the selection bias, of the experts' scales, and of the norm's factor.
         gate_up_bias, down_bias: whether the layer has them.
-        selection_bias: "" (none), "small" (as large as the scores) or "large" (a hundred times that).
+        selection_bias: "" (none), "small" (as large as the scores), "large" (a hundred times that), or "infinite"
+            (small, but -inf for about half of the experts, and infinite for another).
         expert_scale: whether the layer has learned scales of its weights, in ``bias_dtype``; ignored, and frozen, for
             entry "experts".
         post_expert_norm: whether each expert's output is normalised, with a factor in ``bias_dtype``.
