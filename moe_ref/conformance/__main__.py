@@ -10,7 +10,9 @@ from pathlib import Path
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m moe_ref.conformance", description="Test vectors of the specification.")
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_ref.conformance", description="Test vectors of the specification."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     writing = commands.add_parser(
         "vectors",

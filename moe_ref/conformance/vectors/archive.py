@@ -20,13 +20,14 @@ def write_archive(directory: Path, archive: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    with replacing(archive) as temporary, temporary.open("wb") as raw:
-        with (
-            gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed,
-            tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-        ):
-            for path in sorted(directory.iterdir()):
-                entry = tarfile.TarInfo(f"{directory.name}/{path.name}")
-                data = path.read_bytes()
-                entry.size, entry.mode = len(data), 0o644
-                tar.addfile(entry, io.BytesIO(data))
+    with (
+        replacing(archive) as temporary,
+        temporary.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for path in sorted(directory.iterdir()):
+            entry = tarfile.TarInfo(f"{directory.name}/{path.name}")
+            data = path.read_bytes()
+            entry.size, entry.mode = len(data), 0o644
+            tar.addfile(entry, io.BytesIO(data))

@@ -100,7 +100,9 @@ def _check_part(executor: Executor, part: Vector, whole: Vector, device: str) ->
         with torch.no_grad():
             outputs.append(run(executor, to_torch(vector.problem, vector.arrays, device), backward=False).tensors["y"])
     if not same_bits(outputs[0], outputs[1][rows]):
-        raise ConformanceError(executor, part.problem, "C2", f"y differs from that of the same tokens in {part.part_of}")
+        raise ConformanceError(
+            executor, part.problem, "C2", f"y differs from that of the same tokens in {part.part_of}"
+        )
 
 
 def _check_routing(executor: Executor, vector: Vector, name: str, device: str) -> str:
@@ -119,9 +121,9 @@ def _check_routing(executor: Executor, vector: Vector, name: str, device: str) -
     lacking = undeclared(problem, able)
     if lacking:
         return f"{executor.name} does not declare {lacking}"
-    zeros = (np.zeros((problem.experts, n, 32)) for n in (problem.gate_up_rows, 32))
-    others = {n: stored[f"in.{n}"].numbers() for n in ("selection_bias", "expert_scale") if f"in.{n}" in stored}
-    weights = quantized(MoEWeights(*zeros, config=config, **others), problem)
+    gate_up, down = (np.zeros((problem.experts, n, 32)) for n in (problem.gate_up_rows, 32))
+    others: Any = {n: stored[f"in.{n}"].numbers() for n in ("selection_bias", "expert_scale") if f"in.{n}" in stored}
+    weights = quantized(MoEWeights(gate_up, down, config=config, **others), problem)
     logits, ids = stored["in.router_logits"].numbers(), stored["out.topk_ids"].array
     x = np.zeros((problem.tokens, 32))
     arrays = Arrays(x, x, ids, logits, None, weights)
@@ -138,7 +140,8 @@ def _check_refused(executor: Executor, vector: Vector, name: str, device: str) -
         return f"{executor.name} takes no dense weights or no logits"
     arguments = refused_inputs(name, vector, device)
     config = arguments.weights.config
-    problem = Problem(*arguments.x.shape[:1], arguments.weights.num_experts, *arguments.x.shape[1:], 0, config)
+    tokens, hidden = arguments.x.shape
+    problem = Problem(tokens, arguments.weights.num_experts, hidden, arguments.weights.intermediate_size, config)
     check_refusal(executor, problem, arguments, text(name, vector.stored, "out.argument"), f"vector {name}")
     return ""
 
@@ -150,7 +153,7 @@ def refused_inputs(file: str, vector: Vector, device: str = "cpu") -> Inputs:
     tensors = {n.removeprefix("in."): v.tensor().to(device) for n, v in stored.items() if n.startswith("in.")}
     wide = weights_of(file, stored, config)
     own = {name: tensors[name] for name in wide.parameters()}
-    factors = {name: tensors[name] for name in LORA_FACTORS if name in tensors}
+    factors: Any = {name: tensors[name] for name in LORA_FACTORS if name in tensors}
     weights = replace(wide, lora=ExpertLoRA(**factors) if factors else None).with_parameters(own)
     weights = replace(weights, selection_bias=tensors.get("selection_bias"))
     ids = torch.from_numpy(np.zeros((len(tensors["x"]), 1), dtype=np.int64)).to(device)

@@ -89,7 +89,8 @@ def to_bytes(arrays: Mapping[str, Stored]) -> bytes:
     offset = HEADER.size + ENTRY.size * len(arrays)
     for name, value in arrays.items():
         encoded, raw = name.encode("ascii"), value.array.tobytes()
-        assert len(encoded) < 64 and len(value.shape) <= RANKS, name
+        assert len(encoded) < 64, name
+        assert len(value.shape) <= RANKS, name
         dims = (*value.shape, *(1,) * (RANKS - len(value.shape)))
         table.append(ENTRY.pack(encoded, NAMES.index(value.dtype), len(value.shape), *dims, offset, len(raw)))
         padded = raw + bytes(-len(raw) % ALIGNMENT)

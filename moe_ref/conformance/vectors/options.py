@@ -145,14 +145,18 @@ def packed_of(file: str, arrays: Mapping[str, Stored], prefix: str) -> PackedTen
         BadVectors: its parts do not fit together.
     """
     form = text(file, arrays, f"{prefix}.quant_type")
-    kind = MXFP4Tensor if form == "mxfp4" else NF4Tensor
-    parts = {name: arrays[f"{prefix}.{name}"].array for name in kind.NAMES if f"{prefix}.{name}" in arrays}
+    kind: type[MXFP4Tensor] | type[NF4Tensor] = MXFP4Tensor if form == "mxfp4" else NF4Tensor
+    parts: dict[str, Any] = {
+        name: arrays[f"{prefix}.{name}"].array for name in kind.NAMES if f"{prefix}.{name}" in arrays
+    }
     options: dict[str, Any] = {
         "dtype": text(file, arrays, f"{prefix}.dtype"),
         "transposed": bool(scalar(file, arrays, f"{prefix}.transposed", "int64")),
     }
     if kind is NF4Tensor:
-        options |= {name: int(scalar(file, arrays, f"{prefix}.{name}", "int64")) for name in ("blocksize", "nested_blocksize")}
+        options |= {
+            name: int(scalar(file, arrays, f"{prefix}.{name}", "int64")) for name in ("blocksize", "nested_blocksize")
+        }
         options |= {"quant_type": form, "shape": tuple(map(int, given(file, arrays, f"{prefix}.shape").array))}
     try:
         tensor = kind(**parts, **options)

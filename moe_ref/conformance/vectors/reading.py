@@ -48,11 +48,17 @@ class Folder:
         arrays = from_bytes(str(self.path / file), data)
         found = {key: {"dtype": value.dtype, "shape": list(value.shape)} for key, value in arrays.items()}
         if found != entry["arrays"]:
-            names = sorted(key for key in found.keys() | entry["arrays"].keys() if found.get(key) != entry["arrays"].get(key))
-            raise BadVectors(f"{self.path / file}: {names[0]!r:.60} is not as in {MANIFEST}: must have its dtype and shape")
+            names = sorted(
+                key for key in found.keys() | entry["arrays"].keys() if found.get(key) != entry["arrays"].get(key)
+            )
+            raise BadVectors(
+                f"{self.path / file}: {names[0]!r:.60} is not as in {MANIFEST}: must have its dtype and shape"
+            )
         for key, expected in (("name", name), ("kind", entry["kind"]), ("clauses", " ".join(entry["clauses"]))):
             if (actual := text(file, arrays, f"case.{key}")) != expected:
-                raise BadVectors(f"{self.path / file}: case.{key}={actual!r:.60}: must be {expected!r}, as in {MANIFEST}")
+                raise BadVectors(
+                    f"{self.path / file}: case.{key}={actual!r:.60}: must be {expected!r}, as in {MANIFEST}"
+                )
         return arrays
 
     def vector(self, name: str) -> Vector:

@@ -88,7 +88,9 @@ def vector_of(file: str, stored: Mapping[str, Stored]) -> Vector:
 def _float(file: str, stored: Mapping[str, Stored], name: str, ndim: int) -> Stored:
     value = given(file, stored, f"in.{name}")
     if value.dtype not in FLOATS or len(value.shape) != ndim:
-        raise BadVectors(f"{file}: in.{name} is {value.dtype} of shape {value.shape}: must be floats in {ndim} dimensions")
+        raise BadVectors(
+            f"{file}: in.{name} is {value.dtype} of shape {value.shape}: must be floats in {ndim} dimensions"
+        )
     return value
 
 
@@ -98,7 +100,12 @@ def weights_of(file: str, stored: Mapping[str, Stored], config: MoEConfig) -> Mo
     Raises:
         BadVectors: a part is missing, or has another form.
     """
-    ndim = {**dict.fromkeys(PROJECTIONS, 3), **dict.fromkeys(LORA_FACTORS, 3), "gate_up_proj_bias": 2, "down_proj_bias": 2}
+    ndim = {
+        **dict.fromkeys(PROJECTIONS, 3),
+        **dict.fromkeys(LORA_FACTORS, 3),
+        "gate_up_proj_bias": 2,
+        "down_proj_bias": 2,
+    }
     found: dict[str, np.ndarray | PackedTensor] = {}
     for name in (*DENSE, "selection_bias", "expert_scale", "post_expert_norm", *LORA_FACTORS):
         if f"in.{name}.quant_type" in stored and name in PROJECTIONS:
@@ -107,10 +114,12 @@ def weights_of(file: str, stored: Mapping[str, Stored], config: MoEConfig) -> Mo
             found[name] = _float(file, stored, name, ndim.get(name, 1)).numbers()
     factors = {name: found.pop(name) for name in LORA_FACTORS if name in found}
     scalings = {
-        name: float(scalar(file, stored, f"in.{name}", "float64")) for name in ("gate_up_scaling", "down_scaling") if factors
+        name: float(scalar(file, stored, f"in.{name}", "float64"))
+        for name in ("gate_up_scaling", "down_scaling")
+        if factors
     }
     lora = ExpertLoRA(**factors, **scalings) if factors else None  # type: ignore[arg-type]
-    return MoEWeights(**found, lora=lora, config=config)  # type: ignore[arg-type]
+    return MoEWeights(**found, lora=lora, config=config)
 
 
 def _layer(file: str, stored: Mapping[str, Stored], kind: str) -> tuple[Problem, Arrays]:
@@ -166,7 +175,9 @@ def _problem(file: str, stored: Mapping[str, Stored], kind: str, arrays: Arrays)
         entry=kind,
         routing_dtype=given(file, stored, f"in.{routing}").dtype,
         ids_dtype=stored["in.topk_ids"].dtype if kind == "experts" else "int64",
-        bias_dtype=_common(stored, "gate_up_proj_bias", "down_proj_bias", "selection_bias", "expert_scale", "post_expert_norm"),
+        bias_dtype=_common(
+            stored, "gate_up_proj_bias", "down_proj_bias", "selection_bias", "expert_scale", "post_expert_norm"
+        ),
         gate_up_bias=weights.gate_up_proj_bias is not None,
         down_bias=weights.down_proj_bias is not None,
         selection_bias="" if weights.selection_bias is None else "small",

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from moe_ref.conformance.vectors.cases import dtypes, experts, four_bits, gradients, norms, refused, routing, slots
+from moe_ref.conformance.vectors.cases import (
+    decoding,
+    dtypes,
+    experts,
+    four_bits,
+    gradients,
+    norms,
+    quantizing,
+    refused,
+    routing,
+    slots,
+)
 from moe_ref.conformance.vectors.cases.case import Case, Content
 
 __all__ = ["Case", "Content", "every_case"]
 
-ABOUT = (routing, slots, experts, norms, gradients, dtypes, four_bits, refused)
+ABOUT = (routing, slots, experts, norms, gradients, dtypes, decoding, quantizing, four_bits, refused)
 
 
 @lru_cache(maxsize=1)

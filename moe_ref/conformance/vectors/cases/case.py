@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.vectors.contents import Decode, Layer, Quantize, Refused, Route
+from moe_ref.conformance.vectors.contents import Decode, Quantize, Route
+from moe_ref.conformance.vectors.layers import Layer, Refused
 from moe_ref.types import MoEConfig
 
 Content = Layer | Route | Decode | Quantize | Refused

@@ -12,7 +12,7 @@ def cases() -> list[Case]:
         layer(
             f"dtypes-{dtype}",
             "T1 T2",
-            f"x in {dtype}, logits in {routing}, biases in {bias}, adapters in {lora}: each gradient has its owner's dtype.",
+            f"{dtype}, logits {routing}, biases {bias}, adapters {lora}: each gradient has its owner's dtype.",
             MoEConfig(2),
             dtype=dtype,
             routing_dtype=routing,

@@ -10,7 +10,7 @@ from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.pinned import GPT_OSS, INKLING2, STEP
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.vectors.cases.case import Case, layer, of
-from moe_ref.conformance.vectors.contents import Layer
+from moe_ref.conformance.vectors.layers import Layer
 from moe_ref.types import GATED, Activation, MoEConfig
 
 BOTH: dict[str, Any] = {"gate_up_bias": True, "down_bias": True}
@@ -21,7 +21,7 @@ def _activations() -> list[Case]:
     cases = []
     for number, name in enumerate(get_args(Activation)):
         for layout in ("concatenated", "interleaved") if name in GATED else ("concatenated",):
-            config = MoEConfig(2, activation=name, gate_up_layout=layout)  # type: ignore[arg-type]
+            config = MoEConfig(2, activation=name, gate_up_layout=layout)
             says = f"{name}, {'gate and up ' + layout if name in GATED else 'without a gate'}, with biases."
             cases.append(layer(f"{name}-{layout}", "E1 D1", says, config, **BOTH, seed=number))
     says = "gpt-oss' activation, with pre-activations on both sides of its limit."
@@ -78,7 +78,7 @@ def _sizes() -> list[Case]:
         says = f"T, E, H and I are {', '.join(size.split())}."
         cases.append(layer(name, "E3", says, MoEConfig(top_k), size, **BOTH, seed=30 + number))
     for scoring in ("softmax", "topk_softmax"):
-        config = MoEConfig(5, scoring=scoring)  # type: ignore[arg-type]
+        config = MoEConfig(5, scoring=scoring)
         cases.append(layer(f"all-experts-{scoring}", "E3 R2", "K = E.", config, "4 5 6 3", logits="ties", seed=40))
     cases.append(layer("many-experts", "E3 D2", "Most experts have no token.", TWO, "3 33 3 2", seed=41))
     return cases
@@ -132,7 +132,11 @@ def _combined() -> list[Case]:
         cases.append(of(name, "C2 C1", says, Layer(problem)))
         rows = [*some]
         arrays = replace(
-            whole, x=whole.x[rows], dy=whole.dy[rows], topk_ids=whole.topk_ids[rows], router_logits=whole.router_logits[rows]  # type: ignore[index]
+            whole,
+            x=whole.x[rows],
+            dy=whole.dy[rows],
+            topk_ids=whole.topk_ids[rows],
+            router_logits=whole.router_logits[rows],  # type: ignore[index]
         )
         part = Layer(replace(problem, tokens=3), arrays, part_of=name, tokens=some)
         cases.append(of(f"{name}-part", "C2 C1", says, part))

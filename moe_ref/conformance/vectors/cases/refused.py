@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.vectors.cases.case import Case, of
-from moe_ref.conformance.vectors.contents import Refused
+from moe_ref.conformance.vectors.layers import Refused
 from moe_ref.types import MoEConfig
 
 GOOD = Problem(2, 6, 4, 3, MoEConfig(2), selection_bias="small", expert_scale=True)
@@ -38,5 +38,7 @@ def cases() -> list[Case]:
         found.append(of(f"refused-{name.replace('_', '-')}", "R8", says.format(f"{name} of five experts"), refused))
     for name in ("x", "down_proj"):
         refused = Refused(GOOD, f"{name}.dtype", dtypes=((name, "bfloat16"),))
-        found.append(of(f"refused-{name.replace('_', '-')}-dtype", "T1", says.format(f"{name} in another dtype"), refused))
+        found.append(
+            of(f"refused-{name.replace('_', '-')}-dtype", "T1", says.format(f"{name} in another dtype"), refused)
+        )
     return found

@@ -11,7 +11,8 @@ from moe_ref.conformance.problems.build import Arrays
 from moe_ref.conformance.problems.pinned import ERNIE, GEMMA, KOLIBRI
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.vectors.cases.case import Case, layer, of
-from moe_ref.conformance.vectors.contents import Layer, Route
+from moe_ref.conformance.vectors.contents import Route
+from moe_ref.conformance.vectors.layers import Layer
 from moe_ref.routing import choose
 from moe_ref.types import MoEConfig, MoEWeights
 
@@ -64,10 +65,10 @@ def _ties() -> list[Case]:
         )
         for number, (scoring, config) in enumerate(_kinds(3).items())
     ]
-    says = "Keys are sums of score and bias, or within groups, and differ by less than their rounding: several choices are right."
+    says = "Keys are computed, and differ by less than their rounding: several choices are right."
     for scoring in ("softmax", "sigmoid"):
         for score in ("max", "top2_sum"):
-            config = MoEConfig(2, scoring=scoring, num_groups=4, topk_groups=2, group_score=score)  # type: ignore[arg-type]
+            config = MoEConfig(2, scoring=scoring, num_groups=4, topk_groups=2, group_score=score)
             cases.append(_route(f"choices-{scoring}-{score}", "R2", says, CLOSE, config))
     biased = MoEConfig(3, scoring="sigmoid")
     cases.append(_route("choices-bias", "R2 R3", says, CLOSE, biased, selection_bias=np.zeros(8, dtype=np.float32)))
@@ -159,7 +160,9 @@ def _biases() -> list[Case]:
     kolibri = MoEConfig(3, scoring="sigmoid", renormalize=True, selection_key="logit")
     cases.append(_route("bias-on-logit-rows", "R3 R4", says, ROWS, kolibri, selection_bias=BIAS))
     plain = MoEConfig(3, scoring="sqrtsoftplus")
-    cases.append(_route("bias-on-score-rows", "R3 R4", says.replace("logit,", "score,"), ROWS, plain, selection_bias=BIAS))
+    cases.append(
+        _route("bias-on-score-rows", "R3 R4", says.replace("logit,", "score,"), ROWS, plain, selection_bias=BIAS)
+    )
     return cases
 
 
@@ -167,8 +170,10 @@ def _renormalised() -> list[Case]:
     cases = []
     for form in ("add", "max"):
         for eps in (1e-20, 0.7):
-            config = MoEConfig(2, renormalize=True, renormalize_eps=eps, renormalize_form=form)  # type: ignore[arg-type]
-            says = f"Weights are divided by {'their sum + eps' if form == 'add' else 'the larger of their sum and eps'}."
+            config = MoEConfig(2, renormalize=True, renormalize_eps=eps, renormalize_form=form)
+            says = (
+                f"Weights are divided by {'their sum + eps' if form == 'add' else 'the larger of their sum and eps'}."
+            )
             name = f"renormalised-{form}-{'large' if eps > 0.1 else 'small'}-eps"
             cases.append(layer(name, "R5", says, config, "6 6 8 3", seed=30))
     says = "All chosen scores are 0: the weights are 0, not 0/0."
@@ -196,7 +201,9 @@ def _scaled() -> list[Case]:
     ]
     says = "The caller gives the weights, and the scales are ignored."
     frozen = frozenset({"expert_scale"})
-    cases.append(layer("expert-scale-ignored", "R9 R7", says, GEMMA, "3 8 8 3", entry="experts", **fields, frozen=frozen))
+    cases.append(
+        layer("expert-scale-ignored", "R9 R7", says, GEMMA, "3 8 8 3", entry="experts", **fields, frozen=frozen)
+    )
     says = "Nobody chooses the expert whose scale is NaN."
     config = MoEConfig(2, renormalize=True)
     scale = np.array([2.0, 10.0, NAN])

@@ -11,7 +11,7 @@ import numpy as np
 from moe_ref.conformance.problems.build import Arrays, build
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.vectors.cases.case import Case, layer, of
-from moe_ref.conformance.vectors.contents import Layer
+from moe_ref.conformance.vectors.layers import Layer
 from moe_ref.types import MoEConfig
 
 TWO = MoEConfig(2)
@@ -94,4 +94,10 @@ def _weights() -> list[Case]:
 
 def cases() -> list[Case]:
     """All of them."""
-    return [*_empty(), *_grouped(), *_weights(), _rank("rank-of-one-expert", 2, 3), _rank("rank-of-three-experts", 5, 8)]
+    return [
+        *_empty(),
+        *_grouped(),
+        *_weights(),
+        _rank("rank-of-one-expert", 2, 3),
+        _rank("rank-of-three-experts", 5, 8),
+    ]
