@@ -101,12 +101,6 @@ def test_all_of_them_are_small_and_pass(tmp_path: Path) -> None:
             check_vector(executors.get(name), every, case)
 
 
-def test_a_case_is_small() -> None:
-    """So that all of them, in two forms, are within 8 MB: few exceed 40 kB, and those stand here."""
-    sizes = {name: len(to_bytes(case.content.inputs() | case.content.exact())) for name, case in CASES.items()}
-    assert sum(sizes.values()) < 1_500_000
-
-
 def test_written_again_the_files_are_the_same(folder: Folder, tmp_path: Path) -> None:
     write_vectors(tmp_path / "few", {name: CASES[name] for name in FEW})
     for path in folder.path.iterdir():
