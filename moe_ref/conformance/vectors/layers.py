@@ -16,6 +16,7 @@ from moe_ref.conformance.vectors.options import call_arrays, config_arrays, pack
 from moe_ref.error_bars import named
 from moe_ref.grouping import group
 from moe_ref.layer import layer_vjp
+from moe_ref.numerics import round_to_nearest
 from moe_ref.packed import decode
 from moe_ref.routing import weigh
 from moe_ref.types import MoEConfig
@@ -164,7 +165,7 @@ class Refused:
             found |= config_arrays(self.config)
         for name, dtype in self.dtypes:
             numbers = found[f"in.{name}"].numbers()
-            found[f"in.{name}"] = stored(numbers, dtype)
+            found[f"in.{name}"] = stored(round_to_nearest(numbers, dtype), dtype)
         for name, axis in self.cut:
             value = found[f"in.{name}"]
             some = np.take(value.array, range(value.shape[axis] - 1), axis=axis)

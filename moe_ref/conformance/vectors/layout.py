@@ -14,6 +14,8 @@ from math import prod
 import numpy as np
 import torch
 
+from moe_ref.numerics import round_to_nearest
+
 MAGIC = b"MOEREFV1"
 HEADER = struct.Struct("<8sQ")  # magic, number of arrays
 ENTRY = struct.Struct("<64s2I4Q2Q")  # name, dtype, rank, four dimensions, offset, bytes
@@ -70,8 +72,10 @@ class Stored:
 
 
 def stored(values: np.ndarray | float | int, dtype: str) -> Stored:
-    """Numbers in the form of a file. The dtype must hold them."""
+    """Numbers in the form of a file. The dtype must hold them: answers are computed from the numbers, not from a file."""
     array = np.asarray(values)
+    rounded = round_to_nearest(array.astype(np.float64), dtype) if dtype in FLOATS else array.astype(DTYPES[dtype])
+    assert np.array_equal(rounded, array, equal_nan=dtype in FLOATS), f"{dtype} does not hold {array}"
     if dtype in ("bfloat16", "float16"):
         bits = torch.from_numpy(np.array(array, dtype=np.float64)).to(getattr(torch, dtype)).view(torch.int16)
         array = bits.numpy().view(np.uint16)

@@ -30,7 +30,7 @@ def cases() -> list[Case]:
         add(
             f"{kind}-zeros", "Q4", "A block of zeros, of both signs.", np.copysign(0.0, normal[:33]), kind, blocksize=32
         )
-        nested = (normal * 3)[:128]
+        nested = (normal * 4)[:128]
         add(f"{kind}-nested", "Q4", "Scales are quantised too.", nested, kind, blocksize=32, nested=True)
     tiny = np.array([1e-39, -5e-40, 1e-38, 0.0], dtype=np.float32).astype(np.float64)
     add("nf4-tiny", "Q4", "A block whose largest magnitude is below 1e-38, and one of 1e-38.", tiny, "nf4")

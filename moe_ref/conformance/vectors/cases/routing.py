@@ -207,7 +207,7 @@ def _scaled() -> list[Case]:
     says = "Nobody chooses the expert whose scale is NaN."
     config = MoEConfig(2, renormalize=True)
     scale = np.array([2.0, 10.0, NAN])
-    cases.append(_route("expert-scale-nan", "R9", says, np.log([[3.0, 1.0, 0.5]]), config, expert_scale=scale))
+    cases.append(_route("expert-scale-nan", "R9", says, [[1.0, 0.0, -1.0]], config, expert_scale=scale))
     return cases
 
 
