@@ -251,7 +251,7 @@ int main(int count, char **paths) {
         int ok = load(&file, paths[i]) ? check(&file) : fails("is no file of vectors");
         if (!ok) printf("FAILED %s: %s\n", paths[i], wrong);
         ok ? all_passed++ : all_failed++;
-        const struct entry *entry = file.data && file.entry ? find(&file, "case.clauses") : NULL;
+        const struct entry *entry = find(&file, "case.clauses");
         char text[200] = "";
         if (entry && entry->bytes < sizeof text) memcpy(text, bytes(&file, entry), (size_t)entry->bytes);
         for (char *word = strtok(text, " "); word; word = strtok(NULL, " ")) {

@@ -39,8 +39,7 @@ size_t elements(const struct entry *entry) {
     return (size_t)(entry->dim[0] * entry->dim[1] * entry->dim[2] * entry->dim[3]);
 }
 
-int load(struct file *file, const char *path) {
-    memset(file, 0, sizeof *file);
+static int is_whole(struct file *file, const char *path) {
     FILE *stream = fopen(path, "rb");
     if (!stream) return 0;
     long size = fseek(stream, 0, SEEK_END) ? -1 : ftell(stream);
@@ -64,6 +63,13 @@ int load(struct file *file, const char *path) {
         if (e->offset % 8 || e->offset > file->size || e->bytes > file->size - e->offset) return 0;
     }
     return 1;
+}
+
+int load(struct file *file, const char *path) {
+    memset(file, 0, sizeof *file);
+    int whole = is_whole(file, path);
+    if (!whole) file->count = 0; /* nothing is found in it */
+    return whole;
 }
 
 void unload(struct file *file) { free(file->data); }

@@ -72,7 +72,7 @@ class Stored:
 
 
 def stored(values: np.ndarray | float | int, dtype: str) -> Stored:
-    """Numbers in the form of a file. The dtype must hold them: answers are computed from the numbers, not from a file."""
+    """Numbers in the form of a file. The dtype must hold them, since answers are computed from the numbers."""
     array = np.asarray(values)
     rounded = round_to_nearest(array.astype(np.float64), dtype) if dtype in FLOATS else array.astype(DTYPES[dtype])
     assert np.array_equal(rounded, array, equal_nan=dtype in FLOATS), f"{dtype} does not hold {array}"
