@@ -1,4 +1,4 @@
-"""The pytest plugin: ``--executor NAME`` chooses the executor that the suite judges.
+"""The pytest plugin: ``--executor NAME`` chooses the executor that the suite judges, ``--vectors DIR`` on what files.
 
 It imports nothing before the option is used, so an installed moe-ref costs other test runs nothing.
 """

@@ -15,6 +15,7 @@ from executors import Capabilities, Executor
 from moe_ref.conformance.__main__ import main
 from moe_ref.conformance.honest import honest_variants
 from moe_ref.conformance.judgement.checks import ConformanceError
+from moe_ref.conformance.judgement.reference import reference_of
 from moe_ref.conformance.mutants import mutants
 from moe_ref.conformance.vectors.archive import write_archive
 from moe_ref.conformance.vectors.cases import every_case
@@ -134,6 +135,13 @@ def test_what_is_read_is_what_was_computed(folder: Folder) -> None:
         assert vector.problem is not None
         assert vector.problem.dtype_of("router_logits") == content.problem.routing_dtype
         assert vector.problem.frozen == content.problem.frozen
+        dtypes = {key: (vector.problem.dtype, vector.problem.dtype_of(key)) for key in ("y", "x")}
+        for key, bars in reference_of(content.problem, numbers).bars.items():
+            if key in dtypes:
+                assert vector.bars is not None
+                assert (vector.bars[key].sd(*dtypes[key]) == bars.sd(*dtypes[key])).all()
+                assert vector.bars[key].gain_sd(*dtypes[key]) == bars.gain_sd(*dtypes[key])
+                assert vector.bars[key].rms_sd(*dtypes[key]) == bars.rms_sd(*dtypes[key])
 
 
 @pytest.mark.parametrize("name", executors.available())

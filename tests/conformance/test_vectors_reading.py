@@ -132,6 +132,17 @@ def _said(data: bytes) -> str:
     return str(caught.value)
 
 
+def test_filling_that_is_not_zero_is_refused() -> None:
+    data = to_bytes({"a": stored(np.arange(3.0), "bfloat16")})
+    assert data.endswith(b"\0\0")
+    refused(lambda: from_bytes("x", data[:-1] + b"1"), "a is followed by other bytes")
+
+
+def test_an_array_that_is_there_twice_is_refused() -> None:
+    data = to_bytes({"a": stored(1, "int64"), "b": stored(2, "int64")})
+    refused(lambda: from_bytes("x", data.replace(b"b" + bytes(63), b"a" + bytes(63))), "array a is there twice")
+
+
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a list": (lambda found: [], "format="),
     "another format": (lambda found: found | {"format": "moe-ref vectors 2"}, "format="),
