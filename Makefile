@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test install lint clean bench-gpu
+.PHONY: help run test vectors install lint clean bench-gpu
 
 # bench-gpu: on a GPU host, with its own Python, and with the wheels in this folder if there are any.
 WHEELS ?= .whl
@@ -24,6 +24,10 @@ bench-gpu: $(if $(SHORT),install) ## on a GPU host: check and measure; SHORT=1: 
 	$(if $(SHORT),OMP_NUM_THREADS=1 $(BIN)/python,$(PYTHON)) benchmarks/gpu.py --out '$(OUT)' \
 	  $(if $(SHORT),--short,$(if $(wildcard $(WHEELS)/*.whl),--wheels '$(WHEELS)')) \
 	  $(if $(STAGES),--stages '$(STAGES)') $(if $(LIMIT),--limit $(LIMIT)) $(if $(COMMIT),--commit '$(COMMIT)')
+
+vectors: install ## test vectors for other languages, as dist/moe-ref-vectors.tar.gz
+	rm -rf dist/moe-ref-vectors
+	OMP_NUM_THREADS=1 $(BIN)/python -m moe_ref.conformance vectors dist/moe-ref-vectors --archive dist/moe-ref-vectors.tar.gz
 
 lint: install ## format, lint, types
 	$(BIN)/ruff format --check .

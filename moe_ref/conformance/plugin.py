@@ -1,18 +1,21 @@
-"""The pytest plugin: ``--executor NAME`` chooses the executor that the suite judges.
+"""The pytest plugin: ``--executor NAME`` chooses the executor that the suite judges, ``--vectors DIR`` on what files.
 
 It imports nothing before the option is used, so an installed moe-ref costs other test runs nothing.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
     from executors import Capabilities, Executor
+    from moe_ref.conformance.vectors.reading import Folder
 
 _JUDGED = pytest.StashKey[list[str]]()
+_VECTORS = pytest.StashKey["Folder"]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         dest="moe_ref_device",
         help="device on which the suite judges (default: cpu)",
     )
+    group.addoption(
+        "--vectors",
+        metavar="DIR",
+        dest="moe_ref_vectors",
+        help="folder of vectors on which moe_ref.conformance.vectors_suite judges",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,6 +53,18 @@ def pytest_configure(config: pytest.Config) -> None:
         load_profile(config)
     if names:
         _refuse_unusable(names, config.getoption("moe_ref_device"))
+    if config.getoption("moe_ref_vectors"):
+        config.stash[_VECTORS] = _folder(config.getoption("moe_ref_vectors"))
+
+
+def _folder(path: str) -> Folder:
+    from moe_ref.conformance.vectors.layout import BadVectors
+    from moe_ref.conformance.vectors.reading import read_folder
+
+    try:
+        return read_folder(Path(path))
+    except BadVectors as error:
+        raise pytest.UsageError(f"--vectors {path}: {error}") from error
 
 
 def _refuse_unusable(names: list[str], device: str) -> None:
@@ -87,6 +108,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = chosen or _usable(device.partition(":")[0])
         metafunc.parametrize("executor", names, indirect=True, scope="session")
         metafunc.config.stash.setdefault(_JUDGED, names)
+    if "vector" in metafunc.fixturenames and "vectors" in metafunc.fixturenames:
+        if _VECTORS not in metafunc.config.stash:
+            allowed = "must be given: a folder that python -m moe_ref.conformance vectors DIR has written"
+            raise pytest.UsageError(f"--vectors: {allowed}")
+        metafunc.parametrize("vector", metafunc.config.stash[_VECTORS].entries)
 
 
 def _usable(device: str) -> list[str]:
@@ -108,6 +134,12 @@ def executor(request: pytest.FixtureRequest) -> Executor:
 def conformance_device(request: pytest.FixtureRequest) -> str:
     """The device under judgement."""
     return str(request.config.getoption("moe_ref_device"))
+
+
+@pytest.fixture(scope="session")
+def vectors(request: pytest.FixtureRequest) -> Folder:
+    """The folder of vectors."""
+    return request.config.stash[_VECTORS]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -69,14 +70,38 @@ def check_problem(executor: Executor, problem: Problem, device: str = "cpu") -> 
         ConformanceError: at the first clause that is broken.
     """
     problem = applicable(executor, problem)
-    truth = reference(problem)
+    return check_numbers(executor, problem, reference(problem), lambda ids: reference(problem, ids), device)
+
+
+def check_numbers(
+    executor: Executor,
+    problem: Problem,
+    truth: Reference,
+    choosing: Callable[[tuple[int, ...]], Reference],
+    device: str = "cpu",
+) -> list[Verdict]:
+    """`check_problem` against a reference that is at hand.
+
+    Args:
+        executor: the executor to check.
+        problem: the description, within the executor's capabilities (`applicable`).
+        truth: the numbers and the exact answer.
+        choosing: the reference of T*K ids that the executor chose, where more than one choice is right.
+        device: the device to run on.
+
+    Returns:
+        A verdict for y and each gradient, all passed.
+
+    Raises:
+        ConformanceError: at the first clause that is broken.
+    """
     inputs = to_torch(problem, truth.arrays, device)
     routing = _route(executor, inputs)
     chosen = None
     if routing is not None:
-        chosen = _check_route(executor, problem, truth, routing)
+        chosen = check_route(executor, problem, truth, routing)
         if (chosen != truth.arrays.topk_ids)[~truth.broken_routing].any():  # another right choice: judged on its own
-            truth = reference(problem, tuple(chosen.ravel().tolist()))
+            truth = choosing(tuple(chosen.ravel().tolist()))
             inputs = to_torch(problem, truth.arrays, device)
     before = copies(inputs)
     with poisoned():
@@ -189,7 +214,7 @@ def _route(executor: Executor, inputs: Inputs) -> Routing | None:
         return route(inputs.router_logits, inputs.weights)
 
 
-def _check_route(executor: Executor, problem: Problem, truth: Reference, routing: Routing) -> np.ndarray:
+def check_route(executor: Executor, problem: Problem, truth: Reference, routing: Routing) -> np.ndarray:
     """T1, R2, R4: ids are int64; the choice is a right one; in broken rows the ids are in range and distinct.
 
     Returns the ids [T, K].

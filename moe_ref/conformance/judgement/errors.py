@@ -166,13 +166,29 @@ def check_errors(executor: Executor, device: str = "cpu") -> None:
             spoiled = IN_4_BITS[kind].items()
             cases += [(f"{kind}, {what}", spoil(inputs), argument) for what, (spoil, argument) in spoiled]
         for what, bad, argument in cases:
-            expected = _error_of(lambda bad=bad: _specification(bad))  # type: ignore[misc]
-            actual = _error_of(lambda bad=bad: call(executor, bad))  # type: ignore[misc]
-            if expected is None or not str(expected).startswith(argument) or "\n" in str(expected):
-                raise AssertionError(f"the specification's error for {what} is not in form: {expected!r}")
-            if actual is None or str(actual) != str(expected):
-                message = f"{what}: raises {actual!r}, but must raise {expected!r}"
-                raise ConformanceError(executor, problem, "the contract on errors", message)
+            check_refusal(executor, problem, bad, argument, what)
+
+
+def check_refusal(executor: Executor, problem: Problem, bad: Inputs, argument: str, what: str) -> None:
+    """Demands the specification's error, word for word, in one line.
+
+    Args:
+        executor: the executor to check.
+        problem: what to print if it fails.
+        bad: arguments of a call.
+        argument: what the message begins with, such as "x.dtype".
+        what: what is wrong, for the message.
+
+    Raises:
+        ConformanceError: if the input is accepted, or the message differs.
+    """
+    expected = _error_of(lambda: _specification(bad))
+    actual = _error_of(lambda: call(executor, bad))
+    if expected is None or not str(expected).startswith(argument) or "\n" in str(expected):
+        raise AssertionError(f"the specification's error for {what} is not in form: {expected!r}")
+    if actual is None or str(actual) != str(expected):
+        message = f"{what}: raises {actual!r}, but must raise {expected!r}"
+        raise ConformanceError(executor, problem, "the contract on errors", message)
 
 
 def check_undeclared_weights(executor: Executor, device: str = "cpu") -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from moe_ref.error_bars import TensorBars
 from moe_ref.types import PER_EXPERT
 
 MAX_Z = 6.0  # every element
@@ -25,6 +25,23 @@ CLAUSES = {  # of an output or a gradient; where inputs in fp16 have powers, so 
     "expert_scale": "D1, D2, R9",
     "post_expert_norm": "D1, E8",
 }
+
+
+class Bars(Protocol):
+    """An exact value with its error bars: `moe_ref.error_bars.TensorBars`, or those that a file holds."""
+
+    @property
+    def exact(self) -> np.ndarray:
+        """The exact value, in float64."""
+
+    def sd(self, dtype: str, out_dtype: str) -> np.ndarray:
+        """Standard deviation of each element's error."""
+
+    def gain_sd(self, dtype: str, out_dtype: str) -> float:
+        """Standard deviation of the gain."""
+
+    def rms_sd(self, dtype: str, out_dtype: str) -> float:
+        """Standard deviation of the root mean square of z."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,7 @@ class Verdict:
 def judge(
     name: str,
     actual: np.ndarray,
-    bars: TensorBars,
+    bars: Bars,
     dtype: str,
     out_dtype: str,
     judged: np.ndarray | None = None,

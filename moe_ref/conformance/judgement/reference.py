@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from moe_ref.conformance.judgement.gates import Bars
 from moe_ref.conformance.problems.build import Arrays, build
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.error_bars import TensorBars, error_bars
@@ -29,7 +31,7 @@ class Reference:
     """
 
     arrays: Arrays
-    bars: dict[str, TensorBars]
+    bars: Mapping[str, Bars]
     broken_routing: np.ndarray
     broken: np.ndarray
     infinite: np.ndarray
@@ -48,10 +50,19 @@ def reference(problem: Problem, chosen: tuple[int, ...] | None = None) -> Refere
         problem: the description.
         chosen: T*K ids that an executor chose where more than one choice is right.
     """
-    arrays = build(problem, chosen)
+    return reference_of(problem, build(problem, chosen))
+
+
+def reference_of(problem: Problem, arrays: Arrays) -> Reference:
+    """Samples the error bars of numbers that need not be those which the problem's seed draws."""
     # One BLAS thread: the products are small, and beside torch's own threads more would only get in the way.
     with threadpool_limits(1, "blas"), np.errstate(invalid="ignore"):
         bars = bars_of(arrays, dtype=problem.dtype, seed=problem.seed)
+    return with_bars(problem, arrays, bars)
+
+
+def with_bars(problem: Problem, arrays: Arrays, bars: Mapping[str, Bars]) -> Reference:
+    """The reference of error bars that are known, with the tokens that are broken."""
     if arrays.router_logits is None:
         broken_routing = np.zeros(problem.tokens, dtype=bool)
     else:
