@@ -100,7 +100,8 @@ static void scores(const struct config *c, int E, const double *logits, const in
 /* What renormalisation divides by (R5); *constant where its derivative is 0. */
 static double divisor(const struct config *c, double sum, int *constant) {
     *constant = c->form_max && sum < c->eps;
-    return !c->form_max ? sum + c->eps : *constant ? c->eps : sum;
+    double d = !c->form_max ? sum + c->eps : *constant ? c->eps : sum;
+    return d != 0 ? d : 1;  // R5
 }
 
 void weigh(const struct config *c, int E, const double *logits, const int64_t *ids, const double *scale, double *w) {

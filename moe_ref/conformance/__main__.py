@@ -20,15 +20,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Writes cases of every clause with their answers, each in a form that a C program reads in 30 "
         "lines and in safetensors, and a manifest. docs/vectors.md says the form to the byte. It takes seconds.",
     )
-    writing.add_argument("directory", type=Path, metavar="DIR", help="folder to write; must not exist, or be empty")
+    writing.add_argument(
+        "directory", type=Path, nargs="?", metavar="DIR", help="folder to write; must not exist, or be empty"
+    )
     writing.add_argument("--archive", type=Path, metavar="FILE", help="write the folder to this .tar.gz too")
     writing.add_argument("--only", nargs="+", metavar="NAME", help="cases to write (default: all)")
     writing.add_argument("--list", action="store_true", help="print the cases and write nothing")
     given = parser.parse_args(arguments)
+    if given.directory is None and not given.list:
+        writing.error("DIR must be given, or --list")
     return _vectors(given.directory, given.archive, given.only, given.list)
 
 
-def _vectors(directory: Path, archive: Path | None, only: list[str] | None, listing: bool) -> int:
+def _vectors(directory: Path | None, archive: Path | None, only: list[str] | None, listing: bool) -> int:
     from moe_ref.conformance.vectors.archive import write_archive
     from moe_ref.conformance.vectors.cases import every_case
     from moe_ref.conformance.vectors.folder import write_vectors
@@ -40,7 +44,7 @@ def _vectors(directory: Path, archive: Path | None, only: list[str] | None, list
         print(f"--only {unknown[0]}: must be one of the names that --list prints", file=sys.stderr)
         return 2
     cases = {name: cases[name] for name in only or cases}
-    if listing:
+    if listing or directory is None:
         for case in cases.values():
             print(f"{case.name:36} {case.content.kind:9} {' '.join(case.clauses):9} {case.says}")
         return 0

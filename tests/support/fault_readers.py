@@ -24,8 +24,12 @@ from executors._triton import tuned_file
 from executors.checkpoint.extraction import given
 from executors.layer_file import load_layer
 from fault_writers import KEY, read_nf4, read_state, write_layer, write_model, write_nf4, write_state, write_tuned
+from moe_ref.conformance.vectors.cases import every_case
+from moe_ref.conformance.vectors.folder import MANIFEST, write_vectors
+from moe_ref.conformance.vectors.reading import read_folder
 
 INDEX = "model.safetensors.index.json"
+VECTOR = "decode-one-row"  # a small case
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,15 @@ def write_foreign_model(path: Path) -> None:
     fault_writers.families.build(fault_writers.families.named("mixtral")).save_pretrained(path)
 
 
+def write_one_vector(path: Path) -> None:
+    write_vectors(path, {VECTOR: every_case()[VECTOR]})
+
+
+def read_one_vector(path: Path) -> str:
+    arrays = read_folder(path).arrays(VECTOR)
+    return hashlib.sha256(b"".join(arrays[name].array.tobytes() for name in sorted(arrays))).hexdigest()
+
+
 READERS = (
     Reader(
         "executors.nf4.load",
@@ -185,6 +198,14 @@ READERS = (
         ("executors/checkpoint/extraction.py",),
         write_hidden,
         lambda path: digest(given(path, torch.float32)),
+    ),
+    Reader(
+        "vectors",
+        ("moe_ref/conformance/vectors/reading.py",),
+        write_one_vector,
+        read_one_vector,
+        (MANIFEST, f"{VECTOR}.mrv"),
+        own=True,
     ),
     Reader("tuned tiles", ("executors/_triton/tuned_file.py",), write_two_tuned, read_tuned),
     Reader(
@@ -253,9 +274,16 @@ def variants(fault: str, file: Path, good: bytes, points: int) -> Iterator[tuple
         yield from ODD.items()
     else:
         of_tensors = hostile.parts(good)[0] if good[8:9] == b"{" else None
-        cases = list(hostile.files(good) if of_tensors else hostile.texts(good))
+        cases = list(hostile.files(good) if of_tensors else hostile.texts(good) if is_text(good) else ())
         cases += list(hostile.indices(good)) if file.name == INDEX else []
         yield from (cases[number] for number in spread(len(cases), points))
+
+
+def is_text(content: bytes) -> bool:
+    try:
+        return bool(content.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def flipped(file: Path, good: bytes, points: int) -> Iterator[tuple[str, bytes]]:

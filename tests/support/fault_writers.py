@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import shutil
 import sys
+import tarfile
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -26,6 +30,7 @@ from executors._triton.configs import KernelConfig, Tile
 from executors.layer_file import load_layer, save_layer
 from faults import FULL, AtEvent, as_nobody, in_a_child, limited, open_folder, racing, read_only
 from moe_ref import MoEConfig, MoEWeights
+from moe_ref.conformance.vectors.archive import write_archive
 from qlora import state
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +182,29 @@ def write_summary(path: Path, version: int) -> None:
     gpu_summary.write_json(path, {"version": version, "rows": list(range(100))})
 
 
+@cache
+def folder_of_vectors(version: int) -> Path:
+    """Written before any fault, and kept until the process ends."""
+    folder = Path(tempfile.mkdtemp()) / "vectors"
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    folder.mkdir()
+    folder.parent.chmod(0o755)
+    (folder / "case.mrv").write_bytes(bytes(numbers(version, 100).numpy()))
+    return folder
+
+
+def write_vectors_archive(path: Path, version: int) -> None:
+    write_archive(folder_of_vectors(version), path)
+
+
+def read_archive(path: Path) -> str:
+    with tarfile.open(path) as archive:
+        (member,) = archive.getmembers()
+        content = archive.extractfile(member)
+        assert content is not None
+        return hashlib.sha256(content.read()).hexdigest()
+
+
 def read_json(path: Path) -> str:
     return str(json.loads(path.read_text()))
 
@@ -223,6 +251,12 @@ WRITERS = (
         slow=True,
     ),
     Writer("state of the fine-tune (examples/qlora)", ("examples/qlora/state.py",), write_state, read_state),
+    Writer(
+        "python -m moe_ref.conformance vectors --archive",
+        ("moe_ref/conformance/vectors/archive.py",),
+        write_vectors_archive,
+        read_archive,
+    ),
     Writer("benchmarks/gpu.py", ("benchmarks/gpu_summary.py",), write_summary, read_json),
 )
 

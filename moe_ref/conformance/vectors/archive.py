@@ -7,7 +7,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from executors._compare.files import replacing
+from executors._files.whole import replacing
 
 
 def write_archive(directory: Path, archive: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ class Folder:
         Raises:
             BadVectors: its file is missing, or not what the manifest says.
         """
-        entry = self.entries[name]
-        file = f"{name}.mrv"
+        if name not in self.entries:
+            raise BadVectors(f"{self.path / MANIFEST}: case {name!r:.60} is missing: must be one of its cases")
+        entry, file = self.entries[name], f"{name}.mrv"
         data = _bytes(self.path / file)
         digest, said = hashlib.sha256(data).hexdigest(), entry["files"][file]["sha256"]
         if digest != said:
@@ -118,8 +120,11 @@ def _wrong(entry: Any) -> str:
 
 def _bytes(file: Path) -> bytes:
     try:
-        if file.stat().st_size > LARGEST:
-            raise BadVectors(f"{file}: has {file.stat().st_size} bytes: must have at most {LARGEST}")
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise BadVectors(f"{file}: is a folder, a pipe or a device: must be a file")
+        if found.st_size > LARGEST:
+            raise BadVectors(f"{file}: has {found.st_size} bytes: must have at most {LARGEST}")
         return file.read_bytes()
     except FileNotFoundError:
         raise BadVectors(f"{file}: must be a file that exists") from None
