@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from executors._triton.inspect.disassembly import Instruction, disassemble_amd, disassemble_nvidia, run_tool
+from executors._triton.inspect.lanes import uneven_sums
 
 REGISTER = 4  # bytes
 TENSOR_CORE = re.compile(r"(HMMA|HGMMA|UTC\w*MMA|v_mfma)")
@@ -37,6 +38,7 @@ class Resources:
         instructions: in all, without padding.
         multiply_adds: instructions in fp32 that round a product and a sum once.
         inner_instructions: of the innermost loop that multiplies, without padding.
+        uneven_sums: sums over lanes whose lanes may differ in the last bit; none if the kernel is repeatable.
     """
 
     registers: int
@@ -53,6 +55,7 @@ class Resources:
     instructions: int
     inner_instructions: int
     multiply_adds: int
+    uneven_sums: int
 
     @property
     def spills(self) -> bool:
@@ -117,6 +120,7 @@ def _counted(code: list[Instruction], registers: int, spilled: int, scalars_move
         instructions=_without_padding(code),
         inner_instructions=_without_padding(loop),
         multiply_adds=_number(MULTIPLY_ADD, code),
+        uneven_sums=uneven_sums(code),
     )
 
 
