@@ -167,7 +167,8 @@ def cases(family: str, dtypes: tuple[str, ...], largest: bool = False) -> Iterat
             yield from _of_products(GPT_OSS, own.wide, dtype, device, trained=True)
             yield _largest(QWEN3, own.wide, dtype, device, trained=True)
             yield from _of_products(GPT_OSS, own.wide, TF32, device)
-            yield _largest(QWEN3, own.wide, TF32, device, trained=True)
+            for layer in (QWEN3, LORA):
+                yield _largest(layer, own.wide, TF32, device, trained=True)
             yield from _of_products(NF4, own.packed.wide, dtype, device, trained=True)
             continue
         for layer in INFERENCE:
@@ -221,6 +222,7 @@ def _largest_cases(family: str, dtype: str) -> Iterator[CompileCase]:
         yield _largest(layer, kernel_configs, dtype, device, trained=True)
     if dtype == "float32":
         yield _largest(NF4, own.packed.wide, dtype, device, trained=True)
+        yield _largest(QWEN3, own.wide, TF32, device, trained=True)
     else:
         for layer in (NF4, MXFP4, PEFT):
             yield _largest(layer, own.packed.narrow, dtype, device, trained=True)

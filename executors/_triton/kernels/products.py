@@ -11,6 +11,7 @@ from executors._triton.kernels.activation import act, gated
 from executors._triton.kernels.addresses import offset
 from executors._triton.kernels.narrow import inverse_of
 from executors._triton.kernels.packed import load_packed
+from executors._triton.kernels.precision import rounded
 from executors._triton.kernels.tiles import part_of, tile_at
 
 
@@ -59,7 +60,7 @@ def dot_exact(a, b, total, PRECISION):
     widened to fp32.
     """
     if a.dtype == b.dtype:
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+        total = tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), total, input_precision=PRECISION)
     elif a.dtype == tl.bfloat16:
         rest = b.to(tl.float32)
         for _ in tl.static_range(3):
@@ -67,7 +68,8 @@ def dot_exact(a, b, total, PRECISION):
             rest -= term.to(tl.float32)
             total = tl.dot(a, term, total)
     else:
-        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+        a, b = rounded(a.to(tl.float32), PRECISION), rounded(b.to(tl.float32), PRECISION)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
 
 
@@ -164,13 +166,14 @@ def up_kernel(
             ks = k + tl.arange(0, BLOCK_K)
             offsets = x_rows + offset(ks, x_strides[1])[None, :]
             a = tl.load(x + offsets) if EVEN_K else tl.load(x + offsets, mask=(ks < K)[None, :], other=0.0)
+            a = rounded(a, PRECISION)
             at = (matrix, columns, first, k)
             b = load_matrix((w, scales, w_strides), at, (bound, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
-            total = tl.dot(a, b.to(a.dtype), total, input_precision=PRECISION)
+            total = tl.dot(a, rounded(b.to(a.dtype), PRECISION), total, input_precision=PRECISION)
             if LAYOUT == "concatenated":
                 at = (matrix, others, start, k)
                 c = load_matrix((w, scales, w_strides), at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
-                up = tl.dot(a, c.to(a.dtype), up, input_precision=PRECISION)
+                up = tl.dot(a, rounded(c.to(a.dtype), PRECISION), up, input_precision=PRECISION)
         if BLOCK_R:
             adapter = (inner, inner_powers, factor, factor_strides)
             total = add_adapter(total, adapter, expert, sources, columns, limit, R, PRECISION, BLOCK_R)
@@ -262,7 +265,7 @@ def down_kernel(
                 a = tl.load(h + h_rows + ks[None, :], mask=(ks < K)[None, :], other=0.0)
             at = (matrix, columns, first, k)
             b = load_matrix((w, scales, w_strides), at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K)
-            o = tl.dot(a, b.to(a.dtype), o, input_precision=PRECISION)
+            o = tl.dot(rounded(a, PRECISION), rounded(b.to(a.dtype), PRECISION), o, input_precision=PRECISION)
         if h_powers is not None:
             o *= tl.load(h_powers + sources)[:, None]
         if BLOCK_R:
