@@ -16,10 +16,11 @@ from executors._triton.kernels.tiles import part_of, tile_at
 
 
 @triton.jit
-def load_matrix(matrices, at, sizes, FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K):
+def load_matrix(matrices, pointers, at, sizes, FORMAT, TMA, BY_ROWS, EVEN_K, BLOCK_N, BLOCK_K):
     """[BLOCK_K, BLOCK_N] of an expert's matrix [N, K], transposed; zeros outside.
 
     ``matrices`` are (w, scales, strides), ``at`` is (expert, columns, first column, first k), ``sizes`` are (N, K).
+    ``pointers`` are those of `pointers_to`.
     By TMA w is a descriptor of [E, N, K] ("rows") or of [E, K, N] ("columns"). With FORMAT w holds codes in 4 bits: the
     result is in fp32, and outside are any numbers, which meet zeros of the other operand. Else w is a pointer.
     """
@@ -32,8 +33,28 @@ def load_matrix(matrices, at, sizes, FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K):
     elif TMA == "columns":
         values = w.load([expert, k, first]).reshape(BLOCK_K, BLOCK_N)
     else:
-        values = load_dense(w, strides, expert, columns, k + tl.arange(0, BLOCK_K), sizes, EVEN_K)
+        N, K = sizes
+        ks = (k + tl.arange(0, BLOCK_K))[:, None]
+        pointers += ks if BY_ROWS else offset(k, strides[2])
+        mask = (columns < N)[None, :] if EVEN_K else (columns < N)[None, :] & (ks < K)
+        values = tl.load(pointers, mask=mask, other=0.0)
     return values
+
+
+@triton.jit
+def pointers_to(matrices, expert, columns, FORMAT, TMA, BY_ROWS, BLOCK_K):
+    """[1, columns] pointers to an expert's k = 0, or [BLOCK_K, columns] to the first k unless BY_ROWS.
+
+    What does not depend on k is computed here, once for a tile. If k is last in memory, each step adds an index in 32
+    bits. Else it adds one product in 64 bits to all pointers. None where none are needed.
+    """
+    w, _, strides = matrices
+    pointers = None
+    if FORMAT is None and TMA == "":
+        pointers = w + offset(expert, strides[0]) + offset(columns, strides[1])[None, :]
+        if not BY_ROWS:
+            pointers += offset(tl.arange(0, BLOCK_K), strides[2])[:, None]
+    return pointers
 
 
 @triton.jit
@@ -136,6 +157,7 @@ def up_kernel(
     PART: tl.constexpr,
     FORMAT: tl.constexpr,  # of codes, or None
     TMA: tl.constexpr,
+    BY_ROWS: tl.constexpr,  # whether k is last in memory in w
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of w in a tile, gate and up together
     BLOCK_K: tl.constexpr,
@@ -162,17 +184,20 @@ def up_kernel(
         bound = limit if FORMAT is None else N  # codes past the gates are ups, and not stored
         total = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
         up = total  # the second half, of a concatenated layout only
+        matrices = (w, scales, w_strides)
+        pointers = pointers_to(matrices, matrix, columns, FORMAT, TMA, BY_ROWS, BLOCK_K)
+        of_others = pointers_to(matrices, matrix, others, FORMAT, TMA, BY_ROWS, BLOCK_K)
         for k in tl.range(0, K, BLOCK_K):
             ks = k + tl.arange(0, BLOCK_K)
             offsets = x_rows + offset(ks, x_strides[1])[None, :]
             a = tl.load(x + offsets) if EVEN_K else tl.load(x + offsets, mask=(ks < K)[None, :], other=0.0)
             a = rounded(a, PRECISION)
             at = (matrix, columns, first, k)
-            b = load_matrix((w, scales, w_strides), at, (bound, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
+            b = load_matrix(matrices, pointers, at, (bound, K), FORMAT, TMA, BY_ROWS, EVEN_K, BLOCK_W, BLOCK_K)
             total = tl.dot(a, rounded(b.to(a.dtype), PRECISION), total, input_precision=PRECISION)
             if LAYOUT == "concatenated":
                 at = (matrix, others, start, k)
-                c = load_matrix((w, scales, w_strides), at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
+                c = load_matrix(matrices, of_others, at, (N, K), FORMAT, TMA, BY_ROWS, EVEN_K, BLOCK_W, BLOCK_K)
                 up = tl.dot(a, rounded(c.to(a.dtype), PRECISION), up, input_precision=PRECISION)
         if BLOCK_R:
             adapter = (inner, inner_powers, factor, factor_strides)
@@ -235,6 +260,7 @@ def down_kernel(
     PART: tl.constexpr,
     FORMAT: tl.constexpr,  # of codes, or None
     TMA: tl.constexpr,
+    BY_ROWS: tl.constexpr,  # whether k is last in memory in w
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -253,6 +279,8 @@ def down_kernel(
         sources = tl.minimum(rows, end - 1)
         h_rows = offset(sources, K)[:, None]
         o = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        matrices = (w, scales, w_strides)
+        pointers = pointers_to(matrices, matrix, columns, FORMAT, TMA, BY_ROWS, BLOCK_K)
         for k in tl.range(0, K, BLOCK_K):
             ks = k + tl.arange(0, BLOCK_K)
             if TMA != "":
@@ -264,7 +292,7 @@ def down_kernel(
             else:
                 a = tl.load(h + h_rows + ks[None, :], mask=(ks < K)[None, :], other=0.0)
             at = (matrix, columns, first, k)
-            b = load_matrix((w, scales, w_strides), at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K)
+            b = load_matrix(matrices, pointers, at, (N, K), FORMAT, TMA, BY_ROWS, EVEN_K, BLOCK_N, BLOCK_K)
             o = tl.dot(rounded(a, PRECISION), rounded(b.to(a.dtype), PRECISION), o, input_precision=PRECISION)
         if h_powers is not None:
             o *= tl.load(h_powers + sources)[:, None]
