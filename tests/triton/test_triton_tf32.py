@@ -97,6 +97,7 @@ def test_unrounded_operands_are_found() -> None:
     %b = tt.load %p : tensor<16x16x!tt.ptr<f32>>
     %2 = tt.dot %t, %b, %1, inputPrecision = tf32 : tensor<16x16xf32> * tensor<16x16xf32> -> tensor<16x16xf32>
     %3 = tt.dot %b, %b, %2 : tensor<16x16xf32> * tensor<16x16xf32> -> tensor<16x16xf32>
+    %4 = tt.dot %c, %c, %3, inputPrecision = tf32 : tensor<16x16xbf16> * tensor<16x16xbf16> -> tensor<16x16xf32>
 """
     assert unrounded_operands(text) == 1
     assert unrounded_operands(text.replace("-8192", "-4096")) == 4

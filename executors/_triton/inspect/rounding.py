@@ -7,6 +7,7 @@ import re
 DEFINED = re.compile(r"^ *(%[\w.]+)(?::\d+)? = ([\w.]+)(.*)$", re.MULTILINE)
 NAME = re.compile(r"%[\w.]+")
 MOVES = ("tt.trans", "tt.reshape", "ttg.convert_layout")
+FP32_OPERANDS = "xf32> * tensor"  # the precision of other operands means nothing
 MASK = "<-8192>"  # the last 13 bits
 
 
@@ -19,7 +20,7 @@ def unrounded_operands(ttir: str) -> int:
     defined: dict[str, tuple[str, str]] = {}
     found = 0
     for name, op, rest in DEFINED.findall(ttir):
-        if op == "tt.dot" and "inputPrecision = tf32" in rest:
+        if op == "tt.dot" and "inputPrecision = tf32" in rest and FP32_OPERANDS in rest:
             found += sum(not _is_rounded(operand, defined) for operand in NAME.findall(rest)[:2])
         defined[name] = op, rest
     return found
