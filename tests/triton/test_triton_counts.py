@@ -40,7 +40,7 @@ products = {l.compiled.hash: l for l in launches if l.kernel in ("up_kernel", "d
 found = []
 for launch, own in zip(products.values(), resources_of([l.compiled for l in products.values()])):
     form, even = launch.constants["FORMAT"], launch.constants["EVEN_K"]
-    by_rows = launch.constants["BY_ROWS"] if form is None else form.by_rows
+    by_rows = not launch.constants["AHEAD"] if form is None else form.by_rows
     kind = ("rows" if by_rows else "columns") + (", even" if even else "")
     found.append([kind, own.inner_instructions / own.tensor_core, own.spilled])
 print(json.dumps(found))

@@ -125,7 +125,7 @@ def _counted(kernel: Any, code: list[Instruction], registers: int, spilled: int,
         instructions=_without_padding(code),
         inner_instructions=_without_padding(loop),
         multiply_adds=_number(MULTIPLY_ADD, code),
-        uneven_sums=uneven_sums(code),
+        uneven_sums=uneven_sums(code) if kernel.metadata.enable_fp_fusion else 0,
         unrounded_operands=unrounded_operands(kernel.asm["ttir"]),
     )
 

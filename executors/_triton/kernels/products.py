@@ -16,7 +16,7 @@ from executors._triton.kernels.tiles import part_of, tile_at
 
 
 @triton.jit
-def load_matrix(matrices, pointers, at, sizes, FORMAT, TMA, BY_ROWS, EVEN_K, BLOCK_N, BLOCK_K):
+def load_matrix(matrices, pointers, at, sizes, FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K):
     """[BLOCK_K, BLOCK_N] of an expert's matrix [N, K], transposed; zeros outside.
 
     ``matrices`` are (w, scales, strides), ``at`` is (expert, columns, first column, first k), ``sizes`` are (N, K).
@@ -33,37 +33,41 @@ def load_matrix(matrices, pointers, at, sizes, FORMAT, TMA, BY_ROWS, EVEN_K, BLO
     elif TMA == "columns":
         values = w.load([expert, k, first]).reshape(BLOCK_K, BLOCK_N)
     else:
-        N, K = sizes
-        ks = (k + tl.arange(0, BLOCK_K))[:, None]
-        pointers += ks if BY_ROWS else offset(k, strides[2])
-        mask = (columns < N)[None, :] if EVEN_K else (columns < N)[None, :] & (ks < K)
-        values = tl.load(pointers, mask=mask, other=0.0)
+        ks = k + tl.arange(0, BLOCK_K)
+        if pointers is None:
+            values = load_dense(w, strides, expert, columns, ks, sizes, EVEN_K)
+        else:
+            pointers += tl.full((1, 1), k, tl.int64) * strides[2]
+            values = tl.load(pointers, mask=mask_of(columns, ks, sizes, EVEN_K), other=0.0)
     return values
 
 
 @triton.jit
-def pointers_to(matrices, expert, columns, FORMAT, TMA, BY_ROWS, BLOCK_K):
-    """[1, columns] pointers to an expert's k = 0, or [BLOCK_K, columns] to the first k unless BY_ROWS.
+def pointers_to(matrices, expert, columns, AHEAD, BLOCK_K):
+    """[BLOCK_K, columns] pointers to the first k of an expert's matrix where AHEAD, else None.
 
-    What does not depend on k is computed here, once for a tile. If k is last in memory, each step adds an index in 32
-    bits. Else it adds one product in 64 bits to all pointers. None where none are needed.
+    They are computed once for a tile. A step then adds one product in 64 bits to all of them.
     """
     w, _, strides = matrices
     pointers = None
-    if FORMAT is None and TMA == "":
+    if AHEAD:
         pointers = w + offset(expert, strides[0]) + offset(columns, strides[1])[None, :]
-        if not BY_ROWS:
-            pointers += offset(tl.arange(0, BLOCK_K), strides[2])[:, None]
+        pointers += offset(tl.arange(0, BLOCK_K), strides[2])[:, None]
     return pointers
 
 
 @triton.jit
 def load_dense(w, strides, expert, columns, ks, sizes, EVEN_K):
     """[k, columns] of an expert's matrix [N, K], transposed; zeros outside. With EVEN_K no k is outside."""
-    N, K = sizes
     offsets = offset(expert, strides[0]) + offset(columns, strides[1])[None, :] + offset(ks, strides[2])[:, None]
-    mask = (columns < N)[None, :] if EVEN_K else (columns < N)[None, :] & (ks < K)[:, None]
-    return tl.load(w + offsets, mask=mask, other=0.0)
+    return tl.load(w + offsets, mask=mask_of(columns, ks, sizes, EVEN_K), other=0.0)
+
+
+@triton.jit
+def mask_of(columns, ks, sizes, EVEN_K):
+    """[k, columns] Whether they lie in a matrix [N, K]; [1, columns] with EVEN_K."""
+    N, K = sizes
+    return (columns < N)[None, :] if EVEN_K else (columns < N)[None, :] & (ks < K)[:, None]
 
 
 @triton.jit
@@ -157,7 +161,7 @@ def up_kernel(
     PART: tl.constexpr,
     FORMAT: tl.constexpr,  # of codes, or None
     TMA: tl.constexpr,
-    BY_ROWS: tl.constexpr,  # whether k is last in memory in w
+    AHEAD: tl.constexpr,  # whether pointers to w are computed before the loop over k
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of w in a tile, gate and up together
     BLOCK_K: tl.constexpr,
@@ -185,19 +189,19 @@ def up_kernel(
         total = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
         up = total  # the second half, of a concatenated layout only
         matrices = (w, scales, w_strides)
-        pointers = pointers_to(matrices, matrix, columns, FORMAT, TMA, BY_ROWS, BLOCK_K)
-        of_others = pointers_to(matrices, matrix, others, FORMAT, TMA, BY_ROWS, BLOCK_K)
+        pointers = pointers_to(matrices, matrix, columns, AHEAD, BLOCK_K)
+        of_others = pointers_to(matrices, matrix, others, AHEAD, BLOCK_K)
         for k in tl.range(0, K, BLOCK_K):
             ks = k + tl.arange(0, BLOCK_K)
             offsets = x_rows + offset(ks, x_strides[1])[None, :]
             a = tl.load(x + offsets) if EVEN_K else tl.load(x + offsets, mask=(ks < K)[None, :], other=0.0)
             a = rounded(a, PRECISION)
             at = (matrix, columns, first, k)
-            b = load_matrix(matrices, pointers, at, (bound, K), FORMAT, TMA, BY_ROWS, EVEN_K, BLOCK_W, BLOCK_K)
+            b = load_matrix(matrices, pointers, at, (bound, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
             total = tl.dot(a, rounded(b.to(a.dtype), PRECISION), total, input_precision=PRECISION)
             if LAYOUT == "concatenated":
                 at = (matrix, others, start, k)
-                c = load_matrix(matrices, of_others, at, (N, K), FORMAT, TMA, BY_ROWS, EVEN_K, BLOCK_W, BLOCK_K)
+                c = load_matrix(matrices, of_others, at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
                 up = tl.dot(a, rounded(c.to(a.dtype), PRECISION), up, input_precision=PRECISION)
         if BLOCK_R:
             adapter = (inner, inner_powers, factor, factor_strides)
@@ -260,7 +264,7 @@ def down_kernel(
     PART: tl.constexpr,
     FORMAT: tl.constexpr,  # of codes, or None
     TMA: tl.constexpr,
-    BY_ROWS: tl.constexpr,  # whether k is last in memory in w
+    AHEAD: tl.constexpr,  # whether pointers to w are computed before the loop over k
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -280,7 +284,7 @@ def down_kernel(
         h_rows = offset(sources, K)[:, None]
         o = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         matrices = (w, scales, w_strides)
-        pointers = pointers_to(matrices, matrix, columns, FORMAT, TMA, BY_ROWS, BLOCK_K)
+        pointers = pointers_to(matrices, matrix, columns, AHEAD, BLOCK_K)
         for k in tl.range(0, K, BLOCK_K):
             ks = k + tl.arange(0, BLOCK_K)
             if TMA != "":
@@ -292,7 +296,7 @@ def down_kernel(
             else:
                 a = tl.load(h + h_rows + ks[None, :], mask=(ks < K)[None, :], other=0.0)
             at = (matrix, columns, first, k)
-            b = load_matrix(matrices, pointers, at, (N, K), FORMAT, TMA, BY_ROWS, EVEN_K, BLOCK_N, BLOCK_K)
+            b = load_matrix(matrices, pointers, at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K)
             o = tl.dot(rounded(a, PRECISION), rounded(b.to(a.dtype), PRECISION), o, input_precision=PRECISION)
         if h_powers is not None:
             o *= tl.load(h_powers + sources)[:, None]

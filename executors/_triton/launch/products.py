@@ -105,7 +105,7 @@ def up(
             FORMAT=of_w.format,
             enable_fp_fusion=is_fused(of_w.format),
             TMA=of_w.tma,
-            BY_ROWS=of_w.strides[2] == 1,
+            AHEAD=of_w.ahead,
             BLOCK_R=block_r,
             **blocks(tile),
         )
@@ -161,7 +161,7 @@ def down(
             FORMAT=of_w.format,
             enable_fp_fusion=is_fused(of_w.format),
             TMA=of_w.tma,
-            BY_ROWS=of_w.strides[2] == 1,
+            AHEAD=of_w.ahead,
             BLOCK_R=block_r,
             **blocks(tile),
         )
