@@ -39,8 +39,8 @@ MUTANTS = {
     ),
     "the first k in every step": (
         "products",
-        "tl.full((1, 1), k, tl.int64)",
-        "tl.full((1, 1), 0, tl.int64)",
+        "tl.full((1, 1), k, tl.int32)",
+        "tl.full((1, 1), 0, tl.int32)",
         "by columns",
     ),
     "the input's weight forgotten": ("products", "            total *= scale\n", "            total *= 1.0\n", "plain"),

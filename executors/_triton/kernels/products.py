@@ -37,7 +37,7 @@ def load_matrix(matrices, pointers, at, sizes, FORMAT, TMA, EVEN_K, BLOCK_N, BLO
         if pointers is None:
             values = load_dense(w, strides, expert, columns, ks, sizes, EVEN_K)
         else:
-            pointers += tl.full((1, 1), k, tl.int64) * strides[2]
+            pointers += offset(tl.full((1, 1), k, tl.int32), strides[2])
             values = tl.load(pointers, mask=mask_of(columns, ks, sizes, EVEN_K), other=0.0)
     return values
 
