@@ -36,6 +36,7 @@ def allowed() -> Iterator[None]:
 
 
 @interpreted
+@pytest.mark.usefixtures("new_kernels")
 def test_operands_are_rounded_to_nearest() -> None:
     @triton.jit
     def kernel(values, out, precision: tl.constexpr, size: tl.constexpr):
