@@ -76,7 +76,9 @@ class KernelRow(NamedTuple):
         own = self.resources
         spills = f"spills {own.spilled} bytes of a thread, {own.local} instructions move them"
         large = f"takes {own.shared} bytes of shared memory, of {shared}"
-        return [text for text, wrong in ((spills, own.spills), (large, own.shared > shared)) if wrong]
+        uneven = f"has {own.uneven_sums} sums over lanes with a fused product: lanes may differ (C1)"
+        wrong = ((spills, own.spills), (large, own.shared > shared), (uneven, own.uneven_sums))
+        return [text for text, is_wrong in wrong if is_wrong]
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def kernels(options: KernelsOptions) -> None:
 
     Every shipped configuration is compiled on layers of real models, without a GPU. One table for each target:
     registers, shared memory, tensor-core instructions, how wide loads are, and what decoding 4 bits takes. Exit
-    status: 0, or 1 if a kernel spills or takes more shared memory than there is, 2 for bad arguments.
+    status: 0, or 1 if a kernel spills, takes more shared memory than there is or sums unevenly, 2 for bad arguments.
     """
     everything, failed = {}, False
     for target, dtypes in options.targets().items():

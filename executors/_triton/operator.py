@@ -151,9 +151,9 @@ def plan_of(layer: Layer, groups: Groups, config: KernelConfig, aligned: bool, *
 
 
 def precision_of(layer: Layer) -> str:
-    """How products round: "tf32" for fp32 where torch's own setting allows it, else "ieee"."""
+    """How products round: "tf32" for fp32 where torch's own setting allows it and Triton has it, else "ieee"."""
     tf32 = layer.x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if tf32 and device_of(layer.x.device).family != "sm75" else "ieee"
 
 
 OPERATOR = define(Kernels("triton"))

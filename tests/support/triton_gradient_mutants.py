@@ -11,8 +11,8 @@ GRADIENT_MUTANTS = {
     ),
     "the weight's gradient from a weighted dh": (
         "gradients",
-        "of_dh * value, axis",
-        "of_dh * scale * value, axis",
+        "total += of_dh * value",
+        "total += of_dh * scale * value",
         "ties",
     ),
     "dz lacks the last columns": (
@@ -24,8 +24,8 @@ GRADIENT_MUTANTS = {
     "<dy, b> lacks the last columns": ("gradients", "range(0, H, BLOCK_N)", "range(0, H - 32, BLOCK_N)", "interleaved"),
     "the weight's gradient at the row, not the slot": (
         "gradients",
-        "tl.store(d_weights + slots, total.to(d_weights.dtype.element_ty), mask=rows < end)",
-        "tl.store(d_weights + rows, total.to(d_weights.dtype.element_ty), mask=rows < end)",
+        "tl.store(d_weights + slots, tl.sum(total, axis=1).to(d_weights.dtype.element_ty), mask=rows < end)",
+        "tl.store(d_weights + rows, tl.sum(total, axis=1).to(d_weights.dtype.element_ty), mask=rows < end)",
         "interleaved",
     ),
     "dz without its weight": ("gradients", "of_dh *= scale", "of_dh *= 1.0", "interleaved"),
@@ -44,8 +44,8 @@ GRADIENT_MUTANTS = {
     ),
     "the weight's gradient from beyond the group": (
         "gradients",
-        "total.to(d_weights.dtype.element_ty), mask=rows < end)",
-        "total.to(d_weights.dtype.element_ty), mask=rows < end + 1)",
+        "tl.sum(total, axis=1).to(d_weights.dtype.element_ty), mask=rows < end)",
+        "tl.sum(total, axis=1).to(d_weights.dtype.element_ty), mask=rows < end + 1)",
         "interleaved",
     ),
     "rows of a tile beyond the first few": (
@@ -93,8 +93,8 @@ GRADIENT_MUTANTS = {
     ),
     "no bias gradient for an empty expert": (
         "gradients",
-        "tl.store(out + offsets, total.to(out.dtype.element_ty), mask=columns < N)",
-        "tl.store(out + offsets, total.to(out.dtype.element_ty), mask=(columns < N) & (end > 0))",
+        "tl.store(out + offsets, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=columns < N)",
+        "tl.store(out + offsets, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=(columns < N) & (end > 0))",
         "first expert empty",
     ),
     "the last tile of dW is dropped": (

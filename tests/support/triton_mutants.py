@@ -37,6 +37,12 @@ MUTANTS = {
         "o *= tl.load(topk_weights + tl.minimum(rows, end - 1))",
         "concatenated",
     ),
+    "the first k in every step": (
+        "products",
+        "tl.full((1, 1), k, tl.int32)",
+        "tl.full((1, 1), 0, tl.int32)",
+        "by columns",
+    ),
     "the input's weight forgotten": ("products", "            total *= scale\n", "            total *= 1.0\n", "plain"),
     "up's weight forgotten": ("products", "up *= scale", "up *= 1.0", "scaled"),
     "rows beyond the group are stored": (

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from executors._cli.app import app
 from executors._triton import configs
 from executors._triton.inspect.disassembly import Instruction, disassemble_amd
+from executors._triton.inspect.lanes import uneven_sums
 from executors._triton.inspect.resources import inner_loop
 
 PRODUCTS = {"up", "down", "inner", "outer"}
@@ -41,7 +42,9 @@ TENSOR_CORES = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "
 SMALL = {"sm90": "HMMA", "sm100": "HMMA"}  # for fewer than 64 rows
 
 PER_WEIGHT = {"sm80": 21, "sm90": 11, "sm100": 11, "gfx942": 20}  # instructions of a thread at most
-SCALARS_MOVED = 48  # on gfx942, of kernels of 4 bits, which take more addresses: moved to vector registers, no spill
+# On gfx942, of kernels of 4 bits, which take more addresses, and of TF32, which keeps a NaN of every operand: moved to
+# vector registers, no spill.
+SCALARS_MOVED = 48
 SLOW = {
     ("sm100", "bfloat16"),
     ("sm100", "float16"),
@@ -83,6 +86,7 @@ def test_kernels_fit(target: str, dtype: str, tmp_path: Path) -> None:
     rows = found["kernels"]
     faults = [*wrong_sizes(rows, found["shared"]), *wrong_instructions(target, rows), *narrow_loads(target, rows)]
     faults += [*slow_decoding(target, rows), *fused_scales(rows)]
+    faults += [*uneven(rows), *truncated(rows)]
     if dtype == "bfloat16" and not any(row["kernel"] == "decode" and is_nested(row) for row in rows):
         faults.append("decode must be compiled with nested scales")
     if whole:
@@ -104,7 +108,7 @@ def wrong_sizes(rows: list[Row], shared: int) -> Iterator[str]:
     for row in rows:
         if row["spilled"] or row["local"]:
             yield f"{name(row)}: spills {row['spilled']} bytes in {row['local']} instructions, but must spill none"
-        most = SCALARS_MOVED if row["constants"].get("FORMAT") else 0
+        most = SCALARS_MOVED if row["constants"].get("FORMAT") or row["dtype"] == "tf32" else 0
         if row["scalars_moved"] > most and row["kernel"] in PRODUCTS - {"inner"} and not row["layer"].startswith("odd"):
             yield f"{name(row)}: {row['scalars_moved']} scalar registers too many, but must be at most {most}"
         if row["shared"] > shared:
@@ -154,6 +158,20 @@ def fused_scales(rows: list[Row]) -> Iterator[str]:
             yield f"{name(row)}: must be compiled without contraction"
         if row["kernel"] == "decode" and row["multiply_adds"]:
             yield f"{name(row)}: {row['multiply_adds']} fused multiply-adds, but must have none"
+
+
+def uneven(rows: list[Row]) -> Iterator[str]:
+    """Sums over lanes in which a product is fused, so that lanes differ in the last bit (C1)."""
+    for row in rows:
+        if row["uneven_sums"]:
+            yield f"{name(row)}: {row['uneven_sums']} sums over lanes with a fused product, but must have none"
+
+
+def truncated(rows: list[Row]) -> Iterator[str]:
+    """Operands that go into a product of TF32 without being rounded (ADR 14): what the interpreter cannot show."""
+    for row in rows:
+        if row["unrounded_operands"]:
+            yield f"{name(row)}: {row['unrounded_operands']} operands of TF32 are truncated, but must be rounded"
 
 
 def slow_decoding(target: str, rows: list[Row]) -> Iterator[str]:
@@ -305,11 +323,32 @@ def test_innermost_loop_that_multiplies() -> None:
     assert inner_loop(code[3:5]) == []
 
 
+@pytest.mark.parametrize(
+    ("assembly", "found"),
+    [
+        (("SHFL.BFLY PT, R9, R5, 0x8, 0x1f", "FFMA R10, R18.reuse, R7, R9"), 1),
+        (("SHFL.BFLY PT, R9, R5, 0x8, 0x1f", "FFMA R10, R9, R7, R5"), 0),  # a product of what was sent
+        (("SHFL.BFLY PT, R9, R5, 0x8, 0x1f", "FADD R9, R5, R9", "FFMA R10, R18, R7, R9"), 0),
+        (("SHFL.BFLY PT, R9, R5, 0x8, 0x1f", "MOV R3, R9", "FFMA R10, R18, R7, R3"), 1),
+        (("SHFL.BFLY PT, R9, R5, 0x8, 0x1f", "DFMA R10, R18, R6, R8"), 1),  # R9 is its upper half
+        (("SHFL.BFLY PT, R9, R5, 0x8, 0x1f", "STG.E [R92.64], R9", "FFMA R10, R18, R7, -R9"), 1),
+        (("v_mov_b32_dpp v3, v2 row_shr:8", "v_fmac_f32_e32 v3, v4, v5"), 1),
+        (("ds_bpermute_b32 v3, v1, v2", "v_fma_f32 v0, v4, v5, v3"), 1),
+        (("v_mov_b32_dpp v3, v2 row_shr:8", "v_add_f32_e32 v3, v2, v3", "v_fmac_f32_e32 v3, v4, v5"), 0),
+        (("ds_bpermute_b32 v3, v1, v2", "v_pk_fma_f32 v[0:1], v[4:5], v[6:7], v[2:3]"), 1),
+    ],
+)
+def test_sums_whose_lanes_differ(assembly: tuple[str, ...], found: int) -> None:
+    split = [line.partition(" ")[::2] for line in assembly]
+    assert uneven_sums([Instruction(op, None, tuple(rest.split(", "))) for op, rest in split]) == found
+
+
 def test_assembly_for_amd_is_read() -> None:
     loop = ".LBB0_1: ; loop\n\ts_nop 0\n\tv_mfma_f32 v[0:3] ; x\n\ts_cbranch_scc0 .LBB0_1\n"
     text = f"kernel:\n{loop}\ts_endpgm\n.Lfunc_end0:\n\tno"
-    found = [Instruction("s_nop"), Instruction("v_mfma_f32"), Instruction("s_cbranch_scc0", 0), Instruction("s_endpgm")]
-    assert disassemble_amd(text) == found
+    branch, end = Instruction("s_cbranch_scc0", 0, (".LBB0_1",)), Instruction("s_endpgm")
+    multiplication = Instruction("v_mfma_f32", None, ("v[0:3]",))
+    assert disassemble_amd(text) == [Instruction("s_nop", None, ("0",)), multiplication, branch, end]
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ PANEL = {
     "late": replace(BASE, tokens=12, config=replace(GPT_OSS, limit=0.5, clamp="after")),
     "capped": replace(BASE, tokens=12, config=replace(GPT_OSS, limit=None, gate_softcap=2.0, up_softcap=25.0)),
     "concatenated": replace(BY_EXPERTS, config=MoEConfig(2, activation="geglu_tanh"), weights_layout="transposed"),
+    "by columns": replace(BY_EXPERTS, tokens=12, weights_layout="transposed", dtype="bfloat16"),
     "plain": replace(BY_EXPERTS, config=MoEConfig(2, activation="relu2", scale_input=True), weights_layout="sliced"),
     "groups": Problem(17, 8, 16, 8, DEEPSEEK, selection_bias="small", broken_logits=3),
     "softmax": Problem(17, 9, 16, 8, MoEConfig(3), logits="masked"),

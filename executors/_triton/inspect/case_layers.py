@@ -55,6 +55,9 @@ INKLING2 = CaseLayer("inkling2", 384, 8, 4608, 2304, SWIGLU._replace(gate_softca
 GELU = CaseLayer("gelu", 128, 8, 1040, 528, Activation("gelu", 1.0, None, 0.0, ""), biases=True, scale_input=True)
 RELU2 = QWEN3._replace(name="relu2", act=Activation("relu2", 1.0, None, 0.0, ""))
 ODD = CaseLayer("odd", 5, 2, 50, 17, CLAMPED._replace(layout="concatenated"), biases=True)
+# Rows so short and odd that a thread holds one element of a row: sums of products begin between lanes.
+ODD_PAIRS = ODD._replace(name="odd-pairs", hidden=7, act=CLAMPED)
+ODD_SCALED = ODD_PAIRS._replace(name="odd-scale", scale_input=True)
 
 LORA = QWEN3._replace(name="lora", rank=16)
 LORA_FP32 = GPT_OSS._replace(name="lora-fp32", rank=32, lora_dtype="float32")  # as PEFT makes them

@@ -28,6 +28,8 @@ from executors._triton.inspect.case_layers import (
     NF4,
     ODD,
     ODD_NF4,
+    ODD_PAIRS,
+    ODD_SCALED,
     PEFT,
     QWEN3,
     RELU2,
@@ -165,7 +167,8 @@ def cases(family: str, dtypes: tuple[str, ...], largest: bool = False) -> Iterat
             yield from _of_products(GPT_OSS, own.wide, dtype, device, trained=True)
             yield _largest(QWEN3, own.wide, dtype, device, trained=True)
             yield from _of_products(GPT_OSS, own.wide, TF32, device)
-            yield _largest(QWEN3, own.wide, TF32, device, trained=True)
+            for layer in (QWEN3, LORA):
+                yield _largest(layer, own.wide, TF32, device, trained=True)
             yield from _of_products(NF4, own.packed.wide, dtype, device, trained=True)
             continue
         for layer in INFERENCE:
@@ -189,6 +192,8 @@ def cases(family: str, dtypes: tuple[str, ...], largest: bool = False) -> Iterat
         yield from _of_products(ODD_NF4, own.packed.odd, dtype, device, trained=True)
         yield CompileCase("gpt-oss", dtype, partial(_route, 32, dtype, MoEConfig(4, scoring="topk_softmax")))
         yield CompileCase("E=512", dtype, partial(_route, 512, dtype, MANY))
+    if dtypes[-1] == "float32":
+        yield from _sums_over_lanes(own, device)
     yield CompileCase("deepseek", "float32", partial(_route, 256, "float32", GROUPED))
     yield CompileCase("deepseek", "float64", partial(_route, 256, "float64", GROUPED))
     yield CompileCase("E=512", "float64", partial(_route, 512, "float64", MANY))
@@ -217,12 +222,23 @@ def _largest_cases(family: str, dtype: str) -> Iterator[CompileCase]:
         yield _largest(layer, kernel_configs, dtype, device, trained=True)
     if dtype == "float32":
         yield _largest(NF4, own.packed.wide, dtype, device, trained=True)
+        yield _largest(QWEN3, own.wide, TF32, device, trained=True)
     else:
         for layer in (NF4, MXFP4, PEFT):
             yield _largest(layer, own.packed.narrow, dtype, device, trained=True)
         yield _largest(DECODED, kernel_configs, dtype, device)
     yield _largest(ODD, own.odd, dtype, device, trained=True)
     yield _largest(ODD_NF4, own.packed.odd, dtype, device, trained=True)
+    if dtype == "float32":
+        yield from _sums_over_lanes(own, device)
+
+
+def _sums_over_lanes(own: configs.Family, device: Device) -> Iterator[CompileCase]:
+    """Cases whose sums of products would begin between lanes, if products were added over lanes at all."""
+    for layer in (ODD_PAIRS, ODD_SCALED):
+        yield _largest(layer, own.odd, "float32", device, trained=True)
+    for experts, config in ((5, MoEConfig(2)), (128, MoEConfig(8, renormalize=True))):
+        yield CompileCase(f"E={experts}", "float32", partial(_route, experts, "float32", config))
 
 
 def _largest(

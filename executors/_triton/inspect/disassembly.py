@@ -28,10 +28,12 @@ class Instruction(NamedTuple):
     Attributes:
         opcode: with its suffixes.
         target: the index of the instruction that a branch within the kernel goes to.
+        operands: as they are written.
     """
 
     opcode: str
     target: int | None = None
+    operands: tuple[str, ...] = ()
 
 
 def disassemble_nvidia(cubins: Sequence[bytes], arch: int) -> list[list[Instruction]]:
@@ -75,8 +77,12 @@ def _linked(lines: list[tuple[int, str, str]]) -> list[Instruction]:
     out = []
     for _, opcode, rest in lines:
         found = NVIDIA_ADDRESS.findall(rest) if opcode.startswith("BRA") else []
-        out.append(Instruction(opcode, places.get(int(found[-1], 16)) if found else None))
+        out.append(Instruction(opcode, places.get(int(found[-1], 16)) if found else None, _operands(rest)))
     return out
+
+
+def _operands(text: str) -> tuple[str, ...]:
+    return tuple(operand.strip() for operand in text.split(",")) if text else ()
 
 
 def code_of(cubin: bytes) -> bytes:
@@ -101,4 +107,4 @@ def disassemble_amd(assembly: str) -> list[Instruction]:
             labels[label[1]] = len(opcodes)
         elif found := AMD_LINE.match(line):
             opcodes.append((found[1], (found[2] or "").strip()))
-    return [Instruction(o, labels.get(rest) if "branch" in o else None) for o, rest in opcodes]
+    return [Instruction(o, labels.get(rest) if "branch" in o else None, _operands(rest)) for o, rest in opcodes]

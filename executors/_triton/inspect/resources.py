@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from executors._triton.inspect.disassembly import Instruction, disassemble_amd, disassemble_nvidia, run_tool
+from executors._triton.inspect.lanes import uneven_sums
+from executors._triton.inspect.rounding import unrounded_operands
 
 REGISTER = 4  # bytes
 TENSOR_CORE = re.compile(r"(HMMA|HGMMA|UTC\w*MMA|v_mfma)")
@@ -37,6 +39,8 @@ class Resources:
         instructions: in all, without padding.
         multiply_adds: instructions in fp32 that round a product and a sum once.
         inner_instructions: of the innermost loop that multiplies, without padding.
+        uneven_sums: sums over lanes whose lanes may differ in the last bit; none if the kernel is repeatable.
+        unrounded_operands: of products in TF32.
     """
 
     registers: int
@@ -53,6 +57,8 @@ class Resources:
     instructions: int
     inner_instructions: int
     multiply_adds: int
+    uneven_sums: int
+    unrounded_operands: int
 
     @property
     def spills(self) -> bool:
@@ -70,11 +76,11 @@ def resources_of(compiled: Sequence[Any]) -> list[Resources]:
         return []
     target = compiled[0].metadata.target
     if target.backend == "hip":
-        return [_of_amd(kernel.asm["amdgcn"], kernel.metadata.shared) for kernel in compiled]
+        return [_of_amd(kernel) for kernel in compiled]
     cubins = [kernel.asm["cubin"] for kernel in compiled]
     codes = disassemble_nvidia(cubins, target.arch)
     return [
-        _counted(code, *registers_and_stack(cubin), 0, kernel.metadata.shared)
+        _counted(kernel, code, *registers_and_stack(cubin), 0)
         for kernel, cubin, code in zip(compiled, cubins, codes, strict=True)
     ]
 
@@ -89,17 +95,19 @@ def registers_and_stack(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def _of_amd(assembly: str, shared: int) -> Resources:
+def _of_amd(kernel: Any) -> Resources:
+    assembly = kernel.asm["amdgcn"]
+
     def field(name: str) -> int:
         (value,) = re.findall(rf"^ +\.{name}: +(\d+)$", assembly, re.MULTILINE)
         return int(value)
 
     spilled = max(REGISTER * field("vgpr_spill_count"), field("private_segment_fixed_size"))
     code = disassemble_amd(assembly)
-    return _counted(code, field("vgpr_count"), spilled, field("sgpr_spill_count"), shared)
+    return _counted(kernel, code, field("vgpr_count"), spilled, field("sgpr_spill_count"))
 
 
-def _counted(code: list[Instruction], registers: int, spilled: int, scalars_moved: int, shared: int) -> Resources:
+def _counted(kernel: Any, code: list[Instruction], registers: int, spilled: int, scalars_moved: int) -> Resources:
     loop = inner_loop(code)
     kinds = [found[1] for i in code if (found := TENSOR_CORE.match(i.opcode))]
     return Resources(
@@ -107,7 +115,7 @@ def _counted(code: list[Instruction], registers: int, spilled: int, scalars_move
         spilled=spilled,
         scalars_moved=scalars_moved,
         local=_number(LOCAL, code),
-        shared=shared,
+        shared=kernel.metadata.shared,
         tensor_core=len(kinds),
         tensor_core_kind=kinds[0] if kinds else "",
         loads=_number(LOAD, code),
@@ -117,6 +125,8 @@ def _counted(code: list[Instruction], registers: int, spilled: int, scalars_move
         instructions=_without_padding(code),
         inner_instructions=_without_padding(loop),
         multiply_adds=_number(MULTIPLY_ADD, code),
+        uneven_sums=uneven_sums(code) if kernel.metadata.enable_fp_fusion else 0,
+        unrounded_operands=unrounded_operands(kernel.asm["ttir"]),
     )
 
 

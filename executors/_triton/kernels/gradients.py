@@ -1,4 +1,9 @@
-"""The backward pass of a layer, element by element: gradients of z, of weights of slots, of biases (D1 to D3)."""
+"""The backward pass of a layer, element by element: gradients of z, of weights of slots, of biases (D1 to D3).
+
+Sums of products keep an element for each place of a block, and add over lanes once, after the loop. Were a product
+itself added over lanes, the compiler might fuse it into the first of these sums. Each lane would then round another
+term, and the lane that stores last would decide on the last bit (C1).
+"""
 
 import triton
 import triton.language as tl
@@ -49,7 +54,7 @@ def dz_kernel(
         row, end = tl.load(record + 1) + tl.program_id(1) * BLOCK_M, tl.load(record + 2)
         rows = row + tl.arange(0, BLOCK_M)
         slots = tl.load(order + tl.minimum(rows, end - 1))
-        total = tl.zeros((BLOCK_M,), tl.float32)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         scale = tl.full((BLOCK_M, 1), 1.0, tl.float32)
         if WEIGHTED:
             scale = tl.load(topk_weights + slots).to(tl.float32)[:, None]
@@ -79,7 +84,7 @@ def dz_kernel(
                 else:
                     value = gated(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET, LATE, GATE_SOFTCAP, UP_SOFTCAP)
                 if STORE_WEIGHTS:
-                    total += tl.sum(of_dh * value, axis=1)
+                    total += of_dh * value
                 if STORE_H:
                     tl.store(h + offsets, (value * scale).to(h.dtype.element_ty), mask=mask)
             if STORE_DZ:
@@ -105,8 +110,8 @@ def dz_kernel(
                     mask = (rows < end)[:, None] & (columns < H)[None, :]
                     of_dy = tl.load(dy + y_rows + offset(columns, dy_strides[1])[None, :], mask=mask, other=0.0)
                     of_bias = tl.load(bias + b_row + offset(columns, bias_strides[1]), mask=columns < H, other=0.0)
-                    total += tl.sum(of_dy.to(tl.float32) * of_bias.to(tl.float32)[None, :], axis=1)
-            tl.store(d_weights + slots, total.to(d_weights.dtype.element_ty), mask=rows < end)
+                    total += of_dy.to(tl.float32) * of_bias.to(tl.float32)[None, :]
+            tl.store(d_weights + slots, tl.sum(total, axis=1).to(d_weights.dtype.element_ty), mask=rows < end)
 
 
 @triton.jit
@@ -127,14 +132,14 @@ def input_weights_kernel(
     slots = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ids = tl.load(topk_ids + slots, mask=slots < num_slots, other=-1)
     full = ((ids >= 0) & (ids < num_experts))[:, None]
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, N, BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
         mask = full & (columns < N)[None, :]
         values = tl.load(d_inputs + offset(slots, N)[:, None] + columns[None, :], mask=mask, other=0.0)
         offsets = offset(slots // TOP_K, x_strides[0])[:, None] + offset(columns, x_strides[1])[None, :]
-        total += tl.sum(values.to(tl.float32) * tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32), axis=1)
-    tl.store(d_weights + slots, total.to(d_weights.dtype.element_ty), mask=slots < num_slots)
+        total += values.to(tl.float32) * tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(d_weights + slots, tl.sum(total, axis=1).to(d_weights.dtype.element_ty), mask=slots < num_slots)
 
 
 @triton.jit
@@ -152,11 +157,14 @@ def sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The sum of each expert's rows, in order, times their weights where WEIGHTED; 0 for one without rows (D2)."""
+    """The sum of each expert's rows, times their weights where WEIGHTED; 0 for an expert without rows (D2).
+
+    Every BLOCK_M-th row is added up in order, and then these BLOCK_M sums: warps meet once, not in every step.
+    """
     expert = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.load(group_offsets + expert + 1)
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for row in range(tl.load(group_offsets + expert), end, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
         sources = rows
@@ -168,6 +176,6 @@ def sums_kernel(
         block = tl.load(values + offsets, mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
             block *= tl.load(topk_weights + slots, mask=rows < end, other=0.0).to(tl.float32)[:, None]
-        total += tl.sum(block, axis=0)
+        total += block
     offsets = offset(expert, out_strides[0]) + offset(columns, out_strides[1])
-    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=columns < N)
+    tl.store(out + offsets, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=columns < N)

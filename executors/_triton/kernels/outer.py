@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from executors._triton.kernels.addresses import offset
+from executors._triton.kernels.precision import rounded
 
 
 @triton.jit
@@ -60,6 +61,7 @@ def outer_kernel(
         slots = tl.load(order + tl.minimum(rows, end - 1))
         of_a = load_rows(a, a_strides, slots, rows, mask, ms, M, topk_weights, TOP_K_A, SCALED_A)
         of_b = load_rows(b, b_strides, slots, rows, mask, ns, N, topk_weights, TOP_K_B, SCALED_B)
+        of_a, of_b = rounded(of_a, PRECISION), rounded(of_b, PRECISION)
         total = tl.dot(tl.trans(of_a), of_b, total, input_precision=PRECISION)
     if a_powers is not None:
         total *= tl.load(a_powers + offset(expert, M) + ms, mask=ms < M, other=1.0)[:, None]

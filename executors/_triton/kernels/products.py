@@ -11,14 +11,16 @@ from executors._triton.kernels.activation import act, gated
 from executors._triton.kernels.addresses import offset
 from executors._triton.kernels.narrow import inverse_of
 from executors._triton.kernels.packed import load_packed
+from executors._triton.kernels.precision import rounded
 from executors._triton.kernels.tiles import part_of, tile_at
 
 
 @triton.jit
-def load_matrix(matrices, at, sizes, FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K):
+def load_matrix(matrices, pointers, at, sizes, FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K):
     """[BLOCK_K, BLOCK_N] of an expert's matrix [N, K], transposed; zeros outside.
 
     ``matrices`` are (w, scales, strides), ``at`` is (expert, columns, first column, first k), ``sizes`` are (N, K).
+    ``pointers`` are those of `pointers_to`.
     By TMA w is a descriptor of [E, N, K] ("rows") or of [E, K, N] ("columns"). With FORMAT w holds codes in 4 bits: the
     result is in fp32, and outside are any numbers, which meet zeros of the other operand. Else w is a pointer.
     """
@@ -31,17 +33,41 @@ def load_matrix(matrices, at, sizes, FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K):
     elif TMA == "columns":
         values = w.load([expert, k, first]).reshape(BLOCK_K, BLOCK_N)
     else:
-        values = load_dense(w, strides, expert, columns, k + tl.arange(0, BLOCK_K), sizes, EVEN_K)
+        ks = k + tl.arange(0, BLOCK_K)
+        if pointers is None:
+            values = load_dense(w, strides, expert, columns, ks, sizes, EVEN_K)
+        else:
+            pointers += offset(tl.full((1, 1), k, tl.int32), strides[2])
+            values = tl.load(pointers, mask=mask_of(columns, ks, sizes, EVEN_K), other=0.0)
     return values
+
+
+@triton.jit
+def pointers_to(matrices, expert, columns, AHEAD, BLOCK_K):
+    """[BLOCK_K, columns] pointers to the first k of an expert's matrix where AHEAD, else None.
+
+    They are computed once for a tile. A step then adds one product in 64 bits to all of them.
+    """
+    w, _, strides = matrices
+    pointers = None
+    if AHEAD:
+        pointers = w + offset(expert, strides[0]) + offset(columns, strides[1])[None, :]
+        pointers += offset(tl.arange(0, BLOCK_K), strides[2])[:, None]
+    return pointers
 
 
 @triton.jit
 def load_dense(w, strides, expert, columns, ks, sizes, EVEN_K):
     """[k, columns] of an expert's matrix [N, K], transposed; zeros outside. With EVEN_K no k is outside."""
-    N, K = sizes
     offsets = offset(expert, strides[0]) + offset(columns, strides[1])[None, :] + offset(ks, strides[2])[:, None]
-    mask = (columns < N)[None, :] if EVEN_K else (columns < N)[None, :] & (ks < K)[:, None]
-    return tl.load(w + offsets, mask=mask, other=0.0)
+    return tl.load(w + offsets, mask=mask_of(columns, ks, sizes, EVEN_K), other=0.0)
+
+
+@triton.jit
+def mask_of(columns, ks, sizes, EVEN_K):
+    """[k, columns] Whether they lie in a matrix [N, K]; [1, columns] with EVEN_K."""
+    N, K = sizes
+    return (columns < N)[None, :] if EVEN_K else (columns < N)[None, :] & (ks < K)[:, None]
 
 
 @triton.jit
@@ -59,7 +85,7 @@ def dot_exact(a, b, total, PRECISION):
     widened to fp32.
     """
     if a.dtype == b.dtype:
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+        total = tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), total, input_precision=PRECISION)
     elif a.dtype == tl.bfloat16:
         rest = b.to(tl.float32)
         for _ in tl.static_range(3):
@@ -67,7 +93,8 @@ def dot_exact(a, b, total, PRECISION):
             rest -= term.to(tl.float32)
             total = tl.dot(a, term, total)
     else:
-        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+        a, b = rounded(a.to(tl.float32), PRECISION), rounded(b.to(tl.float32), PRECISION)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
 
 
@@ -134,6 +161,7 @@ def up_kernel(
     PART: tl.constexpr,
     FORMAT: tl.constexpr,  # of codes, or None
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether pointers to w are computed before the loop over k
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of w in a tile, gate and up together
     BLOCK_K: tl.constexpr,
@@ -160,17 +188,21 @@ def up_kernel(
         bound = limit if FORMAT is None else N  # codes past the gates are ups, and not stored
         total = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
         up = total  # the second half, of a concatenated layout only
+        matrices = (w, scales, w_strides)
+        pointers = pointers_to(matrices, matrix, columns, AHEAD, BLOCK_K)
+        of_others = pointers_to(matrices, matrix, others, AHEAD, BLOCK_K)
         for k in tl.range(0, K, BLOCK_K):
             ks = k + tl.arange(0, BLOCK_K)
             offsets = x_rows + offset(ks, x_strides[1])[None, :]
             a = tl.load(x + offsets) if EVEN_K else tl.load(x + offsets, mask=(ks < K)[None, :], other=0.0)
+            a = rounded(a, PRECISION)
             at = (matrix, columns, first, k)
-            b = load_matrix((w, scales, w_strides), at, (bound, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
-            total = tl.dot(a, b.to(a.dtype), total, input_precision=PRECISION)
+            b = load_matrix(matrices, pointers, at, (bound, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
+            total = tl.dot(a, rounded(b.to(a.dtype), PRECISION), total, input_precision=PRECISION)
             if LAYOUT == "concatenated":
                 at = (matrix, others, start, k)
-                c = load_matrix((w, scales, w_strides), at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
-                up = tl.dot(a, c.to(a.dtype), up, input_precision=PRECISION)
+                c = load_matrix(matrices, of_others, at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
+                up = tl.dot(a, rounded(c.to(a.dtype), PRECISION), up, input_precision=PRECISION)
         if BLOCK_R:
             adapter = (inner, inner_powers, factor, factor_strides)
             total = add_adapter(total, adapter, expert, sources, columns, limit, R, PRECISION, BLOCK_R)
@@ -232,6 +264,7 @@ def down_kernel(
     PART: tl.constexpr,
     FORMAT: tl.constexpr,  # of codes, or None
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether pointers to w are computed before the loop over k
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -250,6 +283,8 @@ def down_kernel(
         sources = tl.minimum(rows, end - 1)
         h_rows = offset(sources, K)[:, None]
         o = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        matrices = (w, scales, w_strides)
+        pointers = pointers_to(matrices, matrix, columns, AHEAD, BLOCK_K)
         for k in tl.range(0, K, BLOCK_K):
             ks = k + tl.arange(0, BLOCK_K)
             if TMA != "":
@@ -261,8 +296,8 @@ def down_kernel(
             else:
                 a = tl.load(h + h_rows + ks[None, :], mask=(ks < K)[None, :], other=0.0)
             at = (matrix, columns, first, k)
-            b = load_matrix((w, scales, w_strides), at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K)
-            o = tl.dot(a, b.to(a.dtype), o, input_precision=PRECISION)
+            b = load_matrix(matrices, pointers, at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K)
+            o = tl.dot(rounded(a, PRECISION), rounded(b.to(a.dtype), PRECISION), o, input_precision=PRECISION)
         if h_powers is not None:
             o *= tl.load(h_powers + sources)[:, None]
         if BLOCK_R:

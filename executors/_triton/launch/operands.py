@@ -66,6 +66,8 @@ class Operand(NamedTuple):
         strides: three, of elements; of codes of bytes.
         format: of codes, or None.
         tma: "rows" or "columns" for a descriptor, else "".
+        ahead: whether pointers are computed before the loop over k: for matrices in 16 bits in which k is not last in
+            memory. Products in fp32 are bound by their multiplications, and would spill.
     """
 
     w: Any
@@ -73,6 +75,7 @@ class Operand(NamedTuple):
     strides: tuple[int, ...]
     format: CodeFormat | None
     tma: str
+    ahead: bool = False
 
 
 def are_aligned(*projections: Matrices, decoded: bool = False) -> bool:
@@ -156,7 +159,7 @@ def operand(matrices: Matrices, box: int, tile: Tile, plan: LaunchPlan, halves: 
     of_expert = of_expert if experts > 1 else outer * of_outer
     nested = of_outer >= inner and of_expert >= outer * of_outer and of_expert % of_outer == 0
     if not (plan.aligned and narrow and nested and configs.FAMILIES[plan.device.family].descriptors):
-        return Operand(matrices, (), matrices.stride(), None, "")
+        return Operand(matrices, (), matrices.stride(), None, "", narrow and matrices.stride(2) != 1)
     descriptor = TensorDescriptor(matrices, [experts, outer, inner], [of_expert, of_outer, 1], block)
     return Operand(descriptor, (), matrices.stride(), None, kind)
 

@@ -105,6 +105,7 @@ def up(
             FORMAT=of_w.format,
             enable_fp_fusion=is_fused(of_w.format),
             TMA=of_w.tma,
+            AHEAD=of_w.ahead,
             BLOCK_R=block_r,
             **blocks(tile),
         )
@@ -160,6 +161,7 @@ def down(
             FORMAT=of_w.format,
             enable_fp_fusion=is_fused(of_w.format),
             TMA=of_w.tma,
+            AHEAD=of_w.ahead,
             BLOCK_R=block_r,
             **blocks(tile),
         )

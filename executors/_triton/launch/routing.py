@@ -97,6 +97,7 @@ def operator(
             BY_LOGIT=selection_key == "logit",
             **blocks,
             BLOCK_G=triton.next_power_of_2(num_groups),
+            enable_fp_fusion=False,  # lanes sum products: each must round them alike (C1)
         )
     return weights, ids
 
@@ -160,6 +161,7 @@ def backward_operator(
             EPS=eps,
             SCALING=scaling,
             **blocks,
+            enable_fp_fusion=False,  # lanes sum products: each must round them alike (C1)
         )
     return out
 
