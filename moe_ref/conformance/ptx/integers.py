@@ -1,0 +1,349 @@
+"""Instructions on integers, bits and predicates, and moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moe_ref.conformance.ptx.emit import Emitter, plain, unsigned, width
+from moe_ref.conformance.ptx.text import Imm, Instruction, Reg, Unreadable
+
+Handler = Callable[[Emitter, Instruction], None]
+
+OPERATORS = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^"}
+LOGIC = {"and", "or", "xor", "not"}
+COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+UNSIGNED_COMPARE = {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+
+
+def arithmetic(e: Emitter, own: Instruction) -> None:
+    """``add``, ``sub``, ``and``, ``or``, ``xor``: wrap."""
+    kind = plain(own.opcode[-1])
+    if len(own.opcode) != 2:
+        raise Unreadable(f"{own.name}: unknown form")
+    _, a, b = own.operands
+    e.write(own.operands[0], kind, f"{e.read(a, kind)} {OPERATORS[own.opcode[0]]} {e.read(b, kind)}", own)
+
+
+def unary(e: Emitter, own: Instruction) -> None:
+    """``not``, ``neg``, ``abs``, ``popc``, ``clz``, ``brev``, ``bfind``."""
+    name, kind = own.opcode[0], plain(own.opcode[-1])
+    value = e.read(own.operands[1], kind)
+    if name in ("popc", "clz", "brev"):
+        result = "u32" if name != "brev" else kind
+        e.write(own.operands[0], result, f"{name}({value}).astype({result.upper()})", own)
+        return
+    form = {"not": "~{}", "neg": "negative({})", "abs": "absolute({})"}[name]
+    e.write(own.operands[0], kind, form.format(value), own)
+
+
+def multiply(e: Emitter, own: Instruction) -> None:
+    """``mul`` and ``mad``: ``lo``, ``hi``, ``wide``."""
+    name, form, kind = own.opcode[0], own.opcode[1], plain(own.opcode[-1])
+    result = f"{kind[0]}{2 * width(kind)}" if form == "wide" else kind
+    a, b = (e.read(o, kind) for o in own.operands[1:3])
+    if form == "lo":
+        value = f"{a} * {b}"
+    elif form == "wide":
+        value = f"multiply({a}, {b}, dtype={result.upper()})"
+    elif form == "hi" and width(kind) == 32:
+        wide = f"{kind[0]}64".upper()
+        value = f"(multiply({a}, {b}, dtype={wide}) >> {wide}(32)).astype({kind.upper()})"
+    elif form == "hi" and width(kind) == 64:
+        value = f"high({a}, {b})"
+    else:
+        raise Unreadable(f"{own.name}: unknown form")
+    if name == "mad":
+        value = f"{value} + {e.read(own.operands[3], result)}"
+    e.write(own.operands[0], result, value, own)
+
+
+def divide(e: Emitter, own: Instruction) -> None:
+    """``div`` and ``rem``, towards zero; the result of a division by zero is not specified, here all bits are set."""
+    kind = plain(own.opcode[-1])
+    _, a, b = own.operands
+    helper = {"div": "quotient", "rem": "remainder"}[own.opcode[0]]
+    e.write(own.operands[0], kind, f"{helper}({e.read(a, kind)}, {e.read(b, kind)})", own)
+
+
+def shift(e: Emitter, own: Instruction) -> None:
+    """``shl`` and ``shr``: amounts beyond the width are the width; ``shf.l`` and ``shf.r`` over two words."""
+    kind = plain(own.opcode[-1])
+    if own.opcode[0] == "shf":
+        low, high, amount = (e.read(o, "u32") for o in own.operands[1:])
+        e.write(own.operands[0], "u32", f"funnel({low}, {high}, {amount}, {own.opcode[1:3]!r})", own)
+        return
+    _, a, amount = own.operands
+    if isinstance(amount, Imm):
+        many = min(amount.value & 0xFFFFFFFF, width(kind))
+        by = e.constant(np.dtype(f"{kind[0].replace('s', 'i')}{width(kind) // 8}").type(min(many, width(kind) - 1)))
+        if many == width(kind) and not (own.opcode[0] == "shr" and kind[0] == "s"):
+            e.write(own.operands[0], kind, f"zeros_like({e.read(a, kind)})", own)
+            return
+        sign = "<<" if own.opcode[0] == "shl" else ">>"
+        e.write(own.operands[0], kind, f"{e.read(a, kind)} {sign} {by}", own)
+        return
+    e.write(own.operands[0], kind, f"shifted_{own.opcode[0]}({e.read(a, kind)}, {e.read(amount, 'u32')})", own)
+
+
+def extremum(e: Emitter, own: Instruction) -> None:
+    """``min`` and ``max``."""
+    kind = plain(own.opcode[-1])
+    _, a, b = own.operands
+    e.write(own.operands[0], kind, f"{own.opcode[0]}imum({e.read(a, kind)}, {e.read(b, kind)})", own)
+
+
+def field(e: Emitter, own: Instruction) -> None:
+    """``bfe``: bits from a place on; ``bfi``: bits put there."""
+    kind = plain(own.opcode[-1])
+    if own.opcode[0] == "bfi":
+        a, b = (e.read(o, kind) for o in own.operands[1:3])
+        place, length = (e.read(o, "u32") for o in own.operands[3:])
+        e.write(own.operands[0], kind, f"inserted({a}, {b}, {place}, {length})", own)
+        return
+    if all(isinstance(o, Imm) for o in own.operands[2:]):
+        pos, size = (o.value & 0xFF for o in own.operands[2:] if isinstance(o, Imm))
+        bits, cast = width(kind), kind.upper()
+        if 0 < size and pos + size <= bits:
+            value = f"(({e.read(own.operands[1], kind)} << {cast}({bits - pos - size})) >> {cast}({bits - size}))"
+            e.write(own.operands[0], kind, value, own)
+            return
+    place, length = (e.read(o, "u32") for o in own.operands[2:])
+    e.write(own.operands[0], kind, f"extracted({e.read(own.operands[1], kind)}, {place}, {length})", own)
+
+
+def permute(e: Emitter, own: Instruction) -> None:
+    """``prmt`` in its default mode."""
+    if own.opcode != ("prmt", "b32"):
+        raise Unreadable(f"{own.name}: unknown form")
+    a, b = (e.read(o, "u32") for o in own.operands[1:3])
+    selector = own.operands[3]
+    if isinstance(selector, Imm):
+        e.write(own.operands[0], "u32", f"permuted({a}, {b}, {selector.value})", own)
+    else:
+        e.write(own.operands[0], "u32", f"permuted_by({a}, {b}, {e.read(selector, 'u32')})", own)
+
+
+def three_inputs(e: Emitter, own: Instruction) -> None:
+    """``lop3``."""
+    a, b, c = (e.read(o, "u32") for o in own.operands[1:4])
+    table = own.operands[4]
+    assert isinstance(table, Imm)
+    e.write(own.operands[0], "u32", f"three_inputs({a}, {b}, {c}, {table.value})", own)
+
+
+def compare(e: Emitter, own: Instruction) -> None:
+    """``setp`` on integers and on floats, where a NaN is only unordered; of bits only equality."""
+    if len(own.opcode) == 4 and own.opcode[2] == "ftz":
+        raise Unreadable(f"{own.name}: unknown form")
+    if len(own.opcode) != 3:
+        raise Unreadable(f"{own.name}: unknown form")
+    _, relation, kind = own.opcode
+    target, a, b = own.operands
+    own_kind = plain(kind)
+    if kind == "bf16":
+        left, right = (f"from_bf16({e.read(o, 'u16')})" for o in (a, b))
+        floating = True
+    else:
+        left, right = e.read(a, own_kind), e.read(b, own_kind)
+        floating = own_kind[0] == "f"
+    if relation == "nan":
+        value = f"isnan({left}) | isnan({right})"
+    elif relation == "num":
+        value = f"~(isnan({left}) | isnan({right}))"
+    elif relation == "ne" and floating:  # NumPy's is true for a NaN, the ISA's is not: 9.7.6.1
+        value = f"({left} != {right}) & ~(isnan({left}) | isnan({right}))"
+    elif relation in COMPARE:
+        value = f"{left} {COMPARE[relation]} {right}"
+    elif relation[:-1] in COMPARE and relation[-1] == "u" and floating:
+        value = f"({left} {COMPARE[relation[:-1]]} {right}) | isnan({left}) | isnan({right})"
+    elif relation in UNSIGNED_COMPARE and own_kind[0] == "u":
+        value = f"{left} {UNSIGNED_COMPARE[relation]} {right}"
+    else:
+        raise Unreadable(f"{own.name}: unknown form")
+    e.write(target, "p", value, own)
+
+
+def select(e: Emitter, own: Instruction) -> None:
+    """``selp``."""
+    kind = plain(own.opcode[-1])
+    if kind[0] == "f":  # bits, so that a NaN keeps its own
+        kind = f"u{kind[1:]}"
+    a, b = (e.read(o, kind) for o in own.operands[1:3])
+    e.write(own.operands[0], kind, f"where({e.read(own.operands[3], 'p')}, {a}, {b})", own)
+
+
+def move(e: Emitter, own: Instruction) -> None:
+    """``mov``: also between a register and its parts."""
+    target, source = own.operands
+    kind = plain(own.opcode[-1])
+    kind = kind if kind == "p" else unsigned(width(kind))
+    if isinstance(target, tuple):
+        part = width(kind) // len(target)
+        whole = e.read(source, kind)
+        for place, own_target in enumerate(target):
+            if isinstance(own_target, Reg):
+                shifted = f"({whole} >> {kind.upper()}({place * part}))" if place else whole
+                e.write(own_target, f"u{part}", f"{shifted}.astype(U{part})", own)
+        return
+    if isinstance(source, tuple):
+        part = width(kind) // len(source)
+        parts = [f"{e.read(o, f'u{part}')}.astype({kind.upper()})" for o in source]
+        shifted = [f"({own_part} << {kind.upper()}({n * part}))" if n else own_part for n, own_part in enumerate(parts)]
+        e.write(target, kind, " | ".join(shifted), own)
+        return
+    value = e.read(source, kind)
+    e.write(target, kind, value if isinstance(source, Reg) else f"spread({value}, m.threads)", own)
+
+
+HANDLERS: dict[str, Handler] = dict.fromkeys(("and", "or", "xor"), arithmetic)
+HANDLERS |= {"not": unary, "popc": unary, "clz": unary, "brev": unary, "shl": shift, "shr": shift, "shf": shift}
+HANDLERS |= {"bfe": field, "bfi": field, "prmt": permute, "lop3": three_inputs, "setp": compare, "selp": select}
+HANDLERS |= {"mov": move, "rem": divide}
+SHARED: dict[str, Handler] = dict.fromkeys(("add", "sub"), arithmetic)  # names that floats have too
+SHARED |= {"neg": unary, "abs": unary, "mul": multiply, "mad": multiply, "div": divide}
+SHARED |= dict.fromkeys(("min", "max"), extremum)
+
+
+def spread(value: Any, threads: int) -> Any:
+    """A scalar for all threads."""
+    return value if getattr(value, "ndim", 0) else np.full(threads, value)
+
+
+def high(a: Any, b: Any) -> Any:
+    """The upper 64 bits of products."""
+    wide = a.astype(object) * b.astype(object)
+    return np.array([int(w) >> 64 for w in np.atleast_1d(wide)]).astype(a.dtype)
+
+
+def quotient(a: Any, b: Any) -> Any:
+    """Towards zero, in the operands' own dtype."""
+    a, b = np.broadcast_arrays(a, b)
+    none = b == 0
+    down = np.floor_divide(a, np.where(none, b.dtype.type(1), b))
+    inexact = (down * b != a) & (down < 0) if a.dtype.kind == "i" else False
+    return np.where(none, ~b.dtype.type(0), down + np.where(inexact, a.dtype.type(1), a.dtype.type(0)))
+
+
+def remainder(a: Any, b: Any) -> Any:
+    """What `quotient` leaves, with the sign of a."""
+    return a - quotient(a, b) * b
+
+
+def shifted_shl(a: Any, amount: Any) -> Any:
+    """To the left, 0 for amounts beyond the width."""
+    bits = a.dtype.itemsize * 8
+    return np.where(amount >= bits, a.dtype.type(0), a << np.minimum(amount, bits - 1).astype(a.dtype))
+
+
+def shifted_shr(a: Any, amount: Any) -> Any:
+    """To the right, with the sign; amounts beyond the width are the width."""
+    bits = a.dtype.itemsize * 8
+    within = a >> np.minimum(amount, bits - 1).astype(a.dtype)
+    return within if a.dtype.kind == "i" else np.where(amount >= bits, a.dtype.type(0), within)
+
+
+def funnel(low: Any, high: Any, amount: Any, form: tuple[str, str]) -> Any:
+    """A shift over two words."""
+    direction, mode = form
+    by = (amount & np.uint32(31) if mode == "wrap" else np.minimum(amount, np.uint32(32))).astype(np.uint64)
+    both = (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64)
+    if direction == "r":
+        return (both >> by).astype(np.uint32)
+    return ((both << by) >> np.uint64(32)).astype(np.uint32)
+
+
+def extracted(a: Any, place: Any, length: Any) -> Any:
+    """Bits of a, from a place on; the sign of signed ones is the last of them, within the word (9.7.1.19)."""
+    bits = a.dtype.itemsize * 8
+    pos, size = (np.asarray(o, np.int64) & 0xFF for o in (place, length))
+    out = shifted_shr(a, np.asarray(pos).astype(np.uint32))
+    pad = np.clip(bits - size, 0, bits).astype(np.uint32)
+    if a.dtype.kind == "i":
+        pad = np.minimum(pad, np.uint32(bits))
+        end = np.minimum(pos + size - 1, bits - 1)
+        sign = (shifted_shr(a, end.astype(np.uint32)) & a.dtype.type(1)) != 0
+        one = np.where(size >= bits, a.dtype.type(-1), (a.dtype.type(1) << np.minimum(size, bits - 1).astype(a.dtype)) - 1)
+        out = np.where(sign, out | ~one, out & one)
+        return np.where(size == 0, a.dtype.type(0), out).astype(a.dtype)
+    return shifted_shr(shifted_shl(out, pad), pad)
+
+
+def inserted(a: Any, b: Any, place: Any, length: Any) -> Any:
+    """b, with the low bits of a at a place."""
+    pos, size = (np.asarray(o).astype(np.uint32) & np.uint32(0xFF) for o in (place, length))
+    ones = ~shifted_shl(np.full(np.broadcast(a, pos).shape, ~a.dtype.type(0)), size)
+    mask = shifted_shl(ones, pos)
+    return (b & ~mask) | (shifted_shl(a, pos) & mask)
+
+
+def permuted(a: Any, b: Any, selector: int) -> Any:
+    """Four bytes, each one of the eight of a and b, or its sign."""
+    words, out = (a, b), None
+    for byte in range(4):
+        choice = selector >> (4 * byte) & 15
+        own = (words[choice >> 2 & 1] >> np.uint32(8 * (choice & 3))) & np.uint32(0xFF)
+        if choice & 8:
+            own = np.where(own & np.uint32(0x80), np.uint32(0xFF), np.uint32(0))
+        own = own << np.uint32(8 * byte)
+        out = own if out is None else out | own
+    return out
+
+
+def permuted_by(a: Any, b: Any, selector: Any) -> Any:
+    """`permuted` with a selector of each thread."""
+    both = (b.astype(np.uint64) << np.uint64(32)) | a.astype(np.uint64)
+    out = np.zeros(np.broadcast(both, selector).shape, np.uint32)
+    for byte in range(4):
+        choice = selector >> np.uint32(4 * byte)
+        own = ((both >> (8 * (choice & np.uint32(7))).astype(np.uint64)) & np.uint64(0xFF)).astype(np.uint32)
+        own = np.where(choice & np.uint32(8), np.where(own & 0x80, np.uint32(0xFF), np.uint32(0)), own)
+        out = out | (own << np.uint32(8 * byte))
+    return out
+
+
+def three_inputs_of(a: Any, b: Any, c: Any, table: int) -> Any:
+    """Any function of three bits."""
+    out = np.zeros(np.broadcast(a, b, c).shape, np.uint32)
+    for case in range(8):
+        if table >> case & 1:
+            out = out | ((a if case & 4 else ~a) & (b if case & 2 else ~b) & (c if case & 1 else ~c))
+    return out
+
+
+def clz(a: Any) -> Any:
+    """Zeros before the first one."""
+    bits = a.dtype.itemsize * 8
+    filled = a
+    for step in (1, 2, 4, 8, 16, 32)[: bits.bit_length() - 1]:
+        filled = filled | (filled >> a.dtype.type(step))
+    return bits - np.bitwise_count(filled).astype(np.uint32)
+
+
+def brev(a: Any) -> Any:
+    """Bits in reverse."""
+    bits, out = a.dtype.itemsize * 8, np.zeros_like(a)
+    for bit in range(bits):
+        out = out | (((a >> a.dtype.type(bit)) & a.dtype.type(1)) << a.dtype.type(bits - 1 - bit))
+    return out
+
+
+HELPERS: dict[str, Any] = {
+    "spread": spread,
+    "high": high,
+    "quotient": quotient,
+    "remainder": remainder,
+    "shifted_shl": shifted_shl,
+    "shifted_shr": shifted_shr,
+    "funnel": funnel,
+    "extracted": extracted,
+    "inserted": inserted,
+    "permuted": permuted,
+    "permuted_by": permuted_by,
+    "three_inputs": three_inputs_of,
+    "clz": clz,
+    "brev": brev,
+    "popc": np.bitwise_count,
+}
