@@ -151,8 +151,13 @@ class DeviceMemory:
         if other.any():
             shadow[units[other]] = ATOMIC
 
-    def see_write(self, own: Instruction, segment: Segment, who: Any, places: Any, size: int, atomic: bool) -> None:
-        """Checks a write against the shadows, and notes it there."""
+    def see_write(
+        self, own: Instruction, segment: Segment, who: Any, places: Any, size: int, changes: Any = True
+    ) -> None:
+        """Checks a write against the shadows, and notes it there.
+
+        ``changes`` [who, 1] tells where memory changes: programs that write the same do not race. None is for atomics.
+        """
         if segment.known is not None:
             segment.known[(places[:, :, None] + np.arange(size)).reshape(-1)] = True
         if not segment.outputs:
@@ -160,18 +165,16 @@ class DeviceMemory:
             return
         units, program = self._units(places, size), self.program[who][:, None]
         writer, reader = segment.writer[units], segment.reader[units]
-        mine = np.full_like(program, ATOMIC) if atomic else program
-        others = (writer != 0) & (writer != mine)
+        mine = np.full_like(program, ATOMIC) if changes is None else program
+        others = (writer != 0) & (writer != mine) & (True if changes is None else changes)
         if others.any():
             first = who[int(np.argmax(others.any(axis=1)))]
             self.faults.add(own, "race: writes memory that another program writes", self.labels(first))
-        readers = (reader != 0) & (reader != program)
+        readers = (reader != 0) & (reader != program) & (True if changes is None else changes)
         if readers.any():
             first = who[int(np.argmax(readers.any(axis=1)))]
             self.faults.add(own, "race: writes memory that another program reads", self.labels(first))
-        segment.writer[units] = mine
-        if (segment.writer[units] != mine).any():
-            self.faults.add(own, "race: writes memory that another program writes", self.labels(who[0]))
+        segment.writer[units] = np.where((writer != 0) & (writer != mine), ATOMIC, mine)  # nobody's alone
 
     def store(self, own: Instruction, address: Any, values: list[Any], threads: Any) -> None:
         """Stores one number of each of the values for each thread."""
@@ -180,8 +183,9 @@ class DeviceMemory:
         for segment, who, places in self._access(own, address, dtype.itemsize, len(values), threads):
             if not len(who):
                 continue
-            self.see_write(own, segment, who, places, dtype.itemsize, atomic=False)
             new = np.stack([np.broadcast_to(value, count)[who] for value in values], axis=1)
+            changes = (_view(segment, dtype, places) != new).any(axis=1, keepdims=True)
+            self.see_write(own, segment, who, places, dtype.itemsize, changes)
             _put(segment, places, new)
             other = _view(segment, dtype, places) != new
             if other.any():

@@ -177,7 +177,7 @@ class Machine:
         else:
             parts = []
             for segment, who, all_places in self.memory._access(own, address, size, 1, threads):
-                self.memory.see_write(own, segment, who, all_places, size, atomic=True)
+                self.memory.see_write(own, segment, who, all_places, size, None)
                 parts.append((segment.data, who, all_places[:, 0]))
         for data, who, places in parts:
             for thread, place in zip(who, places, strict=True):
