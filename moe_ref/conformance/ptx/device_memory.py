@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_ref.conformance.ptx.faults import Faults, chosen
+from moe_ref.conformance.ptx.faults import Faults, chosen, differ
 from moe_ref.conformance.ptx.text import Instruction
 
 ATOMIC = -1  # in place of a program
@@ -187,7 +187,7 @@ class DeviceMemory:
             changes = (_view(segment, dtype, places) != new).any(axis=1, keepdims=True)
             self.see_write(own, segment, who, places, dtype.itemsize, changes)
             _put(segment, places, new)
-            other = _view(segment, dtype, places) != new
+            other = differ(_view(segment, dtype, places), new)
             if other.any():
                 first = who[int(np.argmax(other.any(axis=1)))]
                 self.faults.add(own, "threads store different values to one address", self.labels(first))

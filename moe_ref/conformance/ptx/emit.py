@@ -45,6 +45,7 @@ class Emitter:
         self.masked = masked
         self.bits = bits
         self.written: set[str] = set()
+        self.carry = ""  # the variable that holds it
         self._at: dict[str, dict[str, str]] = {}  # the variables that hold a register, by kind
         self._memo: dict[str, tuple[str, tuple[str, ...]]] = {}
         self._count = 0

@@ -9,6 +9,7 @@ import numpy as np
 from moe_ref.conformance.ptx.text import Instruction
 
 MOST = 12  # lines of a report
+NAN_ABOVE = {2: (0x7F80, 0x7C00), 4: (0x7F800000,), 8: (0x7FF0000000000000,)}  # infinity, by the bytes of a number
 
 
 class KernelFault(AssertionError):
@@ -52,6 +53,16 @@ class Faults:
             lines = list(self.found.values())
             more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
             raise KernelFault("\n  ".join([f"{self.kernel}, as compiled:", *lines[:MOST], *more]))
+
+
+def differ(a: Any, b: Any) -> Any:
+    """Where bits differ, but for those of two NaN: which bits an operation gives a NaN is not specified."""
+    out = a != b
+    if out.any():
+        for kind in NAN_ABOVE.get(a.dtype.itemsize, ()):
+            top = a.dtype.type((1 << (8 * a.dtype.itemsize - 1)) - 1)
+            out = out & ~(((a & top) > a.dtype.type(kind)) & ((b & top) > a.dtype.type(kind)))
+    return out
 
 
 def chosen(threads: Any, count: int) -> Any:

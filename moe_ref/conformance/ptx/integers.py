@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_ref.conformance.ptx.emit import Emitter, plain, unsigned, width
-from moe_ref.conformance.ptx.text import Imm, Instruction, Reg, Unreadable
+from moe_ref.conformance.ptx.text import Imm, Instruction, Reg, Symbol, Unreadable
 
 Handler = Callable[[Emitter, Instruction], None]
 
@@ -21,6 +21,9 @@ UNSIGNED_COMPARE = {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 def arithmetic(e: Emitter, own: Instruction) -> None:
     """``add``, ``sub``, ``and``, ``or``, ``xor``: wrap."""
     kind = plain(own.opcode[-1])
+    if own.opcode[1] == "cc" or own.opcode[0] == "addc":
+        _with_carry(e, own)
+        return
     if len(own.opcode) != 2:
         raise Unreadable(f"{own.name}: unknown form")
     _, a, b = own.operands
@@ -42,6 +45,9 @@ def unary(e: Emitter, own: Instruction) -> None:
 def multiply(e: Emitter, own: Instruction) -> None:
     """``mul`` and ``mad``: ``lo``, ``hi``, ``wide``."""
     name, form, kind = own.opcode[0], own.opcode[1], plain(own.opcode[-1])
+    if "cc" in own.opcode or name == "madc":
+        _with_carry(e, own)
+        return
     result = f"{kind[0]}{2 * width(kind)}" if form == "wide" else kind
     a, b = (e.read(o, kind) for o in own.operands[1:3])
     if form == "lo":
@@ -58,6 +64,25 @@ def multiply(e: Emitter, own: Instruction) -> None:
     if name == "mad":
         value = f"{value} + {e.read(own.operands[3], result)}"
     e.write(own.operands[0], result, value, own)
+
+
+def _with_carry(e: Emitter, own: Instruction) -> None:
+    """``add`` and ``mad`` that read or write the carry, within a block (9.7.2)."""
+    name, kind = own.opcode[0], plain(own.opcode[-1])
+    if name not in ("add", "addc", "mad", "madc") or kind != "u32":
+        raise Unreadable(f"{own.name}: unknown form")
+    parts = [f"{e.read(o, kind)}.astype(U64)" for o in own.operands[1:]]
+    if name[:3] == "mad":
+        whole = f"({parts[0]} * {parts[1]})"
+        parts = [f"({whole} & U64(0xFFFFFFFF))" if own.opcode[1] == "lo" else f"({whole} >> U64(32))", parts[2]]
+    if name[-1] == "c":
+        if not e.carry:
+            raise Unreadable(f"{own.name}: must follow what sets the carry, in one block")
+        parts.append(e.carry)
+    total = e.let(" + ".join(parts))
+    if "cc" in own.opcode:
+        e.carry = e.let(f"{total} >> U64(32)")
+    e.write(own.operands[0], kind, f"{total}.astype(U32)", own)
 
 
 def divide(e: Emitter, own: Instruction) -> None:
@@ -135,35 +160,44 @@ def three_inputs(e: Emitter, own: Instruction) -> None:
 
 
 def compare(e: Emitter, own: Instruction) -> None:
-    """``setp`` on integers and on floats, where a NaN is only unordered; of bits only equality."""
-    if len(own.opcode) == 4 and own.opcode[2] == "ftz":
-        raise Unreadable(f"{own.name}: unknown form")
-    if len(own.opcode) != 3:
-        raise Unreadable(f"{own.name}: unknown form")
-    _, relation, kind = own.opcode
+    """``setp`` on integers and on floats, where a NaN is only unordered; of bits only equality (9.7.6.2)."""
+    _, relation, *middle, kind = own.opcode
     target, a, b = own.operands
-    own_kind = plain(kind)
-    if kind == "bf16":
-        left, right = (f"from_bf16({e.read(o, 'u16')})" for o in (a, b))
-        floating = True
-    else:
-        left, right = e.read(a, own_kind), e.read(b, own_kind)
-        floating = own_kind[0] == "f"
-    if relation == "nan":
-        value = f"isnan({left}) | isnan({right})"
-    elif relation == "num":
-        value = f"~(isnan({left}) | isnan({right}))"
-    elif relation == "ne" and floating:  # NumPy's is true for a NaN, the ISA's is not: 9.7.6.1
-        value = f"({left} != {right}) & ~(isnan({left}) | isnan({right}))"
-    elif relation in COMPARE:
-        value = f"{left} {COMPARE[relation]} {right}"
-    elif relation[:-1] in COMPARE and relation[-1] == "u" and floating:
-        value = f"({left} {COMPARE[relation[:-1]]} {right}) | isnan({left}) | isnan({right})"
-    elif relation in UNSIGNED_COMPARE and own_kind[0] == "u":
-        value = f"{left} {UNSIGNED_COMPARE[relation]} {right}"
-    else:
+    if middle not in ([], ["ftz"]):
         raise Unreadable(f"{own.name}: unknown form")
-    e.write(target, "p", value, own)
+    if kind in ("f16x2", "bf16x2"):
+        targets = target if isinstance(target, tuple) else (target, Symbol("_"))
+        for own_target, part in zip(targets, (0, 16), strict=True):
+            halves = [f"({e.read(o, 'u32')} >> U32({part})).astype(U16)" for o in (a, b)]
+            left, right = (f"from_bf16({h})" if kind == "bf16x2" else f"{h}.view(F16)" for h in halves)
+            e.write(own_target, "p", _relation(own, relation, left, right, "f"), own)
+        return
+    read = {"bf16": "from_bf16({})"}.get(kind, "flushed({})" if middle else "{}")
+    left, right = (read.format(e.read(o, plain(kind))) for o in (a, b))
+    value = _relation(own, relation, left, right, "f" if kind == "bf16" else plain(kind)[0])
+    if isinstance(target, tuple):
+        value = e.let(value)
+        e.write(target[1], "p", f"~{value}", own)
+    e.write(target[0] if isinstance(target, tuple) else target, "p", value, own)
+
+
+def _relation(own: Instruction, relation: str, left: str, right: str, letter: str) -> str:
+    """A comparison; NumPy's ``!=`` is true for a NaN, the ISA's ``ne`` is not."""
+    unordered = f"isnan({left}) | isnan({right})"
+    if letter == "f":
+        if relation == "nan":
+            return unordered
+        if relation == "num":
+            return f"~({unordered})"
+        if relation == "ne":
+            return f"({left} != {right}) & ~({unordered})"
+        if relation[:-1] in COMPARE and relation[-1] == "u":
+            return f"({left} {COMPARE[relation[:-1]]} {right}) | {unordered}"
+    if relation in COMPARE:
+        return f"{left} {COMPARE[relation]} {right}"
+    if relation in UNSIGNED_COMPARE and letter == "u":
+        return f"{left} {UNSIGNED_COMPARE[relation]} {right}"
+    raise Unreadable(f"{own.name}: unknown form")
 
 
 def select(e: Emitter, own: Instruction) -> None:
@@ -201,7 +235,7 @@ def move(e: Emitter, own: Instruction) -> None:
 HANDLERS: dict[str, Handler] = dict.fromkeys(("and", "or", "xor"), arithmetic)
 HANDLERS |= {"not": unary, "popc": unary, "clz": unary, "brev": unary, "shl": shift, "shr": shift, "shf": shift}
 HANDLERS |= {"bfe": field, "bfi": field, "prmt": permute, "lop3": three_inputs, "setp": compare, "selp": select}
-HANDLERS |= {"mov": move, "rem": divide}
+HANDLERS |= {"mov": move, "rem": divide, "addc": arithmetic, "madc": multiply}
 SHARED: dict[str, Handler] = dict.fromkeys(("add", "sub"), arithmetic)  # names that floats have too
 SHARED |= {"neg": unary, "abs": unary, "mul": multiply, "mad": multiply, "div": divide}
 SHARED |= dict.fromkeys(("min", "max"), extremum)

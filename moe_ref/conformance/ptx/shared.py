@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_ref.conformance.ptx.faults import Faults, chosen
+from moe_ref.conformance.ptx.faults import Faults, chosen, differ
 from moe_ref.conformance.ptx.text import Instruction
 
 EPOCH = 128  # a tag is 128 times the barriers passed, from 1, plus a warp from 1
@@ -131,7 +131,7 @@ class SharedMemory:
         changes = (memory[at] != new).any(axis=1, keepdims=True)
         self.see_write(own, who, places, size * len(values), changes)
         memory[at] = new
-        other = memory[at] != new
+        other = differ(memory[at], new)
         if other.any():
             self._note(own, "threads store different values to one address of shared memory", other, who)
 

@@ -214,7 +214,9 @@ def _operand(text: str) -> Operand:
         return Address(Reg(base) if base.startswith("%") else base, int(offset, 0))
     if SPECIAL.fullmatch(text):
         return Special(text)
-    if text[0] == "%" and "|" not in text:
+    if "|" in text:
+        return tuple(_operand(own.strip()) for own in text.split("|"))
+    if text[0] == "%":
         return Reg(text)
     if re.match(r"0[fFdD][0-9a-fA-F]+$", text):
         return Imm(int(text[2:], 16), 32 if text[1] in "fF" else 64)

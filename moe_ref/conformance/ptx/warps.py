@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_ref.conformance.ptx.emit import Emitter, plain
 from moe_ref.conformance.ptx.integers import Handler
-from moe_ref.conformance.ptx.text import Imm, Instruction, Operand, Reg, Symbol, Unreadable
+from moe_ref.conformance.ptx.text import Imm, Instruction, Operand, Unreadable
 
 LANES = np.arange(32)
 REDUCE: dict[str, Any] = {
@@ -36,9 +36,7 @@ def shuffle(e: Emitter, own: Instruction) -> None:
     _, _, mode, kind = own.opcode
     _whole(e, own, own.operands[-1])
     target, source, by, clamp = own.operands[:4]
-    names: list[Operand] = [target]
-    if isinstance(target, Symbol) and "|" in target.name:
-        names = [Reg(name.strip()) for name in target.name.split("|")]
+    names = target if isinstance(target, tuple) else (target,)
     assert isinstance(clamp, Imm), f"{own.name}: must have a constant mask"
     value = e.read(source, plain(kind))
     pair = e.let(f"shuffled({value}, {e.read(by, 'u32')}, {clamp.value}, {mode!r})")
