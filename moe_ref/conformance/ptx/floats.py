@@ -178,7 +178,8 @@ def fma16_f(a: Any, b: Any, c: Any) -> Any:
     back = narrow.astype(np.float64)
     bits = narrow.view(np.int32)
     inexact = (back != wide) & np.isfinite(narrow) & (bits & 1 == 0)
-    return np.where(inexact, bits + np.where(np.abs(back) < np.abs(wide), 1, -1), bits).view(np.float32)
+    step = np.where(np.abs(back) < np.abs(wide), np.int32(1), np.int32(-1))
+    return np.where(inexact, bits + step, bits).view(np.float32)
 
 
 def min_of(a: Any, b: Any, keep: bool) -> Any:
