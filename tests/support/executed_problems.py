@@ -55,6 +55,7 @@ FIXED: dict[str, tuple[Problem, str]] = {
     "nf4, some, bf16, nested": (replace(NF4, tokens=41, experts=2, nested="one"), ""),
     "nf4, many, bf16": (replace(NF4, tokens=140, experts=2, config=GATED, weights_layout="transposed"), ""),
     "fp4, fp16, per expert": (replace(NF4, dtype="float16", quant_type="fp4", nested="per expert"), ""),
+    "nf4, fp32": (replace(NF4, dtype="float32"), ""),
     "fp4, fp32, some": (replace(NF4, dtype="float32", quant_type="fp4", tokens=41, experts=2), ""),
     "nf4, odd, bf16": (replace(NF4, hidden=17, intermediate=33, blocksize=32), ""),
     "nf4, odd, fp32, many": (replace(NF4, dtype="float32", hidden=17, intermediate=33, tokens=41, experts=2), ""),

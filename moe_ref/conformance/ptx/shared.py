@@ -22,6 +22,13 @@ class Copy(NamedTuple):
     words: Any
 
 
+class Group(NamedTuple):
+    """Copies that are waited for together: [threads] whose group it is, and the copies."""
+
+    members: Any
+    copies: list[Copy]
+
+
 class SharedMemory:
     """Shared memory of all programs that run side by side.
 
@@ -49,7 +56,7 @@ class SharedMemory:
         self.epoch = np.full(self.count, EPOCH, np.int32)
         self.warp = np.tile(np.arange(threads, dtype=np.int32) // 32 + 1, programs)
         self.open: list[Copy] = []  # not committed
-        self.groups: list[list[Copy]] = []
+        self.groups: list[Group] = []
 
     def locate(self, own: Instruction, address: Any, size: int, threads: Any) -> tuple[Any, Any]:
         """Who makes an access, and the places in `data`; those out of bounds are noted and left out."""
@@ -147,50 +154,29 @@ class SharedMemory:
         self.open.append(Copy(own, who, places, words))
 
     def commit(self, threads: Any) -> None:
-        """Copies of these threads that no group has yet become one; a group may be empty."""
-        if threads is None:
-            self.groups.append(self.open or [self._empty(np.arange(self.count))])
-            self.open = []
-            return
-        inside, outside = [self._empty(np.flatnonzero(threads))], []
-        for copy in self.open:
-            mine, others = _split(copy, threads)
-            inside += mine
-            outside += others
-        self.groups.append(inside)
+        """Copies of these threads that no group has yet become one; a thread's part of it may be empty."""
+        members = np.ones(self.count, bool) if threads is None else threads
+        inside, outside = _split(self.open, members)
+        self.groups.append(Group(members, inside))
         self.open = outside
-
-    def _empty(self, who: Any) -> Copy:
-        none = np.zeros((0, 1), np.uint32)
-        return Copy(None, who, np.zeros(0, np.int64), none)  # type: ignore[arg-type]
 
     def wait(self, pending: int, threads: Any) -> None:
         """Lands all groups of these threads but their newest ``pending``."""
+        waits = np.ones(self.count, bool) if threads is None else threads
         newer = np.zeros(self.count, np.int32)
         kept = []
         for group in reversed(self.groups):
-            members = np.zeros(self.count, bool)
-            for copy in group:
-                members[copy.threads] = True
-            lands = members & (newer >= pending)
-            if threads is not None:
-                lands &= threads
-            newer += members
-            if lands.any():
-                rest = []
-                for copy in group:
-                    mine, others = _split(copy, lands)
-                    rest += others
-                    for own in mine:
-                        self._land(own)
-                group = rest
-            if group:
-                kept.append(group)
+            lands = group.members & waits & (newer >= pending)
+            newer += group.members
+            landing, flying = _split(group.copies, lands)
+            for copy in landing:
+                self._land(copy)
+            members = group.members & ~lands
+            if members.any():
+                kept.append(Group(members, flying))
         self.groups = kept[::-1]
 
     def _land(self, copy: Copy) -> None:
-        if copy.words.shape[0] == 0:
-            return
         size = 4 * copy.words.shape[1]
         units = self._units(copy.places, size)
         self.flying[units] = np.maximum(self.flying[units] - 1, 0)
@@ -207,16 +193,15 @@ class SharedMemory:
             self.epoch[threads] += EPOCH
 
 
-def _split(copy: Copy, threads: Any) -> tuple[list[Copy], list[Copy]]:
-    inside = threads[copy.threads]
-    if inside.all():
-        return [copy], []
-    if not inside.any():
-        return [], [copy]
-    if len(copy.words) == 0:
-        return [copy._replace(threads=copy.threads[inside])], [copy._replace(threads=copy.threads[~inside])]
-    parts = [
-        copy._replace(threads=copy.threads[own], places=copy.places[own], words=copy.words[own])
-        for own in (inside, ~inside)
-    ]
-    return [parts[0]], [parts[1]]
+def _split(copies: list[Copy], threads: Any) -> tuple[list[Copy], list[Copy]]:
+    """The copies of these threads, and those of others."""
+    inside, outside = [], []
+    for copy in copies:
+        mine = threads[copy.threads]
+        for chosen_ones, side in ((mine, inside), (~mine, outside)):
+            if chosen_ones.all():
+                side.append(copy)
+            elif chosen_ones.any():
+                threads_of, places, words = (o[chosen_ones] for o in (copy.threads, copy.places, copy.words))
+                side.append(Copy(copy.own, threads_of, places, words))
+    return inside, outside
