@@ -240,7 +240,10 @@ def test_shared_memory() -> None:
         (store + other, "race: reads shared memory that another warp wrote"),
         ("\n	shl.b32 	%r3, %r1, 2;\n" + other, "reads shared memory that nobody wrote"),
         (store.replace(", 2;", ", 3;") + "	mov.b32 	%r2, 0;\n", "shared memory out of bounds"),
-        (store + "	bar.sync 	0;\n" + other + "	st.shared.b32 	[%r3], %r2;\n", "race: writes shared memory that"),
+        (
+            store + "	bar.sync 	0;\n" + other + "	st.shared.b32 	[%r3], %r2;\n",
+            "race: writes shared memory that",
+        ),
     ):
         with pytest.raises(KernelFault, match=what):
             by_hand(body)

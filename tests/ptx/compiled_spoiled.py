@@ -1,6 +1,7 @@
 """Teeth: the kernels' own text, spoiled in one place, is reported or gives other bits.
 
-What goes unnoticed changes nothing in that run: a barrier between accesses that do not meet, a guard that holds for all.
+What goes unnoticed changes nothing in that run: a barrier between accesses that do not meet, or a guard that holds for
+all threads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A fixed set of problems that takes every kernel of ``triton`` through every tile of sm80, dtype and form of 4 bits."""
+"""A fixed set of problems: every kernel of ``triton``, tile of sm80, dtype and form of 4 bits is in one of them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ FIXED: dict[str, tuple[Problem, str]] = {
     "odd, bf16": (replace(ODD, dtype="bfloat16", weights_layout="sliced", dy_layout="sliced"), ""),
     "odd, fp16, adapters": (replace(ODD, dtype="float16", tokens=33, experts=2, **LORA), ""),
     "odd, fp32, down bias": (replace(ODD, dtype="float32", gate_up_bias=False), ""),  # sums of one product a thread
-    "odd, fp32, many": (replace(ODD, dtype="float32", tokens=50, experts=2, config=MoEConfig(2, activation="relu2")), ""),
+    "odd, fp32, many": (
+        replace(ODD, dtype="float32", tokens=50, experts=2, config=MoEConfig(2, activation="relu2")),
+        "",
+    ),
     "capped, fp32": (
         replace(FEW, dtype="float32", config=replace(GPT_OSS, limit=None, gate_softcap=2.0, up_softcap=25.0)),
         "",

@@ -73,9 +73,7 @@ def store(e: Emitter, own: Instruction) -> None:
     bits = unsigned(width(plain(kind)))
     given = ", ".join(e.read(value, bits) for value in values)
     unit = "shared" if space == "shared" else "memory"
-    e.line(
-        f"m.{unit}.store({e.name(own, 'i')}, {address(e, own.operands[0])}, [{given}], {e.threads(own)})"
-    )
+    e.line(f"m.{unit}.store({e.name(own, 'i')}, {address(e, own.operands[0])}, [{given}], {e.threads(own)})")
 
 
 def copy(e: Emitter, own: Instruction) -> None:

@@ -99,7 +99,9 @@ def _packed(e: Emitter, own: Instruction, name: str, kind: str) -> None:
     e.write(own.operands[0], "u32", f"{low}.astype(U32) | ({high}.astype(U32) << U32(16))", own)
 
 
-HANDLERS: dict[str, Handler] = dict.fromkeys(("fma", "sqrt", "rcp", "ex2", "lg2", "rsqrt", "sin", "cos", "tanh"), handle)
+HANDLERS: dict[str, Handler] = dict.fromkeys(
+    ("fma", "sqrt", "rcp", "ex2", "lg2", "rsqrt", "sin", "cos", "tanh"), handle
+)
 
 
 def flushed(value: Any) -> Any:

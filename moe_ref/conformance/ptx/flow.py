@@ -96,7 +96,7 @@ def _meeting_points(blocks: list[Block]) -> None:
     """Immediate post-dominators, by sets; kernels have few blocks."""
     leave = len(blocks)
     everything = set(range(leave + 1))
-    dominators = {number: everything for number in range(leave)} | {leave: {leave}}
+    dominators = dict.fromkeys(range(leave), everything) | {leave: {leave}}
     changed = True
     while changed:
         changed = False
@@ -119,7 +119,7 @@ def _liveness(blocks: list[Block]) -> None:
             need |= set(read_by(own)) - kill
             kill |= set(written(own))
         needs[block.number], kills[block.number] = need, kill
-    entering: dict[int, set[str]] = {block.number: set() for block in blocks} | {len(blocks): set()}
+    entering: dict[int, set[str]] = {number: set() for number in range(len(blocks) + 1)}
     changed = True
     while changed:
         changed = False

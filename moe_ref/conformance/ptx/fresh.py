@@ -13,7 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.multiprocessing import reductions
 
 
 class Fresh:
@@ -32,7 +32,8 @@ class Fresh:
         storage = tensor.untyped_storage()
         if tensor.device.type == "cpu" and storage.nbytes():
             bytes_of(storage)[:] = self.poison
-            self._known[storage.data_ptr()] = StorageWeakRef(storage), np.zeros(storage.nbytes(), bool)
+            reference: Any = reductions.StorageWeakRef
+            self._known[storage.data_ptr()] = reference(storage), np.zeros(storage.nbytes(), bool)
 
     def known(self, storage: Any) -> Any:
         """[bytes] which bytes somebody wrote, to be kept up to date by kernels; None if all."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-import numpy as np
 
 from moe_ref.conformance.ptx.emit import Emitter, plain, unsigned, width
-from moe_ref.conformance.ptx.text import Imm, Instruction, Reg, Symbol, Unreadable
+from moe_ref.conformance.ptx.text import Imm, Instruction, Operand, Reg, Symbol, Unreadable
 
 Handler = Callable[[Emitter, Instruction], None]
 
@@ -97,13 +94,13 @@ def shift(e: Emitter, own: Instruction) -> None:
     """``shl`` and ``shr``: amounts beyond the width are the width; ``shf.l`` and ``shf.r`` over two words."""
     kind = plain(own.opcode[-1])
     if own.opcode[0] == "shf":
-        low, high, amount = (e.read(o, "u32") for o in own.operands[1:])
-        e.write(own.operands[0], "u32", f"funnel({low}, {high}, {amount}, {own.opcode[1:3]!r})", own)
+        words = ", ".join(e.read(o, "u32") for o in own.operands[1:])
+        e.write(own.operands[0], "u32", f"funnel({words}, {own.opcode[1:3]!r})", own)
         return
     _, a, amount = own.operands
     if isinstance(amount, Imm):
         many = min(amount.value & 0xFFFFFFFF, width(kind))
-        by = e.constant(np.dtype(f"{kind[0].replace('s', 'i')}{width(kind) // 8}").type(min(many, width(kind) - 1)))
+        by = e.read(Imm(min(many, width(kind) - 1)), kind)
         if many == width(kind) and not (own.opcode[0] == "shr" and kind[0] == "s"):
             e.write(own.operands[0], kind, f"zeros_like({e.read(a, kind)})", own)
             return
@@ -131,7 +128,7 @@ def field(e: Emitter, own: Instruction) -> None:
     if all(isinstance(o, Imm) for o in own.operands[2:]):
         pos, size = (o.value & 0xFF for o in own.operands[2:] if isinstance(o, Imm))
         bits, cast = width(kind), kind.upper()
-        if 0 < size and pos + size <= bits:
+        if size > 0 and pos + size <= bits:
             value = f"(({e.read(own.operands[1], kind)} << {cast}({bits - pos - size})) >> {cast}({bits - size}))"
             e.write(own.operands[0], kind, value, own)
             return
@@ -168,8 +165,7 @@ def compare(e: Emitter, own: Instruction) -> None:
     if kind in ("f16x2", "bf16x2"):
         targets = target if isinstance(target, tuple) else (target, Symbol("_"))
         for own_target, part in zip(targets, (0, 16), strict=True):
-            halves = [f"({e.read(o, 'u32')} >> U32({part})).astype(U16)" for o in (a, b)]
-            left, right = (f"from_bf16({h})" if kind == "bf16x2" else f"{h}.view(F16)" for h in halves)
+            left, right = (_half(e, o, kind, part) for o in (a, b))
             e.write(own_target, "p", _relation(own, relation, left, right, "f"), own)
         return
     read = {"bf16": "from_bf16({})"}.get(kind, "flushed({})" if middle else "{}")
@@ -179,6 +175,12 @@ def compare(e: Emitter, own: Instruction) -> None:
         value = e.let(value)
         e.write(target[1], "p", f"~{value}", own)
     e.write(target[0] if isinstance(target, tuple) else target, "p", value, own)
+
+
+def _half(e: Emitter, operand: Operand, kind: str, part: int) -> str:
+    """One of two floats in a word."""
+    bits = f"({e.read(operand, 'u32')} >> U32({part})).astype(U16)"
+    return f"from_bf16({bits})" if kind == "bf16x2" else f"{bits}.view(F16)"
 
 
 def _relation(own: Instruction, relation: str, left: str, right: str, letter: str) -> str:
@@ -225,8 +227,8 @@ def move(e: Emitter, own: Instruction) -> None:
     if isinstance(source, tuple):
         part = width(kind) // len(source)
         parts = [f"{e.read(o, f'u{part}')}.astype({kind.upper()})" for o in source]
-        shifted = [f"({own_part} << {kind.upper()}({n * part}))" if n else own_part for n, own_part in enumerate(parts)]
-        e.write(target, kind, " | ".join(shifted), own)
+        moved = [f"({own_part} << {kind.upper()}({n * part}))" if n else own_part for n, own_part in enumerate(parts)]
+        e.write(target, kind, " | ".join(moved), own)
         return
     value = e.read(source, kind)
     e.write(target, kind, value if isinstance(source, Reg) else f"spread({value}, m.threads)", own)
@@ -239,145 +241,3 @@ HANDLERS |= {"mov": move, "rem": divide, "addc": arithmetic, "madc": multiply}
 SHARED: dict[str, Handler] = dict.fromkeys(("add", "sub"), arithmetic)  # names that floats have too
 SHARED |= {"neg": unary, "abs": unary, "mul": multiply, "mad": multiply, "div": divide}
 SHARED |= dict.fromkeys(("min", "max"), extremum)
-
-
-def spread(value: Any, threads: int) -> Any:
-    """A scalar for all threads."""
-    return value if getattr(value, "ndim", 0) else np.full(threads, value)
-
-
-def high(a: Any, b: Any) -> Any:
-    """The upper 64 bits of products."""
-    wide = a.astype(object) * b.astype(object)
-    return np.array([int(w) >> 64 for w in np.atleast_1d(wide)]).astype(a.dtype)
-
-
-def quotient(a: Any, b: Any) -> Any:
-    """Towards zero, in the operands' own dtype."""
-    a, b = np.broadcast_arrays(a, b)
-    none = b == 0
-    down = np.floor_divide(a, np.where(none, b.dtype.type(1), b))
-    inexact = (down * b != a) & (down < 0) if a.dtype.kind == "i" else False
-    return np.where(none, ~b.dtype.type(0), down + np.where(inexact, a.dtype.type(1), a.dtype.type(0)))
-
-
-def remainder(a: Any, b: Any) -> Any:
-    """What `quotient` leaves, with the sign of a."""
-    return a - quotient(a, b) * b
-
-
-def shifted_shl(a: Any, amount: Any) -> Any:
-    """To the left, 0 for amounts beyond the width."""
-    bits = a.dtype.itemsize * 8
-    return np.where(amount >= bits, a.dtype.type(0), a << np.minimum(amount, bits - 1).astype(a.dtype))
-
-
-def shifted_shr(a: Any, amount: Any) -> Any:
-    """To the right, with the sign; amounts beyond the width are the width."""
-    bits = a.dtype.itemsize * 8
-    within = a >> np.minimum(amount, bits - 1).astype(a.dtype)
-    return within if a.dtype.kind == "i" else np.where(amount >= bits, a.dtype.type(0), within)
-
-
-def funnel(low: Any, high: Any, amount: Any, form: tuple[str, str]) -> Any:
-    """A shift over two words."""
-    direction, mode = form
-    by = (amount & np.uint32(31) if mode == "wrap" else np.minimum(amount, np.uint32(32))).astype(np.uint64)
-    both = (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64)
-    if direction == "r":
-        return (both >> by).astype(np.uint32)
-    return ((both << by) >> np.uint64(32)).astype(np.uint32)
-
-
-def extracted(a: Any, place: Any, length: Any) -> Any:
-    """Bits of a, from a place on; the sign of signed ones is the last of them, within the word (9.7.1.19)."""
-    bits = a.dtype.itemsize * 8
-    pos, size = (np.asarray(o, np.int64) & 0xFF for o in (place, length))
-    out = shifted_shr(a, np.asarray(pos).astype(np.uint32))
-    pad = np.clip(bits - size, 0, bits).astype(np.uint32)
-    if a.dtype.kind == "i":
-        pad = np.minimum(pad, np.uint32(bits))
-        end = np.minimum(pos + size - 1, bits - 1)
-        sign = (shifted_shr(a, end.astype(np.uint32)) & a.dtype.type(1)) != 0
-        one = np.where(size >= bits, a.dtype.type(-1), (a.dtype.type(1) << np.minimum(size, bits - 1).astype(a.dtype)) - 1)
-        out = np.where(sign, out | ~one, out & one)
-        return np.where(size == 0, a.dtype.type(0), out).astype(a.dtype)
-    return shifted_shr(shifted_shl(out, pad), pad)
-
-
-def inserted(a: Any, b: Any, place: Any, length: Any) -> Any:
-    """b, with the low bits of a at a place."""
-    pos, size = (np.asarray(o).astype(np.uint32) & np.uint32(0xFF) for o in (place, length))
-    ones = ~shifted_shl(np.full(np.broadcast(a, pos).shape, ~a.dtype.type(0)), size)
-    mask = shifted_shl(ones, pos)
-    return (b & ~mask) | (shifted_shl(a, pos) & mask)
-
-
-def permuted(a: Any, b: Any, selector: int) -> Any:
-    """Four bytes, each one of the eight of a and b, or its sign."""
-    words, out = (a, b), None
-    for byte in range(4):
-        choice = selector >> (4 * byte) & 15
-        own = (words[choice >> 2 & 1] >> np.uint32(8 * (choice & 3))) & np.uint32(0xFF)
-        if choice & 8:
-            own = np.where(own & np.uint32(0x80), np.uint32(0xFF), np.uint32(0))
-        own = own << np.uint32(8 * byte)
-        out = own if out is None else out | own
-    return out
-
-
-def permuted_by(a: Any, b: Any, selector: Any) -> Any:
-    """`permuted` with a selector of each thread."""
-    both = (b.astype(np.uint64) << np.uint64(32)) | a.astype(np.uint64)
-    out = np.zeros(np.broadcast(both, selector).shape, np.uint32)
-    for byte in range(4):
-        choice = selector >> np.uint32(4 * byte)
-        own = ((both >> (8 * (choice & np.uint32(7))).astype(np.uint64)) & np.uint64(0xFF)).astype(np.uint32)
-        own = np.where(choice & np.uint32(8), np.where(own & 0x80, np.uint32(0xFF), np.uint32(0)), own)
-        out = out | (own << np.uint32(8 * byte))
-    return out
-
-
-def three_inputs_of(a: Any, b: Any, c: Any, table: int) -> Any:
-    """Any function of three bits."""
-    out = np.zeros(np.broadcast(a, b, c).shape, np.uint32)
-    for case in range(8):
-        if table >> case & 1:
-            out = out | ((a if case & 4 else ~a) & (b if case & 2 else ~b) & (c if case & 1 else ~c))
-    return out
-
-
-def clz(a: Any) -> Any:
-    """Zeros before the first one."""
-    bits = a.dtype.itemsize * 8
-    filled = a
-    for step in (1, 2, 4, 8, 16, 32)[: bits.bit_length() - 1]:
-        filled = filled | (filled >> a.dtype.type(step))
-    return bits - np.bitwise_count(filled).astype(np.uint32)
-
-
-def brev(a: Any) -> Any:
-    """Bits in reverse."""
-    bits, out = a.dtype.itemsize * 8, np.zeros_like(a)
-    for bit in range(bits):
-        out = out | (((a >> a.dtype.type(bit)) & a.dtype.type(1)) << a.dtype.type(bits - 1 - bit))
-    return out
-
-
-HELPERS: dict[str, Any] = {
-    "spread": spread,
-    "high": high,
-    "quotient": quotient,
-    "remainder": remainder,
-    "shifted_shl": shifted_shl,
-    "shifted_shr": shifted_shr,
-    "funnel": funnel,
-    "extracted": extracted,
-    "inserted": inserted,
-    "permuted": permuted,
-    "permuted_by": permuted_by,
-    "three_inputs": three_inputs_of,
-    "clz": clz,
-    "brev": brev,
-    "popc": np.bitwise_count,
-}

@@ -65,10 +65,11 @@ class Machine:
         self.memory = DeviceMemory(
             segments, kernel.memory_unit, faults, self.labels, np.repeat(number, self.each).astype(np.int32)
         )
-        self.shared = SharedMemory(
-            len(programs), self.each, shared, kernel.shared_unit, poison, faults, self.labels
-        )
-        self.registers = {name: self._nothing(np.dtype(f"u{bits // 8}") if bits > 1 else np.dtype(bool)) for name, bits in kernel.initial.items()}
+        self.shared = SharedMemory(len(programs), self.each, shared, kernel.shared_unit, poison, faults, self.labels)
+        self.registers = {
+            name: self._nothing(np.dtype(f"u{bits // 8}") if bits > 1 else np.dtype(bool))
+            for name, bits in kernel.initial.items()
+        }
 
     def labels(self, index: int) -> tuple[tuple[int, ...], int]:
         """Program and thread of an index."""
@@ -76,7 +77,7 @@ class Machine:
 
     def _nothing(self, dtype: Any) -> Any:
         """Registers that nobody wrote."""
-        if dtype == bool:
+        if dtype.kind == "b":
             return np.full(self.threads, bool(self.poison & 1))
         return np.frombuffer(bytes([self.poison]) * (self.threads * dtype.itemsize), dtype)
 

@@ -195,7 +195,8 @@ class SharedMemory:
 
 def _split(copies: list[Copy], threads: Any) -> tuple[list[Copy], list[Copy]]:
     """The copies of these threads, and those of others."""
-    inside, outside = [], []
+    inside: list[Copy] = []
+    outside: list[Copy] = []
     for copy in copies:
         mine = threads[copy.threads]
         for chosen_ones, side in ((mine, inside), (~mine, outside)):

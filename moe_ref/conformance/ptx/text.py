@@ -225,4 +225,3 @@ def _operand(text: str) -> Operand:
     if re.match(r"[$\w.]+$", text):
         return Symbol(text)
     raise ValueError(f"{text!r}: not an operand")
-

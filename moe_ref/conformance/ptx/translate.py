@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_ref.conformance.ptx import accesses, conversions, floats, integers, warps
+from moe_ref.conformance.ptx import accesses, conversions, floats, integer_values, integers, warps
 from moe_ref.conformance.ptx.emit import Emitter
 from moe_ref.conformance.ptx.flow import Block, blocks_of, read_by, registers_of, written
 from moe_ref.conformance.ptx.integers import Handler
@@ -25,7 +25,7 @@ HANDLERS: dict[str, Handler] = {
     **warps.HANDLERS,
 }
 HELPERS: dict[str, Any] = {
-    **integers.HELPERS,
+    **integer_values.HELPERS,
     **floats.HELPERS,
     **conversions.HELPERS,
     **accesses.HELPERS,
