@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
 SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%warpid")
@@ -205,6 +206,7 @@ def _split(rest: str) -> list[str]:
     return [own for own in map(str.strip, [*parts, begun]) if own]
 
 
+@lru_cache(maxsize=1 << 16)
 def _operand(text: str) -> Operand:
     if text[0] == "{":
         return tuple(_operand(own) for own in _split(text[1:-1]))

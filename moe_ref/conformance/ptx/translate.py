@@ -61,7 +61,7 @@ class Translated:
         """The function of a block, for all threads or for some."""
         key = number, masked
         if key not in self.runs:
-            self.runs[key] = _function(self.text, self.blocks[number], masked)
+            self.runs[key] = _compiled(self.text, self.blocks[number], masked)
         return self.runs[key]
 
 
@@ -74,7 +74,8 @@ def translated(ptx: str) -> Translated:
     """
     text = read(ptx)
     blocks = blocks_of(text)
-    runs = {(block.number, False): _function(text, block, False) for block in blocks}
+    for block in blocks:
+        _python_of(text, block, False)  # stops at what is not known, even if it would never run
     initial: set[str] = set()
     for block in blocks:
         kill: set[str] = set()
@@ -84,7 +85,7 @@ def translated(ptx: str) -> Translated:
         initial |= block.live
     bits = {name: text.bits[name] for name in sorted(initial)}
     units = {space: _unit(text, space) for space in ("shared", "global")}
-    return Translated(text, blocks, runs, bits, units["shared"], units["global"], _outputs(text))
+    return Translated(text, blocks, {}, bits, units["shared"], units["global"], _outputs(text))
 
 
 def handler_of(own: Instruction) -> Handler:
@@ -101,7 +102,14 @@ def handler_of(own: Instruction) -> Handler:
     return HANDLERS[name]
 
 
-def _function(text: Text, block: Block, masked: bool) -> Run:
+def _compiled(text: Text, block: Block, masked: bool) -> Run:
+    code, names = _python_of(text, block, masked)
+    exec(compile(code, f"<{text.name}, block {block.number}>", "exec"), names)
+    return names["run"]
+
+
+def _python_of(text: Text, block: Block, masked: bool) -> tuple[str, dict[str, Any]]:
+    """The text of a block's function, and the names that it refers to."""
     names = dict(HELPERS)
     e = Emitter(text.bits, names, masked)
     for own in block.instructions:
@@ -114,9 +122,7 @@ def _function(text: Text, block: Block, masked: bool) -> Run:
         result = e.guard(block.branch)
     e.finish(block.live)
     body = "\n    ".join([*e.lines, f"return {result}"])
-    code = f"def run(m, R, M):\n    {body}\n"
-    exec(compile(code, f"<{text.name}, block {block.number}>", "exec"), names)
-    return names["run"]
+    return f"def run(m, R, M):\n    {body}\n", names
 
 
 def _unit(text: Text, space: str) -> int:
@@ -136,17 +142,19 @@ def _unit(text: Text, space: str) -> int:
 def _outputs(text: Text) -> set[str]:
     """Parameters from which the address of some store comes, over any chain of registers but through no load."""
     roots: dict[str, set[str]] = {}
+    steps: list[tuple[list[str], list[str]]] = []  # registers to registers
+    for own in text.instructions:
+        if own.opcode[0] not in ("ld", "ldmatrix", "atom"):
+            steps.append((read_by(own), written(own)))
+        elif own.opcode[1] == "param" and isinstance(own.operands[1], Address):
+            for name in written(own):
+                roots.setdefault(name, set()).add(str(own.operands[1].base))
     changed = True
     while changed:
         changed = False
-        for own in text.instructions:
-            if own.opcode[0] in ("ld", "ldmatrix", "atom"):
-                source = own.operands[1]
-                base = source.base if isinstance(source, Address) else ""
-                new = {base} if own.opcode[1] == "param" and isinstance(base, str) else set()
-            else:
-                new = set().union(*(roots.get(name, set()) for name in read_by(own)))
-            for name in written(own):
+        for sources, targets in steps:
+            new = {root for name in sources if name in roots for root in roots[name]}
+            for name in targets if new else ():
                 if not new <= roots.setdefault(name, set()):
                     roots[name] |= new
                     changed = True
