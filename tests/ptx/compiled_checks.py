@@ -12,7 +12,7 @@ import triton.language as tl
 from moe_ref.conformance.ptx.executed import executed
 from moe_ref.conformance.ptx.faults import KernelFault
 from moe_ref.conformance.ptx.fresh import tracked
-from moe_ref.conformance.ptx.launch import launch
+from moe_ref.conformance.ptx.launch import How, launch
 from moe_ref.conformance.ptx.text import Unreadable
 from spoiled import places, spoiled
 
@@ -191,11 +191,23 @@ TAIL = """
 """
 
 
-def by_hand(body: str) -> torch.Tensor:
+def by_hand(body: str, how: How | None = None) -> torch.Tensor:
     out = torch.zeros(64, dtype=torch.int32)
     with tracked(0xFD) as fresh:
-        launch(HEAD + body + TAIL, [out], (1,), 256, fresh)
+        launch(HEAD + body + TAIL, [out], (1,), 256, fresh, how)
     return out
+
+
+@pytest.mark.parametrize("mode", ["", ".rn"])
+def test_contraction(mode: str) -> None:
+    """(1 + 2^-12)^2 - 1 - 2^-11 is 2^-24, or 0 if the product rounds first; a rounding mode forbids contraction."""
+    body = f"""
+	mov.b32 	%r3, 0f3F800800;
+	mul{mode}.f32 	%r4, %r3, %r3;
+	sub{mode}.f32 	%r2, %r4, 0f3F801000;
+"""
+    found = [float(by_hand(body, How(contracts=contracts)).view(torch.float32)[0]) for contracts in (False, True)]
+    assert found == [0.0, 0.0 if mode else 2.0**-24]
 
 
 def test_divergent_branches_meet() -> None:

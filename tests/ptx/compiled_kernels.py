@@ -87,6 +87,14 @@ def test_approximations_at_their_worst(name: str) -> None:
             check_problem(executor_of(path), problem)
 
 
+@pytest.mark.parametrize("name", [*FIXED] if NIGHTLY else ["odd, fp32, down bias", "few, bf16"])
+def test_contracted(name: str) -> None:
+    """An assembler may make one fma of a product and a sum."""
+    problem, path = FIXED[name]
+    with executing(How(contracts=True)):
+        check_problem(executor_of(path), problem)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"] if NIGHTLY else ["bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 def test_exact_cases(case: str, dtype: str) -> None:

@@ -37,14 +37,18 @@ class Emitter:
         lines: of Python.
         names: what the lines refer to beside the machine ``m`` and the registers ``R``.
         masked: whether some threads are elsewhere; then ``M`` says which are here.
+        contracts: whether a product and a sum without a rounding mode become one fma.
+        products: the factors of variables that hold such products.
     """
 
-    def __init__(self, bits: dict[str, int], names: dict[str, Any], masked: bool) -> None:
+    def __init__(self, bits: dict[str, int], names: dict[str, Any], masked: bool, contracts: bool = False) -> None:
         self.lines: list[str] = []
         self.names = names
         self.masked = masked
         self.bits = bits
         self.written: set[str] = set()
+        self.contracts = contracts
+        self.products: dict[str, tuple[str, str]] = {}
         self.carry = ""  # the variable that holds it
         self._at: dict[str, dict[str, str]] = {}  # the variables that hold a register, by kind
         self._memo: dict[str, tuple[str, tuple[str, ...]]] = {}

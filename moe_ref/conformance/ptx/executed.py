@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -90,7 +90,11 @@ def executed(target: str = "sm80", how: How | None = None, poison: int = POISON)
         key = compiled.metadata.name, compiled.hash
         out.kernels[key] = out.kernels.get(key, 0) + 1
         signature = [compiled.src.signature.get(name, "constexpr") for name in own.arguments]
-        launch(ptx, _flat(signature, list(own.arguments.values())), sizes, compiled.metadata.shared, out.fresh, how)
+        own_how = how or How()
+        if not compiled.metadata.enable_fp_fusion:
+            own_how = replace(own_how, contracts=False)
+        leaves = _flat(signature, list(own.arguments.values()))
+        launch(ptx, leaves, sizes, compiled.metadata.shared, out.fresh, own_how)
         return compiled
 
     with (

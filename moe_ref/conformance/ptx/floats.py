@@ -53,10 +53,27 @@ def handle(e: Emitter, own: Instruction) -> None:
 
     values = [read(operand) for operand in own.operands[1:]]
     value = _expression(name, modifiers, values, kind, own)
+    free = e.contracts and kind in ("f32", "f64") and not modifiers and name in BINARY
+    if free and name != "mul":
+        value = _contracted(e, name, kind, values) or value
     if kind == "bf16":
         e.write(own.operands[0], "u16", f"to_bf16({value})", own)
         return
     e.write(own.operands[0], plain(kind), f"flushed({value})" if ftz else value, own)
+    if free and name == "mul" and own.guard is None:
+        e.products[e.read(own.operands[0], kind)] = values[0], values[1]
+
+
+def _contracted(e: Emitter, name: str, kind: str, values: list[str]) -> str:
+    """An fma in place of a sum with a product; without a rounding mode both may become one (9.7.3.3, 9.7.3.5)."""
+    left, right = values
+    if left in e.products:
+        a, b = e.products[left]
+        return f"fma_{kind}({a}, {b}, {right if name == 'add' else f'negative({right})'})"
+    if right in e.products:
+        a, b = e.products[right]
+        return f"fma_{kind}({a if name == 'add' else f'negative({a})'}, {b}, {left})"
+    return ""
 
 
 def _expression(name: str, modifiers: list[str], values: list[str], kind: str, own: Instruction) -> str:

@@ -30,11 +30,14 @@ class How:
     Attributes:
         seed: of the errors of approximations, within what the ISA allows; None rounds them to nearest.
         reverse: whether the last programs run first.
+        contracts: whether a product and a sum without a rounding mode are one fma, where the kernel was compiled to
+            allow it; an assembler is free to do so.
         together: threads of programs that run side by side; 1 runs one program at a time.
     """
 
     seed: int | None = None
     reverse: bool = False
+    contracts: bool = False
     together: int = SIDE_BY_SIDE
 
 
@@ -56,7 +59,7 @@ def launch(
         Unreadable: an instruction is not known; it names the instruction and its line.
     """
     how = how or How()
-    kernel = translated(ptx)
+    kernel = translated(ptx, how.contracts)
     sizes = [*grid, 1, 1][:3]
     parameters = {
         own.name: _bytes(own.kind, value)

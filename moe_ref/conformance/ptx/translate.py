@@ -42,6 +42,7 @@ class Translated:
     Attributes:
         text: as it was read.
         blocks: its blocks.
+        contracts: whether a product and a sum without a rounding mode are one fma.
         runs: functions of blocks, by number and by whether only some threads run them; made when they are asked for.
         initial: bits of the registers that some block reads before it writes them.
         shared_unit: the fewest bytes of an access to shared memory.
@@ -51,6 +52,7 @@ class Translated:
 
     text: Text
     blocks: list[Block]
+    contracts: bool
     runs: dict[tuple[int, bool], Run]
     initial: dict[str, int]
     shared_unit: int
@@ -61,13 +63,18 @@ class Translated:
         """The function of a block, for all threads or for some."""
         key = number, masked
         if key not in self.runs:
-            self.runs[key] = _compiled(self.text, self.blocks[number], masked)
+            self.runs[key] = _compiled(self.text, self.blocks[number], masked, self.contracts)
         return self.runs[key]
 
 
 @lru_cache(maxsize=512)
-def translated(ptx: str) -> Translated:
+def translated(ptx: str, contracts: bool = False) -> Translated:
     """Reads and translates a kernel, once for each text.
+
+    Args:
+        ptx: the text.
+        contracts: whether a product and a sum in one block, both without a rounding mode, are one fma, as an assembler
+            may have it; else each rounds.
 
     Raises:
         Unreadable: an instruction is not known, or not in this form; the message names it and its line.
@@ -85,7 +92,7 @@ def translated(ptx: str) -> Translated:
         initial |= block.live
     bits = {name: text.bits[name] for name in sorted(initial)}
     units = {space: _unit(text, space) for space in ("shared", "global")}
-    return Translated(text, blocks, {}, bits, units["shared"], units["global"], _outputs(text))
+    return Translated(text, blocks, contracts, {}, bits, units["shared"], units["global"], _outputs(text))
 
 
 def handler_of(own: Instruction) -> Handler:
@@ -102,16 +109,16 @@ def handler_of(own: Instruction) -> Handler:
     return HANDLERS[name]
 
 
-def _compiled(text: Text, block: Block, masked: bool) -> Run:
-    code, names = _python_of(text, block, masked)
+def _compiled(text: Text, block: Block, masked: bool, contracts: bool) -> Run:
+    code, names = _python_of(text, block, masked, contracts)
     exec(compile(code, f"<{text.name}, block {block.number}>", "exec"), names)
     return names["run"]
 
 
-def _python_of(text: Text, block: Block, masked: bool) -> tuple[str, dict[str, Any]]:
+def _python_of(text: Text, block: Block, masked: bool, contracts: bool = False) -> tuple[str, dict[str, Any]]:
     """The text of a block's function, and the names that it refers to."""
     names = dict(HELPERS)
-    e = Emitter(text.bits, names, masked)
+    e = Emitter(text.bits, names, masked, contracts)
     for own in block.instructions:
         try:
             handler_of(own)(e, own)
