@@ -117,7 +117,7 @@ def forms() -> Iterator[tuple[str, str, str, str]]:
         yield "mxfp4", "", dtype, path
 
 
-@pytest.mark.parametrize(("kind", "nested", "dtype", "path"), forms())
+@pytest.mark.parametrize(("kind", "nested", "dtype", "path"), [*forms()])
 def test_every_code(kind: str, nested: str, dtype: str, path: str) -> None:
     with executing():
         lacking = check_every_code(executor_of(path), kind, nested, dtype)
