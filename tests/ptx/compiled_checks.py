@@ -210,6 +210,44 @@ def test_contraction(mode: str) -> None:
     assert found == [0.0, 0.0 if mode else 2.0**-24]
 
 
+@pytest.mark.parametrize(
+    ("relation", "holds"),
+    [
+        ("eq", (0, 0)),
+        ("ne", (1, 0)),
+        ("neu", (1, 1)),
+        ("lt", (1, 0)),
+        ("geu", (0, 1)),
+        ("nan", (0, 1)),
+        ("num", (1, 0)),
+    ],
+)
+def test_comparisons(relation: str, holds: tuple[int, int]) -> None:
+    """1 with 2, and with a NaN."""
+    for other, expected in zip(("0f40000000", "0f7FC00000"), holds, strict=True):
+        lines = ["mov.b32 %r3, 0f3F800000;", f"setp.{relation}.f32 %p2, %r3, {other};", "selp.b32 %r2, 1, 0, %p2;"]
+        assert by_hand("\n".join(["", *lines, ""])).tolist() == [expected] * 64
+
+
+@pytest.mark.parametrize(
+    ("mode", "clamp", "source"),
+    [
+        ("up", 0, lambda lane: lane - 3 if lane >= 3 else lane),
+        ("down", 31, lambda lane: lane + 3 if lane + 3 < 32 else lane),
+        ("idx", 31, lambda _: 3),
+        ("bfly", 31, lambda lane: lane ^ 3),
+        ("up", 0x1800, lambda lane: lane - 3 if lane % 8 >= 3 else lane),  # in segments of 8 lanes
+        ("down", 0x181F, lambda lane: lane + 3 if lane % 8 + 3 < 8 else lane),
+        ("idx", 0x181F, lambda lane: lane // 8 * 8 + 3),
+        ("bfly", 1, lambda lane: lane ^ 3 if lane ^ 3 <= 1 else lane),
+    ],
+)
+def test_shuffles(mode: str, clamp: int, source: Callable[[int], int]) -> None:
+    """As CUDA's intrinsics have it; a lane without a source keeps its own."""
+    found = by_hand(f"\n	shfl.sync.{mode}.b32 	%r2, %r1, 3, {clamp}, -1;\n")
+    assert found.tolist() == [warp + source(lane) for warp in (0, 32) for lane in range(32)]
+
+
 def test_divergent_branches_meet() -> None:
     body = """
 	mov.b32 	%r2, 1;

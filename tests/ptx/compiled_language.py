@@ -225,6 +225,20 @@ def test_functions(seed: int | None) -> None:
 
 
 @triton.jit
+def strided(a, out, first, step, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(a + first + i.to(tl.int64) * step))
+
+
+def test_arguments_widen_with_their_sign() -> None:
+    a = torch.arange(256.0)
+    with executed():
+        out = torch.empty(64)
+        strided[(1,)](a, out, 255, -3, BLOCK=64)
+    same(out, a.flip(0)[: 64 * 3 : 3].contiguous())
+
+
+@triton.jit
 def narrow(a, b, out, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     x, y = tl.load(a + i), tl.load(b + i)
