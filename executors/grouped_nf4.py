@@ -85,7 +85,7 @@ class GroupedNF4(LayerExecutor):
     def capabilities(self) -> Capabilities:
         """What it declares; of kernels a CPU only under the interpreter."""
         forced = self._kernels if self._forced else None
-        interpreted = forced is not None and forced.INTERPRETED
+        interpreted = forced is not None and forced.takes_cpu()
         return Capabilities(
             devices=frozenset({"cuda"} if forced and not interpreted else {"cpu", "cuda"}),
             dtypes=frozenset({"float32", "bfloat16", "float16"}),
@@ -141,6 +141,6 @@ class GroupedNF4(LayerExecutor):
             if not self._forced:
                 return None
             raise Unavailable(f'{what} needs triton: pip install "moe-ref[triton]"') from error
-        if self._forced and not kernels.INTERPRETED and not torch.cuda.is_available():
+        if self._forced and not kernels.takes_cpu() and not torch.cuda.is_available():
             raise Unavailable(f"{what} needs a GPU; TRITON_INTERPRET=1 checks its numbers without one, slowly")
         return kernels

@@ -21,7 +21,7 @@ from executors._decode.paths import mean_rows
 from executors._protocol import Capabilities, Unavailable
 from executors._triton import operator
 from executors._triton.decode_rule import FUSED
-from executors._triton.device import INTERPRETED
+from executors._triton.device import INTERPRETED, takes_cpu
 from executors._triton.launch.grouping import check_slots
 from executors._triton.launch.routing import route
 from executors._triton.tuned import table as tuned_entries
@@ -65,7 +65,7 @@ class Triton(LayerExecutor):
                 raise TypeError(f"{option}={value!r}: must be True or False")
         if self.tuned and self.batch_invariant:
             raise ValueError("tuned=True: must be False with batch_invariant=True, which takes one configuration only")
-        if not INTERPRETED and not torch.cuda.is_available():
+        if not takes_cpu() and not torch.cuda.is_available():
             raise Unavailable(
                 "executor 'triton' needs a GPU; TRITON_INTERPRET=1 checks its numbers without one, slowly"
             )
@@ -76,12 +76,12 @@ class Triton(LayerExecutor):
     def capabilities(self) -> Capabilities:
         """What the executor can take; a CPU only under the interpreter."""
         return Capabilities(
-            devices=frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"}),
+            devices=frozenset({"cpu", "cuda"} if takes_cpu() else {"cuda"}),
             dtypes=frozenset({"float32", "bfloat16", "float16"}),
             weights=frozenset({"dense", "nf4", "fp4", "mxfp4"}),
             mixed=True,
             batch_invariant=self.batch_invariant,
-            interpreted=INTERPRETED,
+            interpreted=takes_cpu(),
         )
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -23,11 +24,36 @@ class Device(NamedTuple):
     multiprocessors: int
 
 
-@cache
+_STAND_INS: list[Device] = []  # the last one stands for the CPU
+
+
+@contextmanager
+def standing_in(device: Device) -> Iterator[None]:
+    """A context in which kernels are launched on tensors of the CPU, as that device would have it.
+
+    Something else must run what is compiled for it, as `moe_ref.conformance.ptx` does.
+    """
+    _STAND_INS.append(device)
+    try:
+        yield
+    finally:
+        _STAND_INS.pop()
+
+
+def takes_cpu() -> bool:
+    """Whether kernels take tensors of the CPU: in the interpreter, or where something stands in for a device."""
+    return INTERPRETED or bool(_STAND_INS)
+
+
 def device_of(device: torch.device) -> Device:
     """The `Device` of a torch device."""
     if INTERPRETED:
         return Device("interpreter", 3)
+    return _STAND_INS[-1] if _STAND_INS else _gpu(device)
+
+
+@cache
+def _gpu(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return Device(configs.family_of("hip", properties.gcnArchName), properties.multi_processor_count)

@@ -15,6 +15,7 @@ from executors._triton import tuned as _tuned
 from executors._triton.configs import KernelConfig
 from executors._triton.decode_rule import DECODED, FUSED, describe, path_of
 from executors._triton.device import INTERPRETED, device_guard, device_of
+from executors._triton.device import takes_cpu as takes_cpu
 from executors._triton.launch import operands
 from executors._triton.launch.grouping import Groups, bounds_of, group
 from executors._triton.launch.grouping import check_slots as check_slots

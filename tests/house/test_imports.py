@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SPECIFICATION = {"numpy", "array_api_compat", "moe_ref"}
 CONFORMANCE = SPECIFICATION | {"hypothesis", "pytest", "safetensors", "threadpoolctl", "torch", "executors"}
+PTX = {"numpy", "torch", "triton", "moe_ref"}
 SHARED_WITH_EXECUTORS = ("moe_ref.types", "moe_ref.validation")
 FACE = {"executors", "_protocol", "_registry", "_checkpoint"}  # what a user of the package sees
 BASE = {"_base", "_decode", "_protocol"}
@@ -92,6 +93,10 @@ def imports(source: str, package: str) -> Iterator[str]:
 
 def broken_rule(importer: str, imported: str) -> str:
     """The rule that an import breaks, or ""."""
+    if within(importer, "moe_ref.conformance.ptx"):
+        if within(imported, "moe_ref") and not within(imported, "moe_ref.conformance.ptx"):
+            return "the executor of PTX knows no layers"
+        return allowed_only(imported, PTX, "moe_ref.conformance.ptx")
     if within(importer, "moe_ref.conformance"):
         return allowed_only(imported, CONFORMANCE, "moe_ref.conformance")
     if within(importer, "moe_ref"):
@@ -216,6 +221,9 @@ UNDER_TYPE_CHECKING = "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n  
         ("moe_ref/planted.py", UNDER_TYPE_CHECKING + "import torch"),
         ("moe_ref/conformance/planted.py", "import scipy"),
         ("moe_ref/conformance/planted.py", "import triton"),
+        ("moe_ref/conformance/ptx/planted.py", "import executors"),
+        ("moe_ref/conformance/ptx/planted.py", "from moe_ref.conformance.problems.problem import Problem"),
+        ("moe_ref/conformance/ptx/planted.py", "import pytest"),
         ("executors/planted.py", "import moe_ref"),
         ("executors/planted.py", "from moe_ref import moe"),
         ("executors/planted.py", "from moe_ref.routing import route"),
@@ -251,6 +259,7 @@ def test_planted_violation_is_found(tmp_path: Path, file: str, line: str) -> Non
     [
         ("moe_ref/planted.py", "import math, numpy\nfrom array_api_compat import device\nfrom . import types"),
         ("moe_ref/conformance/planted.py", "import pytest, torch\nfrom . import gates\nfrom ..layer import moe"),
+        ("moe_ref/conformance/ptx/planted.py", "import triton, torch\nfrom moe_ref.conformance.ptx.text import read"),
         ("executors/planted.py", "import torch\nfrom moe_ref import types\nfrom moe_ref.validation import check_x"),
         ("executors/_pipeline/planted.py", "from executors._base import routing\nfrom executors._decode import table"),
         ("executors/native.py", "from executors._pipeline import loop\nfrom ._base.operator import define"),

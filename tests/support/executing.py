@@ -1,0 +1,19 @@
+"""The kernels of ``triton`` as they are compiled, executed on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from executors._triton.device import Device, standing_in
+from moe_ref.conformance.ptx.executed import POISON, Executed, executed
+from moe_ref.conformance.ptx.launch import How
+
+MULTIPROCESSORS = 3  # few, so that a program takes several tiles
+
+
+@contextmanager
+def executing(how: How | None = None, poison: int = POISON) -> Iterator[Executed]:
+    """Within it, ``triton`` takes tensors of the CPU, and what runs is compiled for sm80."""
+    with standing_in(Device("sm80", MULTIPROCESSORS)), executed("sm80", how, poison) as out:
+        yield out
