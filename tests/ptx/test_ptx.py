@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(path.name for path in Path(__file__).parent.glob("compiled_*.py"))
 
 
-@pytest.mark.parametrize("file", FILES)
+SLOW = {"compiled_mutants.py"}
+
+
+@pytest.mark.parametrize("file", [pytest.param(f, marks=[pytest.mark.nightly] if f in SLOW else []) for f in FILES])
 def test_compiled(file: str, request: pytest.FixtureRequest) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     profile = request.config.getoption("--hypothesis-profile") or "dev"

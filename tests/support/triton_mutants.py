@@ -174,8 +174,8 @@ MUTANTS = {
     "the bias on the score for the logit": ("routing", "logits if BY_LOGIT else scores", "scores", "routing"),
     "the epsilon added for the larger": (
         "routing",
-        "    if MAX:\n        return",
-        "    if False:\n        return",
+        "    if MAX:\n        total =",
+        "    if False:\n        total =",
         "routing",
     ),
     "softplus without its square root": ("routing", "tl.sqrt(near)", "near", "routing"),

@@ -73,8 +73,6 @@ def check_equal(executor: Executor, problem: Problem, arrays: Arrays, clause: st
     y, gradients = layer_vjp(arrays.x, None, arrays.topk_ids, arrays.topk_weights, arrays.weights, arrays.dy)
     with poisoned():
         result = run(executor, to_torch(problem, arrays, device), executor.capabilities.backward)
-    if executor.capabilities.backward and result.missing:
-        raise ConformanceError(executor, problem, clause, f"no gradient of {', '.join(result.missing)}")
     exact = {n: round_to_nearest(v, problem.dtype_of(n)) if n == "y" else v for n, v in named(y, gradients).items()}
     for name, actual in result_arrays(result).items():
         wrong = actual != exact[name]
@@ -82,6 +80,8 @@ def check_equal(executor: Executor, problem: Problem, arrays: Arrays, clause: st
             where = tuple(int(i) for i in np.argwhere(wrong)[0])
             message = f"{name}{where}={actual[where]}, but must be exactly {exact[name][where]}"
             raise ConformanceError(executor, problem, clause, message)
+    if executor.capabilities.backward and result.missing:
+        raise ConformanceError(executor, problem, clause, f"no gradient of {', '.join(result.missing)}")
 
 
 def long_sums(dtype: str) -> tuple[Problem, Arrays, str]:
