@@ -56,7 +56,7 @@ def run_tests(*arguments: str) -> str:
 
 def marked(piece: str) -> Any:
     """Drawn problems, pinned ones but for those in 4 bits, and all of the compiled products, every night only."""
-    slow = piece.endswith((": random", ": pinned")) and piece != "grouped_nf4: pinned" or piece == "compiled"
+    slow = (piece.endswith((": random", ": pinned")) and piece != "grouped_nf4: pinned") or piece == "compiled"
     return pytest.param(piece, marks=[pytest.mark.nightly] if slow else [])
 
 
