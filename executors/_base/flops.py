@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from executors._base.after_import import after_import
+from executors._after_import import after_import
 from executors._base.arguments import NAMES, Arguments
 
 COUNTER = "torch.utils.flop_counter"

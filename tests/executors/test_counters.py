@@ -1,5 +1,6 @@
 """What torch's counters and profiler see of an executor: the operations of its products, and names to recognise."""
 
+import importlib.util
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -12,9 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import executors
 from dense_cases import EVERYTHING, PROBLEM, inputs_of
-from executors._base import after_import as _after_import
+from executors import _after_import
+from executors._after_import import after_import
 from executors._base import operator as _operator
-from executors._base.after_import import after_import
 from executors._pipeline.loop import LoopProducts
 from executors._pipeline.operator import PipelineOperator
 from forward_cases import CASES, directions, layer_of, leaves_of
@@ -148,6 +149,8 @@ def test_after_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, before = [], list(sys.meta_path)
     after_import("waited_for", lambda: seen.append(sys.modules["waited_for"].VALUE))
     after_import("waited_for", lambda: seen.append(2))
+    assert importlib.util.find_spec("waited_for") is not None  # looked for, and not imported: it waits on
+    assert seen == []
     assert not seen
     import waited_for
 

@@ -133,7 +133,7 @@ def test_a_new_process_loads_it_whatever_is_imported_first(tmp_path: Any) -> Non
         "assert importlib.util.find_spec('torch') and 'torch' not in sys.modules\n"
         "import torch\n"
         f"print(torch.load({path!r}, weights_only=True).config.limit)\n"
-        "assert not [finder for finder in sys.meta_path if type(finder).__module__ == 'executors._saving']\n"
+        "assert not [finder for finder in sys.meta_path if type(finder).__module__ == 'executors._after_import']\n"
     )
     ran = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
     assert (ran.stdout, ran.stderr) == ("7.0\n", "")
