@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from moe_ref._typing import Array, Float, Int
 from moe_ref.moving import FLOAT_DTYPES, check_device, dtype_name, moved, named_dtype, rounds
@@ -187,6 +187,11 @@ class MoEWeights:
                 bits, which `executors.nf4` joins: ``fuse`` gate and up, ``from_linears`` experts one by one. A whole
                 projection in 4 bits is taken as it is.
         """
+        if not isinstance(config, MoEConfig):
+            raise TypeError(f"config is a {type(config).__name__}: must be a MoEConfig")
+        for name, kinds in (("activation", Activation), ("gate_up_layout", GateUpLayout)):
+            if (value := getattr(config, name)) not in get_args(kinds):
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, get_args(kinds)))}")
         layout = config.gate_up_layout if config.gated else ""
         return cls(
             rows_of(gate_up_proj, gate_proj, up_proj, "", layout),

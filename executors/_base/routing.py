@@ -143,7 +143,8 @@ def _(info: Any, dims: Any, router_logits: Tensor, selection_bias: Tensor | None
     if of_logits is not None:
         logits = router_logits.movedim(of_logits, 0)
     if of_bias is not None and selection_bias is not None:
-        selection_bias = selection_bias.movedim(of_bias, 0)[:, None]
+        bias = selection_bias.movedim(of_bias, 0)
+        selection_bias = bias.reshape(bias.shape[0], *[1] * (logits.ndim - bias.ndim), *bias.shape[1:])
     return choose(logits, selection_bias, *choice), 0
 
 

@@ -179,6 +179,8 @@ def _batched(
             for value, dim, rows in zip(tensors, dims, by_rows, strict=True)
         ]
         return tree_map(lambda own: _apart(own, batch), _apply(function, call, *flat)), 0
+    if not batch:
+        raise RuntimeError(f"{call.name}: vmap over a batch of 0: must be at least 1 where parameters have a batch")
     parts = []
     for place in range(batch):
         own = [

@@ -47,7 +47,7 @@ def check_devices(arguments: dict[str, Array]) -> None:
     if devices.count(devices[0]) == len(devices):
         return
     found = dict(zip(arguments, devices, strict=True))
-    real = [device for device in devices if not str(device).startswith("meta")]
+    real = [device for device in devices if not str(device).startswith("meta")] or devices
     wanted = max(real, key=real.count)
     other = next(name for name, device in found.items() if device == wanted)
     name, device = next((name, device) for name, device in found.items() if device != wanted)

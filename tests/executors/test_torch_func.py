@@ -13,6 +13,7 @@ import executors
 from dense_cases import PROBLEM, inputs_of
 from executors._base import transforms
 from forward_cases import CASES, directions, each_of, layer_of, leaves_of
+from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.judgement.call import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, at the first jvp
@@ -195,3 +196,18 @@ def test_forward_mode_around_a_compiled_function() -> None:
     with forward_ad.dual_level():
         found = forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, along))).tangent
     near(found, expected)
+
+
+@pytest.mark.parametrize("inner", [None, 0])
+def test_nested_batches_of_biases_choose_as_a_loop_does(inner: int | None) -> None:
+    """The bias belongs to the outer batch alone, or to both: never to the one beside it that has the same size."""
+    logits, bias = torch.randn(3, 3, 4, 8), 5 * torch.randn(3, *([3] if inner == 0 else []), 8)
+    stacks = torch.randn(8, 8, 4), torch.randn(8, 4, 4)
+
+    def chosen(row: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        weights = MoEWeights(*stacks, selection_bias=own, config=MoEConfig(2, scoring="sigmoid"))
+        return executors.get("native").route(row, weights).topk_ids
+
+    found = torch.func.vmap(torch.func.vmap(chosen, in_dims=(0, inner)))(logits, bias)
+    expected = [[chosen(logits[i, j], bias[i, j] if inner == 0 else bias[i]) for j in range(3)] for i in range(3)]
+    assert torch.equal(found, torch.stack([torch.stack(row) for row in expected]))

@@ -166,3 +166,18 @@ def test_what_is_named_for_4_bits_fuses_them() -> None:
     fused = executors.nf4.fuse(gate, up)
     weights = MoEWeights.stack(gate_up_proj=fused, down_proj=torch.randn(E, 32, 32), config=MoEConfig(1))
     assert torch.equal(nf4.decode(weights.gate_up_proj), torch.cat([nf4.decode(gate), nf4.decode(up)], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "config is a NoneType: must be a MoEConfig"),
+        (MoEConfig(1, activation="nope"), "activation='nope'"),  # type: ignore[arg-type]
+        (MoEConfig(1, gate_up_layout="interleavd"), "gate_up_layout='interleavd'"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_wrong_configuration_is_refused_before_anything_is_copied(config: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        MoEWeights.stack(
+            gate_proj=np.ones((2, 3, 4)), up_proj=np.ones((2, 3, 4)), down_proj=np.ones((2, 4, 3)), config=config
+        )
