@@ -126,6 +126,10 @@ def save_layer(
     check_inputs(x, router_logits, weights)
     if x.ndim != 2:
         raise ValueError(f"x.shape={tuple(x.shape)}: must be (T, H)")
+    if weights.packed():
+        raise ValueError(f"{min(weights.packed())} is in 4 bits: must be dense; executors.nf4.save writes 4 bits")
+    if isinstance(transposed, str) or not set(transposed) <= set(PROJECTIONS):
+        raise ValueError(f"transposed={transposed!r:.60}: must be a tuple out of {', '.join(PROJECTIONS)}")
     tensors: dict[str, Tensor] = {"x": x, "router_logits": router_logits}
     for name in (*PROJECTIONS, *OPTIONAL):
         value = getattr(weights, name)

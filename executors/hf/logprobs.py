@@ -77,7 +77,7 @@ def chunked_logprobs(
         raise RuntimeError("chunked_logprobs: torch.func and forward mode are not supported; use torch.autograd.grad")
     weight, bias = _head(head, bias)
     _check(hidden, weight, bias, labels)
-    if not isinstance(chunk, int):
+    if not isinstance(chunk, int) or isinstance(chunk, bool):
         raise TypeError(f"chunk={short(chunk)}: must be an int")
     numbers = {"chunk": chunk, "scale": scale, "temperature": temperature}
     for name, value in (numbers if softcap is None else numbers | {"softcap": softcap}).items():
@@ -170,6 +170,9 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) 
     for name, value in (("hidden", hidden), ("labels", labels), ("bias", bias)):
         if not isinstance(value, Tensor) and not (value is None and name == "bias"):
             raise TypeError(f"{name}={short(value)}: must be a torch.Tensor")
+    for name, value in (("head", weight), ("labels", labels), ("bias", bias)):
+        if value is not None and value.device != hidden.device:
+            raise ValueError(f"{name}.device={value.device}: must be {hidden.device}, hidden's")
     if weight.ndim != 2 or not weight.shape[0]:
         raise ValueError(f"head.shape={tuple(weight.shape)}: must be (V, H), V at least 1")
     vocabulary, width = weight.shape

@@ -244,3 +244,13 @@ def test_compiles_whole() -> None:
     assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
     with pytest.raises(RuntimeError, match=r"labels: must be in \[0, 50\) or -100"):
         compiled(labels + 50)
+
+
+def test_devices_are_compared_and_a_chunk_is_no_bool() -> None:
+    hidden, weight, labels = torch.ones(2, 4), torch.ones(5, 4), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"head\.device=meta: must be cpu, hidden's"):
+        chunked_logprobs(hidden, weight.to("meta"), labels)
+    with pytest.raises(ValueError, match=r"labels\.device=meta: must be cpu, hidden's"):
+        chunked_logprobs(hidden, weight, labels.to("meta"))
+    with pytest.raises(TypeError, match="chunk=True: must be an int"):
+        chunked_logprobs(hidden, weight, labels, chunk=True)

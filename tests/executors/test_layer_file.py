@@ -174,3 +174,11 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
         load_layer(tmp_path / "none")
     with pytest.raises(BadLayerFile, match="must be a safetensors file"):
         load_layer(tmp_path)
+
+
+@pytest.mark.parametrize("transposed", ["down_proj", ("foo",)])
+def test_what_is_stored_transposed_is_named(transposed: object, tmp_path: Path) -> None:
+    weights = MoEWeights(torch.ones(2, 8, 4), torch.ones(2, 4, 4), config=MoEConfig(1))
+    with pytest.raises(ValueError, match=r"transposed=.*: must be a tuple out of gate_up_proj, down_proj"):
+        save_layer(tmp_path / "l", torch.ones(1, 4), torch.ones(1, 2), weights, transposed=transposed)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

@@ -306,3 +306,16 @@ def test_unknown_instructions_stop_with_their_name_and_line(line: str) -> None:
     name = line.split()[0]
     with pytest.raises(Unreadable, match=rf"line \d+: {re.escape(name)} "):
         by_hand(f"\n	{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target": "sm90"}, "target='sm90': must be one of 'sm80'"),
+        ({"how": "fast"}, "how='fast': must be a How or None"),
+        ({"poison": 300}, "poison=300: must be a whole number from 0 to 255"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_entry(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message), executed(**given):  # type: ignore[arg-type]
+        pass

@@ -72,7 +72,14 @@ def executed(target: str = "sm80", how: How | None = None, poison: int = POISON)
     Raises:
         KernelFault: at a launch: the kernel did what it may not do; the message names the line of its source.
         Unreadable: at a launch: an instruction is not known.
+        ValueError: an argument is none of those above.
     """
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r}: must be one of {', '.join(map(repr, TARGETS))}")
+    if how is not None and not isinstance(how, How):
+        raise ValueError(f"how={how!r:.60}: must be a How or None")
+    if not isinstance(poison, int) or not 0 <= poison <= 255:
+        raise ValueError(f"poison={poison!r:.60}: must be a whole number from 0 to 255")
     plain_run = JITFunction.run
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
