@@ -1,6 +1,6 @@
 """The pytest plugin: ``--executor NAME`` chooses the executor that the suite judges, ``--vectors DIR`` on what files.
 
-It imports nothing before the option is used, so an installed moe-ref costs other test runs nothing.
+It imports nothing before an option is used or the suite runs, so an installed moe-ref costs other test runs nothing.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from executors import Capabilities, Executor
-    from moe_ref.conformance.vectors.reading import Folder
+from moe_ref.conformance.reporting.reporter import EXPECTED, JUDGED, VECTORS, Reporter
 
-_JUDGED = pytest.StashKey[list[str]]()
-_VECTORS = pytest.StashKey["Folder"]()
+if TYPE_CHECKING:
+    from executors import Executor
+    from moe_ref.conformance.reporting.expected import Expected
+    from moe_ref.conformance.reporting.judge import Judge
+    from moe_ref.conformance.vectors.reading import Folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,19 +43,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         dest="moe_ref_vectors",
         help="folder of vectors on which moe_ref.conformance.vectors_suite judges",
     )
+    group.addoption(
+        "--expected-failures",
+        metavar="FILE",
+        dest="moe_ref_expected",
+        help="JSON file of failures by clause that are known and do not fail the run; one that holds fails it",
+    )
+    group.addoption(
+        "--save-failure",
+        metavar="DIR",
+        dest="moe_ref_saved",
+        help="write each failing case as a vector, into a folder of its own in DIR",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Refuses unknown and unusable executors at the start; loads profile ``dev`` unless another is requested."""
-    from_suite = config.getoption("--hypothesis-profile", default=None) in ("dev", "nightly")
+    from_suite = config.getoption("--hypothesis-profile", default=None) in ("quick", "dev", "nightly")
     names = config.getoption("moe_ref_executors")
     if names or from_suite:
         load_profile(config)
     if names:
         _refuse_unusable(names, config.getoption("moe_ref_device"))
     if config.getoption("moe_ref_vectors"):
-        config.stash[_VECTORS] = _folder(config.getoption("moe_ref_vectors"))
+        config.stash[VECTORS] = _folder(config.getoption("moe_ref_vectors"))
+    config.stash[EXPECTED] = _expected(config.getoption("moe_ref_expected"))
+    config.pluginmanager.register(Reporter(config), "moe-ref reporter")
 
 
 def _folder(path: str) -> Folder:
@@ -65,6 +80,17 @@ def _folder(path: str) -> Folder:
         return read_folder(Path(path))
     except BadVectors as error:
         raise pytest.UsageError(f"--vectors {path}: {error}") from error
+
+
+def _expected(path: str | None) -> tuple[Expected, ...]:
+    if path is None:
+        return ()
+    from moe_ref.conformance.reporting.expected import BadExpectationsError, read_expected
+
+    try:
+        return read_expected(Path(path))
+    except BadExpectationsError as error:
+        raise pytest.UsageError(f"--expected-failures {error}") from error
 
 
 def _refuse_unusable(names: list[str], device: str) -> None:
@@ -103,16 +129,16 @@ def load_profile(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs every test that asks for ``executor`` once for each chosen executor."""
-    if "executor" in metafunc.fixturenames and "conformance_device" in metafunc.fixturenames:
+    if "executor_name" in metafunc.fixturenames and "conformance_device" in metafunc.fixturenames:
         chosen, device = (metafunc.config.getoption(f"moe_ref_{option}") for option in ("executors", "device"))
         names = chosen or _usable(device.partition(":")[0])
-        metafunc.parametrize("executor", names, indirect=True, scope="session")
-        metafunc.config.stash.setdefault(_JUDGED, names)
+        metafunc.parametrize("executor_name", names, indirect=True, scope="session")
+        metafunc.config.stash.setdefault(JUDGED, names)
     if "vector" in metafunc.fixturenames and "vectors" in metafunc.fixturenames:
-        if _VECTORS not in metafunc.config.stash:
+        if VECTORS not in metafunc.config.stash:
             allowed = "must be given: a folder that python -m moe_ref.conformance vectors DIR has written"
             raise pytest.UsageError(f"--vectors: {allowed}")
-        metafunc.parametrize("vector", metafunc.config.stash[_VECTORS].entries)
+        metafunc.parametrize("vector", metafunc.config.stash[VECTORS].entries)
 
 
 def _usable(device: str) -> list[str]:
@@ -123,11 +149,17 @@ def _usable(device: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def executor(request: pytest.FixtureRequest) -> Executor:
+def executor_name(request: pytest.FixtureRequest) -> str:
+    """The registered name of the executor under judgement."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def executor(executor_name: str) -> Executor:
     """The executor under judgement."""
     import executors
 
-    return executors.get(request.param)
+    return executors.get(executor_name)
 
 
 @pytest.fixture(scope="session")
@@ -137,71 +169,15 @@ def conformance_device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
+def judge(request: pytest.FixtureRequest, executor_name: str, executor: Executor, conformance_device: str) -> Judge:
+    """Calls checks on the executor under judgement; what is expected to fail may."""
+    from moe_ref.conformance.reporting.judge import Judge
+
+    own = [known for known in request.config.stash[EXPECTED] if known.executor == executor_name]
+    return Judge(executor_name, executor, conformance_device, own)
+
+
+@pytest.fixture(scope="session")
 def vectors(request: pytest.FixtureRequest) -> Folder:
     """The folder of vectors."""
-    return request.config.stash[_VECTORS]
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Lists what a judged executor declares not to offer, so that nobody reads too much into a pass."""
-    names = config.getoption("moe_ref_executors") or config.stash.get(_JUDGED, [])
-    if not names:
-        return
-    import executors
-
-    lines: list[str] = []
-    for name in names:
-        capabilities = executors.get(name).capabilities
-        lines += [f"{name}: {line}" for line in _undeclared(capabilities)]
-    if lines:
-        terminalreporter.section("conformance")
-        for line in lines:
-            terminalreporter.write_line(line)
-
-
-def _undeclared(capabilities: Capabilities) -> list[str]:
-    from executors._protocol import ACTIVATIONS
-    from moe_ref.validation import FLOAT_DTYPES
-
-    lines = []
-    if capabilities.interpreted:
-        lines.append("its kernels were interpreted, not run on a device")
-    if not capabilities.routing:
-        lines.append("routing is done elsewhere; clauses R1-R5 are not applicable")
-    elif not capabilities.selection:
-        lines.append("no selection bias and no groups; clause R3 and those parts of R2 are not applicable")
-    if not capabilities.backward:
-        lines.append("no backward pass; clauses D1-D5 are not applicable")
-    missing_dtypes = [dtype for dtype in FLOAT_DTYPES if dtype not in capabilities.dtypes]
-    if missing_dtypes:
-        lines.append(f"not judged in {', '.join(missing_dtypes)}")
-    if "dense" not in capabilities.weights:
-        beside = "gradients of projections are judged beside one in 4 bits" if capabilities.mixed else ""
-        lines.append(f"no dense weights; {beside or 'gradients of projections are not applicable'}")
-    if len(capabilities.weights) > 1 and not capabilities.mixed:
-        lines.append("two kinds of projections in one layer are not declared, and not judged")
-    missing_formats = [name for name in ("nf4", "fp4", "mxfp4") if name not in capabilities.weights]
-    if len(missing_formats) == 3:
-        lines.append("no weights in 4 bits; clauses Q1-Q3, Q5 and M1 are not applicable")
-    elif missing_formats[:2] == ["nf4", "fp4"]:
-        lines.append("no nf4 and no fp4 weights; clauses Q1-Q3 and Q5 are not applicable")
-    elif missing_formats:
-        clauses = {"nf4": "that part of Q1 is", "fp4": "that part of Q1 is", "mxfp4": "clause M1 is"}
-        lines += [f"no {name} weights; {clauses[name]} not applicable" for name in missing_formats]
-    missing = sorted(ACTIVATIONS - capabilities.activations)
-    if missing:
-        lines.append(f"no {', '.join(missing)}; those parts of E1 are not applicable")
-    if "swiglu" in capabilities.activations:
-        if not capabilities.late_clamp:
-            lines.append("no clamp after the activation; that part of E1 is not applicable")
-        if not capabilities.softcap:
-            lines.append("no softcaps; that part of E1 is not applicable")
-    if not capabilities.post_expert_norm:
-        lines.append("no norm after each expert; clause E8 is not applicable")
-    if not capabilities.scale_input:
-        lines.append("no scale_input; clause C3 is not applicable")
-    if not capabilities.lora:
-        lines.append("no adapters; clause E6 is not applicable")
-    if not capabilities.batch_invariant:
-        lines.append("batch invariance is not declared; clause C2 is not judged")
-    return lines
+    return request.config.stash[VECTORS]

@@ -1,5 +1,6 @@
 """Hypothesis profiles: how long and how reproducibly the suite searches.
 
+- ``quick``: a few seconds for one executor, before each commit; the same examples on every run, none of them large.
 - ``dev``: under a minute for one executor; the database keeps failing examples.
 - ``ci``: the same examples on every run, no database.
 - ``nightly``: long, and other examples every night.
@@ -13,6 +14,14 @@ from hypothesis import HealthCheck, settings
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 PROFILES = {
+    "quick": settings(
+        max_examples=10,
+        deadline=None,
+        suppress_health_check=_SLOW,
+        derandomize=True,
+        database=None,
+        print_blob=True,
+    ),
     "dev": settings(max_examples=30, deadline=None, suppress_health_check=_SLOW, print_blob=True),
     "ci": settings(
         max_examples=100,

@@ -17,14 +17,14 @@ import pytest
 from moe_ref.conformance.vectors.judging import check_vector
 
 if TYPE_CHECKING:
-    from executors import Executor
+    from moe_ref.conformance.reporting.judge import Judge
     from moe_ref.conformance.vectors.reading import Folder
 
 __all__ = ["test_vector"]
 
 
-def test_vector(executor: Executor, conformance_device: str, vectors: Folder, vector: str) -> None:
+def test_vector(judge: Judge, vectors: Folder, vector: str) -> None:
     """The executor's answers to one case of the folder, in the error bars that it holds."""
-    lacking = check_vector(executor, vectors, vector, conformance_device)
+    lacking = judge(check_vector, vectors, vector)
     if lacking:
         pytest.skip(lacking)

@@ -307,9 +307,10 @@ def test_broken_tokens_are_excused_and_no_others() -> None:
 
 
 def test_profiles_say_what_they_are_for() -> None:
-    assert set(profiles.PROFILES) == {"dev", "ci", "nightly"}
-    assert profiles.PROFILES["ci"].derandomize
-    assert profiles.PROFILES["ci"].database is None
+    assert set(profiles.PROFILES) == {"quick", "dev", "ci", "nightly"}
+    for name in ("quick", "ci"):
+        assert profiles.PROFILES[name].derandomize
+        assert profiles.PROFILES[name].database is None
     assert profiles.PROFILES["nightly"].max_examples >= 1000
 
 

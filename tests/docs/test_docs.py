@@ -44,6 +44,11 @@ def test_every_clause_is_on_the_page_once() -> None:
     assert " ".join(CLAUSES) == expected
 
 
+def test_every_clause_has_an_example() -> None:
+    parts = re.split(r"^(?=\*\*[A-Z]\d\.\*\* |## )", (DOCS / "spec.md").read_text(), flags=re.MULTILINE)
+    assert [part[2:4] for part in parts if part.startswith("**") and ">>> " in part] == CLAUSES
+
+
 def test_the_readmes_example_runs() -> None:
     """As it stands there, in a Python that has only imported what it imports."""
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(), flags=re.DOTALL)

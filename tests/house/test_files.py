@@ -44,6 +44,7 @@ RAW_ALLOWED = {
     "executors/hf/adapter_file.py": "a configuration into a folder of its own, whose files are renamed last",
     "moe_ref/conformance/vectors/folder.py": "into a folder that is renamed when all is there",
     "moe_ref/conformance/vectors/archive.py": "into the temporary file of `replacing`",
+    "moe_ref/conformance/reporting/saved.py": "a folder that is renamed when all is there",
     "examples/qlora_finetune.py": "PEFT's own form, into a folder that is read back at once",
 }
 OPENS = {

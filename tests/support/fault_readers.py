@@ -24,6 +24,7 @@ from executors._triton import tuned_file
 from executors.checkpoint.extraction import given
 from executors.layer_file import load_layer
 from fault_writers import KEY, read_nf4, read_state, write_layer, write_model, write_nf4, write_state, write_tuned
+from moe_ref.conformance.reporting.expected import FORMAT, read_expected
 from moe_ref.conformance.vectors.cases import every_case
 from moe_ref.conformance.vectors.folder import MANIFEST, write_vectors
 from moe_ref.conformance.vectors.reading import read_folder
@@ -142,6 +143,11 @@ def read_one_vector(path: Path) -> str:
     return hashlib.sha256(b"".join(arrays[name].array.tobytes() for name in sorted(arrays))).hexdigest()
 
 
+def write_expected(path: Path) -> None:
+    known = {"clause": "C1", "tensor": "y", "dtype": "bfloat16", "reason": "adds slots in bf16"}
+    path.write_text(json.dumps({"format": FORMAT, "executors": {"mine": [known]}}))
+
+
 READERS = (
     Reader(
         "executors.nf4.load",
@@ -198,6 +204,12 @@ READERS = (
         ("executors/checkpoint/extraction.py",),
         write_hidden,
         lambda path: digest(given(path, torch.float32)),
+    ),
+    Reader(
+        "expected failures of the suite",
+        ("moe_ref/conformance/reporting/expected.py",),
+        write_expected,
+        lambda path: str(read_expected(path)),
     ),
     Reader(
         "vectors",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,10 @@ import torch
 
 from moe_ref.conformance.judgement.call import Inputs, Result, run, to_torch
 from moe_ref.conformance.judgement.choices import admissible
-from moe_ref.conformance.judgement.faults import Fault, changed, copies, different, wrong_form
+from moe_ref.conformance.judgement.faults import Fault, changed, copies, different, wrong_forms
 from moe_ref.conformance.judgement.gates import CLAUSES, Verdict, judge
 from moe_ref.conformance.judgement.reference import Reference, reference
-from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.build import Arrays, build
 from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.routing import keys_are_rounded
@@ -27,11 +28,45 @@ if TYPE_CHECKING:
 
 
 class ConformanceError(AssertionError):
-    """An executor broke a clause of the specification."""
+    """An executor broke a clause of the specification.
 
-    def __init__(self, executor: Executor, problem: Problem, clause: str, message: str) -> None:
+    Args:
+        executor: the executor.
+        problem: on what.
+        clause: the clauses, one of which is broken, or what else is.
+        message: what is wrong, in one line.
+        tensor: "y", or the input whose gradient is wrong; "" for neither.
+        arrays: the problem's numbers, where it does not determine them itself.
+        more: what else is wrong with the same results.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        problem: Problem,
+        clause: str,
+        message: str,
+        tensor: str = "",
+        arrays: Arrays | None = None,
+        more: Sequence[Fault] = (),
+    ) -> None:
         super().__init__(f"{executor.name} breaks {clause}: {message}\n  {problem}")
-        self.clause = clause
+        self.executor, self.problem, self.clause, self.arrays = executor, problem, clause, arrays
+        self.faults = (Fault(clause, message, tensor), *more)
+
+    def only(self, faults: Sequence[Fault]) -> ConformanceError:
+        """The same with some of its faults."""
+        first, *more = faults
+        return (
+            self
+            if [*self.faults] == [*faults]
+            else ConformanceError(self.executor, self.problem, *first, self.arrays, more)
+        )
+
+
+def labels(clause: str) -> tuple[str, ...]:
+    """The clauses in what an error is said to break, such as E1 and E2 in "E1, E2 (long_sums)"; or it itself."""
+    return tuple(re.findall(r"\b[A-Z]\d\b", clause)) or (clause,)
 
 
 def applicable(executor: Executor, problem: Problem) -> Problem:
@@ -67,7 +102,7 @@ def check_problem(executor: Executor, problem: Problem, device: str = "cpu") -> 
         A verdict for y and each gradient, all passed.
 
     Raises:
-        ConformanceError: at the first clause that is broken.
+        ConformanceError: a clause is broken; `ConformanceError.faults` has all that were found.
     """
     problem = applicable(executor, problem)
     return check_numbers(executor, problem, reference(problem), lambda ids: reference(problem, ids), device)
@@ -93,7 +128,7 @@ def check_numbers(
         A verdict for y and each gradient, all passed.
 
     Raises:
-        ConformanceError: at the first clause that is broken.
+        ConformanceError: a clause is broken; `ConformanceError.faults` has all that were found.
     """
     inputs = to_torch(problem, truth.arrays, device)
     routing = _route(executor, inputs)
@@ -103,20 +138,20 @@ def check_numbers(
         if (chosen != truth.arrays.topk_ids)[~truth.broken_routing].any():  # another right choice: judged on its own
             truth = choosing(tuple(chosen.ravel().tolist()))
             inputs = to_torch(problem, truth.arrays, device)
-    before = copies(inputs)
+    before, backward = copies(inputs), executor.capabilities.backward
     with poisoned():
-        result = run(executor, inputs, executor.capabilities.backward)
-    _demand(executor, problem, changed(inputs, before))
-    _demand(executor, problem, wrong_form(result, inputs, executor.capabilities.backward))
+        result = run(executor, inputs, backward)
+    faults = [*filter(None, [changed(inputs, before)]), *wrong_forms(result, inputs, backward)]
     verdicts = verdicts_of(result_arrays(result), problem, truth, chosen)
     with poisoned(), torch.no_grad():  # inference may take another path
         inference = run(executor, inputs, backward=False)
-    _demand(executor, problem, wrong_form(inference, inputs, executor.capabilities.backward))
+    faults += wrong_forms(inference, inputs, backward)
     past_range = problem.powers and problem.dtype == "float16"
     for verdict in verdicts + verdicts_of(result_arrays(inference), problem, truth, chosen):
         if verdict.failure:
             clause = "R4" if truth.broken.any() else "E7" if past_range else CLAUSES[verdict.name]
-            raise ConformanceError(executor, problem, clause, verdict.failure)
+            faults.append(Fault(clause, verdict.failure, verdict.name))
+    _demand(executor, problem, *faults, arrays=truth.arrays)
     return verdicts
 
 
@@ -200,9 +235,11 @@ def _judged_experts(
     return judged
 
 
-def _demand(executor: Executor, problem: Problem, fault: Fault | None) -> None:
-    if fault is not None:
-        raise ConformanceError(executor, problem, *fault)
+def _demand(executor: Executor, problem: Problem, *faults: Fault | None, arrays: Arrays | None = None) -> None:
+    """Raises with all faults, if there are any."""
+    found = list(dict.fromkeys(filter(None, faults)))
+    if found:
+        raise ConformanceError(executor, problem, *found[0], arrays, found[1:])
 
 
 def _route(executor: Executor, inputs: Inputs) -> Routing | None:

@@ -79,9 +79,10 @@ def check_equal(executor: Executor, problem: Problem, arrays: Arrays, clause: st
         if wrong.any():
             where = tuple(int(i) for i in np.argwhere(wrong)[0])
             message = f"{name}{where}={actual[where]}, but must be exactly {exact[name][where]}"
-            raise ConformanceError(executor, problem, clause, message)
+            raise ConformanceError(executor, problem, clause, message, name, arrays)
     if executor.capabilities.backward and result.missing:
-        raise ConformanceError(executor, problem, clause, f"no gradient of {', '.join(result.missing)}")
+        message = f"no gradient of {', '.join(result.missing)}"
+        raise ConformanceError(executor, problem, clause, message, result.missing[0], arrays)
 
 
 def long_sums(dtype: str) -> tuple[Problem, Arrays, str]:

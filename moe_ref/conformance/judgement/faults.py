@@ -5,7 +5,7 @@ The suite, ``compare`` and ``bench`` share these checks; each reports in its own
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,10 +28,11 @@ RAISED = (
 
 
 class Fault(NamedTuple):
-    """A broken clause, with a one-line message."""
+    """A broken clause, with a one-line message; ``tensor`` is "y" or whose gradient it is about, or ""."""
 
     clause: str
     message: str
+    tensor: str = ""
 
     def __str__(self) -> str:
         """The clause and the message."""
@@ -81,31 +82,35 @@ def changed(inputs: Inputs, before: dict[str, Tensor]) -> Fault | None:
     """E4: an executor leaves every bit of its inputs unchanged."""
     for name, value in copies(inputs).items():
         if not same_bits(value, before[name]):
-            return Fault("E4", f"{name} was changed in place")
+            return Fault("E4", f"{name} was changed in place", name)
     return None
 
 
 def wrong_form(result: Result, inputs: Inputs, backward: bool) -> Fault | None:
+    """The first of `wrong_forms`."""
+    return next(wrong_forms(result, inputs, backward), None)
+
+
+def wrong_forms(result: Result, inputs: Inputs, backward: bool) -> Iterator[Fault]:
     """E3, T2, D1: shape, dtypes, and gradients exactly for the inputs that need them."""
     if result.shape != inputs.x.shape:
-        return Fault("E3", f"y.shape={tuple(result.shape)}, but must be {tuple(inputs.x.shape)}, x's")
+        yield Fault("E3", f"y.shape={tuple(result.shape)}, but must be {tuple(inputs.x.shape)}, x's", "y")
     owners = inputs.tensors() | {"y": inputs.x}
     for name, value in result.tensors.items():
         if value.dtype != owners[name].dtype:
             what = "y" if name == "y" else f"the gradient of {name}"
-            return Fault("T2", f"{what} is {dtype_name(value)}, but must be {dtype_name(owners[name])}")
+            yield Fault("T2", f"{what} is {dtype_name(value)}, but must be {dtype_name(owners[name])}", name)
     if backward and result.missing:
-        return Fault("D1", f"no gradient for {', '.join(result.missing)}")
+        yield Fault("D1", f"no gradient for {', '.join(result.missing)}", result.missing[0])
     if result.unasked:
-        return Fault("D1", f"a gradient for frozen {', '.join(result.unasked)}")
-    return None
+        yield Fault("D1", f"a gradient for frozen {', '.join(result.unasked)}", result.unasked[0])
 
 
 def different(first: Result, second: Result, between: str) -> Fault | None:
     """C1: two runs give the same bits."""
     for name, value in first.tensors.items():
         if not same_bits(value, second.tensors[name]):
-            return Fault("C1", f"{name} differs between {between}")
+            return Fault("C1", f"{name} differs between {between}", name)
     return None
 
 

@@ -63,7 +63,7 @@ def check_law(executor: Executor, problem: Problem, law: str, device: str = "cpu
     joined = {n: v if len(results) == 1 else np.concatenate([r[n] for r in results]) for n, v in results[0].items()}
     for verdict in verdicts_of(joined, problem, truth):
         if verdict.failure:
-            raise ConformanceError(executor, problem, f"the law {law}", verdict.failure)
+            raise ConformanceError(executor, problem, f"the law {law}", verdict.failure, verdict.name)
     return True
 
 

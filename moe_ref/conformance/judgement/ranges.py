@@ -139,7 +139,7 @@ def check_range(executor: Executor, case: str, kind: str, device: str = "cpu") -
         if wrong.any():
             where = tuple(int(i) for i in np.argwhere(wrong)[0])
             message = f"{name}{where}={actual[where]}, but must be exactly {expected[where]} ({case})"
-            raise ConformanceError(executor, problem, "E7", message)
+            raise ConformanceError(executor, problem, "E7", message, name, arrays)
     return ""
 
 

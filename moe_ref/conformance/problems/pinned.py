@@ -293,3 +293,6 @@ EXAMPLES = (
     Problem(33, 3, 1, 8, MoEConfig(2, post_expert_norm_eps=1.0), "bfloat16", post_expert_norm=True, seed=16),
     Problem(33, 3, 16, 8, replace(MUSE, top_k=2, scale_input=True), post_expert_norm=True, **BIASES, seed=17),
 )
+
+ALL = EXAMPLES + LARGE + PACKED + PAST_RANGE
+SMALL = tuple(p for p in ALL if (p.tokens + p.experts) * p.hidden * p.intermediate < 100_000)  # of profile "quick"

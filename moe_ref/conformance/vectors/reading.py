@@ -20,7 +20,7 @@ CLAUSE = re.compile(r"[A-Z][0-9]{1,2}")
 LARGEST = 2**28  # bytes of a file
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Folder:
     """A folder of vectors whose manifest is read. The files are read one by one.
 
@@ -33,6 +33,9 @@ class Folder:
     path: Path
     specification: str
     entries: dict[str, dict[str, Any]]
+
+    def __repr__(self) -> str:
+        return f"read_folder({str(self.path)!r})"
 
     def arrays(self, name: str) -> dict[str, Stored]:
         """The arrays of a case.
@@ -72,12 +75,13 @@ class Folder:
         return vector_of(str(self.path / f"{name}.mrv"), self.arrays(name))
 
 
-def read_folder(path: Path) -> Folder:
+def read_folder(path: Path | str) -> Folder:
     """Reads the manifest of a folder.
 
     Raises:
         BadVectors: it is missing, or not of the form.
     """
+    path = Path(path)
     file = path / MANIFEST
     try:
         found = json.loads(_bytes(file))

@@ -1,0 +1,132 @@
+"""What came of each test of each executor, told by clause. Tests may have run in several processes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from moe_ref.conformance.judgement.checks import ConformanceError, labels
+from moe_ref.conformance.reporting.expected import Expected
+
+CLAUSE = re.compile(r"\b([TRGECDQM]\d)\b")
+CLAUSES = (
+    *("T1", "T2", "R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9", "G1"),
+    *("E1", "E2", "E3", "E4", "E5", "E6", "E7", "E8", "C1", "C2", "C3", "D1", "D2", "D3", "D4", "D5"),
+    *("Q1", "Q2", "Q3", "Q4", "Q5", "Q6", "M1"),
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failure of one test.
+
+    Attributes:
+        breaks: the clauses, or what else it is said to break.
+        says: the message, in one line.
+        problem: on which it fails, as the call that makes it; "" where there is none.
+        again: how to run it again; "" where it cannot be said.
+        saved: the folder with its vector, or "".
+    """
+
+    breaks: tuple[str, ...]
+    says: str
+    problem: str = ""
+    again: str = ""
+    saved: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one test.
+
+    Attributes:
+        executor: the name by which it is registered.
+        test: its name.
+        clauses: that it is about.
+        outcome: "passed", "failed" or "skipped".
+        failures: that are not expected.
+        met: places of expected failures, in the file, that the test met.
+    """
+
+    executor: str
+    test: str
+    clauses: tuple[str, ...]
+    outcome: str
+    failures: tuple[Failure, ...] = ()
+    met: tuple[int, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        """As it passes between processes."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Outcome:
+        """The inverse of `plain`."""
+        failures = tuple(Failure(**{**own, "breaks": tuple(own["breaks"])}) for own in found["failures"])
+        return cls(**{**found, "failures": failures, "clauses": tuple(found["clauses"]), "met": tuple(found["met"])})
+
+
+@dataclass
+class Ledger:
+    """All outcomes of a run.
+
+    Attributes:
+        expected: all expected failures, in the file's order.
+        outcomes: in the order in which they came.
+    """
+
+    expected: tuple[Expected, ...] = ()
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def executors(self) -> list[str]:
+        """All that were judged."""
+        return list(dict.fromkeys(own.executor for own in self.outcomes))
+
+    def of(self, executor: str) -> list[Outcome]:
+        """The outcomes of one executor."""
+        return [own for own in self.outcomes if own.executor == executor]
+
+    def failures(self, executor: str) -> dict[str, list[Failure]]:
+        """Failures that are not expected, by what they break, the smallest problem first."""
+        found: dict[str, list[Failure]] = {}
+        for own in self.of(executor):
+            for failure in own.failures:
+                found.setdefault(", ".join(failure.breaks), []).append(failure)
+        return {key: sorted(own, key=lambda f: len(f.problem)) for key, own in sorted(found.items())}
+
+    def met(self, executor: str) -> dict[Expected, int]:
+        """Its expected failures, each with the number of tests that met it."""
+        counts = {own: 0 for own in self.expected if own.executor == executor}
+        for outcome in self.of(executor):
+            for place in outcome.met:
+                counts[self.expected[place]] += 1
+        return counts
+
+    def holding(self, executor: str, inapplicable: Iterable[str]) -> list[str]:
+        """Clauses that a passed test is about, and no failure breaks, expected or not."""
+        named = {clause for own in self.of(executor) if own.outcome == "passed" for clause in own.clauses}
+        broken = {clause for own in self.of(executor) for failure in own.failures for clause in failure.breaks}
+        broken |= {own.clause for own, count in self.met(executor).items() if count}
+        return [clause for clause in CLAUSES if clause in named - broken - {*inapplicable}]
+
+
+def clauses_of(docstring: str | None) -> tuple[str, ...]:
+    """The clauses that a test's docstring names."""
+    return tuple(dict.fromkeys(CLAUSE.findall(docstring or "")))
+
+
+def failures_of(error: BaseException) -> Iterator[tuple[BaseException, tuple[Failure, ...]]]:
+    """The errors in an error, which Hypothesis may have grouped, each with its failures."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from failures_of(inner)
+        return
+    again = next((note for note in getattr(error, "__notes__", ()) if note.startswith("again: ")), "")
+    if isinstance(error, ConformanceError):
+        problem = repr(error.problem)
+        yield error, tuple(Failure(labels(own.clause), own.message, problem, again) for own in error.faults)
+        return
+    says = " ".join(f"{type(error).__name__}: {error}".split())
+    yield error, (Failure((f"raises {type(error).__name__}",), says, again.partition("(")[2], again),)

@@ -1,0 +1,153 @@
+"""Collects what came of each test, in the process where it ran, and tells it where the run ends.
+
+It imports nothing before the suite runs, so an installed moe-ref costs other test runs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from moe_ref.conformance.reporting.expected import Expected
+    from moe_ref.conformance.reporting.judge import Judge
+    from moe_ref.conformance.reporting.ledger import Failure, Ledger
+    from moe_ref.conformance.vectors.reading import Folder
+
+JUDGED: pytest.StashKey[list[str]] = pytest.StashKey()  # names of executors that were not asked for
+VECTORS: pytest.StashKey[Folder] = pytest.StashKey()
+EXPECTED: pytest.StashKey[tuple[Expected, ...]] = pytest.StashKey()
+OUTCOME = "moe-ref outcome"  # a test's property, which passes from xdist's workers to its controller
+
+
+class Reporter:
+    """A plugin of one run.
+
+    Args:
+        config: of the run.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.outcomes: list[dict[str, Any]] = []
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        """Tells the judge which test runs."""
+        judge = judge_of(item)
+        if judge is not None:
+            judge.test, judge.met = item.name, []
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Notes what came of a test by clause. A test that met expected failures only is reported as such."""
+        report = yield
+        judge = judge_of(item)
+        if judge is None or call.when != "call":
+            return report
+        from moe_ref.conformance.reporting.ledger import Outcome
+
+        known = self.config.stash[EXPECTED]
+        met = tuple(place for place, own in enumerate(known) if own in judge.met)
+        failures = self._failures(item, call) if report.failed else ()
+        outcome = Outcome(judge.name, item.name, self._clauses(item), report.outcome, failures, met)
+        report.user_properties.append((OUTCOME, outcome.plain()))
+        if report.passed and met:
+            report.outcome = "skipped"
+            report.wasxfail = "; ".join(f"{known[place]}: {known[place].reason}" for place in met)
+        return report
+
+    def _clauses(self, item: pytest.Item) -> tuple[str, ...]:
+        """What a test is about: its docstring says it, or its vector."""
+        from moe_ref.conformance.reporting.ledger import clauses_of
+
+        vector = getattr(item, "funcargs", {}).get("vector")
+        if vector is not None:
+            return tuple(self.config.stash[VECTORS].entries[vector]["clauses"])
+        return clauses_of(getattr(getattr(item, "obj", None), "__doc__", None))
+
+    def _failures(self, item: pytest.Item, call: pytest.CallInfo[None]) -> tuple[Failure, ...]:
+        """All failures of a test, saved if that was asked for."""
+        from moe_ref.conformance.judgement.checks import ConformanceError
+        from moe_ref.conformance.reporting.ledger import failures_of
+        from moe_ref.conformance.reporting.saved import save_failure
+
+        assert call.excinfo is not None
+        directory = self.config.getoption("moe_ref_saved")
+        found: list[Failure] = []
+        for number, (error, failures) in enumerate(failures_of(call.excinfo.value)):
+            saved = ""
+            if directory and isinstance(error, ConformanceError):
+                try:
+                    saved = str(save_failure(Path(directory), error, item.name + f"-{number}" * (number > 0)))
+                except OSError as problem:
+                    saved = f"not in {directory}: {problem.strerror}"
+            found += [replace(own, saved=saved) for own in failures]
+        return tuple(found)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Takes the outcome from a report."""
+        if report.when == "call":
+            self.outcomes += [value for name, value in report.user_properties if name == OUTCOME]  # type: ignore[misc]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Fails a run in which an expected failure holds."""
+        if not self.outcomes or hasattr(self.config, "workerinput") or session.exitstatus != pytest.ExitCode.OK:
+            return
+        from moe_ref.conformance.reporting.summary import unmet
+
+        ledger = self.ledger()
+        if not self.left_out() and any(unmet(ledger, own) for own in ledger.executors()):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Tells results by clause, and what an executor declares not to offer, lest a pass be overrated."""
+        names = self.config.getoption("moe_ref_executors") or self.config.stash.get(JUDGED, [])
+        names = list(dict.fromkeys([*names, *(str(own["executor"]) for own in self.outcomes)]))
+        if not names:
+            return
+        import executors
+        from moe_ref.conformance.reporting.applicable import lacks
+        from moe_ref.conformance.reporting.summary import lines
+
+        terminalreporter.section("conformance")
+        ledger, left_out = self.ledger(), self.left_out()
+        if left_out:
+            terminalreporter.write_line(f"not all of the suite ran: {left_out}")
+        for name in names:
+            for line in lines(ledger, name, lacks(executors.get(name).capabilities), left_out):
+                terminalreporter.write_line(line.text, red=line.wrong)
+
+    def ledger(self) -> Ledger:
+        """All outcomes so far."""
+        from moe_ref.conformance.reporting.ledger import Ledger, Outcome
+
+        return Ledger(self.config.stash[EXPECTED], [Outcome.of(own) for own in self.outcomes])
+
+    def left_out(self) -> str:
+        """Why not all tests of the suite ran, or ""."""
+        from moe_ref.conformance import profiles, suite
+
+        asked = self.config.option
+        told = [f"{flag} {value!r}" for flag, value in (("-k", asked.keyword), ("-m", asked.markexpr)) if value]
+        told += [flag for flag, value in (("--deselect", asked.deselect), ("--maxfail", asked.maxfail)) if value]
+        told += ["single tests were named"] * any("::" in str(own) for own in self.config.args)
+        told += ["--hypothesis-profile quick"] * (suite.PROFILE is profiles.PROFILES["quick"])
+        ran = {own["test"].partition("[")[0] for own in self.outcomes}
+        return ", ".join(
+            told or ["without " + ", ".join(sorted({*suite.__all__} - ran))] * bool({*suite.__all__} - ran)
+        )
+
+
+def judge_of(item: pytest.Item) -> Judge | None:
+    """The judge of a test of the suite; None of other tests."""
+    found = getattr(item, "funcargs", {}).get("judge")
+    return found if type(found).__module__ == f"{__package__}.judge" else None

@@ -1,0 +1,88 @@
+"""What the suite prints at the end of a run, by executor and clause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from moe_ref.conformance.reporting.applicable import Lack
+from moe_ref.conformance.reporting.expected import Expected
+from moe_ref.conformance.reporting.ledger import CLAUSES, Failure, Ledger
+
+WIDEST = 400  # characters of a message
+SHOWN = 8  # kinds of failures
+
+
+class Line(NamedTuple):
+    """A line, and whether it tells of something wrong."""
+
+    text: str
+    wrong: bool = False
+
+
+def lines(ledger: Ledger, executor: str, lacking: Sequence[Lack], left_out: str) -> Iterator[Line]:
+    """What is told of an executor.
+
+    Args:
+        ledger: the outcomes.
+        executor: its name.
+        lacking: what it does not declare.
+        left_out: why tests were left out of this run, or "".
+    """
+    met, failures = ledger.met(executor), ledger.failures(executor)
+    if ledger.of(executor):
+        yield Line(f"{executor}: {_counted(ledger, executor, lacking)}", wrong=bool(failures))
+    for place, (breaks, own) in enumerate(failures.items()):
+        if place == SHOWN:
+            yield Line(f"  and {len(failures) - SHOWN} other kinds of failures", wrong=True)
+            break
+        yield from _failure(breaks, own)
+    for expected, count in met.items():
+        if count:
+            yield Line(f"  expected {expected}: {tests(count)}; {expected.reason}")
+    for expected in unmet(ledger, executor) if ledger.of(executor) else ():
+        if left_out:
+            yield Line(f"  expected {expected}: not seen, but {left_out}")
+        else:
+            yield Line(f"  expected {expected}: holds now, so take it out of the file", wrong=True)
+    for lack in lacking:
+        yield Line(f"{executor}: {lack.says}")
+
+
+def unmet(ledger: Ledger, executor: str) -> list[Expected]:
+    """Expected failures that no test met."""
+    return [expected for expected, count in ledger.met(executor).items() if not count]
+
+
+def tests(count: int) -> str:
+    """The words for a number of tests."""
+    return f"{count} test{'s' if count != 1 else ''}"
+
+
+def _counted(ledger: Ledger, executor: str, lacking: Sequence[Lack]) -> str:
+    """How many clauses hold, fail, do not apply, or were not judged."""
+    inapplicable = {clause for lack in lacking for clause in lack.clauses}
+    holding = ledger.holding(executor, inapplicable)
+    failing = {clause for own in ledger.of(executor) for failure in own.failures for clause in failure.breaks}
+    expected = {own.clause for own, count in ledger.met(executor).items() if count} - failing
+    known = {*holding, *failing, *expected, *inapplicable}
+    rest = [clause for clause in CLAUSES if clause not in known]
+    parts = [f"{len(holding)} clauses hold"]
+    for count, says in ((len(failing), "broken"), (len(expected), "broken as expected")):
+        if count:
+            parts.append(f"{count} {says}")
+    parts.append(f"{len(inapplicable)} not applicable")
+    if rest:
+        parts.append(f"{len(rest)} not judged here ({', '.join(rest)})")
+    return ", ".join(parts)
+
+
+def _failure(breaks: str, own: Sequence[Failure]) -> Iterator[Line]:
+    """The smallest of some failures that break the same."""
+    first = own[0]
+    yield Line(f"  breaks {breaks}: {len(own)} failure{'s' * (len(own) > 1)}", wrong=True)
+    yield Line(f"    {first.says if len(first.says) <= WIDEST else first.says[:WIDEST] + ' ...'}", wrong=True)
+    if first.again:
+        yield Line(f"    {first.again}")
+    if first.saved:
+        yield Line(f"    saved: {first.saved}")
