@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from executors import mxfp4 as mxfp4
     from executors import nf4 as nf4
     from executors import nn as nn
+    from executors import parallel as parallel
 
 __all__ = [
     "Capabilities",
@@ -49,7 +50,7 @@ _declare_safe()
 
 def __getattr__(name: str) -> Any:
     """``executors.nf4`` and others, which need torch or transformers, are imported when they are asked for."""
-    if name in ("checkpoint", "hf", "mxfp4", "nf4", "nn"):
+    if name in ("checkpoint", "hf", "mxfp4", "nf4", "nn", "parallel"):
         import importlib
 
         return importlib.import_module(f"executors.{name}")

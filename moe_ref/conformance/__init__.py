@@ -6,5 +6,6 @@
 - `judgement`: the reference, and what the suite demands of an executor;
 - `citizen`: what hooks, modes, threads and processes of torch expect of it;
 - `vectors`, `vectors_suite`: the same for other languages: cases with their answers in files, and executors on them;
+- `parallel`, `parallel_suite`: executors whose experts are spread over processes;
 - `mutants`, `honest`: executors that the suite must reject, and executors that it must accept.
 """

@@ -13,7 +13,10 @@ import pytest
 from moe_ref.conformance.reporting.reporter import EXPECTED, JUDGED, VECTORS, Reporter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from executors import Executor
+    from moe_ref.conformance.parallel.cluster import Cluster
     from moe_ref.conformance.reporting.expected import Expected
     from moe_ref.conformance.reporting.judge import Judge
     from moe_ref.conformance.vectors.reading import Folder
@@ -42,6 +45,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         dest="moe_ref_vectors",
         help="folder of vectors on which moe_ref.conformance.vectors_suite judges",
+    )
+    group.addoption(
+        "--ranks",
+        type=int,
+        default=4,
+        metavar="N",
+        dest="moe_ref_ranks",
+        help="processes among which moe_ref.conformance.parallel_suite spreads experts (default: 4)",
     )
     group.addoption(
         "--expected-failures",
@@ -181,3 +192,12 @@ def judge(request: pytest.FixtureRequest, executor_name: str, executor: Executor
 def vectors(request: pytest.FixtureRequest) -> Folder:
     """The folder of vectors."""
     return request.config.stash[VECTORS]
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Processes among which experts are spread."""
+    from moe_ref.conformance.parallel.cluster import Cluster
+
+    with Cluster(request.config.getoption("moe_ref_ranks")) as own:
+        yield own

@@ -1,0 +1,83 @@
+"""Transports in autograd: the gradient of the way out is the way back, and the other way round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from executors.parallel.transport import Transport
+
+
+class _Gradient(Function):
+    """What a gradient comes to, which has none itself (D1)."""
+
+    @staticmethod
+    def forward(_ctx: Any, work: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+        return work(value)
+
+    @staticmethod
+    def backward(_ctx: Any, *_gradients: Tensor) -> None:
+        raise RuntimeError("expert_parallel: double backward is not supported; differentiate with create_graph=False")
+
+
+def _once(work: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    found: Tensor = _Gradient.apply(work, value)  # type: ignore[no-untyped-call]
+    return found
+
+
+class Out(Function):
+    """From rows [T, H] and weights [T, K] to slots [S, H] and [S, 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, transport: Transport) -> tuple[Tensor, Tensor]:
+        """Sends both."""
+        ctx.transport = transport
+        own_rows, own_weights = transport.out(rows), transport.weights_out(weights)
+        needs = ((own_rows, transport.needs.rows), (own_weights, transport.needs.weights))
+        ctx.mark_non_differentiable(*(own for own, needed in needs if not needed))
+        return own_rows, own_weights
+
+    @staticmethod
+    def backward(ctx: Any, slots: Tensor, weights: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """What any rank needs comes back on all, since they wait for each other."""
+        transport = ctx.transport
+        of_rows = _once(transport.back, slots) if transport.needs.rows else None
+        return of_rows, _once(transport.weights_back, weights) if transport.needs.weights else None, None
+
+
+class Back(Function):
+    """From results of slots [S, H] to sums over each token's [T, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, slots: Tensor, transport: Transport) -> Tensor:
+        """Brings them back."""
+        ctx.transport = transport
+        return transport.back(slots)
+
+    @staticmethod
+    def backward(ctx: Any, rows: Tensor) -> tuple[Tensor, None]:
+        """Sends dy to the slots."""
+        return _once(ctx.transport.out, rows), None
+
+
+class Nothing(Function):
+    """Zeros for the slots of a rank without experts, whose backward pass waits with the others' all the same."""
+
+    @staticmethod
+    def forward(_ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        """[S, H] zeros, whatever the rows hold."""
+        return torch.zeros_like(rows)
+
+    @staticmethod
+    def backward(_ctx: Any, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Zeros."""
+        return torch.zeros_like(slots), slots.new_zeros(slots.shape[0], 1)
+
+
+def needing(value: Tensor, needed: bool) -> Tensor:
+    """The same numbers, with a gradient if any rank needs one: then backward, which exchanges, runs on all ranks."""
+    return value.detach().requires_grad_() if needed and not value.requires_grad else value

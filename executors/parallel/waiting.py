@@ -1,0 +1,131 @@
+"""One collective, with an end: rows of bytes to and from every rank, or an error that says who is missing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from itertools import count
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from executors._files.text import one_line
+
+SHORTEST, LONGEST = 2e-5, 5e-3  # seconds between looks at a collective
+EVERY = 0.5  # seconds between looks at what other ranks say
+GRACE = 4 * EVERY  # seconds in which the others, once one rank has given up, say that they wait too
+_number = count()
+
+
+class RankError(RuntimeError):
+    """Another rank raised, differs, or did not come; the message names it, in one line."""
+
+
+@dataclass
+class Wire:
+    """The group of one executor, and what its ranks tell each other when something goes wrong.
+
+    Attributes:
+        group: the process group.
+        timeout: seconds that a rank waits for the others at each step.
+    """
+
+    group: Any
+    timeout: float
+    name: str = field(default_factory=lambda: f"moe_ref/parallel/{next(_number)}")
+
+    @property
+    def rank(self) -> int:
+        """This rank, in the group."""
+        return dist.get_rank(self.group)
+
+    @property
+    def ranks(self) -> int:
+        """W."""
+        return dist.get_world_size(self.group)
+
+    def exchange(self, rows: Tensor, send: list[int], receive: list[int], step: str) -> Tensor:
+        """Sends rows to every rank, and receives theirs.
+
+        Args:
+            rows: [sum(send), ...] in the order of the ranks that get them.
+            send: [W] how many each rank gets.
+            receive: [W] how many each rank gives.
+            step: what it is for, for a message.
+
+        Returns:
+            [sum(receive), ...] in the order of the ranks that gave them.
+
+        Raises:
+            RankError: some rank did not come in time.
+        """
+        out = rows.new_empty((sum(receive), *rows.shape[1:]))
+        if self.ranks == 1:
+            return out.copy_(rows)
+        there, here = as_bytes(out), as_bytes(rows.contiguous())
+        work = dist.all_to_all_single(there, here, receive, send, group=self.group, async_op=True)
+        self.wait(work, step, rows.device.type == "cpu")
+        return out
+
+    def wait(self, work: Any, step: str, on_host: bool = True) -> None:
+        """Waits for a collective: on the host, or as a GPU waits, in its own order and with the group's own timeout.
+
+        Raises:
+            RankError: some rank did not come in time, or said that it failed.
+        """
+        if on_host:
+            self._watch(work, step)
+        try:
+            work.wait()
+        except (RuntimeError, ValueError) as error:
+            raise RankError(self._blame(step, one_line(error))) from error
+
+    def _watch(self, work: Any, step: str) -> None:
+        """Waits until a collective is complete, and looks for what other ranks say."""
+        start, asked, pause = time.monotonic(), time.monotonic(), SHORTEST
+        while not work.is_completed():
+            now = time.monotonic()
+            if now - start > self.timeout:
+                raise RankError(self._blame(step, ""))
+            if now - asked > EVERY:
+                asked = now
+                if any(_store().check([self._key(rank)]) for rank in range(self.ranks) if rank != self.rank):
+                    raise RankError(self._blame(step, ""))
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST)
+
+    def _key(self, rank: int) -> str:
+        return f"{self.name}/{rank}"
+
+    def tell(self, error: BaseException) -> None:
+        """Tells the other ranks, which may wait for this one already, that it failed."""
+        _store().set(self._key(self.rank), f"raised {one_line(f'{type(error).__name__}: {error}')}")
+
+    def _blame(self, step: str, otherwise: str) -> str:
+        """Which ranks failed or did not come, as far as the others say."""
+        store, others = _store(), [rank for rank in range(self.ranks) if rank != self.rank]
+        store.set(self._key(self.rank), f"waited {step}")
+        end, missing = time.monotonic() + GRACE, others
+        while missing and time.monotonic() < end:
+            missing = [rank for rank in others if not store.check([self._key(rank)])]
+            time.sleep(LONGEST)
+        said = {rank: store.get(self._key(rank)).decode() for rank in others if rank not in missing}
+        told = [f"rank {rank} {words}" for rank, words in said.items() if words.startswith("raised ")]
+        if missing and not told:
+            ranks = ", ".join(map(str, missing))
+            told.append(f"rank{'s' * (len(missing) > 1)} {ranks} did not come {step} within {self.timeout:g} s")
+        return "; ".join(told) or f"the exchange {step} failed{': ' * bool(otherwise)}{otherwise}"
+
+
+def as_bytes(rows: Tensor) -> Tensor:
+    """[n, bytes of a row]: every backend sends bytes, and not every dtype."""
+    return rows.reshape(rows.shape[0], prod(rows.shape[1:])).view(torch.uint8)
+
+
+def _store() -> Any:
+    """The store by which the processes found each other."""
+    return distributed_c10d._get_default_store()

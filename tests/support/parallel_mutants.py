@@ -1,0 +1,88 @@
+"""Expert parallelism with bugs that the field has had: each must be rejected. Made in the processes of a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from executors.parallel import ExpertParallel
+from executors.parallel.planning import owners
+from executors.parallel.transport import Transport
+from moe_ref.conformance.parallel.split import Split
+
+
+@dataclass
+class Wrong:
+    """A transport around another; what a mutant does not change is the other's."""
+
+    right: Any
+    owner: Tensor
+    kind: str
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.right, name)
+
+    def back(self, slots: Tensor) -> Tensor:
+        found: Tensor = self.right.back(slots)
+        ranks = self.right.wire.ranks
+        if self.kind == "token_lost" and len(self.owner) and len({*self.owner.flatten().tolist()}) < ranks:
+            found[-1] = 0  # where some rank has no token's expert
+        if self.kind == "double_count":
+            counts = torch.nn.functional.one_hot(self.owner, ranks + 1)[..., :ranks].sum(1)
+            found[(counts > 1).any(1)] *= 2
+        return found
+
+    def weights_back(self, weights: Tensor) -> Tensor:
+        found: Tensor = self.right.weights_back(weights)
+        if self.kind == "swapped":
+            return found.flip(1)
+        if self.kind == "local_router":
+            return found * (self.owner == self.right.wire.rank)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class WrongParallel(ExpertParallel):
+    kind: str = ""
+
+    def _transport(self, ids: Tensor, experts: Any, call: Any, needs: Any) -> Transport:
+        if self.kind == "remainder_dropped":
+            whole = experts.ranks * (experts.num_experts // experts.ranks)
+            ids = ids.masked_fill(ids >= whole, -1)
+        right = super()._transport(ids, experts, call, needs)
+        return Wrong(right, owners(ids, experts), self.kind)
+
+
+def _made(kind: str, name: str, group: Any, split: Split, num_experts: int) -> ExpertParallel:
+    return WrongParallel(name, group, split.dispatch, split.returns, num_experts, 30.0, kind)  # type: ignore[arg-type]
+
+
+def token_lost(*given: Any) -> ExpertParallel:
+    """The last token is lost where a rank has none."""
+    return _made("token_lost", *given)
+
+
+def swapped(*given: Any) -> ExpertParallel:
+    """Gradients of a token's weights come back in another order."""
+    return _made("swapped", *given)
+
+
+def local_router(*given: Any) -> ExpertParallel:
+    """The router's gradient is that of this rank's experts alone."""
+    return _made("local_router", *given)
+
+
+def double_count(*given: Any) -> ExpertParallel:
+    """A token counts twice where two of its experts share a rank."""
+    return _made("double_count", *given)
+
+
+def remainder_dropped(*given: Any) -> ExpertParallel:
+    """Experts beyond a multiple of the ranks are never reached."""
+    return _made("remainder_dropped", *given)
+
+
+MUTANTS = (token_lost, swapped, local_router, double_count, remainder_dropped)
