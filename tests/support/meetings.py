@@ -1,0 +1,126 @@
+"""Which accesses to shared memory meet without a barrier, or meet a copy in flight: found from a log alone.
+
+The executor keeps the last who wrote and who read a unit. Here all accesses between two barriers are laid side by side,
+and every unit is looked at when the second barrier comes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from traced import Event, Log
+
+ACCESSES = ("read", "write", "atomic", "copy")
+
+
+class Replay:
+    """Goes through a log.
+
+    Attributes:
+        meets: whether accesses met so far.
+        touched: [programs] accesses since the last barrier.
+        flying: [programs, units] copies in flight.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self.each = log.each
+        self.unit = min((own.size for own in log.events if own.kind in ACCESSES), default=4)
+        shape = log.programs, -(-max(log.shared, 1) // self.unit)
+        self.seen = {kind: np.zeros(shape, np.uint32) for kind in ("read", "write", "change", "atomic")}
+        self.flying = np.zeros(shape, np.int32)
+        self.touched = np.zeros(log.programs, np.int64)
+        self.commits = np.zeros(log.programs * log.each, np.int64)  # of each thread
+        self.copies: list[tuple[Any, Any, Any]] = []  # in flight: threads, units, and their commits before
+        self.meets = False
+
+    def step(self, own: Event) -> int:
+        """Does what one event does; gives how many copies land in it."""
+        if own.kind in ACCESSES:
+            self._access(own)
+        elif own.kind == "barrier":
+            self._end(np.unique(own.threads // self.each))
+        elif own.kind == "commit":
+            self.commits[own.threads] += 1
+        elif own.kind == "wait":
+            return self._land(own)
+        return 0
+
+    def uncommitted(self) -> int:
+        """Copies that no group has yet."""
+        return sum(int((group == self.commits[threads]).sum()) for threads, _, group in self.copies)
+
+    def finish(self) -> bool:
+        """The end of all programs; gives whether any accesses met."""
+        self._end(slice(None))
+        return self.meets
+
+    def _places(self, own: Event) -> tuple[Any, Any]:
+        units = (own.at // self.unit)[:, None] + np.arange(own.size // self.unit)
+        return (own.threads // self.each)[:, None], units
+
+    def _access(self, own: Event) -> None:
+        rows, units = self._places(own)
+        self.meets |= bool(self.flying[rows, units].any())
+        np.add.at(self.touched, own.threads // self.each, 1)
+        if own.kind == "copy":
+            np.add.at(self.flying, (np.broadcast_to(rows, units.shape), units), 1)
+            self.copies.append((own.threads, units, self.commits[own.threads]))
+            self.meets |= bool((self.flying[rows, units] > 1).any())
+        if own.kind in ("write", "copy"):
+            changes = own.changes if own.kind == "write" else np.ones(len(own.threads), bool)
+            self._write(own.threads, units, changes)
+        else:
+            self._mark(own.kind, own.threads, units)
+
+    def _write(self, threads: Any, units: Any, changes: Any) -> None:
+        """Two warps that write the same do not meet."""
+        rows, bits = (threads // self.each)[:, None], self._bits(threads)[:, None]
+        self.meets |= bool((self.seen["write"][rows, units] & ~bits)[changes].any())
+        self._mark("write", threads, units)
+        self._mark("change", threads[changes], units[changes])
+
+    def _bits(self, threads: Any) -> Any:
+        return np.uint32(1) << (threads % self.each // 32).astype(np.uint32)
+
+    def _mark(self, kind: str, threads: Any, units: Any) -> None:
+        rows = np.broadcast_to((threads // self.each)[:, None], units.shape)
+        bits = np.broadcast_to(self._bits(threads)[:, None], units.shape)
+        np.bitwise_or.at(self.seen[kind], (rows, units), bits)
+
+    def _land(self, own: Event) -> int:
+        waits = np.zeros(len(self.commits), bool)
+        waits[own.threads] = True
+        flying, landed = self.copies, 0
+        self.copies = []
+        for threads, units, group in flying:
+            lands = waits[threads] & (group < self.commits[threads] - own.pending)
+            rows = np.broadcast_to((threads // self.each)[:, None], units.shape)
+            np.add.at(self.flying, (rows[lands], units[lands]), -1)
+            self._write(threads[lands], units[lands], np.ones(int(lands.sum()), bool))
+            landed += int(lands.sum())
+            if not lands.all():
+                self.copies.append((threads[~lands], units[~lands], group[~lands]))
+        return landed
+
+    def _end(self, rows: Any) -> None:
+        read, change, atomic = (self.seen[kind][rows] for kind in ("read", "change", "atomic"))
+        every = read | change | atomic
+        several = (every & (every - np.uint32(1))) != 0
+        kinds = (read != 0).astype(int) + (change != 0) + (atomic != 0)
+        self.meets |= bool((several & (kinds > 1)).any())
+        for kind in self.seen:
+            self.seen[kind][rows] = 0
+        self.touched[rows] = 0
+
+
+def meet(logs: list[Log]) -> bool:
+    """Whether any accesses meet."""
+    found = False
+    for log in logs:
+        replay = Replay(log)
+        for own in log.events:
+            replay.step(own)
+        found |= replay.finish()
+    return found
