@@ -1,4 +1,4 @@
-"""Why nothing shows when one place of a kernel's text is spoiled: decided from logs, or by noise, never by the executor."""
+"""Why nothing shows when one place of a kernel is spoiled: decided from logs or by noise, not by the executor."""
 
 from __future__ import annotations
 
@@ -43,10 +43,16 @@ class Trial:
         if self.kind in ORDERED:
             return self._ordered()
         line = self.place + 1
-        before, now = ([own for log in logs for own in log.events if own.line == line] for logs in (self._whole, self._logs))
+        before, now = (
+            [own for log in logs for own in log.events if own.line == line] for logs in (self._whole, self._logs)
+        )
         if len(before) != len(now):
             return ""
         return self._zeros(before) if self.kind == "zeros" else self._guard(before, now)
+
+    def _times(self, logs: list[Log]) -> list[Event]:
+        """Each time that the place runs."""
+        return [own for log in logs for own in log.events if own.line == self.place + 1]
 
     def _ordered(self) -> str:
         """A barrier, a wait or a commit."""

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from moe_ref.conformance.ptx.accesses import ATOMICS
+from moe_ref.conformance.ptx.approximations import Approximate
 from moe_ref.conformance.ptx.device_memory import DeviceMemory, Segment
 from moe_ref.conformance.ptx.faults import Faults, chosen
-from moe_ref.conformance.ptx.floats import Approximate
 from moe_ref.conformance.ptx.shared import ATOMIC, EPOCH, SharedMemory
 from moe_ref.conformance.ptx.text import Instruction, Unreadable
 from moe_ref.conformance.ptx.translate import Translated
