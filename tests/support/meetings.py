@@ -12,6 +12,7 @@ import numpy as np
 
 from traced import Event, Log
 
+NOBODY = 1 << 40
 ACCESSES = ("read", "write", "atomic", "copy")
 
 
@@ -28,7 +29,9 @@ class Replay:
         self.each = log.each
         self.unit = min((own.size for own in log.events if own.kind in ACCESSES), default=4)
         shape = log.programs, -(-max(log.shared, 1) // self.unit)
-        self.seen = {kind: np.zeros(shape, np.uint32) for kind in ("read", "write", "change", "atomic")}
+        kinds = ("read", "write", "change", "atomic")
+        self.first = {kind: np.full(shape, NOBODY, np.int64) for kind in kinds}  # the least thread
+        self.last = {kind: np.full(shape, -1, np.int64) for kind in kinds}  # and the greatest
         self.flying = np.zeros(shape, np.int32)
         self.touched = np.zeros(log.programs, np.int64)
         self.commits = np.zeros(log.programs * log.each, np.int64)  # of each thread
@@ -75,19 +78,17 @@ class Replay:
             self._mark(own.kind, own.threads, units)
 
     def _write(self, threads: Any, units: Any, changes: Any) -> None:
-        """Two warps that write the same do not meet."""
-        rows, bits = (threads // self.each)[:, None], self._bits(threads)[:, None]
-        self.meets |= bool((self.seen["write"][rows, units] & ~bits)[changes].any())
+        """Two threads that write the same do not meet."""
+        rows, own = (threads // self.each)[:, None], threads[:, None]
+        other = (self.first["write"][rows, units] < own) | (self.last["write"][rows, units] > own)
+        self.meets |= bool(other[changes].any())
         self._mark("write", threads, units)
         self._mark("change", threads[changes], units[changes])
 
-    def _bits(self, threads: Any) -> Any:
-        return np.uint32(1) << (threads % self.each // 32).astype(np.uint32)
-
     def _mark(self, kind: str, threads: Any, units: Any) -> None:
-        rows = np.broadcast_to((threads // self.each)[:, None], units.shape)
-        bits = np.broadcast_to(self._bits(threads)[:, None], units.shape)
-        np.bitwise_or.at(self.seen[kind], (rows, units), bits)
+        own = np.broadcast_to(threads[:, None], units.shape)
+        np.minimum.at(self.first[kind], (own // self.each, units), own)
+        np.maximum.at(self.last[kind], (own // self.each, units), own)
 
     def _land(self, own: Event) -> int:
         waits = np.zeros(len(self.commits), bool)
@@ -105,13 +106,13 @@ class Replay:
         return landed
 
     def _end(self, rows: Any) -> None:
-        read, change, atomic = (self.seen[kind][rows] for kind in ("read", "change", "atomic"))
-        every = read | change | atomic
-        several = (every & (every - np.uint32(1))) != 0
-        kinds = (read != 0).astype(int) + (change != 0) + (atomic != 0)
-        self.meets |= bool((several & (kinds > 1)).any())
-        for kind in self.seen:
-            self.seen[kind][rows] = 0
+        kinds = [kind for kind in self.first if kind != "write"]
+        first = np.min([self.first[kind][rows] for kind in kinds], axis=0)
+        last = np.max([self.last[kind][rows] for kind in kinds], axis=0)
+        several = np.sum([self.last[kind][rows] >= 0 for kind in kinds], axis=0) > 1
+        self.meets |= bool((several & (first < last)).any())
+        for kind in self.first:
+            self.first[kind][rows], self.last[kind][rows] = NOBODY, -1
         self.touched[rows] = 0
 
 

@@ -223,3 +223,9 @@ class Machine:
                 first = self.each * int(np.argmax(some))
                 self.faults.add(own, "a barrier that only some threads of a program reach", self.labels(first))
         self.shared.barrier(threads)
+        self.memory.moments.meet(threads)
+
+    def warp_barrier(self, threads: Any) -> None:
+        """``bar.warp.sync``; in global memory these threads race with no other of their program until they meet it."""
+        self.shared.lanes.meet(threads)
+        self.memory.moments.meet(threads)
