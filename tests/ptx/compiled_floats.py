@@ -325,6 +325,8 @@ def test_fast_division_by_large_numbers() -> None:
         (["mov.b16 %rs1, 1;", "cvt.ftz.f32.f16 %r2, %rs1;"], 0x33800000),  # 2^-24 is subnormal in fp16 only
         (["mov.b32 %r3, 0x00010400;", "mov.b32 %r4, 0;", "add.f16x2 %r2, %r3, %r4;"], 0x00010400),
         (["mov.b32 %r3, 0x00010400;", "mov.b32 %r4, 0;", "add.ftz.f16x2 %r2, %r3, %r4;"], 0x00000400),
+        (["mov.b32 %r3, 0x00010400;", "mov.b32 %r4, 0x6C006C00;", "mul.f16x2 %r2, %r3, %r4;"], 0x0C003400),
+        (["mov.b32 %r3, 0x00010400;", "mov.b32 %r4, 0x6C006C00;", "mul.ftz.f16x2 %r2, %r3, %r4;"], 0x00003400),
     ],
 )
 def test_conversions_and_flushing(lines: list[str], expected: int) -> None:

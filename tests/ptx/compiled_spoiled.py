@@ -22,7 +22,7 @@ from unnoticed import ORDERED, Trial
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 PROBLEMS = [name for name, (_, path) in FIXED.items() if not path] if NIGHTLY else ["few, bf16"]
-STEP = 1 if NIGHTLY else 9  # every so many-th place
+STEP = 3 if NIGHTLY else 13  # every so many-th place
 DONE: set[str] = set()  # texts, of which problems share some
 
 
@@ -35,7 +35,7 @@ def test_spoiled_kernels_show_or_cannot(name: str) -> None:
     for own in launches:
         with tracing() as logs:
             assert own.verdict(own.ptx) == ""
-        assert not meet(logs), "the log must agree that nothing is wrong"
+        assert not meet(logs)[0], "the log must agree that nothing is wrong"
         if own.ptx in DONE:
             continue
         DONE.add(own.ptx)

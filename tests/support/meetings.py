@@ -20,7 +20,7 @@ class Replay:
     """Goes through a log.
 
     Attributes:
-        meets: whether accesses met so far.
+        meets, may_meet: whether accesses met so far; and whether they did, if a write that changes nothing meets reads.
         touched: [programs] accesses since the last barrier.
         flying: [programs, units] copies in flight.
     """
@@ -36,7 +36,7 @@ class Replay:
         self.touched = np.zeros(log.programs, np.int64)
         self.commits = np.zeros(log.programs * log.each, np.int64)  # of each thread
         self.copies: list[tuple[Any, Any, Any]] = []  # in flight: threads, units, and their commits before
-        self.meets = False
+        self.meets = self.may_meet = False
 
     def step(self, own: Event) -> int:
         """Does what one event does; gives how many copies land in it."""
@@ -54,10 +54,9 @@ class Replay:
         """Copies that no group has yet."""
         return sum(int((group == self.commits[threads]).sum()) for threads, _, group in self.copies)
 
-    def finish(self) -> bool:
-        """The end of all programs; gives whether any accesses met."""
+    def finish(self) -> None:
+        """The end of all programs."""
         self._end(slice(None))
-        return self.meets
 
     def _places(self, own: Event) -> tuple[Any, Any]:
         units = (own.at // self.unit)[:, None] + np.arange(own.size // self.unit)
@@ -106,22 +105,26 @@ class Replay:
         return landed
 
     def _end(self, rows: Any) -> None:
-        kinds = [kind for kind in self.first if kind != "write"]
-        first = np.min([self.first[kind][rows] for kind in kinds], axis=0)
-        last = np.max([self.last[kind][rows] for kind in kinds], axis=0)
-        several = np.sum([self.last[kind][rows] >= 0 for kind in kinds], axis=0) > 1
-        self.meets |= bool((several & (first < last)).any())
+        self.meets |= self._together(rows, "change")
+        self.may_meet |= self._together(rows, "write")
         for kind in self.first:
             self.first[kind][rows], self.last[kind][rows] = NOBODY, -1
         self.touched[rows] = 0
 
+    def _together(self, rows: Any, written: str) -> bool:
+        """Whether several threads touched one unit, in more than one of the ways."""
+        kinds = ("read", written, "atomic")
+        first = np.min([self.first[kind][rows] for kind in kinds], axis=0)
+        last = np.max([self.last[kind][rows] for kind in kinds], axis=0)
+        several = np.sum([self.last[kind][rows] >= 0 for kind in kinds], axis=0) > 1
+        return bool((several & (first < last)).any())
 
-def meet(logs: list[Log]) -> bool:
-    """Whether any accesses meet."""
-    found = False
-    for log in logs:
-        replay = Replay(log)
+
+def meet(logs: list[Log]) -> tuple[bool, bool]:
+    """Whether any accesses meet; and whether any do if writes count that change nothing, which may be reported too."""
+    replays = [Replay(log) for log in logs]
+    for log, replay in zip(logs, replays, strict=True):
         for own in log.events:
             replay.step(own)
-        found |= replay.finish()
-    return found
+        replay.finish()
+    return any(own.meets for own in replays), any(own.meets or own.may_meet for own in replays)

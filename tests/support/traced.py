@@ -58,25 +58,29 @@ class Log:
 
 @dataclass
 class Noise:
-    """Other bits in place of what some threads load, store or copy at one line.
+    """Other bits in place of what some threads load, store or copy at one line: the same for the same address.
 
     Attributes:
         line: of the text.
         who: for each time that the line runs, [threads] which threads.
-        draw: gives so many bytes.
+        draw: gives 64 bits for each of an array of addresses.
         times: how often it has run.
     """
 
     line: int
     who: list[Any]
-    draw: Callable[[int], Any]
+    draw: Callable[[Any], Any]
     times: int = 0
 
-    def put(self, values: list[Any]) -> list[Any]:
-        """The values, [threads] each, with noise."""
+    def put(self, values: list[Any], at: Any) -> list[Any]:
+        """The values that lie one after the other from [threads] addresses, [threads] each, with noise."""
         who, self.times = self.who[self.times], self.times + 1
-        noise = [self.draw(value.nbytes).view(value.dtype).reshape(value.shape) for value in values]
-        return [np.where(who, other, value) for value, other in zip(values, noise, strict=True)]
+        out = []
+        for place, value in enumerate(values):
+            size = value.dtype.itemsize
+            other = self.draw(at + place * size).astype(f"u{size}").view(value.dtype)
+            out.append(np.where(who, other, value))
+        return out
 
 
 class Traced(Machine):
@@ -105,18 +109,21 @@ class Traced(Machine):
         good = self._within(at, size)
         self._log.append(Event(kind, own.line, who[good], at[good], size))
 
-    def _altered(self, own: Any, values: list[Any]) -> list[Any]:
+    def _altered(self, own: Any, values: list[Any], address: Any, shared: bool = False) -> list[Any]:
         if self._noise is None or self._noise.line != own.line:
             return values
-        return self._noise.put([np.broadcast_to(value, self.threads) for value in values])
+        at = np.broadcast_to(address, self.threads).astype(np.int64)
+        if shared:
+            at = at + (np.arange(self.threads) // self.each << 32)
+        return self._noise.put([np.broadcast_to(value, self.threads) for value in values], at)
 
     def load_shared(self, own: Any, address: Any, dtype: Any, vector: int, threads: Any) -> list[Any]:
         self._see("read", own, address, np.dtype(dtype).itemsize * vector, threads)
-        return self._altered(own, super().load_shared(own, address, dtype, vector, threads))
+        return self._altered(own, super().load_shared(own, address, dtype, vector, threads), address, True)
 
     def load_global(self, own: Any, address: Any, dtype: Any, vector: int, threads: Any) -> list[Any]:
         self._log.append(Event("load", own.line, *self._here(address, threads), np.dtype(dtype).itemsize * vector))
-        return self._altered(own, super().load_global(own, address, dtype, vector, threads))
+        return self._altered(own, super().load_global(own, address, dtype, vector, threads), address)
 
     def load_matrices(self, own: Any, address: Any, count: int, trans: bool, threads: Any) -> list[Any]:
         first = np.arange(self.threads) % 32 < 8 * count
@@ -137,7 +144,7 @@ class Traced(Machine):
         return np.ascontiguousarray(stacked).view(np.uint8).reshape(len(who), stacked.shape[1] * stacked.itemsize)
 
     def _shared_store(self, own: Any, address: Any, values: list[Any], threads: Any) -> None:
-        values = self._altered(own, values)
+        values = self._altered(own, values, address, True)
         who, at = self._here(address, threads)
         new = self._bytes(values, who)
         size = new.shape[1]
@@ -148,7 +155,7 @@ class Traced(Machine):
         self._plain["store"](own, address, values, threads)
 
     def _global_store(self, own: Any, address: Any, values: list[Any], threads: Any) -> None:
-        values = self._altered(own, values)
+        values = self._altered(own, values, address)
         who, at = self._here(address, threads)
         new = self._bytes(values, who)
         changes = np.zeros(len(who), bool)
@@ -160,14 +167,13 @@ class Traced(Machine):
         self._plain_store(own, address, values, threads)
 
     def copy(self, own: Any, target: Any, source: Any, size: int, given: Any, threads: Any) -> None:
-        self._given = np.broadcast_to(given, self.threads) == size
+        self._given, self._source = np.broadcast_to(given, self.threads) == size, source
         super().copy(own, target, source, size, given, threads)
 
     def _shared_copy(self, own: Any, address: Any, words: Any, who_words: Any, threads: Any) -> None:
-        if self._noise is not None and self._noise.line == own.line:
-            whole = np.zeros((words.shape[1], self.threads), words.dtype)
-            whole[:, who_words] = words.T
-            words = np.stack(self._noise.put([*whole]))[:, who_words].T
+        whole = np.zeros((words.shape[1], self.threads), words.dtype)
+        whole[:, who_words] = words.T
+        words = np.stack(self._altered(own, [*whole], self._source))[:, who_words].T
         who, at = self._here(address, threads)
         size = 4 * words.shape[1]
         good = self._within(at, size)

@@ -169,7 +169,7 @@ def _right(kind: str) -> Any:
 
 
 def _truncated(word: Any) -> Any:
-    """TF32: the low 13 bits of a word are not read (the ISA does not say what they do; devices cut them off)."""
+    """TF32: the low 13 bits of a word are not read (the ISA leaves its layout to devices, which cut them off)."""
     return (word & np.uint32(0xFFFFE000)).view(np.float32).reshape(-1, 8, 4)
 
 
