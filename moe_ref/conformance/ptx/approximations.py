@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_ref.conformance.ptx.bfloat16 import from_bf16, to_bf16
+
 
 class Bound(NamedTuple):
     """By how much a result may be off: the greatest of these.
@@ -107,13 +109,10 @@ def fast_quotient(quotient: Any, a: Any, b: Any) -> Any:
 
 
 def _rounded(value: Any, kind: str) -> Any:
-    """To nearest even."""
-    if kind != "bf16":
-        return value.astype(np.float16 if kind == "f16" else np.float32)
-    bits = value.astype(np.float32).view(np.uint32)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    rounded = ((bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)).view(np.float32)
-    return np.where(np.isnan(value), np.float32(np.nan), rounded)
+    """To nearest even; bf16 in fp32."""
+    if kind == "bf16":
+        return from_bf16(to_bf16(value.astype(np.float32)))
+    return value.astype(np.float16 if kind == "f16" else np.float32)
 
 
 def _allowed(name: str, kind: str, exact: Any, nearest: Any, operand: Any) -> tuple[Any, Any]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from moe_ref.conformance.ptx.bfloat16 import from_bf16, to_bf16
 from moe_ref.conformance.ptx.emit import DTYPES, Emitter, plain
-from moe_ref.conformance.ptx.floats import FLOATS, from_bf16, to_bf16
+from moe_ref.conformance.ptx.floats import FLOATS
 from moe_ref.conformance.ptx.integers import Handler
 from moe_ref.conformance.ptx.text import Instruction, Unreadable
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe_ref.conformance.ptx.approximations import BOUNDS
+from moe_ref.conformance.ptx.bfloat16 import from_bf16, to_bf16
 from moe_ref.conformance.ptx.emit import Emitter, plain
 from moe_ref.conformance.ptx.integers import Handler
 from moe_ref.conformance.ptx.text import Instruction, Unreadable
@@ -120,18 +121,6 @@ def flushed(value: Any) -> Any:
     """Subnormal numbers as zeros of their sign (.ftz)."""
     small = np.abs(value) < np.finfo(value.dtype).smallest_normal
     return np.where(small, np.copysign(value.dtype.type(0), value), value)
-
-
-def from_bf16(bits: Any) -> Any:
-    """Fp32, exactly."""
-    return (np.asarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def to_bf16(value: Any) -> Any:
-    """Fp32 rounded to nearest even, as bits; NaN is 0x7FFF."""
-    bits = np.ascontiguousarray(value).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(value), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
 def fma_f32(a: Any, b: Any, c: Any) -> Any:
