@@ -77,6 +77,14 @@ def test_shared_memory() -> None:
             store + "	bar.sync 	0;\n" + other + "	st.shared.b32 	[%r3], %r2;\n",
             "race: writes shared memory that",
         ),
+        (
+            store + "	bar.sync 	0;\n" + other + "	atom.shared.add.u32 	%r2, [%r3], 1;\n",
+            "race: changes shared memory that another warp read",
+        ),
+        (
+            store + "	atom.shared.add.u32 	%r2, [%r3], 1;\n" + other,
+            "race: reads shared memory that another warp wrote",
+        ),
     ):
         with pytest.raises(KernelFault, match=what):
             by_hand(body)
@@ -113,6 +121,32 @@ def test_lanes_of_a_warp(body: str, what: str) -> None:
     """They meet at barriers only; lanes that write the same do not race."""
     with pytest.raises(KernelFault, match=what) if what else nullcontext():
         by_hand(body)
+
+
+COPY = """
+	cvt.u64.u32 	%rd2, %r3;
+	add.s64 	%rd3, %rd1, %rd2;
+	cp.async.ca.shared.global 	[%r3], [%rd3], 4;
+"""
+FLYING = "shared memory that a cp.async in flight writes"
+OWN = "	ld.shared.b32 	%r2, [%r3];\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (COPY + OWN, FLYING),
+        (COPY + "	cp.async.wait_group 	0;\n" + OWN, FLYING),
+        (COPY + "	st.shared.b32 	[%r3], 7;\n", FLYING),
+        (COPY + "	cp.async.commit_group;\n	cp.async.wait_group 	1;\n" + OWN, FLYING),
+        (COPY + "	cp.async.commit_group;\n	cp.async.wait_group 	0;\n" + OWN, ""),
+        (COPY + "	cp.async.commit_group;\n	cp.async.wait_group 	0;\n" + READ, WROTE),
+    ],
+)
+def test_copies_in_flight(body: str, what: str) -> None:
+    """Into memory that has been written before; other lanes see a copy behind a barrier."""
+    with pytest.raises(KernelFault, match=what) if what else nullcontext():
+        by_hand(STORE + "	bar.sync 	0;\n" + body)
 
 
 SAVED = """

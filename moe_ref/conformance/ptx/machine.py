@@ -196,6 +196,9 @@ class Machine:
         shared._note(own, "reads shared memory that nobody wrote", writer == 0, who)
         recent = (writer >= epoch) & (writer != tag) & (writer % EPOCH != ATOMIC)
         shared._note(own, "race: changes shared memory that another warp wrote since the last barrier", recent, who)
+        reader = shared.reader[units]
+        recent = (reader >= epoch) & (reader != tag)
+        shared._note(own, "race: changes shared memory that another warp read since the last barrier", recent, who)
         shared.writer[units] = np.broadcast_to(epoch + ATOMIC, units.shape)
 
     def whole_warps(self, own: Instruction, threads: Any) -> None:
