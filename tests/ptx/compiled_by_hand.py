@@ -141,6 +141,7 @@ OWN = "	ld.shared.b32 	%r2, [%r3];\n"
         (COPY + "	cp.async.commit_group;\n	cp.async.wait_group 	1;\n" + OWN, FLYING),
         (COPY + "	cp.async.commit_group;\n	cp.async.wait_group 	0;\n" + OWN, ""),
         (COPY + "	cp.async.commit_group;\n	cp.async.wait_group 	0;\n" + READ, WROTE),
+        (COPY + "	cp.async.commit_group;\n	bar.sync 	0;\n	cp.async.wait_group 	0;\n" + READ, WROTE),
     ],
 )
 def test_copies_in_flight(body: str, what: str) -> None:
