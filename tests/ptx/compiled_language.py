@@ -9,35 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
+from bitwise import same
 from moe_ref.conformance.ptx.executed import executed
 from moe_ref.conformance.ptx.faults import KernelFault
 from moe_ref.conformance.ptx.launch import How
 
 INTEGERS = torch.tensor([0, 1, -1, 2, 7, -7, 31, 33, 2**31 - 1, -(2**31), 12345, -99999, 1 << 20, 3, 5, -3])
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-
-
-def same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Bit for bit, but for what bits a NaN has."""
-    assert found.dtype == expected.dtype
-    if found.is_floating_point():
-        assert torch.equal(found.isnan(), expected.isnan())
-        found, expected = bits(found.nan_to_num(7.0)), bits(expected.nan_to_num(7.0))
-    assert torch.equal(found, expected), (found, expected)
-
-
-def special(dtype: torch.dtype, count: int = 256) -> torch.Tensor:
-    """Numbers of all sizes, subnormal, infinite and undefined ones, zeros of both signs."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(count, generator=generator) * 2.0 ** torch.randint(-30, 30, (count,), generator=generator)
-    out = drawn.to(dtype)
-    tiny = torch.finfo(dtype).tiny
-    edges = [0.0, -0.0, math.inf, -math.inf, math.nan, tiny, tiny / 2, -tiny / 4, torch.finfo(dtype).max, 1.0]
-    out[: len(edges)] = torch.tensor(edges, dtype=torch.float64).to(dtype)
-    return out
 
 
 @triton.jit
@@ -91,140 +68,6 @@ def test_integers(dtype: torch.dtype) -> None:
 
 
 @triton.jit
-def contracted(a, b, c, out, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    tl.store(out + i, tl.fma(tl.load(a + i), tl.load(b + i), tl.load(c + i)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fma_rounds_once(dtype: torch.dtype) -> None:
-    """Also where a sum in fp64 is half way between two numbers in fp32, and where the result is subnormal."""
-    rng = np.random.default_rng(0)
-    a, b, c = (torch.from_numpy(rng.normal(size=1024)).to(dtype) for _ in range(3))
-    a[:256] = 1 + 2.0**-12 * torch.from_numpy(rng.integers(-5, 5, 256)).to(dtype)
-    b[:256] = 1 + 2.0**-12 * torch.from_numpy(rng.integers(-5, 5, 256)).to(dtype)
-    c[:256] = 2.0 ** -torch.from_numpy(rng.integers(20, 90, 256)).to(dtype)
-    c[256:512] = -(a * b)[256:512]
-    if dtype == torch.float32:
-        a[512:640] *= 2.0**-70
-        b[512:640] *= 2.0**-66
-        c[512:640] *= 2.0**-133
-    with executed():
-        out = torch.empty(1024, dtype=dtype)
-        contracted[(1,)](a, b, c, out, BLOCK=1024)
-    from fractions import Fraction
-
-    for found, x, y, z in zip(out.tolist(), a.tolist(), b.tolist(), c.tolist(), strict=True):
-        exact = Fraction(x) * Fraction(y) + Fraction(z)
-        around = [np.nextafter(out.numpy().dtype.type(found), way) for way in (-np.inf, np.inf)]
-        error = abs(Fraction(found) - exact)
-        assert all(error <= abs(Fraction(float(other)) - exact) for other in around), (x, y, z)
-        if any(error == abs(Fraction(float(other)) - exact) for other in around):
-            mantissa = np.array(found, out.numpy().dtype).view(f"u{dtype.itemsize}")
-            assert mantissa % 2 == 0, "a tie must go to the even neighbour"
-
-
-@triton.jit
-def compared(a, b, out, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    x, y = tl.load(a + i), tl.load(b + i)
-    tl.store(out + i, (x < y).to(tl.int8))
-    tl.store(out + BLOCK + i, (x != y).to(tl.int8))
-    tl.store(out + 2 * BLOCK + i, (x >= y).to(tl.int8))
-    tl.store(out + 3 * BLOCK + i, (x == y).to(tl.int8))
-    tl.store(out + 4 * BLOCK + i, (x != x).to(tl.int8))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_comparisons_with_nan(dtype: torch.dtype) -> None:
-    some = special(dtype)[:16]
-    a, b = (grid.reshape(-1).contiguous() for grid in torch.meshgrid(some, some, indexing="ij"))
-    with executed():
-        out = torch.empty(5, 256, dtype=torch.int8)
-        compared[(1,)](a, b, out, BLOCK=256)
-    expected = torch.stack([a < b, a != b, a >= b, a == b, a != a])
-    same(out, expected.to(torch.int8))
-
-
-@triton.jit
-def cast(a, out, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    tl.store(out + i, tl.load(a + i).to(out.dtype.element_ty))
-
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-@pytest.mark.parametrize("to", FLOATS)
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_casts(dtype: torch.dtype, to: torch.dtype) -> None:
-    a = special(dtype)
-    if dtype == torch.float32:  # half way between two numbers of 16 bits
-        a[128:] = ((bits(a[128:]) & -0x10000) | 0x8000).view(torch.float32)
-    if dtype == torch.float64 and to == torch.bfloat16:
-        a = a.float().double()
-    with executed():
-        out = torch.empty(256, dtype=to)
-        cast[(1,)](a, out, BLOCK=256)
-    same(out, a.to(to))
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int8, torch.uint8, torch.int16])
-def test_casts_of_integers(dtype: torch.dtype) -> None:
-    a = INTEGERS.repeat(4).to(torch.int32)
-    with executed():
-        out, back = torch.empty(64, dtype=dtype), torch.empty(64)
-        cast[(1,)](a, out, BLOCK=64)
-        cast[(1,)](a, back, BLOCK=64)
-        whole = torch.empty(64, dtype=torch.int32)
-        cast[(1,)](torch.linspace(-9, 9, 64), whole, BLOCK=64)
-    same(out, a.to(dtype))
-    same(back, a.float())
-    same(whole, torch.linspace(-9, 9, 64).trunc().int())
-
-
-@triton.jit
-def functions(a, out, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    x = tl.load(a + i)
-    tl.store(out + i, tl.exp(x))
-    tl.store(out + BLOCK + i, tl.log(tl.abs(x) + 0.1))
-    tl.store(out + 2 * BLOCK + i, tl.sqrt(tl.abs(x)))
-    tl.store(out + 3 * BLOCK + i, tl.erf(x))
-    tl.store(out + 4 * BLOCK + i, 1.0 / (x * x + 0.5))
-    tl.store(out + 5 * BLOCK + i, tl.rsqrt(x * x + 0.5))
-    tl.store(out + 6 * BLOCK + i, tl.exp2(x))
-    tl.store(out + 7 * BLOCK + i, tl.log2(tl.abs(x) + 3))
-    tl.store(out + 8 * BLOCK + i, tl.sqrt_rn(tl.abs(x)))
-    tl.store(out + 9 * BLOCK + i, tl.div_rn(x, x * x + 0.5))
-
-
-@pytest.mark.parametrize("seed", [None, 3])
-def test_functions(seed: int | None) -> None:
-    a = torch.cat([torch.linspace(-8, 8, 512), torch.randn(512, generator=torch.Generator().manual_seed(0)) * 0.01])
-    with executed(how=How(seed=seed)):
-        out = torch.empty(10, 1024)
-        functions[(1,)](a, out, BLOCK=1024)
-    x = a.double()
-    exact = torch.stack(
-        [
-            *(x.exp(), (x.abs() + 0.1).log(), x.abs().sqrt(), x.erf(), 1 / (x * x + 0.5), (x * x + 0.5).rsqrt()),
-            *(x.exp2(), (x.abs() + 3).log2(), x.abs().sqrt(), x / (x * x + 0.5)),
-        ]
-    )
-    torch.testing.assert_close(out.double(), exact, rtol=4e-6, atol=2e-6)
-    n = a.numpy()  # torch's own square root is not always rounded to nearest
-    same(out[8], torch.from_numpy(np.sqrt(abs(n))))
-    same(out[9], torch.from_numpy(n / (n.astype(np.float64) ** 2 + 0.5).astype(np.float32)))
-    if seed is None:
-        with executed(how=How(seed=3)):
-            other = torch.empty(10, 1024)
-            functions[(1,)](a, other, BLOCK=1024)
-        assert not torch.equal(out[:6], other[:6]), "a seed must draw errors"
-        assert torch.equal(out[8:], other[8:])
-
-
-@triton.jit
 def strided(a, out, first, step, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(a + first + i.to(tl.int64) * step))
@@ -236,33 +79,6 @@ def test_arguments_widen_with_their_sign() -> None:
         out = torch.empty(64)
         strided[(1,)](a, out, 255, -3, BLOCK=64)
     same(out, a.flip(0)[: 64 * 3 : 3].contiguous())
-
-
-@triton.jit
-def narrow(a, b, out, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    x, y = tl.load(a + i), tl.load(b + i)
-    tl.store(out + i, x * y)
-    tl.store(out + BLOCK + i, x + y)
-    tl.store(out + 2 * BLOCK + i, x - y)
-    tl.store(out + 3 * BLOCK + i, (x.to(tl.float32) + 0.0).to(x.dtype))
-    tl.store(out + 4 * BLOCK + i, tl.abs(-x))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_arithmetic_in_16_bits(dtype: torch.dtype) -> None:
-    """Two numbers side by side, rounded once."""
-    a, b = special(dtype), special(dtype).flip(0)
-    b[3:9] = a[3:9]
-    with executed():
-        out = torch.empty(5, 256, dtype=dtype)
-        narrow[(1,)](a, b, out, BLOCK=256)
-    x, y = a.double(), b.double()
-    same(out[0], (x * y).float().to(dtype) if dtype == torch.bfloat16 else (x * y).to(dtype))
-    same(out[1], (a.float() + b.float()).to(dtype))
-    same(out[2], (a.float() - b.float()).to(dtype))
-    same(out[3], (a.float() + 0.0).to(dtype))
-    same(out[4], (-a).abs())
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from moe_ref.conformance.ptx import executed
 from moe_ref.conformance.ptx.faults import KernelFault
 from moe_ref.conformance.ptx.fresh import Fresh, bytes_of
 from moe_ref.conformance.ptx.launch import launch
+from moe_ref.conformance.ptx.text import read
 
 
 @dataclass
@@ -28,6 +29,11 @@ class Recorded:
     shared: int
     before: dict[int, np.ndarray]
     after: dict[int, np.ndarray]
+
+    @property
+    def threads(self) -> int:
+        """Of a program."""
+        return read(self.ptx).threads
 
     def verdict(self, ptx: str) -> str:
         """What becomes of another text: the fault, "other bits", or "" if nothing shows."""

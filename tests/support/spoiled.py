@@ -1,4 +1,4 @@
-"""PTX spoiled in one place: a barrier, a wait or a guard taken out."""
+"""PTX spoiled in one place: a barrier, a wait, a group of copies or a guard taken out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterator
 KINDS = {
     "barrier": r"^\s*bar\.sync\s+0;$",
     "wait": r"^\s*cp\.async\.wait_group\s+\d+;$",
+    "commit": r"^\s*cp\.async\.commit_group;$",
     "guard": r"^\s*@!?%p\d+ (?:ld|st)\.global",
+    "shared guard": r"^\s*@!?%p\d+ (?:ld|st)\.shared",
     "zeros": r"^\s*(?:@!?%p\d+ )?cp\.async\.c[ag]\.shared\.global \[.*\], 0x\w+, %r\d+;$",
 }
 
@@ -22,9 +24,9 @@ def spoiled(ptx: str, kind: str, place: int) -> str:
     """The text with one line spoiled."""
     lines = ptx.splitlines()
     line = lines[place]
-    if kind in ("barrier", "wait"):
+    if kind in ("barrier", "wait", "commit"):
         lines[place] = ""
-    elif kind == "guard":
+    elif kind in ("guard", "shared guard"):
         lines[place] = re.sub(r"@!?%p\d+ ", "", line, count=1)
     else:  # all bytes are copied, where some threads asked for zeros
         lines[place] = re.sub(r", (0x\w+), %r\d+;$", r", \1, \1;", line)

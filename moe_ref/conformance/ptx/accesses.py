@@ -1,4 +1,8 @@
-"""Instructions that touch memory: ``ld``, ``st``, ``cp.async``, ``ldmatrix``, ``atom``."""
+"""Instructions that touch memory: ``ld``, ``st``, ``cp.async``, ``ldmatrix``, ``atom``.
+
+PTX ISA 9.2: "Data Movement and Conversion Instructions", there "Asynchronous copy"; "Warp-level matrix load
+instruction: ldmatrix"; "Parallel Synchronization and Communication Instructions: atom".
+"""
 
 from __future__ import annotations
 
@@ -77,7 +81,7 @@ def store(e: Emitter, own: Instruction) -> None:
 
 
 def copy(e: Emitter, own: Instruction) -> None:
-    """``cp.async``: copies of 4, 8 or 16 bytes, with zeros behind the source's size (9.7.9.25)."""
+    """``cp.async``: copies of 4, 8 or 16 bytes, with zeros behind the source's size."""
     if own.opcode[:3] == ("cp", "async", "commit_group"):
         e.line(f"m.shared.commit({e.threads(own)})")
         return
@@ -99,7 +103,7 @@ def copy(e: Emitter, own: Instruction) -> None:
 
 
 def matrices(e: Emitter, own: Instruction) -> None:
-    """``ldmatrix``: 1, 2 or 4 matrices of 8 rows of 16 bytes (9.7.14.5.15)."""
+    """``ldmatrix``: 1, 2 or 4 matrices of 8 rows of 16 bytes."""
     words = own.opcode[1:]
     trans = "trans" in words
     expected = {"sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta", "b16"}

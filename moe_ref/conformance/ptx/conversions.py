@@ -1,4 +1,4 @@
-"""``cvt``: between integers, between floats, and from one to the other (9.7.9.21)."""
+"""``cvt``: PTX ISA 9.2, "Data Movement and Conversion Instructions: cvt"."""
 
 from __future__ import annotations
 
@@ -6,47 +6,55 @@ from typing import Any
 
 import numpy as np
 
+from moe_ref.conformance.ptx.bfloat16 import from_bf16, to_bf16
 from moe_ref.conformance.ptx.emit import DTYPES, Emitter, plain
-from moe_ref.conformance.ptx.floats import FLOATS, from_bf16, to_bf16
+from moe_ref.conformance.ptx.floats import FLOATS
 from moe_ref.conformance.ptx.integers import Handler
 from moe_ref.conformance.ptx.text import Instruction, Unreadable
 
 ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-KNOWN = {"rn", "rna", "rz", "ftz", "sat", *ROUND}
+MODIFIERS = {"rn", "ftz", "sat", *ROUND}
 
 
 def convert(e: Emitter, own: Instruction) -> None:
     """Any conversion."""
     _, *modifiers, to, kind = own.opcode
-    if not set(modifiers) <= KNOWN:
-        raise Unreadable(f"{own.name}: unknown form")
-    if to in ("bf16x2", "f16x2") and kind == "f32":
+    packs = to in ("bf16x2", "f16x2") and kind == "f32"
+    if packs and modifiers == ["rn"]:
         high, low = (f"packed_half({e.read(o, 'f32')}, {to[:-2]!r})" for o in own.operands[1:])
         e.write(own.operands[0], "u32", f"({high} << U32(16)) | {low}", own)
-        return
-    if to == "tf32" and "rna" in modifiers:
+    elif to == "tf32" and modifiers == ["rna"]:
         e.write(own.operands[0], "u32", f"to_tf32({e.read(own.operands[1], 'u32')})", own)
-        return
-    if to not in FLOATS and kind not in FLOATS:
+    elif packs or to == "tf32" or not set(modifiers) <= MODIFIERS:
+        raise Unreadable(f"{own.name}: unknown form")
+    elif to not in FLOATS and kind not in FLOATS:
         _of_integers(e, own, to, kind, modifiers)
-        return
-    source = e.read(own.operands[1], plain(kind))
-    result = plain(to)
+    else:
+        _of_floats(e, own, to, kind, modifiers)
+
+
+def _of_floats(e: Emitter, own: Instruction, to: str, kind: str, modifiers: list[str]) -> None:
+    """To a float, from a float, or both; subnormal numbers are flushed only in fp32."""
+    source, result = e.read(own.operands[1], plain(kind)), plain(to)
     if kind == "bf16":
         source = f"from_bf16({source})"
+    if "ftz" in modifiers and kind == "f32":
+        source = f"flushed({source})"
+    rounding = next((mode for mode in modifiers if mode in ROUND), "")
+    if to not in FLOATS:
+        if not rounding:
+            raise Unreadable(f"{own.name}: must say how it rounds")
+        nan = kind == "f64" or to in ("s64", "u64")
+        e.write(own.operands[0], result, f"to_integer({source}, {rounding!r}, {result.upper()}, {nan})", own)
+        return
+    value = f"round_{rounding}({source})" if rounding else source
+    if "sat" in modifiers or (to == "bf16" and kind not in ("f32", "f16")):  # from others it would round twice
+        raise Unreadable(f"{own.name}: unknown form")
     if to == "bf16":
-        e.write(own.operands[0], "u16", f"to_bf16(({source}).astype(F32))", own)
-    elif to in FLOATS:
-        rounding = next((own_mode for own_mode in modifiers if own_mode in ROUND), "")
-        value = f"round_{rounding}({source})" if rounding else source
-        if "ftz" in modifiers:
-            value = f"flushed({value})"
-        if "sat" in modifiers or "rz" in modifiers:
-            raise Unreadable(f"{own.name}: unknown form")
-        e.write(own.operands[0], result, f"{value}.astype({result.upper()})", own)
-    else:
-        (rounding,) = [own_mode for own_mode in modifiers if own_mode in ROUND]
-        e.write(own.operands[0], result, f"to_integer({source}, {rounding!r}, {result.upper()})", own)
+        e.write(own.operands[0], "u16", f"to_bf16(({value}).astype(F32))", own)
+        return
+    value = f"{value}.astype({result.upper()})"
+    e.write(own.operands[0], result, f"flushed({value})" if "ftz" in modifiers and to == "f32" else value, own)
 
 
 def _of_integers(e: Emitter, own: Instruction, to: str, kind: str, modifiers: list[str]) -> None:
@@ -70,14 +78,16 @@ def to_tf32(bits: Any) -> Any:
     return np.where(np.isfinite(value), rounded, bits)
 
 
-def to_integer(value: Any, rounding: str, dtype: Any) -> Any:
-    """Rounded and clamped; NaN is 0."""
+def to_integer(value: Any, rounding: str, dtype: Any, nan: bool) -> Any:
+    """Rounded and clamped; NaN is 0, or if ``nan`` the integer with only its highest bit set."""
     limits = np.iinfo(dtype)
     whole = ROUND[rounding](value.astype(np.float64))
-    whole = np.where(np.isnan(whole), 0.0, whole)
+    undefined = np.isnan(whole)
+    whole = np.where(undefined, 0.0, whole)
     top = np.float64(limits.max)
     inside = np.clip(whole, np.float64(limits.min), np.nextafter(top, 0) if top > 2.0**52 else top)
-    return np.where(whole >= top, dtype(limits.max), inside.astype(dtype))
+    out = np.where(whole >= top, dtype(limits.max), inside.astype(dtype))
+    return np.where(undefined & nan, dtype(limits.min or limits.max // 2 + 1), out)
 
 
 def saturated(value: Any, dtype: Any) -> Any:

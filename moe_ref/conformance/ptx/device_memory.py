@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from moe_ref.conformance.ptx.faults import Faults, chosen, differ
+from moe_ref.conformance.ptx.moments import Moments, Touched
 from moe_ref.conformance.ptx.text import Instruction
 
 ATOMIC = -1  # in place of a program
@@ -22,6 +23,7 @@ class Segment:
         known: [bytes] bool, which bytes somebody wrote, or None for all; shared by launches.
         outputs: whether the kernel may store here.
         writer, reader: of a unit, the program that did so last in this launch, from 1.
+        touched: of a unit, the threads of a program that did so since its last barrier.
     """
 
     def __init__(self, base: int, data: Any, valid: Any, known: Any, outputs: bool, unit: int) -> None:
@@ -29,6 +31,7 @@ class Segment:
         units = len(data) // unit + 1 if outputs else 0
         self.writer = np.zeros(units, np.int32)
         self.reader = np.zeros(units, np.int32)
+        self.touched = Touched(units)
 
     @property
     def end(self) -> int:
@@ -51,6 +54,7 @@ class DeviceMemory:
         self.segments = sorted(segments, key=lambda own: own.base)
         self.starts = np.array([own.base for own in self.segments], np.int64)
         self.unit, self.faults, self.labels, self.program = unit, faults, labels, program
+        self.moments = Moments(program, np.arange(len(program)) % int((program == program[0]).sum()))
         self.last: dict[int, Segment] = {}
 
     def _parts(self, own: Instruction, at: Any, size: int) -> list[tuple[Segment, Any]]:
@@ -140,8 +144,14 @@ class DeviceMemory:
                     first = who[int(np.argmax(others.any(axis=1)))]
                     self.faults.add(own, "race: reads memory that another program writes", self.labels(first))
                 self._mark(segment.reader, units, program)
+                self._note(own, "race: reads memory that another thread of the program wrote since the last barrier",
+                           segment.touched.read(self.moments.tags[who], units), who)  # fmt: skip
             out.append((who, _view(segment, dtype, places)))
         return out
+
+    def _note(self, own: Instruction, what: str, bad: Any, who: Any) -> None:
+        if bad.any():
+            self.faults.add(own, what, self.labels(who[int(np.argmax(bad.any(axis=1)))]))
 
     def _mark(self, shadow: Any, units: Any, program: Any) -> None:
         before = shadow[units]
@@ -174,6 +184,9 @@ class DeviceMemory:
         if readers.any():
             first = who[int(np.argmax(readers.any(axis=1)))]
             self.faults.add(own, "race: writes memory that another program reads", self.labels(first))
+        if changes is not None:
+            self._note(own, "race: writes memory that another thread of the program touched since the last barrier",
+                       segment.touched.write(self.moments.tags[who], units, changes), who)  # fmt: skip
         segment.writer[units] = np.where((writer != 0) & (writer != mine), ATOMIC, mine)  # nobody's alone
 
     def store(self, own: Instruction, address: Any, values: list[Any], threads: Any) -> None:

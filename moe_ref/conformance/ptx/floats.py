@@ -1,7 +1,7 @@
 """Instructions on floats: rounded to nearest even, unless they are approximations.
 
-Sections are of the PTX ISA 8.7. A result is what the ISA specifies, bit for bit, except for NaN payloads and for
-approximations, whose error the ISA bounds: `Approximate` draws them within those bounds.
+A result is what PTX ISA 9.2 specifies in "Floating-Point Instructions" and "Half Precision Floating-Point
+Instructions", bit for bit, except for NaN payloads and for `approximations`.
 """
 
 from __future__ import annotations
@@ -10,23 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from moe_ref.conformance.ptx.approximations import BOUNDS
+from moe_ref.conformance.ptx.bfloat16 import from_bf16, to_bf16
 from moe_ref.conformance.ptx.emit import Emitter, plain
 from moe_ref.conformance.ptx.integers import Handler
 from moe_ref.conformance.ptx.text import Instruction, Unreadable
 
 FLOATS = {"f16", "f32", "f64", "bf16", "f16x2", "bf16x2"}
 MODIFIERS = {"rn", "ftz", "approx", "full", "NaN"}
-# The most by which a result may be off, relative to it: 9.7.3. (div.full and div.approx: 2 ulp.)
-ERRORS = {
-    "div": 2.0**-22,
-    "ex2": 2.0**-22,
-    "lg2": 2.0**-22,
-    "rcp": 2.0**-23,
-    "rsqrt": 2.0**-22.9,
-    "sqrt": 2.0**-23,
-    "tanh": 2.0**-11,
-}
-ABSOLUTE = {"sin": 2.0**-20.5, "cos": 2.0**-20.5, "lg2": 2.0**-22}  # lg2: near 1, where it is 0
 BINARY = {"add": "+", "sub": "-", "mul": "*"}
 
 
@@ -65,7 +56,10 @@ def handle(e: Emitter, own: Instruction) -> None:
 
 
 def _contracted(e: Emitter, name: str, kind: str, values: list[str]) -> str:
-    """An fma in place of a sum with a product; without a rounding mode both may become one (9.7.3.3, 9.7.3.5)."""
+    """An fma in place of a sum with a product.
+
+    Without a rounding mode both may become one: "Floating Point Instructions: add", "sub" and "mul".
+    """
     left, right = values
     if left in e.products:
         a, b = e.products[left]
@@ -88,29 +82,31 @@ def _expression(name: str, modifiers: list[str], values: list[str], kind: str, o
         return f"negative({values[0]})"
     if name == "abs":
         return f"absolute({values[0]})"
-    exact = "rn" in modifiers
-    if name == "div" and (exact or modifiers):
-        value = f"{values[0]} / {values[1]}"
-    elif name == "sqrt":
-        value = f"sqrt({values[0]})"
-    elif name == "rcp":
-        value = f"np.{plain(kind).replace('f', 'float')}(1) / {values[0]}"
-    elif name in ("ex2", "lg2", "rsqrt", "sin", "cos", "tanh"):
-        value = f"{name}({values[0]})"
-    else:
-        raise Unreadable(f"{own.name}: unknown instruction")
-    return value if exact else f"m.approximate({value}, {name!r})"
+    if "rn" in modifiers:
+        if name == "div":
+            return f"{values[0]} / {values[1]}"
+        if name == "sqrt":
+            return f"sqrt({values[0]})"
+        if name == "rcp":
+            return f"np.{plain(kind).replace('f', 'float')}(1) / {values[0]}"
+    elif (name, kind) in BOUNDS and ("approx" in modifiers or (name == "div" and "full" in modifiers)):
+        value = f"m.approximate({name!r}, {kind!r}, {', '.join(values)})"
+        return f"fast_quotient({value}, {', '.join(values)})" if name == "div" and "approx" in modifiers else value
+    raise Unreadable(f"{own.name}: unknown form")
 
 
 def _packed(e: Emitter, own: Instruction, name: str, kind: str) -> None:
     """Two floats of 16 bits side by side."""
     halves = []
+    ftz = "ftz" in own.opcode
     for part in (0, 16):
         values = []
         for operand in own.operands[1:]:
             bits = f"({e.read(operand, 'u32')} >> U32({part})).astype(U16)"
-            values.append(f"from_bf16({bits})" if kind == "bf16x2" else f"{bits}.view(F16)")
+            value = f"from_bf16({bits})" if kind == "bf16x2" else f"{bits}.view(F16)"
+            values.append(f"flushed({value})" if ftz else value)
         value = _expression(name, list(own.opcode[1:-1]), values, kind[:-2], own)
+        value = f"flushed({value})" if ftz else value
         halves.append(f"to_bf16({value})" if kind == "bf16x2" else f"({value}).view(U16)")
     low, high = halves
     e.write(own.operands[0], "u32", f"{low}.astype(U32) | ({high}.astype(U32) << U32(16))", own)
@@ -127,20 +123,8 @@ def flushed(value: Any) -> Any:
     return np.where(small, np.copysign(value.dtype.type(0), value), value)
 
 
-def from_bf16(bits: Any) -> Any:
-    """Fp32, exactly."""
-    return (np.asarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def to_bf16(value: Any) -> Any:
-    """Fp32 rounded to nearest even, as bits; NaN is 0x7FFF (9.7.9.21)."""
-    bits = np.ascontiguousarray(value).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(value), np.uint32(0x7FFF), rounded).astype(np.uint16)
-
-
 def fma_f32(a: Any, b: Any, c: Any) -> Any:
-    """a * b + c, rounded once (9.7.3.6).
+    """a * b + c, rounded once.
 
     The product is exact in fp64, and the sum there has 29 bits more than fp32. Rounding twice differs from rounding
     once only where those bits are half a unit, or where the result is subnormal.
@@ -202,12 +186,12 @@ def fma16_f(a: Any, b: Any, c: Any) -> Any:
 
 
 def min_of(a: Any, b: Any, keep: bool) -> Any:
-    """The lesser; of a NaN and a number the number, unless NaN are kept; -0 is less than +0 (9.7.3.11)."""
+    """The lesser; of a NaN and a number the number, unless NaN are kept; -0 is less than +0."""
     return _extremum(a, b, keep, np.fmin, np.bitwise_or)
 
 
 def max_of(a: Any, b: Any, keep: bool) -> Any:
-    """The greater, likewise (9.7.3.12)."""
+    """The greater, likewise."""
     return _extremum(a, b, keep, np.fmax, np.bitwise_and)
 
 
@@ -223,38 +207,6 @@ def _extremum(a: Any, b: Any, keep: bool, choose: Any, zeros: Any) -> Any:
     return out
 
 
-def _wide(function: Any) -> Any:
-    return lambda value: function(value.astype(np.float64)).astype(value.dtype)
-
-
-class Approximate:
-    """Approximations: rounded to nearest, or off by as much as the ISA allows, drawn.
-
-    Equal results of one operation are off by the same, as on a device.
-
-    Args:
-        seed: of the errors; None for none.
-    """
-
-    def __init__(self, seed: int | None) -> None:
-        self.seed = seed
-
-    def __call__(self, value: Any, name: str) -> Any:
-        """The value, off by at most what the instruction may be off."""
-        if self.seed is None:
-            return value
-        wide = value.astype(np.float64)
-        mixed = wide.view(np.uint64) + np.uint64(2 * self.seed + 1)
-        for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # the finaliser of splitmix64
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(factor)
-        by = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0
-        off = wide + by * np.maximum(np.abs(wide) * ERRORS.get(name, 0.0), ABSOLUTE.get(name, 0.0))
-        exact = ~np.isfinite(wide) | (wide == 0)
-        if name == "ex2":
-            exact = exact | (wide == 1)
-        return np.where(exact, value, off.astype(value.dtype))
-
-
 HELPERS: dict[str, Any] = {
     "flushed": flushed,
     "from_bf16": from_bf16,
@@ -264,10 +216,4 @@ HELPERS: dict[str, Any] = {
     "fma16_f": fma16_f,
     "min_of": min_of,
     "max_of": max_of,
-    "ex2": _wide(np.exp2),
-    "lg2": _wide(np.log2),
-    "rsqrt": _wide(lambda value: 1 / np.sqrt(value)),
-    "sin": _wide(np.sin),
-    "cos": _wide(np.cos),
-    "tanh": _wide(np.tanh),
 }

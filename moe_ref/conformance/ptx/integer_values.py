@@ -56,7 +56,7 @@ def funnel(low: Any, high: Any, amount: Any, form: tuple[str, str]) -> Any:
 
 
 def extracted(a: Any, place: Any, length: Any) -> Any:
-    """Bits of a, from a place on; the sign of signed ones is the last of them, within the word (9.7.1.19)."""
+    """Bits of a, from a place on; the sign of signed ones is the last of them, within the word."""
     bits = a.dtype.itemsize * 8
     pos, size = (np.asarray(o, np.int64) & 0xFF for o in (place, length))
     out = shifted_shr(a, np.asarray(pos).astype(np.uint32))

@@ -1,4 +1,9 @@
-"""Instructions on integers, bits and predicates, and moves."""
+"""Instructions on integers, bits and predicates, and moves.
+
+PTX ISA 9.2: "Integer Arithmetic Instructions", "Extended-Precision Integer Arithmetic Instructions", "Comparison and
+Selection Instructions", "Logic and Shift Instructions", and "Data Movement and Conversion Instructions: mov" and
+"prmt".
+"""
 
 from __future__ import annotations
 
@@ -64,7 +69,7 @@ def multiply(e: Emitter, own: Instruction) -> None:
 
 
 def _with_carry(e: Emitter, own: Instruction) -> None:
-    """``add`` and ``mad`` that read or write the carry, within a block (9.7.2)."""
+    """``add`` and ``mad`` that read or write the carry, within a block."""
     name, kind = own.opcode[0], plain(own.opcode[-1])
     if name not in ("add", "addc", "mad", "madc") or kind != "u32":
         raise Unreadable(f"{own.name}: unknown form")
@@ -157,7 +162,7 @@ def three_inputs(e: Emitter, own: Instruction) -> None:
 
 
 def compare(e: Emitter, own: Instruction) -> None:
-    """``setp`` on integers and on floats, where a NaN is only unordered; of bits only equality (9.7.6.2)."""
+    """``setp`` on integers and on floats, where a NaN is only unordered; of bits only equality."""
     _, relation, *middle, kind = own.opcode
     target, a, b = own.operands
     if middle not in ([], ["ftz"]):

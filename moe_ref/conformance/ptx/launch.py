@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from moe_ref.conformance.ptx import fresh as _fresh
+from moe_ref.conformance.ptx.approximations import Approximate
 from moe_ref.conformance.ptx.device_memory import Segment
 from moe_ref.conformance.ptx.faults import Faults
-from moe_ref.conformance.ptx.floats import Approximate
 from moe_ref.conformance.ptx.fresh import Fresh
 from moe_ref.conformance.ptx.machine import Machine
 from moe_ref.conformance.ptx.text import Unreadable

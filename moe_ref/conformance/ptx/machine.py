@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from moe_ref.conformance.ptx.accesses import ATOMICS
+from moe_ref.conformance.ptx.approximations import Approximate
 from moe_ref.conformance.ptx.device_memory import DeviceMemory, Segment
 from moe_ref.conformance.ptx.faults import Faults, chosen
-from moe_ref.conformance.ptx.floats import Approximate
 from moe_ref.conformance.ptx.shared import ATOMIC, EPOCH, SharedMemory
 from moe_ref.conformance.ptx.text import Instruction, Unreadable
 from moe_ref.conformance.ptx.translate import Translated
@@ -196,6 +196,9 @@ class Machine:
         shared._note(own, "reads shared memory that nobody wrote", writer == 0, who)
         recent = (writer >= epoch) & (writer != tag) & (writer % EPOCH != ATOMIC)
         shared._note(own, "race: changes shared memory that another warp wrote since the last barrier", recent, who)
+        reader = shared.reader[units]
+        recent = (reader >= epoch) & (reader != tag)
+        shared._note(own, "race: changes shared memory that another warp read since the last barrier", recent, who)
         shared.writer[units] = np.broadcast_to(epoch + ATOMIC, units.shape)
 
     def whole_warps(self, own: Instruction, threads: Any) -> None:
@@ -223,3 +226,9 @@ class Machine:
                 first = self.each * int(np.argmax(some))
                 self.faults.add(own, "a barrier that only some threads of a program reach", self.labels(first))
         self.shared.barrier(threads)
+        self.memory.moments.meet(threads)
+
+    def warp_barrier(self, threads: Any) -> None:
+        """``bar.warp.sync``; in global memory these threads race with no other of their program until they meet it."""
+        self.shared.lanes.meet(threads)
+        self.memory.moments.meet(threads)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_ref.conformance.ptx.faults import Faults, chosen, differ
+from moe_ref.conformance.ptx.moments import Moments, Touched
 from moe_ref.conformance.ptx.text import Instruction
 
 EPOCH = 128  # a tag is 128 times the barriers passed, from 1, plus a warp from 1
@@ -55,6 +56,8 @@ class SharedMemory:
         self.flying = np.zeros(self.writer.shape, np.int8)
         self.epoch = np.full(self.count, EPOCH, np.int32)
         self.warp = np.tile(np.arange(threads, dtype=np.int32) // 32 + 1, programs)
+        thread = np.arange(self.count)
+        self.lanes, self.touched = Moments(thread // 32, thread % 32), Touched(len(self.writer))
         self.open: list[Copy] = []  # not committed
         self.groups: list[Group] = []
 
@@ -95,6 +98,8 @@ class SharedMemory:
                    (writer >= epoch) & (writer != tag), who)  # fmt: skip
         if self.groups or self.open:
             self._note(own, "reads shared memory that a cp.async in flight writes", self.flying[units] > 0, who)
+        self._note(own, "race: reads shared memory that another lane of the warp wrote since they met",
+                   self.touched.read(self.lanes.tags[who], units), who)  # fmt: skip
         before = self.reader[units]
         new = np.where((before >= epoch) & (before != tag), epoch + SEVERAL, tag)
         self._mark(self.reader, units, new, epoch)
@@ -120,6 +125,8 @@ class SharedMemory:
                    (reader >= epoch) & (reader != tag) & changes, who)  # fmt: skip
         if self.groups or self.open:
             self._note(own, "writes shared memory that a cp.async in flight writes", self.flying[units] > 0, who)
+        self._note(own, "race: writes shared memory that another lane of the warp wrote or read since they met",
+                   self.touched.write(self.lanes.tags[who], units, changes), who)  # fmt: skip
         self._mark(self.writer, units, np.broadcast_to(tag, units.shape), epoch)
 
     def load(self, own: Instruction, address: Any, dtype: Any, vector: int, threads: Any) -> tuple[Any, Any]:
@@ -184,9 +191,11 @@ class SharedMemory:
         epoch = self.epoch[copy.threads][:, None]
         tag = (self.epoch[copy.threads] + self.warp[copy.threads])[:, None]
         self._mark(self.writer, units, np.broadcast_to(tag, units.shape), epoch)
+        self.touched.write(self.lanes.tags[copy.threads], units)
 
     def barrier(self, threads: Any) -> None:
         """All threads of the programs in ``threads`` have met."""
+        self.lanes.meet(threads)
         if threads is None:
             self.epoch += EPOCH
         else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_ref.conformance.ptx import accesses, conversions, floats, integer_values, integers, warps
+from moe_ref.conformance.ptx import accesses, approximations, conversions, floats, integer_values, integers, warps
 from moe_ref.conformance.ptx.emit import Emitter
 from moe_ref.conformance.ptx.flow import Block, blocks_of, read_by, registers_of, written
 from moe_ref.conformance.ptx.integers import Handler
@@ -27,6 +27,7 @@ HANDLERS: dict[str, Handler] = {
 HELPERS: dict[str, Any] = {
     **integer_values.HELPERS,
     **floats.HELPERS,
+    **approximations.HELPERS,
     **conversions.HELPERS,
     **accesses.HELPERS,
     **warps.HELPERS,

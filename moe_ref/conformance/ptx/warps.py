@@ -1,4 +1,8 @@
-"""Instructions of a warp or of all threads: ``shfl``, ``vote``, ``redux``, ``bar``, ``mma``."""
+"""Instructions of a warp or of all threads: ``shfl``, ``vote``, ``redux``, ``bar``, ``mma``.
+
+PTX ISA 9.2: "Data Movement and Conversion Instructions: shfl.sync", "Parallel Synchronization and Communication
+Instructions", and "Multiply-and-Accumulate Instruction: mma" with the figures of its fragments.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ def _whole(e: Emitter, own: Instruction, members: Operand) -> None:
 
 
 def shuffle(e: Emitter, own: Instruction) -> None:
-    """``shfl.sync`` (9.7.9.6)."""
+    """``shfl.sync``."""
     _, _, mode, kind = own.opcode
     _whole(e, own, own.operands[-1])
     target, source, by, clamp = own.operands[:4]
@@ -65,7 +69,7 @@ def shuffled(value: Any, by: Any, clamp: int, mode: str) -> tuple[Any, Any]:
 
 
 def vote(e: Emitter, own: Instruction) -> None:
-    """``vote.sync`` (9.7.13.8)."""
+    """``vote.sync``."""
     _whole(e, own, own.operands[-1])
     mode = own.opcode[2]
     given = own.operands[1]
@@ -84,7 +88,7 @@ def ballot(holds: Any) -> Any:
 
 
 def reduce(e: Emitter, own: Instruction) -> None:
-    """``redux.sync`` (9.7.13.10)."""
+    """``redux.sync``."""
     _whole(e, own, own.operands[-1])
     operation, kind = own.opcode[2], plain(own.opcode[3])
     if operation not in REDUCE or len(own.opcode) != 4:
@@ -97,6 +101,7 @@ def barrier(e: Emitter, own: Instruction) -> None:
     """``bar.sync`` of all threads, ``bar.warp.sync`` of a warp's."""
     if own.opcode[:3] == ("bar", "warp", "sync"):
         _whole(e, own, own.operands[0])
+        e.line(f"m.warp_barrier({e.threads(own)})")
     elif own.opcode in (("bar", "sync"), ("barrier", "sync"), ("barrier", "cta", "sync")) and len(own.operands) == 1:
         e.line(f"m.barrier({e.name(own, 'i')}, {e.threads(own)})")
     else:
@@ -108,7 +113,7 @@ def fence(_e: Emitter, _own: Instruction) -> None:
 
 
 def multiply(e: Emitter, own: Instruction) -> None:
-    """``mma.sync`` into fp32 (9.7.14.5): products are exact, sums in fp32 in an order that is not specified."""
+    """``mma.sync`` into fp32: products are exact, sums in fp32 in an order that is not specified."""
     if own.guard is not None:
         raise Unreadable(f"{own.name}: must have no guard")
     shape, kind = own.opcode[3], own.opcode[7]
@@ -144,7 +149,7 @@ def _halves(word: Any, kind: str) -> Any:
 
 def _left(kind: str) -> Any:
     def left(a0: Any, a1: Any, a2: Any, a3: Any) -> Any:
-        """[warps, 16, 16]: rows of a lane's group and 8 below, columns and 8 further (figures of 9.7.14.5.8)."""
+        """[warps, 16, 16]: rows of a lane's group and 8 below, columns and 8 further."""
         out = np.empty((a0.size // 32, 16, 16), np.float32)
         out[:, :8, :8], out[:, 8:, :8] = _halves(a0, kind), _halves(a1, kind)
         out[:, :8, 8:], out[:, 8:, 8:] = _halves(a2, kind), _halves(a3, kind)
@@ -164,7 +169,7 @@ def _right(kind: str) -> Any:
 
 
 def _truncated(word: Any) -> Any:
-    """TF32: the low 13 bits of a word are not read (9.7.14.5.1 leaves it undefined; devices cut them off)."""
+    """TF32: the low 13 bits of a word are not read (the ISA leaves its layout to devices, which cut them off)."""
     return (word & np.uint32(0xFFFFE000)).view(np.float32).reshape(-1, 8, 4)
 
 
