@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_jax_array
 
 from moe_ref._typing import Array, Float
 from moe_ref.numerics import EXACT, Rounding
@@ -147,6 +147,10 @@ def below(value: Float[Array, "*#samples n I"], config: MoEConfig, place: Clamp)
 
 def erf(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The error function, element by element; NumPy and the array API have none."""
+    if is_jax_array(value):
+        from moe_ref.jax import erf as erf_of_jax
+
+        return erf_of_jax(value)
     xp = array_namespace(value)
     if hasattr(xp, "erf"):
         return xp.erf(value)

@@ -5,7 +5,7 @@ And their backward pass (D1, D2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from array_api_compat import array_namespace, device
 
 from moe_ref._typing import Array, Float, Int
 from moe_ref.activations import activation, activation_vjp
+from moe_ref.blocks import blocks_of, joined
 from moe_ref.numerics import EXACT, Rounding, matmul_transposed, sum_sd
 from moe_ref.packed import decode_expert
 from moe_ref.types import PARAMETERS, MoEWeights
@@ -61,14 +62,6 @@ def expert(weights: MoEWeights, index: int) -> Expert:
     )
 
 
-def groups(group_offsets: Int[Array, " E+1"]) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, with the rows it has."""
-    for index in range(group_offsets.shape[0] - 1):
-        start, stop = int(group_offsets[index]), int(group_offsets[index + 1])
-        if start < stop:
-            yield index, slice(start, stop)
-
-
 def experts(
     rows: Float[Array, "*#samples S H"],
     group_offsets: Int[Array, " E+1"],
@@ -76,16 +69,12 @@ def experts(
     rounding: Rounding = EXACT,
 ) -> Float[Array, "*#samples S H"]:
     """Sends each group of rows through its expert; rows past the last group give zero and are never read."""
-    xp = array_namespace(rows)
-    blocks = []
-    for index, where in groups(group_offsets):
-        parameters = expert(weights, index)
-        z = up(rows[..., where, :], parameters, rounding)
-        blocks.append(down(activation(z, weights.config, rounding), parameters, rounding))
-    outside = rows.shape[-2] - int(group_offsets[-1])
-    shape = blocks[0].shape if blocks else rows.shape
-    blocks.append(xp.zeros((*shape[:-2], outside, rows.shape[-1]), dtype=xp.float64, device=device(rows)))
-    return xp.concat(blocks, axis=-2)
+    blocks, outputs = blocks_of(group_offsets, rows.shape[-2]), []
+    for block in blocks:
+        parameters = expert(weights, block.index)
+        z = up(block.take(rows), parameters, rounding)
+        outputs.append(down(activation(z, weights.config, rounding), parameters, rounding))
+    return joined(blocks, outputs, rows)
 
 
 def up(
@@ -159,32 +148,27 @@ def experts_vjp(
     computed of a matrix's or a factor's gradient.
     """
     xp = array_namespace(rows, d_outputs)
-    outputs, d_rows, d_parameters = [], [], {}
-    for index, where in groups(group_offsets):
-        output, d_block, d_parameters[index] = expert_vjp(
-            rows[..., where, :], weights, index, d_outputs[..., where, :], rounding, rows_of
+    blocks = blocks_of(group_offsets, rows.shape[-2])
+    outputs, d_rows, found = [], [], {}
+    for block in blocks:
+        output, d_block, d_parameters = expert_vjp(
+            block.take(rows), weights, block.index, block.take(d_outputs), rounding, rows_of
         )
         outputs.append(output)
         d_rows.append(d_block)
-    outside = rows.shape[-2] - int(group_offsets[-1])
+        found[block.index] = {name: None if d is None else block.gradient(d) for name, d in d_parameters.items()}
     samples = d_rows[0].shape[:-2] if d_rows else rows.shape[:-2]
-    for blocks in (outputs, d_rows):
-        shape = (*(blocks[0] if blocks else rows).shape[:-2], outside, rows.shape[-1])
-        blocks.append(xp.zeros(shape, dtype=xp.float64, device=device(rows)))
 
     def stack(name: str, parameter: Array) -> Array:
         shape = (*samples, *parameter.shape[1:])
         if rows_of is not None and name in rows_of:
             shape = (*samples, rows_of[name].shape[0], parameter.shape[2])
         zero = xp.zeros(shape, dtype=xp.float64, device=device(rows))
-        parts = [
-            xp.broadcast_to(d_parameters[e][name], shape) if e in d_parameters else zero
-            for e in range(weights.num_experts)
-        ]
+        parts = [xp.broadcast_to(found[e][name], shape) if e in found else zero for e in range(weights.num_experts)]
         return xp.stack(parts, axis=len(samples))
 
     stacks = {name: stack(name, parameter) for name, parameter in weights.parameters().items() if name in PARAMETERS}
-    return xp.concat(outputs, axis=-2), xp.concat(d_rows, axis=-2), stacks
+    return joined(blocks, outputs, rows), joined(blocks, d_rows, rows), stacks
 
 
 def expert_vjp(

@@ -22,7 +22,7 @@ def group(topk_ids: Int[Array, "T K"], num_experts: int) -> Grouping:
     ids = xp.reshape(ids, (-1,))
     order = xp.argsort(ids, stable=True)
     edges = xp.arange(num_experts + 1, dtype=ids.dtype, device=device(ids))
-    group_offsets = xp.searchsorted(xp.take(ids, order, axis=0), edges)
+    group_offsets = xp.astype(xp.searchsorted(xp.take(ids, order, axis=0), edges), xp.int64)  # JAX counts in int32
     return Grouping(order, xp.argsort(order, stable=True), group_offsets[1:] - group_offsets[:-1], group_offsets)
 
 

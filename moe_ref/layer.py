@@ -16,6 +16,7 @@ from moe_ref.combine import combine, combine_vjp, dot, sum_slots
 from moe_ref.expert_scale import scale_by_expert, scale_by_expert_vjp
 from moe_ref.experts import RowsOf, experts, experts_vjp
 from moe_ref.grouping import group, is_slot, permute, permute_vjp, unpermute
+from moe_ref.moving import widened
 from moe_ref.numerics import EXACT, Rounding
 from moe_ref.post_expert_norm import normalize, normalize_vjp
 from moe_ref.routing import route, route_vjp, weigh
@@ -83,7 +84,7 @@ def routed_experts(
 def wide_rows(array: Float[Array, "*batch N"]) -> Float[Array, "T N"]:
     """The same numbers in float64, with one leading dimension for all."""
     xp = array_namespace(array)
-    return xp.astype(xp.reshape(array, (-1, array.shape[-1])), xp.float64)
+    return widened(xp.reshape(array, (-1, array.shape[-1])))
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from array_api_compat import array_namespace, to_device
+from array_api_compat import array_namespace, is_jax_array, to_device
 
 from moe_ref._typing import Array
 
@@ -42,6 +42,18 @@ def moved(array: Array, device: Any = None, dtype: Any = None) -> Array:
     if not hasattr(xp, name):
         raise ValueError(f"dtype={name}: must be one that {type(array).__module__} has")
     return xp.astype(array, getattr(xp, name))
+
+
+def widened(array: Array) -> Array:
+    """The same numbers in float64.
+
+    Raises:
+        TypeError: the library has no float64 now, as JAX before it is switched on.
+    """
+    xp = array_namespace(array)
+    if is_jax_array(array) and "float64" not in xp.__array_namespace_info__().dtypes():
+        raise TypeError("jax_enable_x64=False: must be True, since the specification computes in float64")
+    return xp.astype(array, xp.float64)
 
 
 def named_dtype(dtype: Any, allowed: tuple[str, ...]) -> str | None:

@@ -174,7 +174,7 @@ class Perturbed:
         """Adds uniform errors of up to ``scale`` * max(|value|, floor)."""
         if self.kind != "storage":
             return value
-        given = np.asarray(value)
+        given = self._given(value)
         errors = self._noise(site, given, self.scale)
         errors *= _at_least(self.floor, given)
         errors += given
@@ -184,11 +184,18 @@ class Perturbed:
         """Adds uniform errors of deviation ``scale`` * ``sd()``."""
         if self.kind != "accumulation":
             return value
-        given = np.asarray(value)
+        given = self._given(value)
         errors = self._noise(site, given, math.sqrt(3.0) * self.scale)
         errors *= np.asarray(sd())
         errors += given
         return _like(value, errors)
+
+    def _given(self, value: Array) -> np.ndarray:
+        try:
+            return np.asarray(value)
+        except TypeError as error:  # jax.errors.TracerArrayConversionError is one
+            allowed = "must be Exact or Nearest under jax.jit, where values are not known"
+            raise TypeError(f"rounding={self}: {allowed}") from error
 
     def _noise(self, site: str, value: np.ndarray, size: float) -> np.ndarray:
         odd = np.arange(self.first, self.first + self.samples) % 2 == 1

@@ -11,6 +11,7 @@ from array_api_compat import array_namespace, device
 
 from moe_ref._typing import Array, Bool, Float, Int
 from moe_ref.expert_scale import scale_by_expert
+from moe_ref.moving import widened
 from moe_ref.numerics import EXACT, Rounding, sum_last
 from moe_ref.scores import (
     exponent_error,
@@ -50,8 +51,7 @@ def route(
         ValueError, TypeError: one line naming the argument, its value, and what is allowed.
     """
     check_route_inputs(router_logits, config, selection_bias, expert_scale)
-    xp = array_namespace(router_logits)
-    logits = xp.astype(router_logits, xp.float64)
+    logits = widened(router_logits)
     topk_ids = choose(logits, config, selection_bias)
     return Routing(topk_ids, weigh(logits, topk_ids, config, rounding, expert_scale))
 

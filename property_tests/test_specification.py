@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from moe_ref import MoEWeights, moe, moe_vjp, routed_experts, routed_experts_vjp
 from moe_ref.activations import activation
-from moe_ref.conformance.judgement.checks import with_one_choice
-from moe_ref.conformance.judgement.gates import judge
 from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.problems.build import Arrays, build
 from moe_ref.conformance.problems.problem import Problem
@@ -18,28 +16,9 @@ from moe_ref.conformance.problems.strategies import problems
 from moe_ref.error_bars import named
 from moe_ref.experts import down, expert, up
 from moe_ref.layer import layer_vjp
+from sound_problems import agree, sound, sound_problems
 
 STEP = 1e-7  # so small that no pre-activation crosses the clamp, whose margin is 1e-5
-
-
-def sound(problem: Problem) -> Problem:
-    """Problems in float64 with everything differentiable, nothing broken, and one right choice of experts."""
-    return with_one_choice(
-        replace(
-            problem,
-            dtype="float64",
-            routing_dtype="float64",
-            bias_dtype="float64",
-            lora_dtype="float64",
-            broken_logits=0,
-            broken_x=0,
-            frozen=frozenset(),
-            expert_scale=problem.expert_scale and problem.entry == "layer",  # ignored otherwise
-        )
-    )
-
-
-sound_problems = problems().map(sound)
 
 
 def in_torch(arrays: Arrays) -> tuple[dict[str, torch.Tensor], MoEWeights]:
@@ -48,14 +27,6 @@ def in_torch(arrays: Arrays) -> tuple[dict[str, torch.Tensor], MoEWeights]:
     tensors = {n: torch.tensor(v, requires_grad=True) for n, v in leaves.items() if v is not None}
     weights = arrays.weights.map(torch.from_numpy)
     return tensors, weights.with_parameters({n: tensors[n] for n in weights.parameters()})
-
-
-def agree(problem: Problem, results: dict[str, np.ndarray]) -> None:
-    """Demands the error bars of float64, which are far below 1e-12 of the sum of the terms' sizes."""
-    bars = reference(problem).bars
-    for name, value in results.items():
-        verdict = judge(name, value, bars[name], "float64", "float64")
-        assert not verdict.failure, verdict.failure
 
 
 @given(problem=sound_problems)

@@ -41,12 +41,14 @@ def check_devices(arguments: dict[str, Array]) -> None:
     The message names one that differs from most, and one of those; of equally many, the first counts. On the device
     "meta" there are no numbers: where others have some, what is there is what differs.
     """
-    devices = [
-        getattr(value, "device", "cpu") for value in arguments.values()
-    ]  # an array without the attribute is on the CPU
+    devices = [getattr(value, "device", None) for value in arguments.values()]
     if devices.count(devices[0]) == len(devices):
         return
-    found = dict(zip(arguments, devices, strict=True))
+    pairs = zip(arguments, devices, strict=True)
+    found = {name: device for name, device in pairs if device is not None}  # what JAX traces is on none yet
+    devices = list(found.values())
+    if devices.count(devices[0]) == len(devices):
+        return
     real = [device for device in devices if not str(device).startswith("meta")] or devices
     wanted = max(real, key=real.count)
     other = next(name for name, device in found.items() if device == wanted)
@@ -98,7 +100,9 @@ def _of_one_library(first: Array, second: Array) -> bool:
 def library_of(value: Array) -> str:
     """The library at the root of the array's class: a subclass of torch.Tensor is a torch array."""
     value = value.codes if isinstance(value, PackedTensor) else value
-    return [c.__module__.partition(".")[0] for c in type(value).__mro__ if c.__module__ != "builtins"][-1]
+    return [c.__module__.partition(".")[0] for c in type(value).__mro__ if c.__module__ not in ("builtins", "typing")][
+        -1
+    ]
 
 
 def short(value: Any) -> str:

@@ -1,15 +1,20 @@
 """The group ``citizen`` has teeth: each behaviour rejects an executor that lacks it, and accepts those that have it."""
 
+import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 import executors
 from bad_citizens import BAD
+from executors import Executor
 from moe_ref.conformance.citizen import BEHAVIOURS, check_citizen, company
 from moe_ref.conformance.judgement.checks import ConformanceError
-from moe_ref.conformance.wrapped import Wrapped
+from moe_ref.conformance.wrapped import Wrapped, experts
+from moe_ref.types import MoEWeights
 
 NATIVE = executors.get("native")
 PAGE = Path(__file__).parents[2] / "docs" / "adding-an-executor.md"
@@ -25,6 +30,21 @@ def test_bad_citizen_is_rejected(behaviour: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 def test_wrapper_that_changes_nothing_is_accepted(behaviour: str) -> None:
     assert check_citizen(Wrapped("harmless", NATIVE), behaviour) in ("", "harmless has no route")
+
+
+@pytest.mark.parametrize("behaviour", ["fork", "data_loader"])
+@pytest.mark.parametrize(("words", "accepted"), [("native: no calls after a fork", True), ("native: not here", False)])
+def test_a_forked_process_may_be_refused_in_words(behaviour: str, words: str, accepted: bool) -> None:
+    process = os.getpid()
+
+    def refused(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+        if os.getpid() != process:
+            raise RuntimeError(words)
+        return experts(inner, x, ids, w, weights)
+
+    expected = nullcontext() if accepted else pytest.raises(ConformanceError, match=f"breaks the behaviour {behaviour}")
+    with expected:
+        assert check_citizen(Wrapped("refused", NATIVE, slots=refused), behaviour) == ""
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)

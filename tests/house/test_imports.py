@@ -105,6 +105,8 @@ def broken_rule(importer: str, imported: str) -> str:
     if within(importer, "moe_ref"):
         if within(imported, "moe_ref.conformance"):
             return "the specification must not depend on its conformance suite"
+        if importer == "moe_ref.jax":
+            return allowed_only(imported, SPECIFICATION | {"jax"}, importer)
         return allowed_only(imported, SPECIFICATION, "the specification")
     if within(imported, "moe_ref"):
         if within(importer, *TOOLS) or within(imported, *SHARED_WITH_EXECUTORS):
@@ -213,6 +215,9 @@ UNDER_TYPE_CHECKING = "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n  
     ("file", "line"),
     [
         ("moe_ref/planted.py", "import torch"),
+        ("moe_ref/planted.py", "import jax.numpy as jnp"),
+        ("moe_ref/jax.py", "import torch"),
+        ("moe_ref/conformance/adapters.py", "import jax"),
         ("moe_ref/planted.py", "import torch.nn.functional as F"),
         ("moe_ref/planted.py", "import executors"),
         ("moe_ref/planted.py", "import hypothesis"),
@@ -261,6 +266,7 @@ def test_planted_violation_is_found(tmp_path: Path, file: str, line: str) -> Non
     ("file", "line"),
     [
         ("moe_ref/planted.py", "import math, numpy\nfrom array_api_compat import device\nfrom . import types"),
+        ("moe_ref/jax.py", "import jax.numpy as jnp\nfrom moe_ref.types import MoEWeights"),
         ("moe_ref/conformance/planted.py", "import pytest, torch\nfrom . import gates\nfrom ..layer import moe"),
         ("moe_ref/conformance/ptx/planted.py", "import triton, torch\nfrom moe_ref.conformance.ptx.text import read"),
         ("executors/planted.py", "import torch\nfrom moe_ref import types\nfrom moe_ref.validation import check_x"),
@@ -280,9 +286,9 @@ def test_what_the_house_allows(tmp_path: Path, file: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("executors", "torch triton hypothesis pytest"),
-        ("moe_ref", "torch triton hypothesis pytest executors"),
-        ("moe_ref.conformance.plugin", "torch triton hypothesis executors"),
+        ("executors", "torch jax triton hypothesis pytest"),
+        ("moe_ref", "torch jax triton hypothesis pytest executors"),
+        ("moe_ref.conformance.plugin", "torch jax triton hypothesis executors"),
     ],
 )
 def test_import_drags_in_nothing_heavy(module: str, heavy: str) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from moe_ref.activations import act, split_gate_up
-from moe_ref.experts import expert, groups, linear, lora_inner
+from moe_ref.blocks import blocks_of
+from moe_ref.experts import expert, linear, lora_inner
 from moe_ref.layer import gather, row_weights
 from moe_ref.numerics import EXACT, FORMATS, round_to_nearest
 from moe_ref.types import MoEConfig, MoEWeights
@@ -90,9 +91,9 @@ def pushes_off_kinks(
     u = FORMATS[dtype].unit_roundoff
     slots = gather(x, topk_ids, topk_weights, weights)
     scale = row_weights(slots.weights, slots.grouping) if config.scale_input else np.ones((len(slots.rows), 1))
-    for index, where in groups(slots.grouping.group_offsets):
-        tokens = slots.grouping.order[where] // topk_ids.shape[1]
-        parameters, rows = expert(weights, index).up, slots.rows[where]
+    for block in blocks_of(slots.grouping.group_offsets, len(slots.rows)):
+        tokens = slots.grouping.order[block.rows] // topk_ids.shape[1]
+        parameters, rows = expert(weights, block.index).up, block.take(slots.rows)
         z = linear("gate_up", "z", rows, parameters)
         product = rows @ parameters.matrix.T
         margin = 2 * u * (np.abs(product) + np.abs(z) + (config.limit or 0.0)) + size * ACCUMULATED
@@ -106,7 +107,7 @@ def pushes_off_kinks(
             near = step.any(axis=1)
             if near.any():
                 moved = step[near] @ (features / np.maximum((features**2).sum(axis=0), 1e-6)).T
-                np.add.at(push, tokens[near], moved / np.maximum(scale[where][near], 0.1))
+                np.add.at(push, tokens[near], moved / np.maximum(block.take(scale)[near], 0.1))
     return push
 
 
