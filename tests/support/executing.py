@@ -13,7 +13,7 @@ MULTIPROCESSORS = 3  # few, so that a program takes several tiles
 
 
 @contextmanager
-def executing(how: How | None = None, poison: int = POISON) -> Iterator[Executed]:
-    """Within it, ``triton`` takes tensors of the CPU, and what runs is compiled for sm80."""
-    with standing_in(Device("sm80", MULTIPROCESSORS)), executed("sm80", how, poison) as out:
+def executing(how: How | None = None, poison: int = POISON, target: str = "sm80") -> Iterator[Executed]:
+    """Within it, ``triton`` takes tensors of the CPU, and what runs is compiled for a target of `executed`."""
+    with standing_in(Device(target, MULTIPROCESSORS)), executed(target, how, poison) as out:
         yield out
