@@ -1,4 +1,4 @@
-"""PTX spoiled in one place: a barrier, a wait or a guard taken out."""
+"""PTX spoiled in one place: a barrier, a wait, a fence or a guard taken out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ KINDS = {
     "guard": r"^\s*@!?%p\d+ (?:ld|st)\.global",
     "zeros": r"^\s*(?:@!?%p\d+ )?cp\.async\.c[ag]\.shared\.global \[.*\], 0x\w+, %r\d+;$",
 }
+# Of sm_90 beyond that.
+KINDS |= {
+    "landing": r"^\s*mbarrier\.try_wait\.parity",
+    "bytes": r"^.*mbarrier\.arrive\.expect_tx.*, \d+;$",
+    "issue": r"^.*cp\.async\.bulk\.tensor",
+    "proxies fenced": r"^\s*fence\.proxy\.async",
+    "products waited for": r"^\s*wgmma\.wait_group",
+    "products committed": r"^\s*wgmma\.commit_group",
+    "products fenced": r"^\s*wgmma\.fence",
+}
+REMOVED = set(KINDS) - {"guard", "zeros", "bytes", "landing"}
 
 
 def places(ptx: str, kind: str) -> list[int]:
@@ -22,8 +33,12 @@ def spoiled(ptx: str, kind: str, place: int) -> str:
     """The text with one line spoiled."""
     lines = ptx.splitlines()
     line = lines[place]
-    if kind in ("barrier", "wait"):
+    if kind in REMOVED:
         lines[place] = ""
+    elif kind == "landing":  # with the branch of its loop
+        lines[place : place + 2] = ["", ""]
+    elif kind == "bytes":  # more than come
+        lines[place] = re.sub(r", (\d+);$", lambda bytes: f", {2 * int(bytes[1])};", line)
     elif kind == "guard":
         lines[place] = re.sub(r"@!?%p\d+ ", "", line, count=1)
     else:  # all bytes are copied, where some threads asked for zeros

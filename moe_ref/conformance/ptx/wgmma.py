@@ -1,7 +1,8 @@
 """``wgmma``: products of a warp group, which run beside its threads until they are waited for.
 
 PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions". A product is computed when it is
-issued. Until its group is waited for, nobody may touch its registers, or write what it reads in shared memory.
+issued. Until its group is waited for, nobody may touch its sums, or write what it reads in shared memory. An operand in
+registers may be written before, although the ISA forbids it: Triton does so, and leaves it to ptxas.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Products:
         if late.any():
             labels = self.shared.labels(32 * int(warps[np.argmax(late)]))
             self.faults.add(own, "no wgmma.fence since its registers were touched", labels)
-        self._used[np.ix_(places, warps)] = self._groups[warps] + 1
+        self._used[np.ix_(places[: form.columns // 2], warps)] = self._groups[warps] + 1
         if isinstance(left, list):
             fragments = left_of(form.kind)(*(own_left.reshape(-1, GROUP)[groups].reshape(-1) for own_left in left))
             a = fragments.reshape(len(groups), 64, form.inner)
