@@ -311,7 +311,7 @@ def test_unknown_instructions_stop_with_their_name_and_line(line: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"target": "sm90"}, "target='sm90': must be one of 'sm80'"),
+        ({"target": "sm75"}, "target='sm75': must be one of 'sm80', 'sm90'"),
         ({"how": "fast"}, "how='fast': must be a How or None"),
         ({"poison": 300}, "poison=300: must be a whole number from 0 to 255"),
     ],

@@ -94,13 +94,20 @@ class AsyncProxy:
                 recent &= ~self.arrived(who + 32 * warp, units, writer)
             shared._note(own, "race: reads shared memory that a warp wrote since the last barrier", recent, who)
         shared._note(own, "reads shared memory that a copy in flight writes", shared.flying[units] > 0, who)
-        self._check(own, "wrote", who, units, self._written_at, shared.writer)
-        np.add.at(self.reading, units, 1)
+        for warp in range(4):
+            self._check(own, "wrote", who + 32 * warp, units, self._written_at, shared.writer)
+        self._count(groups, units, 1)
 
     def release(self, groups: Any, units: Any) -> None:
         """What wgmma read has been read now: others may write there after the next barrier."""
-        np.subtract.at(self.reading, units, 1)
+        self._count(groups, units, -1)
         self.shared.reader[units] = (self.shared.epoch[128 * groups] + SEVERAL)[:, None]
+
+    def _count(self, groups: Any, units: Any, by: int) -> None:
+        """Adds to `reading`; one warp group has each unit once, but two of a program may have the same."""
+        within = groups % max(1, self.each // 4)
+        for number in np.unique(within):
+            self.reading[units[within == number]] += by
 
     def land(self, units: Any, threads: Any) -> int:
         """TMA wrote units, and some threads waited for it; gives the copy's number for `sees`."""

@@ -66,15 +66,18 @@ class TensorMap:
 
     def _check(self, size: int) -> None:
         inner = self.box[0] * size
+        last = sum((count - 1) * stride for count, stride in zip(self.shape, self.strides, strict=True)) + size
+        there = self.tensor.untyped_storage().nbytes() - self.tensor.storage_offset() * size
         for what, holds in (
             (f"address={self.tensor.data_ptr():#x}", self.tensor.data_ptr() % UNIT == 0),
             (f"strides={self.strides[1:]}", all(stride % UNIT == 0 for stride in self.strides[1:])),
             (f"strides={self.strides}", self.strides[0] == size),
+            (f"shape={self.shape}, beyond its tensor's memory", last <= there),
             (f"box={self.box}", all(0 < own <= MOST_BOX for own in self.box) and inner % UNIT == 0),
             (f"box={self.box}, swizzled in {self.span} bytes", self.span in (0, inner)),
         ):
             if not holds:
-                raise ValueError(f"a tensor map with {what}: a device takes no such map")
+                raise ValueError(f"a tensor map with {what}: no device may be given it")
 
     @property
     def item(self) -> int:

@@ -1,0 +1,299 @@
+"""Text by hand for what sm_90 does beside threads: mbarriers, proxies and their fences, lanes, tensor maps."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_ref.conformance.ptx.faults import KernelFault
+from moe_ref.conformance.ptx.fresh import tracked
+from moe_ref.conformance.ptx.launch import launch
+from moe_ref.conformance.ptx.tensor_map import TensorMap
+from moe_ref.conformance.ptx.text import Unreadable
+
+HEAD = """
+.version 8.7
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 global_smem[];
+.visible .entry by_hand(
+	.param .align 64 .b8 by_hand_param_0[128],
+	.param .u64 .ptr .global .align 1 by_hand_param_1
+)
+.reqntid 128
+{
+	.reg .pred 	%p<9>;
+	.reg .b32 	%r<20>;
+	.reg .b64 	%rd<9>;
+	ld.param.b64 	%rd1, [by_hand_param_1];
+	mov.b64 	%rd4, by_hand_param_0;
+	cvta.param.u64 	%rd4, %rd4;
+	mov.u32 	%r1, %tid.x;
+	shr.u32 	%r2, %r1, 5;
+	setp.eq.s32 	%p1, %r1, 0;
+	setp.lt.s32 	%p2, %r1, 32;
+	mov.b32 	%r9, 0;
+	mov.b32 	%r8, 1024;
+"""
+TAIL = """
+	mul.wide.s32 	%rd2, %r1, 4;
+	add.s64 	%rd3, %rd1, %rd2;
+	st.global.b32 	[%rd3], %r9;
+	ret;
+}
+"""
+INIT = "@%p1 mbarrier.init.shared::cta.b64 [%r8], {}; bar.sync 0;\n"
+ARRIVE = "mbarrier.arrive.shared::cta.b64 _, [%r8];\n"
+
+
+def wait(parity: int | str, at: str = "%r8") -> str:
+    return f"""{{
+	.reg .pred complete;
+	waitLoop:
+	mbarrier.try_wait.parity.shared::cta.b64 complete, [{at}], {parity};
+	@!complete bra.uni waitLoop;
+}}
+"""
+
+
+def by_hand(body: str, tensor_map: TensorMap | int = 0) -> list[int]:
+    out = torch.zeros(128, dtype=torch.int32)
+    with tracked(0xFD) as fresh:
+        launch(HEAD + body.replace("; ", ";\n") + TAIL, [tensor_map, out], (1,), 2048, fresh)
+    return out.tolist()
+
+
+def test_phases() -> None:
+    """All threads arrive three times, and wait for each phase; a phase that is over has the other parity."""
+    body = INIT.format(128) + (ARRIVE + wait(0) + ARRIVE + wait(1) + wait(1)) + ARRIVE + wait(0) + "mov.b32 %r9, 7;\n"
+    assert by_hand(body) == [7] * 128
+
+
+def sides(first: str, second: str) -> str:
+    """The first warp on one side of a branch, the others on the other."""
+    return f"@%p2 bra $L__1;\n{second}bra.uni $L__2;\n$L__1:\n{first}$L__2:\n"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_one_side_of_a_branch_waits_for_the_other(turned: bool) -> None:
+    waits, arrives = wait(0) + "mov.b32 %r9, 1;\n", ARRIVE + "mov.b32 %r9, 2;\n"
+    found = by_hand(INIT.format(96 if not turned else 32) + sides(*((arrives, waits) if turned else (waits, arrives))))
+    assert found == [2 if turned else 1] * 32 + [1 if turned else 2] * 96
+
+
+def test_sides_that_take_turns() -> None:
+    """Each side arrives for the other, twice."""
+    other = "@%p1 mbarrier.init.shared::cta.b64 [%r8+8], 96; " + INIT.format(32)
+    there = ARRIVE.replace("[%r8]", "[%r8+8]")
+    first = ARRIVE + wait(0, "%r8+8") + ARRIVE + wait(1, "%r8+8") + "mov.b32 %r9, 5;\n"
+    second = wait(0) + there + wait(1) + there
+    assert by_hand(other + sides(first, second)) == [5] * 32 + [0] * 96
+
+
+NEVER = "waits for an mbarrier that never completes"
+FAULTS = {
+    "nobody arrives": (INIT.format(1) + wait(0), NEVER),
+    "too few arrive": (INIT.format(129) + ARRIVE + wait(0), "1 arrivals and 0 bytes are missing"),
+    "both sides wait": (INIT.format(128) + sides(wait(0) + ARRIVE, wait(0) + ARRIVE), NEVER),
+    "bytes never come": (
+        INIT.format(1) + "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r8], 64;\n" + wait(0),
+        "0 arrivals and 64 bytes are missing",
+    ),
+    "arrives again": (
+        INIT.format(1) + "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r8], 64;\n@%p1 " + ARRIVE,
+        "arrives at a phase of an mbarrier that is over",
+    ),
+    "not initialised": ("st.shared.b64 [%r8], %rd1; bar.sync 0;\n" + ARRIVE, "an mbarrier that nobody initialised"),
+    "ended": (
+        INIT.format(1) + "@%p1 mbarrier.inval.shared::cta.b64 [%r8]; bar.sync 0;\n" + wait(0),
+        "an mbarrier that nobody initialised",
+    ),
+    "initialised without a barrier": (
+        INIT.format(128).replace(" bar.sync 0;", "") + ARRIVE,
+        "race: reads shared memory that another warp wrote",
+    ),
+    "misaligned": ("mbarrier.init.shared::cta.b64 [%r8+4], 1;\n", "misaligned access to shared memory"),
+    "a lane of some": ("@%p1 bra $L__1;\nelect.sync %r3|%p3, -1;\n$L__1:\n", "only some lanes of a warp run it"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults(case: str) -> None:
+    body, what = FAULTS[case]
+    with pytest.raises(KernelFault, match=what):
+        by_hand(body)
+
+
+def test_threads_that_waited_and_threads_that_wait_are_not_supported() -> None:
+    """Here the first warp would arrive for the others, but only after all have met."""
+    body = INIT.format(32) + "selp.b32 %r9, 1, 0, %p2;\n" + wait("%r9") + "@%p2 " + ARRIVE
+    with pytest.raises(Unreadable, match="all threads of a program must wait, or one side of a branch"):
+        by_hand(body)
+
+
+def test_one_lane_of_each_warp_is_elected() -> None:
+    found = by_hand("elect.sync %r3|%p3, -1; selp.b32 %r9, 1, 0, %p3; mad.lo.s32 %r9, %r3, 100, %r9;\n")
+    assert found == [1 if thread % 32 == 0 else 0 for thread in range(128)]
+
+
+@pytest.mark.parametrize("trans", [False, True])
+def test_matrices_are_stored(trans: bool) -> None:
+    """Four matrices of a warp, at rows of 16 bytes in the order of lanes; each thread has two neighbours of a row."""
+    body = """
+	shl.b32 %r3, %r1, 4; shl.b32 %r4, %r1, 17; shl.b32 %r5, %r1, 1; or.b32 %r4, %r4, %r5; add.s32 %r4, %r4, 65536;
+	add.s32 %r5, %r4, 16777472; add.s32 %r6, %r4, 33554944; add.s32 %r7, %r4, 50332416;
+"""
+    opcode = f"stmatrix.sync.aligned.m8n8.x4{'.trans' if trans else ''}.shared.b16"
+    body += f"	{opcode} [%r3], {{%r4, %r5, %r6, %r7}}; bar.sync 0;\n	shl.b32 %r3, %r1, 2;\n	ld.shared.b32 %r9, [%r3];\n"
+    found = torch.tensor(by_hand(body), dtype=torch.int32).view(torch.int16).reshape(16, 2, 8)
+    lanes = torch.arange(32).reshape(8, 4)
+    first = torch.stack([2 * lanes, 2 * lanes + 1], dim=-1).reshape(8, 8)  # of the first matrix of the first warp
+    for matrix, own in enumerate(found.reshape(-1, 8)[:32].reshape(4, 8, 8)):
+        assert torch.equal(own.T if trans else own, (first + 256 * matrix).to(torch.int16))
+
+
+WRITE = "shl.b32 %r3, %r1, 4; st.shared.v4.b32 [%r3], {%r9, %r9, %r9, %r9};\n"
+FENCE, BARRIER = "fence.proxy.async.shared::cta;\n", "bar.sync 0;\n"
+SUMS = "mov.b32 %r10, 0; mov.b32 %r11, 0; mov.b32 %r12, 0; mov.b32 %r13, 0; setp.eq.s32 %p4, %r9, 0;\n"
+# A's rows and B's are in chunks of 16 bytes without a swizzle: 64 rows of 32 bytes from byte 0
+READ = """mov.b64 %rd5, 0x0000000800400000;
+wgmma.fence.sync.aligned;
+wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r10, %r11, %r12, %r13}, %rd5, %rd5, %p4, 1, 1, 0, 0;
+wgmma.commit_group.sync.aligned;
+"""
+LAND = "wgmma.wait_group.sync.aligned 0;\nadd.f32 %r9, %r10, %r13;\n"
+ALONE = "setp.eq.s32 %p5, %r2, 2;\n@!%p5 bra $L__9;\n{}$L__9:\n"  # by one warp
+NO_FENCE = "no fence.proxy.async between it and what threads wrote there"
+
+
+@pytest.mark.parametrize(
+    ("before", "what"),
+    [
+        (WRITE + FENCE + BARRIER, None),  # by who wrote
+        (WRITE + BARRIER + FENCE, None),  # by who reads
+        (WRITE + BARRIER + ALONE.format(FENCE) + BARRIER, None),  # by another, between
+        (WRITE + BARRIER, NO_FENCE),
+        (FENCE + WRITE + BARRIER, NO_FENCE),
+        (WRITE + BARRIER + ALONE.format(FENCE), NO_FENCE),  # by one that the readers have not met
+        (WRITE + ALONE.format(FENCE) + BARRIER, NO_FENCE),  # by one that not all writers had met
+        (WRITE + FENCE, "race: reads shared memory that a warp wrote since the last barrier"),
+        (FENCE + BARRIER, "reads shared memory that nobody wrote"),
+    ],
+)
+def test_fences_between_proxies(before: str, what: str | None) -> None:
+    with nullcontext() if what is None else pytest.raises(KernelFault, match=what):
+        assert by_hand(before + SUMS + READ + LAND) == [0] * 128
+
+
+READY = WRITE + FENCE + BARRIER + SUMS
+CHANGE = WRITE.replace("{%r9", "{%r1")
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (READ + "mov.b32 %r9, %r11;\n" + LAND, "touches a register of a wgmma in flight"),
+        (READ + "mov.b32 %r11, 0;\n" + LAND, "touches a register of a wgmma in flight"),
+        (READ + LAND + READ.replace("wgmma.fence.sync.aligned;", "") + LAND, "no wgmma.fence since its registers"),
+        (READ + READ.replace("wgmma.fence.sync.aligned;", "") + LAND, None),  # only products had touched them
+        (READ + WRITE + LAND, "writes shared memory that a wgmma in flight reads"),
+        (READ + BARRIER + WRITE + LAND, "writes shared memory that a wgmma in flight reads"),
+        (READ + LAND + CHANGE, "race: writes shared memory that another warp read since the last barrier"),
+        (READ + LAND + BARRIER + CHANGE, None),
+        (READ + READ + "wgmma.wait_group.sync.aligned 1;\n" + WRITE + LAND, "that a wgmma in flight reads"),
+        (ALONE.format(READ) + LAND, "only some threads of a warp group run it"),
+        (READ.replace("0x0000000800400000", "0x0000000800400070") + LAND, "shared memory out of bounds"),
+    ],
+)
+def test_products_in_flight(body: str, what: str | None) -> None:
+    with nullcontext() if what is None else pytest.raises(KernelFault, match=what):
+        by_hand(READY + body)
+
+
+def map_of(values: torch.Tensor, box: list[int], **others: object) -> TensorMap:
+    given = {"shape": list(values.shape), "strides": list(values.stride()), "block_shape": box} | others
+    descriptor = TensorDescriptor(values, **given)  # type: ignore[arg-type]
+    metadata = {"elem_size": values.element_size(), "swizzle": 0, "fp4_padded": False, "block_size": box}
+    return TensorMap.of(descriptor, metadata)
+
+
+COPY = "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r9], [%rd4, {%r9, %r9}], [%r8];\n"
+EXPECT = "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r8], 512;\n"
+COPIED = INIT.format(1) + EXPECT + "@%p1 " + COPY
+LOAD = "shl.b32 %r3, %r1, 2;\nld.shared.b32 %r9, [%r3];\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (COPIED + wait(0) + LOAD, None),
+        (COPIED + "@!%p2 bra $L__1;\n" + wait(0) + "$L__1:\n" + BARRIER + LOAD, None),  # one warp waits for all
+        (COPIED + "@!%p2 bra $L__1;\n" + wait(0) + "$L__1:\n" + LOAD, "race: reads shared memory that another warp"),
+        (COPIED + LOAD + wait(0), "reads shared memory that a cp.async in flight writes"),
+        (COPIED + wait(1) + LOAD + wait(0), "reads shared memory that a cp.async in flight writes"),
+        (COPIED, "the program ends before it has landed"),
+        (COPIED + "@%p1 mbarrier.inval.shared::cta.b64 [%r8];\n", "ends an mbarrier while copies are in flight"),
+        (COPIED.replace("512", "496") + wait(0), "0 arrivals and -16 bytes are missing"),
+        (COPIED.replace("[%r9], [%rd4", "[%r9+64], [%rd4") + wait(0), "must be a multiple of 128"),
+        (COPIED.replace("[%r9], [%rd4", "[%r9+1920], [%rd4") + wait(0), "shared memory out of bounds"),
+        (WRITE + BARRIER + COPIED + wait(0), NO_FENCE),
+        (WRITE + FENCE + BARRIER + COPIED + wait(0), None),
+        (LOAD.join([WRITE + FENCE + BARRIER, BARRIER]) + "mov.b32 %r9, 0;\n" + COPIED + wait(0), "what threads read there"),
+    ],
+)
+def test_copies(body: str, what: str | None) -> None:
+    values = torch.arange(1, 129, dtype=torch.int32).reshape(8, 16)
+    with nullcontext() if what is None else pytest.raises(KernelFault, match=what):
+        found = by_hand(body, map_of(values, [8, 16]))
+        assert LOAD not in body or "mov.b32" in body or found == values.flatten().tolist()
+
+
+def test_copies_beyond_the_tensor_are_reported() -> None:
+    """A map whose shape or strides lead out of the argument's memory, or into another's part of it."""
+    values = torch.zeros(8, 32, dtype=torch.int32)
+    body = COPIED + wait(0)
+    by_hand(body, map_of(values[:, :16], [8, 16]))
+    for given, others in ((values[:, :12], {"shape": [8, 16]}), (values[:4], {"shape": [5, 32]})):
+        with pytest.raises(KernelFault, match="memory out of bounds"):
+            by_hand(body, map_of(given, [8, 16], **others))
+
+
+@pytest.mark.parametrize(
+    ("box", "others", "what"),
+    [
+        ([8, 2], {}, r"box=\(2, 8\)"),
+        ([512, 4], {}, r"box=\(4, 512\)"),
+        ([8, 4], {"swizzle": 3}, "swizzled in 128 bytes"),
+        ([8, 4], {"elem_size": 2}, "elements of 2 bytes"),
+        ([8, 4], {"shape": [9, 32]}, r"shape=\(32, 9\), beyond its tensor's memory"),
+    ],
+)
+def test_maps_that_a_device_refuses(box: list[int], others: dict[str, Any], what: str) -> None:
+    values = torch.zeros(8, 32, dtype=torch.int32)
+    descriptor = TensorDescriptor(values, others.get("shape", [8, 32]), [32, 1], [8, 32])
+    metadata = {"elem_size": 4, "swizzle": 0, "fp4_padded": False, "block_size": box} | others
+    with pytest.raises(ValueError, match=what):
+        TensorMap.of(descriptor, metadata)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%r3, %r4, %r5, %r6}, %rd1, %rd1, %p1, 1, 1;",
+        "wgmma.mma_async.sync.aligned.m64n8k16.f16.f16.f16 {%r3, %r4}, %rd1, %rd1, %p1, 1, 1, 0, 0;",
+        "mbarrier.test_wait.shared::cta.b64 %p1, [%r8], %rd1;",
+        "mbarrier.arrive.shared::cta.b64 %rd2, [%r8];",
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd4, {%r9, %r9}], [%r9];",
+        "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r9], [%rd1], 64, [%r8];",
+        "cp.async.bulk.tensor.2d.shared::cta.global.tile::gather4.mbarrier::complete_tx::bytes [%r9], [%rd4, {%r9, %r9}], [%r8];",
+        "bar.sync 1, 64;",
+        "cvta.to.global.u64 %rd2, %rd1;",
+    ],
+)
+def test_forms_that_are_not_known_stop(line: str) -> None:
+    with pytest.raises(Unreadable, match=line.split()[0].replace(".", r"\.")):
+        by_hand(line + "\n")
