@@ -47,6 +47,7 @@ TAIL = """
 }
 """
 INIT = "@%p1 mbarrier.init.shared::cta.b64 [%r8], {}; bar.sync 0;\n"
+LOAD = "shl.b32 %r3, %r1, 2;\nld.shared.b32 %r9, [%r3];\n"
 ARRIVE = "mbarrier.arrive.shared::cta.b64 _, [%r8];\n"
 
 
@@ -148,7 +149,7 @@ def test_matrices_are_stored(trans: bool) -> None:
 	add.s32 %r5, %r4, 16777472; add.s32 %r6, %r4, 33554944; add.s32 %r7, %r4, 50332416;
 """
     opcode = f"stmatrix.sync.aligned.m8n8.x4{'.trans' if trans else ''}.shared.b16"
-    body += f"	{opcode} [%r3], {{%r4, %r5, %r6, %r7}}; bar.sync 0;\n	shl.b32 %r3, %r1, 2;\n	ld.shared.b32 %r9, [%r3];\n"
+    body += f"	{opcode} [%r3], {{%r4, %r5, %r6, %r7}}; bar.sync 0;\n" + LOAD
     found = torch.tensor(by_hand(body), dtype=torch.int32).view(torch.int16).reshape(16, 2, 8)
     lanes = torch.arange(32).reshape(8, 4)
     first = torch.stack([2 * lanes, 2 * lanes + 1], dim=-1).reshape(8, 8)  # of the first matrix of the first warp
@@ -214,6 +215,28 @@ def test_products_in_flight(body: str, what: str | None) -> None:
         by_hand(READY + body)
 
 
+ONES = WRITE.replace("%r9", "%r14").replace("shl", "mov.b32 %r14, 0x3c003c00; shl") + FENCE + BARRIER + SUMS
+FIVE = "mov.b32 %r10, 0f40A00000;\n"  # in the first of the sums
+
+
+@pytest.mark.parametrize(
+    ("adds", "signs", "expected"),
+    [
+        (True, "1, 1", 21.0),
+        (True, "-1, 1", -11.0),
+        (True, "1, -1", -11.0),
+        (True, "-1, -1", 21.0),
+        (False, "1, 1", 16.0),
+    ],
+)
+def test_sums_and_signs(adds: bool, signs: str, expected: float) -> None:
+    """Rows and columns of 16 ones, plus 5, or not."""
+    product = READ.replace("%p4, 1, 1", f"%p4, {signs}")
+    never = "" if adds else "setp.ne.s32 %p4, %r9, 0;\n"
+    found = by_hand(ONES + FIVE + never + product + "wgmma.wait_group.sync.aligned 0;\nmov.b32 %r9, %r10;\n")
+    assert torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist() == [expected] * 128
+
+
 def map_of(values: torch.Tensor, box: list[int], **others: object) -> TensorMap:
     given = {"shape": list(values.shape), "strides": list(values.stride()), "block_shape": box} | others
     descriptor = TensorDescriptor(values, **given)  # type: ignore[arg-type]
@@ -224,7 +247,6 @@ def map_of(values: torch.Tensor, box: list[int], **others: object) -> TensorMap:
 COPY = "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r9], [%rd4, {%r9, %r9}], [%r8];\n"
 EXPECT = "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r8], 512;\n"
 COPIED = INIT.format(1) + EXPECT + "@%p1 " + COPY
-LOAD = "shl.b32 %r3, %r1, 2;\nld.shared.b32 %r9, [%r3];\n"
 
 
 @pytest.mark.parametrize(
@@ -242,7 +264,10 @@ LOAD = "shl.b32 %r3, %r1, 2;\nld.shared.b32 %r9, [%r3];\n"
         (COPIED.replace("[%r9], [%rd4", "[%r9+1920], [%rd4") + wait(0), "shared memory out of bounds"),
         (WRITE + BARRIER + COPIED + wait(0), NO_FENCE),
         (WRITE + FENCE + BARRIER + COPIED + wait(0), None),
-        (LOAD.join([WRITE + FENCE + BARRIER, BARRIER]) + "mov.b32 %r9, 0;\n" + COPIED + wait(0), "what threads read there"),
+        (
+            LOAD.join([WRITE + FENCE + BARRIER, BARRIER]) + "mov.b32 %r9, 0;\n" + COPIED + wait(0),
+            "what threads read there",
+        ),
     ],
 )
 def test_copies(body: str, what: str | None) -> None:
@@ -289,7 +314,7 @@ def test_maps_that_a_device_refuses(box: list[int], others: dict[str, Any], what
         "mbarrier.arrive.shared::cta.b64 %rd2, [%r8];",
         "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd4, {%r9, %r9}], [%r9];",
         "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r9], [%rd1], 64, [%r8];",
-        "cp.async.bulk.tensor.2d.shared::cta.global.tile::gather4.mbarrier::complete_tx::bytes [%r9], [%rd4, {%r9, %r9}], [%r8];",
+        "cp.async.bulk.tensor.2d.shared::cta.global.tile::gather4.mbarrier::complete_tx::bytes [%r9], [%rd4], [%r8];",
         "bar.sync 1, 64;",
         "cvta.to.global.u64 %rd2, %rd1;",
     ],

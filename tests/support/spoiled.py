@@ -38,7 +38,7 @@ def spoiled(ptx: str, kind: str, place: int) -> str:
     elif kind == "landing":  # with the branch of its loop
         lines[place : place + 2] = ["", ""]
     elif kind == "bytes":  # more than come
-        lines[place] = re.sub(r", (\d+);$", lambda bytes: f", {2 * int(bytes[1])};", line)
+        lines[place] = re.sub(r", (\d+);$", lambda match: f", {2 * int(match[1])};", line)
     elif kind == "guard":
         lines[place] = re.sub(r"@!?%p\d+ ", "", line, count=1)
     else:  # all bytes are copied, where some threads asked for zeros

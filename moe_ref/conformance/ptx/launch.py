@@ -49,7 +49,7 @@ def launch(
 
     Args:
         ptx: the text of the kernel.
-        arguments: tensors, numbers and tensor maps, in the order of its parameters; parameters beyond them are null pointers.
+        arguments: tensors, numbers and tensor maps, in the order of its parameters; beyond them are null pointers.
         grid: up to three sizes.
         shared: bytes of shared memory that a program gets.
         fresh: memory that nobody wrote yet.
@@ -62,17 +62,10 @@ def launch(
     how = how or How()
     kernel = translated(ptx, how.contracts)
     sizes = [*grid, 1, 1][:3]
+    given = [*zip(kernel.text.parameters, [*arguments, *[0] * 9], strict=False)]
     addresses = kernel.text.addresses
-    maps = {
-        addresses[own.name]: value
-        for own, value in zip(kernel.text.parameters, arguments, strict=False)
-        if isinstance(value, TensorMap)
-    }
-    parameters = {
-        own.name: _bytes(own.kind, value)
-        for own, value in zip(kernel.text.parameters, [*arguments, *[0] * 9], strict=False)
-        if not isinstance(value, TensorMap)
-    }
+    maps = {addresses[own.name]: value for own, value in given if isinstance(value, TensorMap)}
+    parameters = {own.name: _bytes(own.kind, value) for own, value in given if not isinstance(value, TensorMap)}
     segments = segments_of(kernel, arguments, fresh)
     programs = np.array([(x, y, z) for z, y, x in product(*map(range, reversed(sizes)))], np.int64).reshape(-1, 3)
     if how.reverse:

@@ -150,7 +150,9 @@ class Machine:
         own, thread, what = stuck
         program = slice(thread // self.each * self.each, (thread // self.each + 1) * self.each)
         if threads is not None and not threads[program].all() and self.barriers.events != self._gave_way:
-            raise Unreadable(f"line {own.line}: {own.name}: all threads of a program must wait, or one side of a branch")
+            raise Unreadable(
+                f"line {own.line}: {own.name}: all threads of a program must wait, or one side of a branch"
+            )
         self.faults.add(own, "waits for an mbarrier that never completes", self.labels(thread), what)
         self.faults.check()
         return False

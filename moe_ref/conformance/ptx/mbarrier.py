@@ -174,9 +174,8 @@ def handle(e: Emitter, own: Instruction) -> None:
     words = [word for word in own.opcode[1:] if word not in ("shared", "shared::cta", "b64")]
     instruction, threads = e.name(own, "i"), e.threads(own)
     if words == ["init"]:
-        e.line(
-            f"m.barriers.init({instruction}, {address(e, own.operands[0])}, {e.read(own.operands[1], 'u32')}, {threads})"
-        )
+        count = e.read(own.operands[1], "u32")
+        e.line(f"m.barriers.init({instruction}, {address(e, own.operands[0])}, {count}, {threads})")
     elif words == ["inval"]:
         e.line(f"m.barriers.inval({instruction}, {address(e, own.operands[0])}, {threads})")
     elif words in (["arrive"], ["arrive", "expect_tx"]) and own.operands[0] == Symbol("_"):

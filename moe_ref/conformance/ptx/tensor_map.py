@@ -111,7 +111,10 @@ def swizzled(at: Any, span: Any) -> Any:
 def handle(e: Emitter, own: Instruction) -> None:
     """``cp.async.bulk.tensor`` of 1 to 5 dimensions into shared memory, which counts for an mbarrier."""
     words = [word for word in own.opcode[5:] if word not in HINTS]
-    known = (["shared::cta", "global", "mbarrier::complete_tx::bytes"], ["shared::cluster", "global", "mbarrier::complete_tx::bytes"])
+    known = (
+        ["shared::cta", "global", "mbarrier::complete_tx::bytes"],
+        ["shared::cluster", "global", "mbarrier::complete_tx::bytes"],
+    )
     target, source, *rest = own.operands
     if words not in known or len(rest) != 1 or not isinstance(source, tuple) or not isinstance(source[1], tuple):
         raise Unreadable(f"{own.name}: unknown form")
@@ -153,7 +156,9 @@ def _copy(m: Any, own: Instruction, tensor_map: TensorMap, target: Any, at: Any,
         places = chunks[number] + m.shared.base[thread]
         m.shared.see_write(own, np.full(len(places), thread), places, UNIT, by_tma=True)
         m.shared.flying[m.shared._units(places, UNIT)] += 1
-        m.barriers.copy(own, thread, int(barrier[thread] + m.shared.base[thread]), TensorCopy(own, places, data[number]))
+        m.barriers.copy(
+            own, thread, int(barrier[thread] + m.shared.base[thread]), TensorCopy(own, places, data[number])
+        )
 
 
 HELPERS: dict[str, Any] = {"copy_tensor": copy_tensor}

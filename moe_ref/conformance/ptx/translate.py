@@ -9,8 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from moe_ref.conformance.ptx import accesses, conversions, floats, integer_values, integers, mbarrier
-from moe_ref.conformance.ptx import tensor_map, warps, wgmma
+from moe_ref.conformance.ptx import (
+    accesses,
+    conversions,
+    floats,
+    integer_values,
+    integers,
+    mbarrier,
+    tensor_map,
+    warps,
+    wgmma,
+)
 from moe_ref.conformance.ptx.emit import Emitter
 from moe_ref.conformance.ptx.flow import Block, blocks_of, read_by, registers_of, written
 from moe_ref.conformance.ptx.integers import Handler

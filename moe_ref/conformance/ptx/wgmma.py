@@ -91,6 +91,21 @@ class Products:
     ) -> Any:
         """``wgmma.mma_async``: [registers, threads] of D; of warp groups that do not run it, any numbers."""
         groups = self._groups_of(own, threads)
+        self._use(own, form, groups)
+        if isinstance(left, list):
+            words = [word.reshape(-1, GROUP)[groups].reshape(-1) for word in left]
+            a = left_of(form.kind)(*words).reshape(len(groups), 64, form.inner)
+        else:
+            a = self._operand(own, form, left, 64, form.across_a, groups)
+        b = self._operand(own, form, right, form.columns, form.across_b, groups)
+        product = np.matmul(a * form.signs[0], (b * form.signs[1]).transpose(0, 2, 1))
+        out = self._spread(product, form.columns, groups)
+        for row, own_addend in zip(out, addend, strict=True):
+            np.add(row, own_addend, out=row, where=scale)
+        return out
+
+    def _use(self, own: Instruction, form: Form, groups: Any) -> None:
+        """Checks fences before a product uses its registers, and notes that it does."""
         warps = (4 * groups[:, None] + np.arange(4)).reshape(-1)
         places = [self.place[name] for name in form.registers]
         late = (self._needs[places][:, warps] > self._fences[warps]).any(axis=0)
@@ -98,23 +113,18 @@ class Products:
             labels = self.shared.labels(32 * int(warps[np.argmax(late)]))
             self.faults.add(own, "no wgmma.fence since its registers were touched", labels)
         self._used[np.ix_(places[: form.columns // 2], warps)] = self._groups[warps] + 1
-        if isinstance(left, list):
-            fragments = left_of(form.kind)(*(own_left.reshape(-1, GROUP)[groups].reshape(-1) for own_left in left))
-            a = fragments.reshape(len(groups), 64, form.inner)
-        else:
-            a = self._operand(own, form, left, 64, form.across_a, groups)
-        b = self._operand(own, form, right, form.columns, form.across_b, groups)
-        product = np.matmul(a * form.signs[0] if form.signs[0] < 0 else a, (b * form.signs[1]).transpose(0, 2, 1))
-        whole = len(groups) * GROUP == self.shared.count
-        out = np.empty((form.columns // 2, self.shared.count), np.float32) if not whole else None
-        parts = product.reshape(len(groups), 4, 2, 8, form.columns // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5)
-        fragment = parts.reshape(form.columns // 2, -1)
-        if out is None:
-            out = fragment
-        else:
-            out[:, (GROUP * groups[:, None] + np.arange(GROUP)).reshape(-1)] = fragment
-        for row, own_addend in zip(out, addend, strict=True):
-            np.add(row, own_addend, out=row, where=scale)
+
+    def _spread(self, product: Any, columns: int, groups: Any) -> Any:
+        """[columns / 2, threads] of products [groups, 64, columns].
+
+        A warp has 16 rows; a lane two neighbours in its group's row, 8 rows below, and so on 8 columns further
+        ("Register Fragments for wgmma.mma_async.m64nNk16", D).
+        """
+        parts = product.reshape(len(groups), 4, 2, 8, columns // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5)
+        out = parts.reshape(columns // 2, -1)
+        if len(groups) * GROUP < self.shared.count:
+            some, out = out, np.zeros((columns // 2, self.shared.count), np.float32)
+            out[:, (GROUP * groups[:, None] + np.arange(GROUP)).reshape(-1)] = some
         return out
 
     def _groups_of(self, own: Instruction, threads: Any) -> Any:
@@ -245,10 +255,8 @@ def handle(e: Emitter, own: Instruction) -> None:
 def _multiply(e: Emitter, own: Instruction, threads: str) -> None:
     targets, left, right, scale = own.operands[:4]
     assert isinstance(targets, tuple)
-    if isinstance(left, tuple):
-        a = f"[{', '.join(e.read(o, 'u32') for o in left)}]"
-    else:
-        a = e.read(left, "u64")
+    words = [e.read(o, "u32") for o in left] if isinstance(left, tuple) else []
+    a = f"[{', '.join(words)}]" if words else e.read(left, "u64")
     addend = ", ".join(e.read(o, "f32") for o in targets)
     form = e.name(Form(own), "f")
     given = f"{e.name(own, 'i')}, {form}, {a}, {e.read(right, 'u64')}, [{addend}], {e.read(scale, 'p')}, {threads}"
