@@ -64,7 +64,7 @@ def wait(parity: int | str, at: str = "%r8") -> str:
 def by_hand(body: str, tensor_map: TensorMap | int = 0) -> list[int]:
     out = torch.zeros(128, dtype=torch.int32)
     with tracked(0xFD) as fresh:
-        launch(HEAD + body.replace("; ", ";\n") + TAIL, [tensor_map, out], (1,), 2048, fresh)
+        launch(HEAD + body.replace("; ", ";\n") + TAIL, [tensor_map, out], (1,), 4096, fresh)
     return out.tolist()
 
 
@@ -169,11 +169,15 @@ wgmma.commit_group.sync.aligned;
 LAND = "wgmma.wait_group.sync.aligned 0;\nadd.f32 %r9, %r10, %r13;\n"
 ALONE = "setp.eq.s32 %p5, %r2, 2;\n@!%p5 bra $L__9;\n{}$L__9:\n"  # by one warp
 NO_FENCE = "no fence.proxy.async between it and what threads wrote there"
+ASYNC = "shl.b32 %r3, %r1, 4; cp.async.cg.shared.global [%r3], [%rd1], 16; cp.async.commit_group;\n"
+ARRIVED = "cp.async.wait_group 0;\n"
 
 
 @pytest.mark.parametrize(
     ("before", "what"),
     [
+        (ASYNC + ARRIVED + FENCE + BARRIER, None),  # by who waited for a cp.async
+        (ASYNC + FENCE + ARRIVED + BARRIER, NO_FENCE),
         (WRITE + FENCE + BARRIER, None),  # by who wrote
         (WRITE + BARRIER + FENCE, None),  # by who reads
         (WRITE + BARRIER + ALONE.format(FENCE) + BARRIER, None),  # by another, between
@@ -207,7 +211,7 @@ CHANGE = WRITE.replace("{%r9", "{%r1")
         (READ + LAND + BARRIER + CHANGE, None),
         (READ + READ + "wgmma.wait_group.sync.aligned 1;\n" + WRITE + LAND, "that a wgmma in flight reads"),
         (ALONE.format(READ) + LAND, "only some threads of a warp group run it"),
-        (READ.replace("0x0000000800400000", "0x0000000800400070") + LAND, "shared memory out of bounds"),
+        (READ.replace("0x0000000800400000", "0x00000008004000F0") + LAND, "shared memory out of bounds"),
     ],
 )
 def test_products_in_flight(body: str, what: str | None) -> None:
@@ -244,8 +248,11 @@ def map_of(values: torch.Tensor, box: list[int], **others: object) -> TensorMap:
     return TensorMap.of(descriptor, metadata)
 
 
+# From byte 2048: leading offset 128 and stride offset 256; leading offset 1024
+FIELDS = "mov.b64 %rd5, 0x0000001000080080;\nmov.b64 %rd6, 0x0000000000400080;"
 COPY = "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r9], [%rd4, {%r9, %r9}], [%r8];\n"
 EXPECT = "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r8], 512;\n"
+APART = "@!%p2 bra $L__1;\n{}$L__1:\n@%p2 bra $L__2;\n{}$L__2:\n"
 COPIED = INIT.format(1) + EXPECT + "@%p1 " + COPY
 
 
@@ -255,13 +262,14 @@ COPIED = INIT.format(1) + EXPECT + "@%p1 " + COPY
         (COPIED + wait(0) + LOAD, None),
         (COPIED + "@!%p2 bra $L__1;\n" + wait(0) + "$L__1:\n" + BARRIER + LOAD, None),  # one warp waits for all
         (COPIED + "@!%p2 bra $L__1;\n" + wait(0) + "$L__1:\n" + LOAD, "race: reads shared memory that another warp"),
+        (COPIED + APART.format(wait(0), wait(0)) + LOAD, None),  # one warp waits first
         (COPIED + LOAD + wait(0), "reads shared memory that a cp.async in flight writes"),
         (COPIED + wait(1) + LOAD + wait(0), "reads shared memory that a cp.async in flight writes"),
         (COPIED, "the program ends before it has landed"),
         (COPIED + "@%p1 mbarrier.inval.shared::cta.b64 [%r8];\n", "ends an mbarrier while copies are in flight"),
         (COPIED.replace("512", "496") + wait(0), "0 arrivals and -16 bytes are missing"),
         (COPIED.replace("[%r9], [%rd4", "[%r9+64], [%rd4") + wait(0), "must be a multiple of 128"),
-        (COPIED.replace("[%r9], [%rd4", "[%r9+1920], [%rd4") + wait(0), "shared memory out of bounds"),
+        (COPIED.replace("[%r9], [%rd4", "[%r9+3840], [%rd4") + wait(0), "shared memory out of bounds"),
         (WRITE + BARRIER + COPIED + wait(0), NO_FENCE),
         (WRITE + FENCE + BARRIER + COPIED + wait(0), None),
         (
@@ -275,6 +283,33 @@ def test_copies(body: str, what: str | None) -> None:
     with nullcontext() if what is None else pytest.raises(KernelFault, match=what):
         found = by_hand(body, map_of(values, [8, 16]))
         assert LOAD not in body or "mov.b32" in body or found == values.flatten().tolist()
+
+
+@pytest.mark.parametrize("across", [0, 1])
+def test_operands_without_a_swizzle(across: int) -> None:
+    """Of 8 by 8 numbers in 128 bytes each: A's along its rows 256 bytes apart, and 128 along k; B's the other way.
+
+    In 128 bytes, rows of A and columns of B are one after the other, or lie across.
+    """
+    values = ((torch.arange(1024) * 7) % 11 - 5).half()
+    body = INIT.format(1) + EXPECT.replace("512", "2048") + "@%p1 " + COPY.replace("[%r9],", "[%r9+2048],") + wait(0)
+    body += SUMS + READ.replace("0x0000000800400000, ", "").replace("mov.b64 %rd5, 0x0000000800400000;", FIELDS)
+    body = body.replace("%rd5, %rd5, %p4, 1, 1, 0, 0", f"%rd5, %rd6, %p4, 1, 1, {across}, {across}")
+    parts = values.reshape(8, 2, 8, 8)  # blocks of rows, blocks of k
+    a = parts.transpose(2, 3) if across else parts
+    b = values.reshape(2, 8, 8, 8)[:, 0]  # blocks of k; of columns there is one
+    b = b if not across else b.transpose(1, 2)
+    rows = a.permute(0, 2, 1, 3).reshape(64, 16).float()
+    columns = b.permute(1, 0, 2).reshape(8, 16).float()
+    expected = rows @ columns.T
+    for register, (row, column) in enumerate(((0, 0), (0, 1), (8, 0), (8, 1))):
+        found = by_hand(
+            body + f"wgmma.wait_group.sync.aligned 0;\nmov.b32 %r9, %r{10 + register};\n",
+            map_of(values.reshape(128, 8), [128, 8]),
+        )
+        thread = torch.arange(128)
+        own = expected[16 * (thread // 32) + row + thread % 32 // 4, column + 2 * (thread % 4)]
+        assert torch.equal(torch.tensor(found, dtype=torch.int32).view(torch.float32), own)
 
 
 def test_copies_beyond_the_tensor_are_reported() -> None:

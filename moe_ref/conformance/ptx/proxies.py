@@ -113,7 +113,7 @@ class AsyncProxy:
         """TMA wrote units, and some threads waited for it; gives the copy's number for `sees`."""
         self._seen.append(np.zeros_like(self._seen[0]))
         self.sees(len(self._seen) - 1, threads)
-        self._landing[units], self._written_at[units] = len(self._seen) - 1, 0
+        self._landing[units] = len(self._seen) - 1
         self.shared.writer[units] = self.shared.epoch[threads[0]] + LANDED
         return len(self._seen) - 1
 
