@@ -22,7 +22,8 @@ from moe_ref.conformance.ptx.launch import How
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 PROBLEMS = FIXED | SM90
-RUN = [*PROBLEMS] if NIGHTLY else ["few, bf16, TMA", "many, bf16, TMA", "some, fp16", "nf4, some, bf16, nested"]
+SOME = ["few, bf16, TMA", "many, bf16, TMA", "some, fp16", "many, bf16, scaled, adapters", "nf4, some, bf16, nested"]
+RUN = [*PROBLEMS] if NIGHTLY else SOME
 
 
 def executor_of(path: str) -> Executor:
