@@ -312,6 +312,31 @@ def test_operands_without_a_swizzle(across: int) -> None:
         assert torch.equal(torch.tensor(found, dtype=torch.int32).view(torch.float32), own)
 
 
+PRODUCT = (
+    SUMS + READ.replace("0x0000000800400000", "0x0000000000000000") + LAND
+)  # of the first 512 bytes, again and again
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (COPIED + wait(0) + PRODUCT, None),
+        (COPIED + "@!%p2 bra $L__1;\n" + wait(0) + "$L__1:\n" + PRODUCT, "race: reads shared memory that a warp wrote"),
+        (COPIED + PRODUCT + wait(0), "reads shared memory that a copy in flight writes"),
+    ],
+)
+def test_products_of_copies(body: str, what: str | None) -> None:
+    values = torch.zeros(8, 16, dtype=torch.int32)
+    with nullcontext() if what is None else pytest.raises(KernelFault, match=what):
+        by_hand(body, map_of(values, [8, 16]))
+
+
+def test_a_fence_by_who_wrote_serves_what_is_copied_there_and_read() -> None:
+    """Only the first warp writes and fences: no other has anything to fence."""
+    first = "@!%p2 bra $L__1;\n" + WRITE + FENCE + "$L__1:\n" + BARRIER
+    by_hand(first + COPIED + wait(0) + PRODUCT, map_of(torch.zeros(8, 16, dtype=torch.int32), [8, 16]))
+
+
 def test_copies_beyond_the_tensor_are_reported() -> None:
     """A map whose shape or strides lead out of the argument's memory, or into another's part of it."""
     values = torch.zeros(8, 32, dtype=torch.int32)

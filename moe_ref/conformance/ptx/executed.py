@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -123,14 +124,13 @@ def executed(target: str = "sm80", how: How | None = None, poison: int = POISON)
 def _flat(signature: Any, values: Any, described: Iterator[dict[str, Any]]) -> list[Any]:
     """Arguments that the compiled kernel takes: none that were known when it was compiled, and no tuples.
 
-    A tensor descriptor becomes its tensor map, shape and strides; without TMA it would be taken apart.
+    A tensor descriptor becomes its tensor map, shape and strides; without TMA Triton takes it apart.
     """
     if isinstance(signature, (list, tuple)):
         return [leaf for kind, value in zip(signature, values, strict=True) for leaf in _flat(kind, value, described)]
     if not isinstance(values, TensorDescriptor):
         return [] if signature == "constexpr" else [values]
-    sizes = [*values.shape, *values.strides]
     metadata = next(described, None)
     if metadata is None:
-        return [values.base, *sizes, values.padding == "nan", values.round_f32_to_tf32, *sizes]
-    return [TensorMap.of(values, metadata), *sizes]
+        return list(make_tensordesc_arg(values, None))
+    return [TensorMap.of(values, metadata), *values.shape, *values.strides]

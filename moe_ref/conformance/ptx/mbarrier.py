@@ -164,8 +164,7 @@ class Barriers:
         """Programs have ended."""
         for place, phase in self.phases.items():
             for copy in phase.copies[:1]:
-                program = place // self.shared.stride
-                thread = program * (self.shared.count * self.shared.stride // len(self.shared.data))
+                thread = place // self.shared.stride * self.shared.each
                 self.faults.add(copy.own, "the program ends before it has landed", self.shared.labels(thread))
 
 

@@ -30,10 +30,10 @@ class AsyncProxy:
     def __init__(self, shared: SharedMemory) -> None:
         self.shared = shared
         units, warps = len(shared.writer), shared.count // 32
-        self.each = warps * shared.stride // len(shared.data)  # warps of a program
+        self.each = shared.each // 32  # warps of a program
         self.reading = np.zeros(units, np.int16)
         self._clock = 1
-        self._read_at, self._written_at = np.zeros(units, np.int32), np.zeros(units, np.int32)  # by threads
+        self._read, self._written = np.zeros((2, units), np.int32), np.zeros((2, units), np.int32)  # clock and tag
         self._fenced_at, self._fenced_in = np.zeros(warps, np.int32), np.zeros(warps, np.int32)  # clock and epoch
         self._epochs = np.zeros((2, warps // self.each), np.int32)  # the last two in which any warp fenced
         self._landing = np.zeros(units, np.int32)  # the copy that a unit comes from
@@ -56,14 +56,14 @@ class AsyncProxy:
         count = self.shared.count // 32
         return np.arange(count) if threads is None else np.flatnonzero(threads.reshape(count, 32).any(axis=1))
 
-    def see_load(self, units: Any) -> None:
-        """Notes what threads read."""
-        self._read_at[units] = self._clock
+    def see_load(self, units: Any, tags: Any) -> None:
+        """Notes what threads read, with tags as of `shared`."""
+        self._read[0, units], self._read[1, units] = self._clock, tags
 
-    def see_store(self, own: Instruction, who: Any, units: Any) -> None:
-        """Checks and notes what threads write."""
+    def see_store(self, own: Instruction, who: Any, units: Any, tags: Any) -> None:
+        """Checks and notes what threads write, with tags as of `shared`."""
         self._see_write(own, who, units)
-        self._written_at[units] = self._clock
+        self._written[0, units], self._written[1, units] = self._clock, tags
 
     def _see_write(self, own: Instruction, who: Any, units: Any) -> None:
         if self.reading.any():
@@ -71,17 +71,13 @@ class AsyncProxy:
 
     def arrived(self, who: Any, units: Any, writer: Any) -> Any:
         """[who, units] whether they come from TMA, and the warp waited for it."""
-        out = writer % EPOCH == LANDED
-        if out.any():
-            seen = np.stack(self._seen)
-            out &= seen[self._landing[units], (who // 32)[:, None]]
-        return out
+        return (writer % EPOCH == LANDED) & np.stack(self._seen)[self._landing[units], (who // 32)[:, None]]
 
     def see_copy(self, own: Instruction, who: Any, units: Any) -> None:
         """Checks fences before TMA writes [who, units]."""
         self._see_write(own, who, units)
-        self._check(own, "read", who, units, self._read_at, self.shared.reader)
-        self._check(own, "wrote", who, units, self._written_at, self.shared.writer)
+        self._check(own, "read", who, units, self._read)
+        self._check(own, "wrote", who, units, self._written)
 
     def see_matrix(self, own: Instruction, groups: Any, units: Any) -> None:
         """Checks what wgmma of warp groups reads [groups, units], and holds it until `release`."""
@@ -90,12 +86,11 @@ class AsyncProxy:
         shared._note(own, "reads shared memory that nobody wrote", writer == 0, who)
         recent = writer >= epoch
         if recent.any():
-            for warp in range(4):
-                recent &= ~self.arrived(who + 32 * warp, units, writer)
+            recent &= ~np.all([self.arrived(who + 32 * warp, units, writer) for warp in range(4)], axis=0)
             shared._note(own, "race: reads shared memory that a warp wrote since the last barrier", recent, who)
         shared._note(own, "reads shared memory that a copy in flight writes", shared.flying[units] > 0, who)
         for warp in range(4):
-            self._check(own, "wrote", who + 32 * warp, units, self._written_at, shared.writer)
+            self._check(own, "wrote", who + 32 * warp, units, self._written)
         self._count(groups, units, 1)
 
     def release(self, groups: Any, units: Any) -> None:
@@ -114,6 +109,7 @@ class AsyncProxy:
         self._seen.append(np.zeros_like(self._seen[0]))
         self.sees(len(self._seen) - 1, threads)
         self._landing[units] = len(self._seen) - 1
+        self._read[0, units] = self._written[0, units] = 0  # what threads did before was checked when it was issued
         self.shared.writer[units] = self.shared.epoch[threads[0]] + LANDED
         return len(self._seen) - 1
 
@@ -121,9 +117,9 @@ class AsyncProxy:
         """Threads, by their indices, waited for a copy."""
         self._seen[copy][threads // 32] = True
 
-    def _check(self, own: Instruction, verb: str, who: Any, units: Any, at: Any, tags: Any) -> None:
-        """Whether there was a fence after what threads did at clocks ``at``, with their tags, before ``who`` came."""
-        when = at[units]
+    def _check(self, own: Instruction, verb: str, who: Any, units: Any, done: Any) -> None:
+        """Whether there was a fence after what threads had done, and before ``who`` came."""
+        when, tag = done[:, units]
         if not when.any():
             return
         programs = who // 32 // self.each
@@ -131,7 +127,6 @@ class AsyncProxy:
         late = when > fenced.min(axis=1)[programs][:, None]  # else all warps fenced since
         if not late.any():
             return
-        tag = tags[units]
         epoch, warp = tag - tag % EPOCH, tag % EPOCH - 1
         mine, now = who // 32, self.shared.epoch[who][:, None]
         alone = warp < LANDED - 1

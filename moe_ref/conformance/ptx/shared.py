@@ -48,7 +48,7 @@ class SharedMemory:
         self.size, self.unit, self.faults, self.labels = size, unit, faults, labels
         self.stride = -(-max(size, 16) // 16) * 16
         self.data = np.full(programs * self.stride, poison, np.uint8)
-        self.count = programs * threads
+        self.count, self.each = programs * threads, threads
         self.base = np.repeat(np.arange(programs, dtype=np.int64) * self.stride, threads)
         self.writer = np.zeros(programs * self.stride // unit, np.int32)
         self.reader = np.zeros_like(self.writer)
@@ -93,15 +93,16 @@ class SharedMemory:
         if not writer.all():
             self._note(own, "reads shared memory that nobody wrote", writer == 0, who)
         others = (writer >= epoch) & (writer != tag)
-        if self.proxy is not None:
+        if self.proxy is not None and others.any():
             others &= ~self.proxy.arrived(who, units, writer)
-            self.proxy.see_load(units)
         self._note(own, "race: reads shared memory that another warp wrote since the last barrier", others, who)
         if self.groups or self.open or self.proxy is not None:
             self._note(own, "reads shared memory that a cp.async in flight writes", self.flying[units] > 0, who)
         before = self.reader[units]
         new = np.where((before >= epoch) & (before != tag), epoch + SEVERAL, tag)
         self._mark(self.reader, units, new, epoch)
+        if self.proxy is not None:
+            self.proxy.see_load(units, self.reader[units])
 
     def _mark(self, shadow: Any, units: Any, tags: Any, epoch: Any) -> None:
         """Sets tags; where several warps set one at once, none of theirs stays."""
@@ -122,9 +123,12 @@ class SharedMemory:
         epoch, tag = self.epoch[who][:, None], (self.epoch[who] + self.warp[who])[:, None]
         writer, reader = self.writer[units], self.reader[units]
         others = (writer >= epoch) & (writer != tag) & changes
-        if self.proxy is not None:
+        if self.proxy is not None and others.any():
             others &= ~self.proxy.arrived(who, units, writer)
-            (self.proxy.see_copy if by_tma else self.proxy.see_store)(own, who, units)
+        if by_tma:
+            self.proxy.see_copy(own, who, units)
+        elif self.proxy is not None:
+            self.proxy.see_store(own, who, units, tag)
         self._note(own, "race: writes shared memory that another warp wrote since the last barrier", others, who)
         self._note(own, "race: writes shared memory that another warp read since the last barrier",
                    (reader >= epoch) & (reader != tag) & changes, who)  # fmt: skip
@@ -194,7 +198,7 @@ class SharedMemory:
         epoch = self.epoch[copy.threads][:, None]
         tag = (self.epoch[copy.threads] + self.warp[copy.threads])[:, None]
         if self.proxy is not None:
-            self.proxy.see_store(copy.own, copy.threads, units)
+            self.proxy.see_store(copy.own, copy.threads, units, tag)
         self._mark(self.writer, units, np.broadcast_to(tag, units.shape), epoch)
 
     def barrier(self, threads: Any) -> None:

@@ -54,7 +54,8 @@ class TensorMap:
             Unreadable: a form that is not known.
         """
         size = metadata["elem_size"]
-        if metadata["fp4_padded"] or descriptor.padding != "zero" or descriptor.round_f32_to_tf32:
+        rounds = getattr(descriptor, "round_f32_to_tf32", False)  # Triton 3.6 has no such option
+        if metadata["fp4_padded"] or descriptor.padding != "zero" or rounds:
             raise Unreadable("a tensor map: must pad with zeros, and leave elements as they are")
         if size != descriptor.base.element_size():
             raise ValueError(f"a tensor map of {descriptor.base.dtype}: the kernel takes elements of {size} bytes")
