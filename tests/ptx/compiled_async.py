@@ -136,6 +136,10 @@ def test_threads_that_waited_and_threads_that_wait_are_not_supported() -> None:
         by_hand(body)
 
 
+def test_an_address_lives_until_its_mbarrier_ends() -> None:
+    by_hand(INIT.format(1) + "@!%p1 bra $L__1;\nmbarrier.inval.shared::cta.b64 [%r8];\n$L__1:\n")
+
+
 def test_one_lane_of_each_warp_is_elected() -> None:
     found = by_hand("elect.sync %r3|%p3, -1; selp.b32 %r9, 1, 0, %p3; mad.lo.s32 %r9, %r3, 100, %r9;\n")
     assert found == [1 if thread % 32 == 0 else 0 for thread in range(128)]
@@ -184,6 +188,7 @@ ARRIVED = "cp.async.wait_group 0;\n"
         (WRITE + BARRIER, NO_FENCE),
         (FENCE + WRITE + BARRIER, NO_FENCE),
         (WRITE + BARRIER + ALONE.format(FENCE), NO_FENCE),  # by one that the readers have not met
+        (WRITE + BARRIER + ALONE.format(FENCE).replace("2;", "0;"), NO_FENCE),  # by one of the readers
         (WRITE + ALONE.format(FENCE) + BARRIER, NO_FENCE),  # by one that not all writers had met
         (WRITE + FENCE, "race: reads shared memory that a warp wrote since the last barrier"),
         (FENCE + BARRIER, "reads shared memory that nobody wrote"),
@@ -254,14 +259,16 @@ COPY = "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes 
 EXPECT = "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r8], 512;\n"
 APART = "@!%p2 bra $L__1;\n{}$L__1:\n@%p2 bra $L__2;\n{}$L__2:\n"
 COPIED = INIT.format(1) + EXPECT + "@%p1 " + COPY
+FURTHER = COPIED.replace("[%r9],", "[%r9+512],")
+FIRST = "@!%p2 bra $L__1;\n{}$L__1:\n"  # by the first warp
 
 
 @pytest.mark.parametrize(
     ("body", "what"),
     [
         (COPIED + wait(0) + LOAD, None),
-        (COPIED + "@!%p2 bra $L__1;\n" + wait(0) + "$L__1:\n" + BARRIER + LOAD, None),  # one warp waits for all
-        (COPIED + "@!%p2 bra $L__1;\n" + wait(0) + "$L__1:\n" + LOAD, "race: reads shared memory that another warp"),
+        (COPIED + FIRST.format(wait(0)) + BARRIER + LOAD, None),  # one warp waits for all
+        (COPIED + FIRST.format(wait(0)) + LOAD, "race: reads shared memory that another warp"),
         (COPIED + APART.format(wait(0), wait(0)) + LOAD, None),  # one warp waits first
         (COPIED + LOAD + wait(0), "reads shared memory that a cp.async in flight writes"),
         (COPIED + wait(1) + LOAD + wait(0), "reads shared memory that a cp.async in flight writes"),
@@ -272,6 +279,7 @@ COPIED = INIT.format(1) + EXPECT + "@%p1 " + COPY
         (COPIED.replace("[%r9], [%rd4", "[%r9+3840], [%rd4") + wait(0), "shared memory out of bounds"),
         (WRITE + BARRIER + COPIED + wait(0), NO_FENCE),
         (WRITE + FENCE + BARRIER + COPIED + wait(0), None),
+        (WRITE + FIRST.format(FENCE) + BARRIER + FURTHER + wait(0), NO_FENCE),  # where another warp wrote
         (
             LOAD.join([WRITE + FENCE + BARRIER, BARRIER]) + "mov.b32 %r9, 0;\n" + COPIED + wait(0),
             "what threads read there",
@@ -321,7 +329,7 @@ PRODUCT = (
     ("body", "what"),
     [
         (COPIED + wait(0) + PRODUCT, None),
-        (COPIED + "@!%p2 bra $L__1;\n" + wait(0) + "$L__1:\n" + PRODUCT, "race: reads shared memory that a warp wrote"),
+        (COPIED + FIRST.format(wait(0)) + PRODUCT, "race: reads shared memory that a warp wrote"),
         (COPIED + PRODUCT + wait(0), "reads shared memory that a copy in flight writes"),
     ],
 )
@@ -333,7 +341,7 @@ def test_products_of_copies(body: str, what: str | None) -> None:
 
 def test_a_fence_by_who_wrote_serves_what_is_copied_there_and_read() -> None:
     """Only the first warp writes and fences: no other has anything to fence."""
-    first = "@!%p2 bra $L__1;\n" + WRITE + FENCE + "$L__1:\n" + BARRIER
+    first = FIRST.format(WRITE + FENCE) + BARRIER
     by_hand(first + COPIED + wait(0) + PRODUCT, map_of(torch.zeros(8, 16, dtype=torch.int32), [8, 16]))
 
 

@@ -109,7 +109,6 @@ class AsyncProxy:
         self._seen.append(np.zeros_like(self._seen[0]))
         self.sees(len(self._seen) - 1, threads)
         self._landing[units] = len(self._seen) - 1
-        self._read[0, units] = self._written[0, units] = 0  # what threads did before was checked when it was issued
         self.shared.writer[units] = self.shared.epoch[threads[0]] + LANDED
         return len(self._seen) - 1
 
