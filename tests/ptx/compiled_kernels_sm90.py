@@ -10,7 +10,7 @@ from hypothesis import settings
 
 import executors
 from executed_problems import FIXED, SM90, every_tile, tile_of
-from executing import executing
+from executing import executing, fenced
 from executors import Executor
 from moe_ref.conformance.judgement.call import run, to_torch
 from moe_ref.conformance.judgement.checks import check_problem
@@ -22,6 +22,7 @@ from moe_ref.conformance.ptx.launch import How
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 PROBLEMS = FIXED | SM90
+pytestmark = fenced
 SOME = ["few, bf16, TMA", "many, bf16, TMA", "some, fp16", "many, bf16, scaled, adapters", "nf4, some, bf16, nested"]
 RUN = [*PROBLEMS] if NIGHTLY else SOME
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from executing import LACKS_FENCE, fenced
 from moe_ref.conformance.ptx.executed import executed
 from moe_ref.conformance.ptx.faults import KernelFault
 from moe_ref.conformance.ptx.launch import How
@@ -70,6 +71,7 @@ def texts(ran: list[str]) -> Callable[[str, str], str]:
     return lambda _, ptx: ran.append(ptx) or ptx
 
 
+@fenced
 @pytest.mark.parametrize(("m", "n", "k", "warps", "stages", "dtype", "a_across", "b_across"), TILES)
 def test_products(
     m: int, n: int, k: int, warps: int, stages: int, dtype: torch.dtype, a_across: bool, b_across: bool
@@ -91,6 +93,7 @@ def test_products(
     assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n\d+k\d+\.f32\.{kind}", ran[0])
 
 
+@fenced
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_products_with_an_operand_in_registers(dtype: torch.dtype) -> None:
     a, b = small(64, 96, dtype=dtype), small(96, 64, dtype=dtype)
@@ -103,6 +106,7 @@ def test_products_with_an_operand_in_registers(dtype: torch.dtype) -> None:
     assert re.search(r"wgmma\.mma_async[^{]*\{[^}]*\}, \{", ran[0])
 
 
+@fenced
 def test_products_add_in_fp32_and_cut_off_tf32() -> None:
     """Not whole numbers: near to fp64, and 13 bits of an operand are not read."""
     a, b = torch.randn(64, 64), torch.randn(64, 64)
@@ -227,6 +231,7 @@ SPOILED: list[tuple[Callable[[], None], str, int, str]] = [
 ]
 
 
+@fenced
 @pytest.mark.parametrize(("run", "kind", "unnoticed", "what"), SPOILED)
 def test_spoiled_text_is_reported(run: Callable[[], None], kind: str, unnoticed: int, what: str) -> None:
     ran: list[str] = []
@@ -243,3 +248,9 @@ def test_spoiled_text_is_reported(run: Callable[[], None], kind: str, unnoticed:
                 reports.append(str(fault))
     assert len(reports) >= len(found) - unnoticed
     assert all(re.search(what, report) for report in reports), reports
+
+
+@pytest.mark.skipif(not LACKS_FENCE, reason="Triton has the fence since 3.7.1")
+def test_the_fence_that_older_tritons_leave_out_is_reported() -> None:
+    with executed("sm90"), pytest.raises(KernelFault, match=NO_FENCE.format("wrote")):
+        multiply()
