@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import executors
-from executed_problems import FIXED, NIGHTLY_ONLY
+from executed_problems import FIXED, NIGHTLY_ONLY, every_tile, tile_of
 from executing import executing
 from executors import Executor
-from executors._triton import configs
 from moe_ref.conformance import profiles
 from moe_ref.conformance.judgement.call import run, to_torch
 from moe_ref.conformance.judgement.checks import check_problem
@@ -58,18 +57,8 @@ def test_every_kernel_ran() -> None:
 
 def test_every_tile_is_taken() -> None:
     """The tiles of sm80 are those of its problems, by dtype, alignment, 4 bits and rows."""
-    own = configs.FAMILIES["sm80"]
-    taken = set()
-    for problem, path in (FIXED[name] for name in RUN):
-        packed = bool(problem.quant_type) and path != "decoded"
-        sizes = (problem.hidden, problem.intermediate)
-        aligned = all(size % 8 == 0 for size in sizes) and problem.weights_layout != "sliced"
-        narrow = problem.dtype != "float32"
-        rows = problem.tokens * problem.top_k / problem.experts
-        given = {"narrow": narrow, "aligned": aligned, "rows": rows, "batch_invariant": False, "packed": packed}
-        taken.add(configs.config_of("sm80", **given))
-    every = {*own.narrow, *own.wide, *own.odd, *own.packed.narrow, *own.packed.wide, *own.packed.odd}
-    assert every <= taken
+    taken = {tile_of("sm80", *FIXED[name]) for name in RUN}
+    assert every_tile("sm80") <= taken
 
 
 @pytest.mark.skipif(not NIGHTLY, reason="nightly")

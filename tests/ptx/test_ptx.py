@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("by_hand", "checks", "floats", "language")  # files that share a process, because importing torch takes longer
-ALONE = ("kernels", "mutants", "spoiled")
+SMALL = (
+    "async",
+    "by_hand",
+    "checks",
+    "floats",
+    "language",
+    "sm90",
+)  # files that share a process, because importing torch takes longer
+ALONE = ("kernels", "kernels_sm90", "mutants", "spoiled", "spoiled_sm90")
 SLOW = {"mutants"}
 PROCESSES = [SMALL, *((name,) for name in ALONE)]
 

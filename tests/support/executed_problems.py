@@ -1,9 +1,14 @@
-"""A fixed set of problems: every kernel of ``triton``, tile of sm80, dtype and form of 4 bits is in one of them."""
+"""A fixed set of problems: every kernel of ``triton``, tile of sm80, dtype and form of 4 bits is in one of them.
+
+With those for sm90, so is every tile of sm90.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from executors._triton import configs
+from executors._triton.launch.operands import UNIT
 from moe_ref import MoEConfig
 from moe_ref.conformance.problems.problem import Problem
 
@@ -14,7 +19,7 @@ DEEPSEEK = MoEConfig(
 ALL_BIASES = {"gate_up_bias": True, "down_bias": True}
 FEW = Problem(12, 5, 64, 48, GPT_OSS, "bfloat16", **ALL_BIASES)  # up to 16 rows of an expert
 SOME = replace(FEW, tokens=41, experts=2)  # up to 64
-MANY = replace(FEW, tokens=140, experts=2, hidden=80, intermediate=72)  # more
+MANY = replace(FEW, tokens=140, experts=2, hidden=80, intermediate=112)  # more
 ODD = replace(FEW, hidden=7, intermediate=17, tokens=9)
 GATED = MoEConfig(2, activation="geglu")
 SCALED = MoEConfig(2, scale_input=True)
@@ -69,8 +74,36 @@ FIXED: dict[str, tuple[Problem, str]] = {
     "mxfp4, decoded, fp16": (replace(NF4, quant_type="mxfp4", dtype="float16", tokens=41, experts=2), "decoded"),
 }
 
+# Sizes that TMA takes, with more steps of the inner dimension than are loaded ahead, and boxes that end outside.
+SM90: dict[str, tuple[Problem, str]] = {
+    "few, bf16, TMA": (replace(FEW, hidden=400), ""),
+    "some, bf16, transposed, TMA": (replace(SOME, hidden=336, config=GATED, weights_layout="transposed"), ""),
+    "some, fp16, TMA": (replace(SOME, dtype="float16", intermediate=272), ""),
+    "many, bf16, TMA": (replace(MANY, tokens=70, hidden=336, intermediate=80), ""),
+    "many, fp16, transposed, TMA": (
+        replace(MANY, dtype="float16", config=GATED, intermediate=272, weights_layout="transposed"),
+        "",
+    ),
+}
+
 # Of these every tile and kernel is in another problem too: they run every night.
 NIGHTLY_ONLY = {
     *("some, fp16", "many, bf16", "many, fp16, transposed", "capped, fp32"),
     *("mxfp4, fp16", "mxfp4, decoded, fp16"),
 }
+
+
+def tile_of(family: str, problem: Problem, path: str) -> configs.KernelConfig:
+    """The configuration that a problem takes: by dtype, alignment, 4 bits and rows."""
+    packed = bool(problem.quant_type) and path != "decoded"
+    sizes = (problem.hidden, problem.intermediate)
+    aligned = all(size % UNIT == 0 for size in sizes) and problem.weights_layout != "sliced"
+    narrow = problem.dtype != "float32"
+    rows = problem.tokens * problem.top_k / problem.experts
+    return configs.config_of(family, narrow=narrow, aligned=aligned, rows=rows, batch_invariant=False, packed=packed)
+
+
+def every_tile(family: str) -> set[configs.KernelConfig]:
+    """All configurations of a family."""
+    own = configs.FAMILIES[family]
+    return {*own.narrow, *own.wide, *own.odd, *own.packed.narrow, *own.packed.wide, *own.packed.odd}

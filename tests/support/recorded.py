@@ -15,6 +15,7 @@ from moe_ref.conformance.ptx import executed
 from moe_ref.conformance.ptx.faults import KernelFault
 from moe_ref.conformance.ptx.fresh import Fresh, bytes_of
 from moe_ref.conformance.ptx.launch import launch
+from moe_ref.conformance.ptx.tensor_map import TensorMap
 from moe_ref.conformance.ptx.text import read
 
 
@@ -48,7 +49,8 @@ class Recorded:
 
 
 def _memory(arguments: Sequence[Any]) -> dict[int, Any]:
-    tensors = [own for own in arguments if isinstance(own, Tensor) and own.numel()]
+    tensors = [own.tensor if isinstance(own, TensorMap) else own for own in arguments]
+    tensors = [own for own in tensors if isinstance(own, Tensor) and own.numel()]
     return {own.untyped_storage().data_ptr(): bytes_of(own.untyped_storage()) for own in tensors}
 
 

@@ -1,4 +1,4 @@
-"""PTX spoiled in one place: a barrier, a wait, a group of copies or a guard taken out."""
+"""PTX spoiled in one place: a barrier, a wait, a fence, a group of copies or a guard taken out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ KINDS = {
     "shared guard": r"^\s*@!?%p\d+ (?:ld|st)\.shared",
     "zeros": r"^\s*(?:@!?%p\d+ )?cp\.async\.c[ag]\.shared\.global \[.*\], 0x\w+, %r\d+;$",
 }
+# Of sm_90 beyond that.
+KINDS |= {
+    "landing": r"^\s*mbarrier\.try_wait\.parity",
+    "bytes": r"^.*mbarrier\.arrive\.expect_tx.*, \d+;$",
+    "issue": r"^.*cp\.async\.bulk\.tensor",
+    "proxies fenced": r"^\s*fence\.proxy\.async",
+    "products waited for": r"^\s*wgmma\.wait_group",
+    "products committed": r"^\s*wgmma\.commit_group",
+    "products fenced": r"^\s*wgmma\.fence",
+}
+REMOVED = set(KINDS) - {"guard", "shared guard", "zeros", "bytes", "landing"}
 
 
 def places(ptx: str, kind: str) -> list[int]:
@@ -24,8 +35,12 @@ def spoiled(ptx: str, kind: str, place: int) -> str:
     """The text with one line spoiled."""
     lines = ptx.splitlines()
     line = lines[place]
-    if kind in ("barrier", "wait", "commit"):
+    if kind in REMOVED:
         lines[place] = ""
+    elif kind == "landing":  # with the branch of its loop
+        lines[place : place + 2] = ["", ""]
+    elif kind == "bytes":  # more than come
+        lines[place] = re.sub(r", (\d+);$", lambda match: f", {2 * int(match[1])};", line)
     elif kind in ("guard", "shared guard"):
         lines[place] = re.sub(r"@!?%p\d+ ", "", line, count=1)
     else:  # all bytes are copied, where some threads asked for zeros

@@ -116,6 +116,25 @@ def matrices(e: Emitter, own: Instruction) -> None:
         e.write(target, "u32", f"{loaded}[{place}]", own)
 
 
+def store_matrices(e: Emitter, own: Instruction) -> None:
+    """``stmatrix``: 1, 2 or 4 matrices of 8 rows of 16 bytes (PTX ISA, "stmatrix")."""
+    words = own.opcode[1:]
+    expected = {"sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta", "b16"}
+    values = own.operands[1]
+    if not set(words) <= expected or own.guard is not None or not isinstance(values, tuple):
+        raise Unreadable(f"{own.name}: unknown form")
+    given = ", ".join(e.read(value, "u32") for value in values)
+    where = f"{address(e, own.operands[0])}, [{given}], {'trans' in words}"
+    e.line(f"m.store_matrices({e.name(own, 'i')}, {where}, {e.threads(own)})")
+
+
+def convert_address(e: Emitter, own: Instruction) -> None:
+    """``cvta.param``: of a parameter, whose address is one of all addresses here."""
+    if own.opcode != ("cvta", "param", "u64"):
+        raise Unreadable(f"{own.name}: unknown form")
+    e.write(own.operands[0], "u64", e.read(own.operands[1], "u64"), own)
+
+
 def atomic(e: Emitter, own: Instruction) -> None:
     """``atom`` and ``red``, thread after thread."""
     words = [word for word in own.opcode[1:] if word not in HINTS and word != "shared::cta"]
@@ -144,5 +163,5 @@ ATOMICS: dict[str, Any] = {
     "cas": lambda old, compare, new: np.where(old == compare, new, old),
 }
 HANDLERS: dict[str, Handler] = {"ld": load, "st": store, "cp": copy, "ldmatrix": matrices}
-HANDLERS |= {"atom": atomic, "red": atomic}
+HANDLERS |= {"atom": atomic, "red": atomic, "stmatrix": store_matrices, "cvta": convert_address}
 HELPERS: dict[str, Any] = {"DTYPES": DTYPES}

@@ -136,17 +136,42 @@ class DeviceMemory:
                 if unknown.any():
                     first = who[int(np.argmax(unknown.any(axis=1)))]
                     self.faults.add(own, "reads memory that nobody wrote", self.labels(first))
-            if segment.outputs:
-                units, program = self._units(places, size), self.program[who][:, None]
-                writer = segment.writer[units]
-                others = (writer != 0) & (writer != program)
-                if others.any():
-                    first = who[int(np.argmax(others.any(axis=1)))]
-                    self.faults.add(own, "race: reads memory that another program writes", self.labels(first))
-                self._mark(segment.reader, units, program)
-                self._note(own, "race: reads memory that another thread of the program wrote since the last barrier",
-                           segment.touched.read(self.moments.tags[who], units), who)  # fmt: skip
+            self._see_race(own, segment, who, places, size)
             out.append((who, _view(segment, dtype, places)))
+        return out
+
+    def _see_race(self, own: Instruction, segment: Segment, who: Any, places: Any, size: int) -> None:
+        """Checks a read against what other programs wrote, and notes it."""
+        if segment.outputs:
+            units, program = self._units(places, size), self.program[who][:, None]
+            writer = segment.writer[units]
+            others = (writer != 0) & (writer != program)
+            if others.any():
+                first = who[int(np.argmax(others.any(axis=1)))]
+                self.faults.add(own, "race: reads memory that another program writes", self.labels(first))
+            self._mark(segment.reader, units, program)
+            what = "race: reads memory that another thread of the program wrote since the last barrier"
+            self._note(own, what, segment.touched.read(self.moments.tags[who], units), who)
+
+    def gather(self, own: Instruction, address: Any, inside: Any, size: int, who: Any) -> Any:
+        """[who, elements] elements of one tensor's memory, of ``size`` bytes each, by addresses; zeros outside.
+
+        A box may have parts that nobody wrote, as long as nothing comes of them.
+        """
+        out = np.zeros(address.shape, f"u{size}")
+        threads = np.broadcast_to(who[:, None], address.shape)[inside]
+        at = address[inside]
+        for segment, part in self._parts(own, at, size):
+            places, own_who = (at[part] - segment.base)[:, None], threads[part]
+            if segment.valid is not None and not segment.valid[places].all():
+                bad = ~segment.valid[places][:, 0]
+                self._outside(own, at[part][bad], own_who[bad], segment)
+            self._see_race(own, segment, own_who, places, size)
+            if len(places) == len(at):
+                out[inside] = _view(segment, f"u{size}", places)[:, 0]
+                return out
+        if len(at):
+            self._outside(own, at, threads, None)
         return out
 
     def _note(self, own: Instruction, what: str, bad: Any, who: Any) -> None:

@@ -39,6 +39,7 @@ class Emitter:
         masked: whether some threads are elsewhere; then ``M`` says which are here.
         contracts: whether a product and a sum without a rounding mode become one fma.
         products: the factors of variables that hold such products.
+        addresses: of parameters, by name.
     """
 
     def __init__(self, bits: dict[str, int], names: dict[str, Any], masked: bool, contracts: bool = False) -> None:
@@ -49,6 +50,7 @@ class Emitter:
         self.written: set[str] = set()
         self.contracts = contracts
         self.products: dict[str, tuple[str, str]] = {}
+        self.addresses: dict[str, int] = {}
         self.carry = ""  # the variable that holds it
         self._at: dict[str, dict[str, str]] = {}  # the variables that hold a register, by kind
         self._memo: dict[str, tuple[str, tuple[str, ...]]] = {}
@@ -90,7 +92,7 @@ class Emitter:
         if isinstance(operand, Symbol):
             if operand.name in self.bits:
                 return self.read(Reg(operand.name), kind)
-            return self.constant(DTYPES[kind].type(0))  # shared memory begins at 0
+            return self.constant(DTYPES[kind].type(self.addresses.get(operand.name, 0)))  # shared memory begins at 0
         if not isinstance(operand, Reg) or operand.name not in self.bits:
             raise Unreadable(f"{operand}: must be a register or a number")
         bits = self.bits[operand.name]

@@ -10,14 +10,17 @@ from unittest.mock import patch
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_ref.conformance.ptx.fresh import Fresh, tracked
 from moe_ref.conformance.ptx.launch import How, launch
+from moe_ref.conformance.ptx.tensor_map import TensorMap
 
-TARGETS = {"sm80": GPUTarget("cuda", 80, 32)}
-MOST_SHARED = {"sm80": 163 * 1024}  # bytes that a program may have
+TARGETS = {"sm80": GPUTarget("cuda", 80, 32), "sm90": GPUTarget("cuda", 90, 32)}
+MOST_SHARED = {"sm80": 163 * 1024, "sm90": 227 * 1024}  # bytes that a program may have
 POISON = 0xFD  # a NaN in bf16 and fp32, and large as an integer
 
 
@@ -100,7 +103,8 @@ def executed(target: str = "sm80", how: How | None = None, poison: int = POISON)
         own_how = how or How()
         if not compiled.metadata.enable_fp_fusion:
             own_how = replace(own_how, contracts=False)
-        leaves = _flat(signature, list(own.arguments.values()))
+        described = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+        leaves = _flat(signature, list(own.arguments.values()), described)
         launch(ptx, leaves, sizes, compiled.metadata.shared, out.fresh, own_how)
         return compiled
 
@@ -117,8 +121,16 @@ def executed(target: str = "sm80", how: How | None = None, poison: int = POISON)
             driver.set_active(None)  # Triton looks for a real one when it next needs one
 
 
-def _flat(signature: Any, values: Any) -> list[Any]:
-    """Arguments that the compiled kernel takes: none that were known when it was compiled, and no tuples."""
+def _flat(signature: Any, values: Any, described: Iterator[dict[str, Any]]) -> list[Any]:
+    """Arguments that the compiled kernel takes: none that were known when it was compiled, and no tuples.
+
+    A tensor descriptor becomes its tensor map, shape and strides; without TMA Triton takes it apart.
+    """
     if isinstance(signature, (list, tuple)):
-        return [leaf for kind, value in zip(signature, values, strict=True) for leaf in _flat(kind, value)]
-    return [] if signature == "constexpr" else [values]
+        return [leaf for kind, value in zip(signature, values, strict=True) for leaf in _flat(kind, value, described)]
+    if not isinstance(values, TensorDescriptor):
+        return [] if signature == "constexpr" else [values]
+    metadata = next(described, None)
+    if metadata is None:
+        return list(make_tensordesc_arg(values, None))
+    return [TensorMap.of(values, metadata), *values.shape, *values.strides]

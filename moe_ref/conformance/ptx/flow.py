@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from moe_ref.conformance.ptx.text import Address, Instruction, Operand, Reg, Symbol, Text, Unreadable
 
-WITHOUT_DESTINATION = {"st", "bar", "barrier", "bra", "ret", "exit", "cp", "red", "membar", "fence", "trap"}
+WITHOUT_DESTINATION = {"st", "bar", "barrier", "bra", "ret", "exit", "cp", "red", "membar", "fence", "trap", "stmatrix"}
 
 
 @dataclass
@@ -46,16 +46,20 @@ def registers_of(operand: Operand) -> list[str]:
     return [operand.name] if isinstance(operand, Reg) else []
 
 
+def _has_destination(own: Instruction) -> bool:
+    if own.opcode[0] == "mbarrier":
+        return own.opcode[1] not in ("init", "inval")
+    return own.opcode[0] not in WITHOUT_DESTINATION
+
+
 def written(own: Instruction) -> list[str]:
     """Names of the registers that an instruction writes."""
-    if own.opcode[0] in WITHOUT_DESTINATION or not own.operands:
-        return []
-    return registers_of(own.operands[0])
+    return registers_of(own.operands[0]) if own.operands and _has_destination(own) else []
 
 
 def read_by(own: Instruction) -> list[str]:
     """Names of the registers that it reads; with a guard, also those it writes, which may stay as they were."""
-    first = 0 if own.opcode[0] in WITHOUT_DESTINATION else 1
+    first = 1 if _has_destination(own) and own.opcode[0] != "wgmma" else 0  # wgmma adds to its destination
     names = [name for operand in own.operands[first:] for name in registers_of(operand)]
     if own.guard is not None:
         names += [own.guard.name, *written(own)]

@@ -17,6 +17,7 @@ from moe_ref.conformance.ptx.device_memory import Segment
 from moe_ref.conformance.ptx.faults import Faults
 from moe_ref.conformance.ptx.fresh import Fresh
 from moe_ref.conformance.ptx.machine import Machine
+from moe_ref.conformance.ptx.tensor_map import TensorMap
 from moe_ref.conformance.ptx.text import Unreadable
 from moe_ref.conformance.ptx.translate import Translated, translated
 
@@ -48,7 +49,7 @@ def launch(
 
     Args:
         ptx: the text of the kernel.
-        arguments: tensors and numbers, in the order of its parameters; parameters beyond them are null pointers.
+        arguments: tensors, numbers and tensor maps, in the order of its parameters; beyond them are null pointers.
         grid: up to three sizes.
         shared: bytes of shared memory that a program gets.
         fresh: memory that nobody wrote yet.
@@ -61,10 +62,10 @@ def launch(
     how = how or How()
     kernel = translated(ptx, how.contracts)
     sizes = [*grid, 1, 1][:3]
-    parameters = {
-        own.name: _bytes(own.kind, value)
-        for own, value in zip(kernel.text.parameters, [*arguments, *[0] * 9], strict=False)
-    }
+    given = [*zip(kernel.text.parameters, [*arguments, *[0] * 9], strict=False)]
+    addresses = kernel.text.addresses
+    maps = {addresses[own.name]: value for own, value in given if isinstance(value, TensorMap)}
+    parameters = {own.name: _bytes(own.kind, value) for own, value in given if not isinstance(value, TensorMap)}
     segments = segments_of(kernel, arguments, fresh)
     programs = np.array([(x, y, z) for z, y, x in product(*map(range, reversed(sizes)))], np.int64).reshape(-1, 3)
     if how.reverse:
@@ -73,7 +74,7 @@ def launch(
     each = max(1, how.together // kernel.text.threads)
     for first in range(0, len(programs), each):
         own = programs[first : first + each]
-        machine = Machine(kernel, own, sizes, parameters, segments, shared, faults, approximate, fresh.poison)
+        machine = Machine(kernel, own, sizes, parameters, segments, shared, faults, approximate, fresh.poison, maps)
         machine.run()
     faults.check()
 
@@ -91,7 +92,8 @@ def _bytes(kind: str, value: Any) -> bytes:
 def segments_of(kernel: Translated, arguments: Sequence[Any], fresh: Fresh) -> list[Segment]:
     """The memory of the tensors, one segment for each storage."""
     tensors: dict[int, list[tuple[Tensor, bool]]] = {}
-    for own, value in zip(kernel.text.parameters, arguments, strict=False):
+    for own, argument in zip(kernel.text.parameters, arguments, strict=False):
+        value = argument.tensor if isinstance(argument, TensorMap) else argument
         if isinstance(value, Tensor) and value.numel():
             if value.device.type != "cpu":
                 raise Unreadable(f"{own.name}: must be a tensor of the CPU, is on {value.device}")

@@ -14,9 +14,14 @@ from moe_ref.conformance.ptx.accesses import ATOMICS
 from moe_ref.conformance.ptx.approximations import Approximate
 from moe_ref.conformance.ptx.device_memory import DeviceMemory, Segment
 from moe_ref.conformance.ptx.faults import Faults, chosen
+from moe_ref.conformance.ptx.flow import Block
+from moe_ref.conformance.ptx.mbarrier import Barriers
+from moe_ref.conformance.ptx.proxies import AsyncProxy
 from moe_ref.conformance.ptx.shared import ATOMIC, EPOCH, SharedMemory
+from moe_ref.conformance.ptx.tensor_map import TensorMap
 from moe_ref.conformance.ptx.text import Instruction, Unreadable
 from moe_ref.conformance.ptx.translate import Translated
+from moe_ref.conformance.ptx.wgmma import Products
 
 MOST_STEPS = 2_000_000  # blocks that a batch of programs may run
 
@@ -34,6 +39,7 @@ class Machine:
         faults: what is wrong is noted there.
         approximate: makes approximations.
         poison: a byte, which stands where nobody wrote.
+        maps: tensor maps, by the address of their parameter.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class Machine:
         faults: Faults,
         approximate: Approximate,
         poison: int,
+        maps: dict[int, TensorMap],
     ) -> None:
         self.kernel, self.faults, self.approximate, self.poison = kernel, faults, approximate, poison
         self.each = kernel.text.threads
@@ -66,6 +73,11 @@ class Machine:
             segments, kernel.memory_unit, faults, self.labels, np.repeat(number, self.each).astype(np.int32)
         )
         self.shared = SharedMemory(len(programs), self.each, shared, kernel.shared_unit, poison, faults, self.labels)
+        self.maps, self._gave_way = maps, -1
+        if kernel.asynchronous:
+            self.shared.proxy = proxy = AsyncProxy(self.shared)
+            self.barriers = Barriers(self.shared, proxy, faults, self.warp_barrier)
+            self.products = Products(kernel.in_products, self.shared, proxy, faults)
         self.registers = {
             name: self._nothing(np.dtype(f"u{bits // 8}") if bits > 1 else np.dtype(bool))
             for name, bits in kernel.initial.items()
@@ -95,6 +107,9 @@ class Machine:
                         raise Unreadable(f"{self.kernel.text.name}: more than {MOST_STEPS} blocks: must come to an end")
                     block = blocks[number]
                     taken = self.kernel.run_of(number, threads is not None)(self, self.registers, threads)
+                    if self.kernel.asynchronous and self._stands(block, taken, threads, waiting):
+                        waiting.insert(-1, (number, threads, stop))
+                        break
                     if taken is None:
                         number = block.next if block.taken is None else block.taken  # type: ignore[assignment]
                         continue
@@ -112,6 +127,40 @@ class Machine:
                         sides = [(block.taken, go), (block.next, stay)]
                         waiting += [(side, own, block.meets) for side, own in sides if side != block.meets]
                         break
+            if self.kernel.asynchronous:
+                self.barriers.finish()
+
+    def _stands(self, block: Block, taken: Any, threads: Any, waiting: list[tuple[int, Any, int]]) -> bool:
+        """Whether a block waits for an mbarrier on which the other side of a branch must act first.
+
+        Raises:
+            KernelFault: nobody else can act.
+            Unreadable: threads that waited no longer could, which is not supported.
+        """
+        stuck, self.barriers.stuck = self.barriers.stuck, None
+        if stuck is None or block.taken != block.number:
+            return False
+        if not (taken.all() if threads is None else taken[threads].all()):
+            return False
+        if waiting and threads is not None and self.barriers.events != self._gave_way:
+            number, others, stop = waiting[-1]
+            if number != stop and others is not None and not (others & threads).any():
+                self._gave_way = self.barriers.events
+                return True
+        own, thread, what = stuck
+        program = slice(thread // self.each * self.each, (thread // self.each + 1) * self.each)
+        if threads is not None and not threads[program].all() and self.barriers.events != self._gave_way:
+            raise Unreadable(
+                f"line {own.line}: {own.name}: all threads of a program must wait, or one side of a branch"
+            )
+        self.faults.add(own, "waits for an mbarrier that never completes", self.labels(thread), what)
+        self.faults.check()
+        return False
+
+    def fence_proxy(self, threads: Any) -> None:
+        """``fence.proxy.async``."""
+        if self.shared.proxy is not None:
+            self.shared.proxy.fence(threads)
 
     def parameter(self, name: str, offset: int, dtype: Any) -> Any:
         """A parameter's number, for each thread."""
@@ -163,6 +212,20 @@ class Machine:
             square = square.transpose(0, 1, 3, 2)
         words = np.ascontiguousarray(square).view(np.uint32)
         return [np.ascontiguousarray(words[:, matrix]).reshape(-1) for matrix in range(count)]
+
+    def store_matrices(self, own: Instruction, address: Any, values: list[Any], trans: bool, threads: Any) -> None:
+        """``stmatrix``: rows go to the addresses of the first lanes."""
+        self.whole_warps(own, threads)
+        count = len(values)
+        words = np.stack([np.broadcast_to(value, self.threads) for value in values]).reshape(count, -1, 8, 4)
+        if trans:
+            halves = np.ascontiguousarray(words).view(np.uint16).transpose(0, 1, 3, 2)
+            words = np.ascontiguousarray(halves).view(np.uint32)
+        rows = np.zeros((self.threads // 32, 32, 4), np.uint32)
+        rows[:, : 8 * count] = words.transpose(1, 0, 2, 3).reshape(-1, 8 * count, 4)
+        lanes = self.special["%laneid"] < 8 * count
+        own_threads = lanes if threads is None else lanes & threads
+        self.shared.store(own, address, list(np.ascontiguousarray(rows.reshape(-1, 4).T)), own_threads)
 
     def atomic(
         self, own: Instruction, space: str, operation: str, address: Any, values: list[Any], threads: Any
@@ -229,6 +292,9 @@ class Machine:
         self.memory.moments.meet(threads)
 
     def warp_barrier(self, threads: Any) -> None:
-        """``bar.warp.sync``; in global memory these threads race with no other of their program until they meet it."""
+        """``bar.warp.sync``, or the end of an mbarrier's phase.
+
+        In global memory these threads race with no other of their program until they meet it.
+        """
         self.shared.lanes.meet(threads)
         self.memory.moments.meet(threads)

@@ -11,7 +11,7 @@ from moe_ref.conformance.ptx.moments import Moments, Touched
 from moe_ref.conformance.ptx.text import Instruction
 
 EPOCH = 128  # a tag is 128 times the barriers passed, from 1, plus a warp from 1
-SEVERAL, ATOMIC = 127, 126  # in place of a warp
+SEVERAL, ATOMIC, LANDED = 127, 126, 125  # in place of a warp; the last one is TMA
 
 
 class Copy(NamedTuple):
@@ -49,7 +49,7 @@ class SharedMemory:
         self.size, self.unit, self.faults, self.labels = size, unit, faults, labels
         self.stride = -(-max(size, 16) // 16) * 16
         self.data = np.full(programs * self.stride, poison, np.uint8)
-        self.count = programs * threads
+        self.count, self.each = programs * threads, threads
         self.base = np.repeat(np.arange(programs, dtype=np.int64) * self.stride, threads)
         self.writer = np.zeros(programs * self.stride // unit, np.int32)
         self.reader = np.zeros_like(self.writer)
@@ -60,6 +60,7 @@ class SharedMemory:
         self.lanes, self.touched = Moments(thread // 32, thread % 32), Touched(len(self.writer))
         self.open: list[Copy] = []  # not committed
         self.groups: list[Group] = []
+        self.proxy: Any = None  # an `AsyncProxy`, where wgmma or TMA use this memory
 
     def locate(self, own: Instruction, address: Any, size: int, threads: Any) -> tuple[Any, Any]:
         """Who makes an access, and the places in `data`; those out of bounds are noted and left out."""
@@ -94,15 +95,19 @@ class SharedMemory:
         writer = self.writer[units]
         if not writer.all():
             self._note(own, "reads shared memory that nobody wrote", writer == 0, who)
-        self._note(own, "race: reads shared memory that another warp wrote since the last barrier",
-                   (writer >= epoch) & (writer != tag), who)  # fmt: skip
-        if self.groups or self.open:
+        others = (writer >= epoch) & (writer != tag)
+        if self.proxy is not None and others.any():
+            others &= ~self.proxy.arrived(who, units, writer)
+        self._note(own, "race: reads shared memory that another warp wrote since the last barrier", others, who)
+        if self.groups or self.open or self.proxy is not None:
             self._note(own, "reads shared memory that a cp.async in flight writes", self.flying[units] > 0, who)
         self._note(own, "race: reads shared memory that another lane of the warp wrote since they met",
                    self.touched.read(self.lanes.tags[who], units), who)  # fmt: skip
         before = self.reader[units]
         new = np.where((before >= epoch) & (before != tag), epoch + SEVERAL, tag)
         self._mark(self.reader, units, new, epoch)
+        if self.proxy is not None:
+            self.proxy.see_load(units, self.reader[units])
 
     def _mark(self, shadow: Any, units: Any, tags: Any, epoch: Any) -> None:
         """Sets tags; where several warps set one at once, none of theirs stays."""
@@ -111,19 +116,28 @@ class SharedMemory:
         if other.any():
             shadow[units[other]] = (np.broadcast_to(epoch, units.shape)[other]) + SEVERAL
 
-    def see_write(self, own: Instruction, who: Any, places: Any, size: int, changes: Any = True) -> None:
+    def see_write(
+        self, own: Instruction, who: Any, places: Any, size: int, changes: Any = True, by_tma: bool = False
+    ) -> None:
         """Checks a write against the shadow, and notes it there.
 
-        ``changes`` [threads, 1] tells where memory changes: two warps that write the same do not race.
+        ``changes`` [threads, 1] tells where memory changes: two warps that write the same do not race. ``by_tma`` tells
+        that threads only ask for it.
         """
         units = self._units(places, size)
         epoch, tag = self.epoch[who][:, None], (self.epoch[who] + self.warp[who])[:, None]
         writer, reader = self.writer[units], self.reader[units]
-        self._note(own, "race: writes shared memory that another warp wrote since the last barrier",
-                   (writer >= epoch) & (writer != tag) & changes, who)  # fmt: skip
+        others = (writer >= epoch) & (writer != tag) & changes
+        if self.proxy is not None and others.any():
+            others &= ~self.proxy.arrived(who, units, writer)
+        if by_tma:
+            self.proxy.see_copy(own, who, units)
+        elif self.proxy is not None:
+            self.proxy.see_store(own, who, units, tag)
+        self._note(own, "race: writes shared memory that another warp wrote since the last barrier", others, who)
         self._note(own, "race: writes shared memory that another warp read since the last barrier",
                    (reader >= epoch) & (reader != tag) & changes, who)  # fmt: skip
-        if self.groups or self.open:
+        if self.groups or self.open or self.proxy is not None:
             self._note(own, "writes shared memory that a cp.async in flight writes", self.flying[units] > 0, who)
         self._note(own, "race: writes shared memory that another lane of the warp wrote or read since they met",
                    self.touched.write(self.lanes.tags[who], units, changes), who)  # fmt: skip
@@ -190,6 +204,8 @@ class SharedMemory:
         self.data.view(np.uint32)[(copy.places // 4)[:, None] + np.arange(size // 4)] = copy.words
         epoch = self.epoch[copy.threads][:, None]
         tag = (self.epoch[copy.threads] + self.warp[copy.threads])[:, None]
+        if self.proxy is not None:
+            self.proxy.see_store(copy.own, copy.threads, units, tag)
         self._mark(self.writer, units, np.broadcast_to(tag, units.shape), epoch)
         self.touched.write(self.lanes.tags[copy.threads], units)
 

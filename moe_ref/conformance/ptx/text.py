@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
 SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%warpid")
 BITS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "b128": 128}
 BITS |= {f"{kind}{bits}": bits for kind in "usf" for bits in (8, 16, 32, 64)} | {"bf16": 16}
+PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(.*?)(\w+)(?:\[(\d+)\])?$")
+PARAMETERS = 1 << 56  # where parameters are, among addresses; no tensor is there
 
 
 class Unreadable(ValueError):
@@ -84,11 +86,12 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter: its type, such as "u64", and whether it is a pointer."""
+    """A parameter: its type, such as "u64", and whether it is a pointer; of an array of bytes how many, else 0."""
 
     name: str
     kind: str
     pointer: bool
+    size: int = 0
 
 
 @dataclass
@@ -113,6 +116,11 @@ class Text:
     labels: dict[str, int]
     target: str
 
+    @property
+    def addresses(self) -> dict[str, int]:
+        """Where each parameter is, by its name."""
+        return {own.name: PARAMETERS + 4096 * number for number, own in enumerate(self.parameters)}
+
 
 def read(text: str) -> Text:
     """Reads the PTX of one kernel.
@@ -130,28 +138,40 @@ def read(text: str) -> Text:
     head = " ".join(lines[entry:start])
     (threads,) = re.findall(r"\.(?:req|max)ntid\s+(\d+)", head) or ["0"]
     parameters = [
-        Parameter(own.split()[-1], own.split()[1].lstrip("."), ".ptr" in own)
-        for own in (p.strip() for p in head[head.index("(") + 1 : head.rindex(")")].split(","))
-        if own
+        _parameter(own.strip()) for own in head[head.index("(") + 1 : head.rindex(")")].split(",") if own.strip()
     ]
     out = Text(name, parameters, int(threads), {}, [], {}, target)
     _body(out, lines, start + 1)
     return out
 
 
+def _parameter(text: str) -> Parameter:
+    match = PARAMETER.match(text)
+    if match is None:
+        raise Unreadable(f"{text!r}: not a parameter")
+    return Parameter(match[3], match[1], ".ptr" in match[2], int(match[4] or 0))
+
+
 def _body(out: Text, lines: list[str], start: int) -> None:
     source, waiting = "", ""
+    depth, first, inner = 0, 0, set[str]()  # of a scope in inline assembly: its first instruction, its own labels
     for number in range(start, len(lines)):
         line = lines[number]
-        if line.rstrip() == "}":
-            return
         if line.lstrip().startswith(".loc"):
             source = _source(line, source)
             continue
         line = line.split("//")[0].strip()
+        before, depth = depth, depth + line.count("{") - line.count("}")
+        if depth < 0:
+            return
+        if depth == 0 and before > 0:
+            _own_labels(out, first, inner)
+        if before == 0:
+            first, inner = len(out.instructions), set()
         label = re.match(r"([$\w]+):$", line)
         if label:
             out.labels[label[1]] = len(out.instructions)
+            inner.add(label[1])
             continue
         if not line or line.startswith((".pragma", ".section", ".file")) or line in "{}":
             continue
@@ -162,6 +182,17 @@ def _body(out: Text, lines: list[str], start: int) -> None:
                 _declare(out, statement)
             elif statement:
                 out.instructions.append(instruction(statement, number + 1, source))
+
+
+def _own_labels(out: Text, first: int, inner: set[str]) -> None:
+    """Labels of a scope hide those of others: they get names of their own."""
+    for label in inner:
+        out.labels[f"{label}@{first}"] = out.labels.pop(label)
+    for number in range(first, len(out.instructions)):
+        own = out.instructions[number]
+        target = own.operands[0] if own.operands else None
+        if own.opcode[0] == "bra" and isinstance(target, Symbol) and target.name in inner:
+            out.instructions[number] = replace(own, operands=(Symbol(f"{target.name}@{first}"),))
 
 
 def _source(line: str, before: str) -> str:
@@ -210,6 +241,8 @@ def _split(rest: str) -> list[str]:
 def _operand(text: str) -> Operand:
     if text[0] == "{":
         return tuple(_operand(own) for own in _split(text[1:-1]))
+    if text[0] == "[" and "," in text:  # of a tensor map: its address, and coordinates
+        return tuple(_operand(f"[{own}]" if own[0] != "{" else own) for own in _split(text[1:-1]))
     if text[0] == "[":
         base, sign, offset = text[1:-1].strip().partition("+")
         base, offset = base.strip(), offset.strip() if sign else "0"

@@ -9,7 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from moe_ref.conformance.ptx import accesses, approximations, conversions, floats, integer_values, integers, warps
+from moe_ref.conformance.ptx import (
+    accesses,
+    approximations,
+    conversions,
+    floats,
+    integer_values,
+    integers,
+    mbarrier,
+    tensor_map,
+    warps,
+    wgmma,
+)
 from moe_ref.conformance.ptx.emit import Emitter
 from moe_ref.conformance.ptx.flow import Block, blocks_of, read_by, registers_of, written
 from moe_ref.conformance.ptx.integers import Handler
@@ -23,6 +34,8 @@ HANDLERS: dict[str, Handler] = {
     **conversions.HANDLERS,
     **accesses.HANDLERS,
     **warps.HANDLERS,
+    **mbarrier.HANDLERS,
+    **wgmma.HANDLERS,
 }
 HELPERS: dict[str, Any] = {
     **integer_values.HELPERS,
@@ -31,6 +44,7 @@ HELPERS: dict[str, Any] = {
     **conversions.HELPERS,
     **accesses.HELPERS,
     **warps.HELPERS,
+    **tensor_map.HELPERS,
 }
 HELPERS |= {own: getattr(np, own) for own in ("where", "negative", "absolute", "minimum", "maximum", "zeros_like")}
 HELPERS |= {own: getattr(np, own) for own in ("multiply", "isnan", "sqrt", "full")} | {"np": np}
@@ -49,6 +63,8 @@ class Translated:
         shared_unit: the fewest bytes of an access to shared memory.
         memory_unit: the same for global memory.
         outputs: names of the parameters through which it may store.
+        in_products: names of the registers that products of warp groups use.
+        asynchronous: whether it has wgmma, TMA or mbarriers.
     """
 
     text: Text
@@ -59,6 +75,8 @@ class Translated:
     shared_unit: int
     memory_unit: int
     outputs: set[str]
+    in_products: list[str]
+    asynchronous: bool
 
     def run_of(self, number: int, masked: bool) -> Run:
         """The function of a block, for all threads or for some."""
@@ -93,7 +111,19 @@ def translated(ptx: str, contracts: bool = False) -> Translated:
         initial |= block.live
     bits = {name: text.bits[name] for name in sorted(initial)}
     units = {space: _unit(text, space) for space in ("shared", "global")}
-    return Translated(text, blocks, contracts, {}, bits, units["shared"], units["global"], _outputs(text))
+    beside = any(own.opcode[0] in ("wgmma", "mbarrier") or "bulk" in own.opcode for own in text.instructions)
+    return Translated(
+        text,
+        blocks,
+        contracts,
+        {},
+        bits,
+        units["shared"],
+        units["global"],
+        _outputs(text),
+        wgmma.registers_in(text),
+        beside,
+    )
 
 
 def handler_of(own: Instruction) -> Handler:
@@ -105,6 +135,8 @@ def handler_of(own: Instruction) -> Handler:
     name = own.opcode[0]
     if name in integers.SHARED:
         return floats.handle if floats.is_float(own) else integers.SHARED[name]
+    if own.opcode[:4] == ("cp", "async", "bulk", "tensor"):
+        return tensor_map.handle
     if name not in HANDLERS:
         raise Unreadable(f"{own.name}: unknown instruction")
     return HANDLERS[name]
@@ -120,11 +152,15 @@ def _python_of(text: Text, block: Block, masked: bool, contracts: bool = False) 
     """The text of a block's function, and the names that it refers to."""
     names = dict(HELPERS)
     e = Emitter(text.bits, names, masked, contracts)
+    e.addresses = text.addresses
+    touches = wgmma.Touches(text, e)
     for own in block.instructions:
         try:
+            touches.before(own)
             handler_of(own)(e, own)
         except (Unreadable, KeyError, ValueError, AssertionError) as error:
             raise Unreadable(f"line {own.line}: {own.name} ({own.source}): {error}") from error
+    touches.flush()
     result = "None"
     if block.branch is not None and block.branch.guard is not None:
         result = e.guard(block.branch)
@@ -139,7 +175,9 @@ def _unit(text: Text, space: str) -> int:
     for own in text.instructions:
         if own.opcode[0] in ("ld", "st", "atom", "red") and space in own.opcode:
             sizes.append(BITS[own.opcode[-1]] // 8)
-        elif own.opcode[:2] == ("cp", "async") and len(own.operands) > 2:
+        elif own.opcode[0] == "mbarrier":
+            sizes.append(8)
+        elif own.opcode[:2] == ("cp", "async") and own.opcode[2] != "bulk" and len(own.operands) > 2:
             assert isinstance(own.operands[2], Imm)
             sizes.append(4)
         elif own.opcode[0] == "ldmatrix":

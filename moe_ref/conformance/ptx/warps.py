@@ -108,8 +108,19 @@ def barrier(e: Emitter, own: Instruction) -> None:
         raise Unreadable(f"{own.name}: unknown form")
 
 
-def fence(_e: Emitter, _own: Instruction) -> None:
-    """Orders memory; here all accesses are in order."""
+def fence(e: Emitter, own: Instruction) -> None:
+    """Orders memory; here all accesses are in order, but for those of the async proxy."""
+    if own.opcode[:3] == ("fence", "proxy", "async"):
+        e.line(f"m.fence_proxy({e.threads(own)})")
+
+
+def elect(e: Emitter, own: Instruction) -> None:
+    """``elect.sync``: one lane of a warp, here the first (PTX ISA, "elect.sync")."""
+    _whole(e, own, own.operands[1])
+    assert isinstance(own.operands[0], tuple)
+    leader, chosen = own.operands[0]
+    e.write(leader, "u32", "full(m.threads, 0, U32)", own)
+    e.write(chosen, "p", "m.special['%laneid'] == 0", own)
 
 
 def multiply(e: Emitter, own: Instruction) -> None:
@@ -181,6 +192,11 @@ def left_tf32(a0: Any, a1: Any, a2: Any, a3: Any) -> Any:
     return out
 
 
+def left_of(kind: str) -> Any:
+    """What makes [warps, 16, k] in fp32 of the four words that each thread has of a left operand."""
+    return left_tf32 if kind == "tf32" else _left(kind)
+
+
 def right_tf32(b0: Any, b1: Any) -> Any:
     """[warps, 8, 8]."""
     out = np.empty((b0.size // 32, 8, 8), np.float32)
@@ -196,7 +212,7 @@ def multiplied(left: Any, right: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tup
 
 
 HANDLERS: dict[str, Handler] = {"shfl": shuffle, "vote": vote, "redux": reduce, "bar": barrier, "barrier": barrier}
-HANDLERS |= {"mma": multiply, "membar": fence, "fence": fence}
+HANDLERS |= {"mma": multiply, "membar": fence, "fence": fence, "elect": elect}
 HELPERS: dict[str, Any] = {
     "shuffled": shuffled,
     "ballot": ballot,
