@@ -26,4 +26,4 @@ def test_compiled(file: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_all_files_are_run() -> None:
-    assert [name[9:-3] for name in FILES] == ["checks", "kernels", "language", "mutants", "spoiled"]
+    assert [name[9:-3] for name in FILES] == ["checks", "counts", "kernels", "language", "mutants", "spoiled"]

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from moe_ref.conformance.ptx.counters import KernelCounts
 from moe_ref.conformance.ptx.fresh import Fresh, tracked
 from moe_ref.conformance.ptx.launch import How, launch
 
@@ -29,11 +30,13 @@ class Executed:
         kernels: how often each kernel ran, by name and hash.
         spoil: changes the text of a kernel before it runs, given its name; None leaves it as it is.
         fresh: memory that nobody wrote.
+        counts: of each launch, in order, where `How` asks for them.
     """
 
     fresh: Fresh
     kernels: dict[tuple[str, str], int] = field(default_factory=dict)
     spoil: Callable[[str, str], str] | None = None
+    counts: list[KernelCounts] = field(default_factory=list)
 
 
 class _Absent:
@@ -101,7 +104,9 @@ def executed(target: str = "sm80", how: How | None = None, poison: int = POISON)
         if not compiled.metadata.enable_fp_fusion:
             own_how = replace(own_how, contracts=False)
         leaves = _flat(signature, list(own.arguments.values()))
-        launch(ptx, leaves, sizes, compiled.metadata.shared, out.fresh, own_how)
+        counts = launch(ptx, leaves, sizes, compiled.metadata.shared, out.fresh, own_how)
+        if counts is not None:
+            out.counts.append(counts)
         return compiled
 
     with (

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe_ref.conformance.ptx.accesses import ATOMICS
+from moe_ref.conformance.ptx.counters import Counting
 from moe_ref.conformance.ptx.device_memory import DeviceMemory, Segment
 from moe_ref.conformance.ptx.faults import Faults, chosen
 from moe_ref.conformance.ptx.floats import Approximate
@@ -34,6 +35,7 @@ class Machine:
         faults: what is wrong is noted there.
         approximate: makes approximations.
         poison: a byte, which stands where nobody wrote.
+        counting: counts what they do, if given.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Machine:
         faults: Faults,
         approximate: Approximate,
         poison: int,
+        counting: Counting | None = None,
     ) -> None:
         self.kernel, self.faults, self.approximate, self.poison = kernel, faults, approximate, poison
         self.each = kernel.text.threads
@@ -66,6 +69,7 @@ class Machine:
             segments, kernel.memory_unit, faults, self.labels, np.repeat(number, self.each).astype(np.int32)
         )
         self.shared = SharedMemory(len(programs), self.each, shared, kernel.shared_unit, poison, faults, self.labels)
+        self.counting = self.memory.counting = self.shared.counting = counting
         self.registers = {
             name: self._nothing(np.dtype(f"u{bits // 8}") if bits > 1 else np.dtype(bool))
             for name, bits in kernel.initial.items()
@@ -94,6 +98,8 @@ class Machine:
                     if steps > MOST_STEPS:
                         raise Unreadable(f"{self.kernel.text.name}: more than {MOST_STEPS} blocks: must come to an end")
                     block = blocks[number]
+                    if self.counting is not None:
+                        self.counting.block(number, threads, self.threads)
                     taken = self.kernel.run_of(number, threads is not None)(self, self.registers, threads)
                     if taken is None:
                         number = block.next if block.taken is None else block.taken  # type: ignore[assignment]
