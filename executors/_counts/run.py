@@ -17,6 +17,7 @@ from executors._triton.launch.decode import PARTS
 
 FEW = 16  # rows up to which tiles are small, and each has a program of its own
 MOST_ROWS = 1024  # of an expert: more take too long
+APART = 8  # experts at least: then an expert's slots are a sector apart, as in the layer
 LARGEST_BLOCK = 128  # of columns or steps, in any tile of sm80
 
 Show = Callable[[str, int, int], None]
@@ -76,7 +77,7 @@ class CountPlan:
         few = self.rows <= FEW
         step = 256 if few and self.packed else LARGEST_BLOCK  # rows of scales are short: longer ones tell more
         top_k = self.shape.top_k
-        experts = top_k * -(-FEW // top_k) if few else top_k
+        experts = top_k * -(-(FEW if few else APART) // top_k)
         if self.slice_of(self.sizes).decoded:
             experts = lcm(experts, PARTS)
         return Axes(

@@ -63,7 +63,7 @@ print(json.dumps([list(whole), differences(foretold, whole), max(ends)]))
 
 @pytest.mark.parametrize(
     ("rows", "multiprocessors"),
-    [(1, [1]), pytest.param(65, [1, 2], marks=pytest.mark.nightly)],  # small tiles; programs that take several tiles
+    [(1, [1]), pytest.param(72, [1, 2], marks=pytest.mark.nightly)],  # small tiles; programs that take several tiles
 )
 def test_counts_of_a_layer_follow_from_its_slices(rows: int, multiprocessors: list[int]) -> None:
     """Every count of every kernel, forward and backward, against the layer itself."""
@@ -71,6 +71,8 @@ def test_counts_of_a_layer_follow_from_its_slices(rows: int, multiprocessors: li
     assert done.returncode == 0, done.stderr
     labels, off, ends = json.loads(done.stdout)
     assert labels == ["up", "down", "dh", "dz", "outer down", "outer up", "dx"]
+    # With fewer than 8 experts neighbouring slots of one share sectors of their weights, more or less by E.
+    assert off.pop("sectors", 0.0) < (0.02 if rows > 1 else 1e-9)
     assert off.keys() <= {"read", "written"}
     assert ends <= 64  # sectors at the ends of tensors
 
