@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import executors
+from executors._cli import kernels_executed
 from executors._cli import options as cli
 from executors._files.whole import write_json
 
@@ -81,6 +83,12 @@ class KernelRow(NamedTuple):
         return [text for text, is_wrong in wrong if is_wrong]
 
 
+def _in_a_folder(path: Path | None) -> Path | None:
+    if path is not None and not path.parent.is_dir():
+        cli.refuse(f"--plot {path}: must be in a folder that exists")
+    return path
+
+
 @dataclass(frozen=True)
 class KernelsOptions:
     """What can be asked of the compiled kernels."""
@@ -102,7 +110,40 @@ class KernelsOptions:
     largest: Annotated[
         bool, typer.Option("--largest", help="Only the products' largest tiles, the nearest to their limits.")
     ] = False
+    execute: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER",
+            help="Instead: execute the kernels of a layer on this CPU, as compiled for sm80, and count what they do: "
+            "bundled or a model's, such as qwen3-30b-a3b.",
+        ),
+    ] = None
+    tokens: Annotated[int | None, typer.Option(callback=cli.within(1), help="With --execute: T. Default: 128.")] = None
+    packed: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --execute: weights in nf4, nf4-nested, fp4 or mxfp4.")
+    ] = None
+    direction: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --execute: forward or forward_backward. Default: forward."),
+    ] = None
+    card: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --execute: a100, h100, h200 or rtx4090. Default: a100.")
+    ] = None
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=_in_a_folder, help="With --execute: write a picture there.")
+    ] = None
     json: cli.JsonOption = None
+
+    def check(self) -> None:
+        """Refuses options that do not go together."""
+        compiling: dict[str, Any] = {"--target": self.target, "--largest": self.largest}
+        counting: dict[str, Any] = {"--tokens": self.tokens, "--packed": self.packed, "--direction": self.direction}
+        counting |= {"--card": self.card, "--plot": self.plot}
+        for name, value in (compiling if self.execute is not None else counting).items():
+            if value:
+                cli.refuse(f"{name}: must be left out {'with' if self.execute is not None else 'without'} --execute")
+        if self.execute is not None and len(self.dtype or []) > 1:
+            cli.refuse("--dtype: must be given once with --execute")
 
     def targets(self) -> dict[str, tuple[str, ...]]:
         """The dtypes to compile for, by target."""
@@ -122,7 +163,23 @@ def kernels(options: KernelsOptions) -> None:
     Every shipped configuration is compiled on layers of real models, without a GPU. One table for each target:
     registers, shared memory, tensor-core instructions, how wide loads are, and what decoding 4 bits takes. Exit
     status: 0, or 1 if a kernel spills, takes more shared memory than there is or sums unevenly, 2 for bad arguments.
+
+    With --execute: counts what each kernel of one call asks of a GPU's units, and says which of them bounds it on a
+    card. Small slices of the layer are executed on this CPU, and the layer's counts follow from theirs.
     """
+    options.check()
+    if options.execute is not None:
+        kernels_executed.execute(
+            options.execute,
+            options.tokens or kernels_executed.TOKENS,
+            (options.dtype or ["bfloat16"])[0],
+            options.packed,
+            options.direction or "forward",
+            options.card or "a100",
+            options.json,
+            options.plot,
+        )
+        return
     everything, failed = {}, False
     for target, dtypes in options.targets().items():
         rows = compile_rows(target, dtypes, options.largest)

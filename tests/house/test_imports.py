@@ -55,10 +55,15 @@ ROOMS: dict[str, set[str]] = {
     "_bench": FACE | {"_files", "layer_file", "hf", "nf4", "mxfp4", "_decode", "_compare"},
     "_tune": FACE | {"_base", "_triton", "_bench"},
     "_crossover": FACE | {"_triton", "_compare", "_bench", "_tune"},
-    "_cli": FACE | {"_files", "checkpoint", "layer_file", "hf", "_triton", "_compare", "_bench", "_tune", "_crossover"},
+    "_counts": FACE | {"_base", "_triton", "_compare", "_bench", "nf4", "mxfp4"},
+    "_cli": FACE
+    | {"_files", "checkpoint", "layer_file", "hf", "_triton", "_compare", "_bench", "_tune", "_crossover"}
+    | {"_counts"},
     "__main__": {"_cli"},
 }
-TOOLS = tuple(f"executors.{room}" for room in ("_compare", "_bench", "_tune", "_crossover", "_cli"))  # of ours
+TOOLS = tuple(
+    f"executors.{room}" for room in ("_compare", "_bench", "_tune", "_crossover", "_counts", "_cli")
+)  # of ours
 
 
 def violations(root: Path) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_ref.conformance.ptx.counters import Counting
 from moe_ref.conformance.ptx.faults import Faults, chosen, differ
 from moe_ref.conformance.ptx.moments import Moments, Touched
 from moe_ref.conformance.ptx.text import Instruction
@@ -48,7 +49,12 @@ class DeviceMemory:
         faults: what is wrong is noted there.
         labels: gives program and thread of an index.
         program: of each thread, from 1.
+
+    Attributes:
+        counting: counts all accesses, if given.
     """
+
+    counting: Counting | None = None
 
     def __init__(self, segments: list[Segment], unit: int, faults: Faults, labels: Any, program: Any) -> None:
         self.segments = sorted(segments, key=lambda own: own.base)
@@ -108,6 +114,8 @@ class DeviceMemory:
             for _, inside in self._parts(own, at, whole):
                 within[inside] = True
             self._outside(own, at[~within], who[~within], None)
+        if self.counting is not None:
+            self.counting.global_access(own, out, whole)
         return out
 
     def _outside(self, own: Instruction, at: Any, who: Any, segment: Segment | None) -> None:

@@ -15,6 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_ref.conformance.ptx.counters import KernelCounts
 from moe_ref.conformance.ptx.fresh import Fresh, tracked
 from moe_ref.conformance.ptx.launch import How, launch
 from moe_ref.conformance.ptx.tensor_map import TensorMap
@@ -32,11 +33,13 @@ class Executed:
         kernels: how often each kernel ran, by name and hash.
         spoil: changes the text of a kernel before it runs, given its name; None leaves it as it is.
         fresh: memory that nobody wrote.
+        counts: of each launch, in order, where `How` asks for them.
     """
 
     fresh: Fresh
     kernels: dict[tuple[str, str], int] = field(default_factory=dict)
     spoil: Callable[[str, str], str] | None = None
+    counts: list[KernelCounts] = field(default_factory=list)
 
 
 class _Absent:
@@ -81,6 +84,8 @@ def executed(target: str = "sm80", how: How | None = None, poison: int = POISON)
         raise ValueError(f"target={target!r}: must be one of {', '.join(map(repr, TARGETS))}")
     if how is not None and not isinstance(how, How):
         raise ValueError(f"how={how!r:.60}: must be a How or None")
+    if how is not None and how.counts and target == "sm90":
+        raise ValueError("how.counts=True: must be False on sm90, whose copies by TMA and products are not counted")
     if not isinstance(poison, int) or not 0 <= poison <= 255:
         raise ValueError(f"poison={poison!r:.60}: must be a whole number from 0 to 255")
     plain_run = JITFunction.run
@@ -105,7 +110,9 @@ def executed(target: str = "sm80", how: How | None = None, poison: int = POISON)
             own_how = replace(own_how, contracts=False)
         described = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
         leaves = _flat(signature, list(own.arguments.values()), described)
-        launch(ptx, leaves, sizes, compiled.metadata.shared, out.fresh, own_how)
+        counts = launch(ptx, leaves, sizes, compiled.metadata.shared, out.fresh, own_how)
+        if counts is not None:
+            out.counts.append(counts)
         return compiled
 
     with (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_ref.conformance.ptx import fresh as _fresh
 from moe_ref.conformance.ptx.approximations import Approximate
+from moe_ref.conformance.ptx.counters import Counting, KernelCounts
 from moe_ref.conformance.ptx.device_memory import Segment
 from moe_ref.conformance.ptx.faults import Faults
 from moe_ref.conformance.ptx.fresh import Fresh
@@ -34,18 +35,20 @@ class How:
         contracts: whether a product and a sum without a rounding mode are one fma, where the kernel was compiled to
             allow it; an assembler is free to do so.
         together: threads of programs that run side by side; 1 runs one program at a time.
+        counts: whether instructions and accesses are counted; then a launch takes up to twice as long.
     """
 
     seed: int | None = None
     reverse: bool = False
     contracts: bool = False
     together: int = SIDE_BY_SIDE
+    counts: bool = False
 
 
 def launch(
     ptx: str, arguments: Sequence[Any], grid: Sequence[int], shared: int, fresh: Fresh, how: How | None = None
-) -> None:
-    """Runs all programs of a grid.
+) -> KernelCounts | None:
+    """Runs all programs of a grid, and gives the counts if those are asked for.
 
     Args:
         ptx: the text of the kernel.
@@ -72,11 +75,14 @@ def launch(
         programs = programs[::-1]
     faults, approximate = Faults(kernel.text.name), Approximate(how.seed)
     each = max(1, how.together // kernel.text.threads)
+    counting = Counting(kernel.text, kernel.blocks) if how.counts else None
     for first in range(0, len(programs), each):
         own = programs[first : first + each]
-        machine = Machine(kernel, own, sizes, parameters, segments, shared, faults, approximate, fresh.poison, maps)
+        places = own, sizes, parameters, segments, shared
+        machine = Machine(kernel, *places, faults, approximate, fresh.poison, maps, counting)
         machine.run()
     faults.check()
+    return None if counting is None else counting.counts(len(programs))
 
 
 def _bytes(kind: str, value: Any) -> bytes:

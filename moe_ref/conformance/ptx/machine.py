@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_ref.conformance.ptx.accesses import ATOMICS
 from moe_ref.conformance.ptx.approximations import Approximate
+from moe_ref.conformance.ptx.counters import Counting
 from moe_ref.conformance.ptx.device_memory import DeviceMemory, Segment
 from moe_ref.conformance.ptx.faults import Faults, chosen
 from moe_ref.conformance.ptx.flow import Block
@@ -40,6 +41,7 @@ class Machine:
         approximate: makes approximations.
         poison: a byte, which stands where nobody wrote.
         maps: tensor maps, by the address of their parameter.
+        counting: counts what they do, if given.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Machine:
         approximate: Approximate,
         poison: int,
         maps: dict[int, TensorMap],
+        counting: Counting | None = None,
     ) -> None:
         self.kernel, self.faults, self.approximate, self.poison = kernel, faults, approximate, poison
         self.each = kernel.text.threads
@@ -73,6 +76,7 @@ class Machine:
             segments, kernel.memory_unit, faults, self.labels, np.repeat(number, self.each).astype(np.int32)
         )
         self.shared = SharedMemory(len(programs), self.each, shared, kernel.shared_unit, poison, faults, self.labels)
+        self.counting = self.memory.counting = self.shared.counting = counting
         self.maps, self._gave_way = maps, -1
         if kernel.asynchronous:
             self.shared.proxy = proxy = AsyncProxy(self.shared)
@@ -106,6 +110,8 @@ class Machine:
                     if steps > MOST_STEPS:
                         raise Unreadable(f"{self.kernel.text.name}: more than {MOST_STEPS} blocks: must come to an end")
                     block = blocks[number]
+                    if self.counting is not None:
+                        self.counting.block(number, threads, self.threads)
                     taken = self.kernel.run_of(number, threads is not None)(self, self.registers, threads)
                     if self.kernel.asynchronous and self._stands(block, taken, threads, waiting):
                         waiting.insert(-1, (number, threads, stop))

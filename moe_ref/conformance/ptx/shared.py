@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_ref.conformance.ptx.counters import Counting
 from moe_ref.conformance.ptx.faults import Faults, chosen, differ
 from moe_ref.conformance.ptx.moments import Moments, Touched
 from moe_ref.conformance.ptx.text import Instruction
@@ -41,7 +42,12 @@ class SharedMemory:
         poison: a byte that stands where nobody wrote.
         faults: what is wrong is noted there.
         labels: gives program and thread of an index, for reports.
+
+    Attributes:
+        counting: counts all accesses, if given.
     """
+
+    counting: Counting | None = None
 
     def __init__(
         self, programs: int, threads: int, size: int, unit: int, poison: int, faults: Faults, labels: Any
@@ -79,6 +85,8 @@ class SharedMemory:
         if wrong.any() or crooked.any():
             good = ~(wrong | crooked)
             who, at = who[good], at[good]
+        if self.counting is not None:
+            self.counting.shared_access(own, who, at, size)
         return who, at + self.base[who]
 
     def _units(self, places: Any, size: int) -> Any:

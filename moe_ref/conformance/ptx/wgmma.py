@@ -15,6 +15,7 @@ import numpy as np
 from moe_ref.conformance.ptx.emit import Emitter
 from moe_ref.conformance.ptx.faults import Faults
 from moe_ref.conformance.ptx.flow import read_by, registers_of, written
+from moe_ref.conformance.ptx.integers import Handler
 from moe_ref.conformance.ptx.matrix_layout import columns_of, rows_of
 from moe_ref.conformance.ptx.proxies import AsyncProxy
 from moe_ref.conformance.ptx.shared import SharedMemory
@@ -265,4 +266,4 @@ def _multiply(e: Emitter, own: Instruction, threads: str) -> None:
         e.write(target, "f32", f"{out}[{place}]", own)
 
 
-HANDLERS = {"wgmma": handle}
+HANDLERS: dict[str, Handler] = {"wgmma": handle}
