@@ -46,7 +46,8 @@ class Triton(LayerExecutor):
     Raises:
         TypeError: an option is neither True nor False.
         ValueError: both batch_invariant and tuned, which follows the number of rows.
-        Unavailable: there is no GPU, and Triton's interpreter is off.
+        Unavailable: there is no GPU, and Triton's interpreter is off. A call raises it on compute capability 9.0 with
+            Triton before 3.7.1, whose compiler leaves out a fence there.
 
     Example:
         >>> y = executors.get("triton")(x, router_logits, weights)

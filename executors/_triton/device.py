@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from executors._protocol import Unavailable
 from executors._triton import configs
 from executors._triton.kernels.combine import combine_kernel
 
 INTERPRETED = not isinstance(combine_kernel, JITFunction)  # Triton decides when it makes a kernel
+
+
+FENCED = (3, 7, 1)  # Triton's first version without a missing fence.proxy.async on compute capability 9.0
 
 
 class Device(NamedTuple):
@@ -57,8 +63,16 @@ def _gpu(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return Device(configs.family_of("hip", properties.gcnArchName), properties.multi_processor_count)
+    if (properties.major, properties.minor) == (9, 0) and version_of(triton.__version__) < FENCED:
+        allowed = f"must be {'.'.join(map(str, FENCED))} or later, whose compiler fences copies before wgmma reads them"
+        raise Unavailable(f"triton {triton.__version__} on compute capability 9.0: {allowed}")
     family = configs.family_of("cuda", 10 * properties.major + properties.minor)
     return Device(family, properties.multi_processor_count)
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """The numbers that a version begins with, as (3, 7, 1) of "3.7.1+git"."""
+    return tuple(map(int, re.findall(r"\d+", text.partition("+")[0])[:3]))
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import triton.language as tl
 
 import executors
 from executors._triton import configs as _configs
+from executors._triton import device
 from executors._triton.configs import FAMILIES, KernelConfig, config_of
 from executors._triton.device import Device
 from executors._triton.kernels import adapters, addresses, gradients, outer, packed, products, tiles
@@ -233,3 +235,24 @@ def test_strides_past_32_bits(transposed: bool, tmp_path: Path) -> None:
     near = run(executors.get("triton"), inputs, backward=True).tensors
     for leaf, value in run(executors.get("triton"), given, backward=True).tensors.items():
         assert same_bits(value, near[leaf]), leaf
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "taken"),
+    [("3.6.0", 0, False), ("3.7.0+git", 0, False), ("3.7.1", 0, True), ("3.6.0", 1, True)],
+)
+def test_a_compiler_that_lacks_a_fence_is_refused(
+    monkeypatch: pytest.MonkeyPatch, version: str, capability: int, taken: bool
+) -> None:
+    """On compute capability 9.0, Triton before 3.7.1 lets tensor cores read before copies have landed."""
+    found = SimpleNamespace(major=(9, 8)[capability], minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: found)
+    monkeypatch.setattr(triton, "__version__", version)
+    make = device._gpu.__wrapped__
+    if taken:
+        assert make(torch.device("cuda")).multiprocessors == 132
+    else:
+        with pytest.raises(
+            executors.Unavailable, match=r"^triton 3\.\S+ on compute capability 9\.0: must be 3\.7\.1 or later"
+        ):
+            make(torch.device("cuda"))

@@ -1,0 +1,37 @@
+"""docs/parallel.md: its example runs, and prints what the page says, but for figures of the machine."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "parallel.md").read_text()
+
+
+def test_the_example_runs_as_the_page_says() -> None:
+    (command,) = re.findall(r"```sh\n(torchrun .*)\n```", PAGE)
+    (printed,) = re.findall(r"```text\n(rank 0 has.*?)```", PAGE, re.DOTALL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "torch.distributed.run", *command.split()[1:]]
+    ran = subprocess.run(line, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    found = [text for text in ran.stdout.splitlines() if text]
+    assert [plain(text) for text in found] == [plain(text) for text in printed.splitlines()]
+    first, last = (float(text.split()[-1]) for text in found if text.startswith("step"))
+    assert last < first / 10
+    assert all(float(text.split()[-1]) < 1e-5 for text in found if "largest difference" in text)
+
+
+def plain(text: str) -> str:
+    """Without what differs between machines."""
+    return re.sub(r"\d\.\d+(e-\d+)?$", "figure", text)
+
+
+def test_without_torchrun_it_says_how() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"} | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "examples/expert_parallel.py"]
+    ran = subprocess.run(line, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    assert ran.returncode == 2
+    assert ran.stderr.strip().endswith("torchrun --nproc-per-node 2 examples/expert_parallel.py")
