@@ -141,10 +141,10 @@ class Reporter:
         told += [flag for flag, value in (("--deselect", asked.deselect), ("--maxfail", asked.maxfail)) if value]
         told += ["single tests were named"] * any("::" in str(own) for own in self.config.args)
         told += ["--hypothesis-profile quick"] * (suite.PROFILE is profiles.PROFILES["quick"])
-        ran = {own["test"].partition("[")[0] for own in self.outcomes}
-        return ", ".join(
-            told or ["without " + ", ".join(sorted({*suite.__all__} - ran))] * bool({*suite.__all__} - ran)
-        )
+        ran, own = {outcome["test"].partition("[")[0] for outcome in self.outcomes}, {*suite.__all__}
+        if not told and not own <= ran:
+            told = [f"without {', '.join(sorted(own - ran))}" if own & ran else "these tests are others"]
+        return ", ".join(told)
 
 
 def judge_of(item: pytest.Item) -> Judge | None:
