@@ -22,7 +22,7 @@ from sound_problems import agree, sound, sound_problems
 
 EXAMPLES = profiles.current().max_examples
 WITHOUT_SHRINKING = [phase for phase in Phase if phase is not Phase.shrink]
-FEW = settings(max_examples=max(8, EXAMPLES // 10), phases=WITHOUT_SHRINKING, deadline=None)  # each is compiled anew
+FEW = settings(max_examples=max(5, EXAMPLES // 20), phases=WITHOUT_SHRINKING, deadline=None)  # each is compiled anew
 QUICK = {  # to compile: the numbers are the same
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,

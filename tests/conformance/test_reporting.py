@@ -242,7 +242,7 @@ def test_a_run_with_expected_failures(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     install(outside, "one_percent", "one_percent:one_percent", ONE_PERCENT)
-    ran = run_pytest(outside, *SUITE, "-q", "-n", "2", "--save-failure", "saved")
+    ran = run_pytest(outside, *SUITE, "-q", "--save-failure", "saved")
     assert ran.returncode == pytest.ExitCode.TESTS_FAILED
     assert "not all of the suite ran: -k 'exact_cases and many_rows'" in ran.stdout
     assert re.search(r"one_percent: 0 clauses hold, 2 broken, .* not judged here", ran.stdout)
@@ -263,3 +263,14 @@ def test_a_run_with_expected_failures(tmp_path: Path) -> None:
     assert ran.returncode == pytest.ExitCode.USAGE_ERROR
     (line,) = ran.stderr.strip().splitlines()
     assert line == "ERROR: --expected-failures known.json: one_percent[0]: reason: must be given"
+
+
+@pytest.mark.nightly
+def test_a_run_in_several_processes(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    install(outside, "one_percent", "one_percent:one_percent", ONE_PERCENT)
+    write(outside / "known.json", KNOWN)
+    ran = run_pytest(outside, *SUITE, "-q", "-n", "2", "--expected-failures", "known.json")
+    assert ran.returncode == 0, ran.stdout
+    assert "  expected E2: 8 tests; issue 1" in ran.stdout
