@@ -1,6 +1,7 @@
 """What the units of some cards do in a second.
 
-Figures of NVIDIA are from its data sheets and whitepapers, which are named here from memory and were not read again.
+Figures of NVIDIA are from its data sheets and whitepapers. Those of A100 and H100 were compared with tables that quote
+them (glennklockwood.com/garden/processors); those of H200 and RTX 4090 are from memory.
 NVIDIA publishes no bandwidth of the L2 caches of Hopper and Ada. So for all cards it is what one public measurement of
 ``cp.async`` found (github.com/smallscientist1/cuda_microbenchmark, analysis_A100.md, analysis_H100.md and
 analysis_RTX4090.md; the A100 there is the PCIe one). H200 is taken to have the cache of H100.
