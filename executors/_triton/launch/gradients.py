@@ -13,7 +13,7 @@ from executors._triton.kernels.outer import outer_kernel
 from executors._triton.launch.narrow import Narrow
 from executors._triton.launch.operands import LaunchPlan, blocks
 
-SUMMED_ROWS, SUMMED_COLUMNS = 32, 128  # of a program for a bias gradient
+SUMMED_ROWS, SUMMED_COLUMNS = 32, 64  # of a program for a bias gradient
 ROWS, COLUMNS = 16, 64  # at a time, of an elementwise program; no row tile is smaller
 
 
@@ -140,6 +140,7 @@ def sums(values: Tensor, topk_weights: Tensor | None, like: Tensor, plan: Launch
         WEIGHTED=topk_weights is not None,
         BLOCK_M=SUMMED_ROWS,
         BLOCK_N=SUMMED_COLUMNS,
+        num_warps=1,  # its lanes meet without shared memory
     )
     return out
 
