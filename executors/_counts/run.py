@@ -12,8 +12,9 @@ from executors._bench.layers import Shape
 from executors._counts import whole
 from executors._counts.cards import Card
 from executors._counts.fit import Axes, Counts, Sizes, differences, extrapolated
-from executors._counts.slices import Slice, count
+from executors._counts.slices import BLOCKSIZE, Slice, count
 from executors._triton.launch.decode import PARTS
+from executors._triton.launch.packed import MOST_HELD, MX_BLOCKSIZE
 
 FEW = 16  # rows up to which tiles are small, and each has a program of its own
 MOST_ROWS = 1024  # of an expert: more take too long
@@ -75,7 +76,9 @@ class CountPlan:
     def axes(self) -> Axes:
         """Sizes of the slices: what blocks leave of the layer's sizes is left of theirs too."""
         few = self.rows <= FEW
-        step = 256 if few and self.packed else LARGEST_BLOCK  # rows of scales are short: longer ones tell more
+        step = LARGEST_BLOCK
+        if self.packed and not self.slice_of(self.sizes).decoded:  # runs of scales that are held have one length then
+            step = MOST_HELD * (BLOCKSIZE if self.packed == "nf4-nested" else MX_BLOCKSIZE)
         top_k = self.shape.top_k
         experts = top_k * -(-(FEW if few else APART) // top_k)
         if self.slice_of(self.sizes).decoded:

@@ -194,7 +194,7 @@ FAMILIES = {
         _ODD,
         _packed(
             _same(16, 16, 64, 64, 4, 4, 0, **_FEW),
-            _same(64, 64, 128, 64, 4, 3, **_SOME),
+            _same(64, 64, 128, 64, 8, 3, **_SOME),
             _same(ANY, 128, 128, 64, 8, 3),
         ),
         widened=128,

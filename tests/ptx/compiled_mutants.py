@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -61,17 +60,6 @@ def test_as_they_are(name: str) -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_planted(mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, right, wrong, _ = TESTS.ALL_MUTANTS[mutant]
-    text = TESTS.source(file)
-    planted = tmp_path / f"planted_{file}.py"
-    planted.write_text(text.replace(right, wrong))
-    modules = [TESTS.load(planted)]
-    for importer in TESTS.IMPORTERS.get(file, ()):
-        other = tmp_path / f"planted_{importer}.py"
-        other.write_text(TESTS.source(importer).replace(f"executors._triton.kernels.{file}", f"planted_{file}"))
-        modules.append(TESTS.load(other))
-    for launcher, module in product(TESTS.LAUNCHERS, modules):
-        for attribute in [a for a in vars(launcher) if a.endswith("_kernel") and hasattr(module, a)]:
-            monkeypatch.setattr(launcher, attribute, getattr(module, attribute))
+    TESTS.plant(mutant, tmp_path, monkeypatch)
     with as_interpreted(PROBLEMS[mutant]), pytest.raises(AssertionError):
         TESTS.check(PROBLEMS[mutant])

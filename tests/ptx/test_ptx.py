@@ -12,8 +12,10 @@ SMALL = (
     "async",
     "by_hand",
     "checks",
+    "counts",
     "floats",
     "language",
+    "layers",
     "sm90",
 )  # files that share a process, because importing torch takes longer
 ALONE = ("kernels", "kernels_sm90", "mutants", "spoiled", "spoiled_sm90")

@@ -54,8 +54,9 @@ IMPORTERS = {
     "activation": ("products", "gradients"),
     "narrow": ("products",),
     "packed": ("products",),
+    "scales": ("packed", "products"),
     "tiles": ("products",),
-}  # kernels that call those of another file
+}  # kernels that call those of another file, in the order of their own imports
 
 ALL_MUTANTS = MUTANTS | GRADIENT_MUTANTS | PACKED_MUTANTS | RANGE_MUTANTS
 SUMMED = 2  # chunks
@@ -103,6 +104,10 @@ PANEL = {
     "columns": replace(NESTED, quant_type="fp4", weights_layout="transposed", nested=""),
     "nested": NESTED,
     "per expert": replace(NESTED, nested="per expert", weights_layout="transposed"),
+    "held": replace(
+        BASE, tokens=8, hidden=384, quant_type="mxfp4", intermediate=64, dtype="bfloat16"
+    ),  # runs of four scales
+    "held per expert": replace(NESTED, hidden=384, blocksize=32, nested="per expert", dtype="bfloat16"),
     "odd rows": replace(BASE, tokens=12, hidden=17, intermediate=33, quant_type="nf4", blocksize=32),
     "mxfp4": replace(BASE, tokens=12, hidden=64, intermediate=96, quant_type="mxfp4", gate_up_rank=2),
     # many, decoded before them
@@ -270,7 +275,7 @@ def check_decoding() -> None:
     everything = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16), (256, 1, 1))  # [exponent, codes, 16]
     powers = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 16, axis=1)
     mx = MXFP4Tensor(*map(torch.from_numpy, (everything.reshape(2, 128, 16, 16), powers.reshape(2, 128, 16))))
-    stored = (3, 36, 130)  # 438.75 blocks of 32, which straddle rows and experts
+    stored = (3, 36, 136)  # blocks of 32, which straddle rows
     code = torch.from_numpy(np.sort(rng.normal(size=256)).astype(np.float32))
 
     def nested(shape: tuple[int, int, int], blocks: int, coarse: int, offset: torch.Tensor) -> NF4Tensor:
@@ -279,7 +284,7 @@ def check_decoding() -> None:
         absmax = torch.from_numpy(bytes_of(size=blocks))
         return NF4Tensor(codes, absmax, scales, code, offset, shape=shape, dtype="float32", blocksize=32)
 
-    one = nested(stored, 439, 2, torch.tensor(0.3))
+    one = nested(stored, 459, 2, torch.tensor(0.3))
     each = nested((3, 36, 256), 864, 6, torch.tensor([0.3, -0.7, 0.011]))
     for tensor in (mx, one, replace(one, quant_type="fp4"), each):
         for dtype in ("float32", "bfloat16", "float16"):
@@ -345,21 +350,29 @@ def marked() -> list[Any]:
     ]
 
 
+def plant(mutant: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the launchers launch kernels with the bug, from files in the folder."""
+    file, right, wrong, _ = ALL_MUTANTS[mutant]
+    text = source(file)
+    assert text.count(right) >= 1, "the kernels have changed: so must this mutant"
+    texts = {file: text.replace(right, wrong)}
+    for importer in IMPORTERS.get(file, ()):
+        text = source(importer)
+        for other in texts:
+            text = text.replace(f"executors._triton.kernels.{other}", f"planted_{other}")
+        texts[importer] = text
+    for name, text in texts.items():
+        planted = folder / f"planted_{name}.py"
+        planted.write_text(text)
+        module = load(planted)
+        for launcher in LAUNCHERS:
+            for attribute in [a for a in vars(launcher) if a.endswith("_kernel") and hasattr(module, a)]:
+                monkeypatch.setattr(launcher, attribute, getattr(module, attribute))
+
+
 @pytest.mark.usefixtures("new_kernels")
 @pytest.mark.parametrize("mutant", marked())
 def test_planted(mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, right, wrong, problem = ALL_MUTANTS[mutant]
-    text = source(file)
-    assert text.count(right) >= 1, "the kernels have changed: so must this mutant"
-    planted = tmp_path / f"planted_{file}.py"
-    planted.write_text(text.replace(right, wrong))
-    modules = [load(planted)]
-    for importer in IMPORTERS.get(file, ()):
-        other = tmp_path / f"planted_{importer}.py"
-        other.write_text(source(importer).replace(f"executors._triton.kernels.{file}", f"planted_{file}"))
-        modules.append(load(other))
-    for launcher, module in product(LAUNCHERS, modules):
-        for attribute in [a for a in vars(launcher) if a.endswith("_kernel") and hasattr(module, a)]:
-            monkeypatch.setattr(launcher, attribute, getattr(module, attribute))
+    plant(mutant, tmp_path, monkeypatch)
     with pytest.raises(AssertionError):
-        check(problem)
+        check(ALL_MUTANTS[mutant][3])

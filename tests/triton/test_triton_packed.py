@@ -14,6 +14,7 @@ import torch
 
 import executors
 from dense_cases import WATCHED, arguments, demand_one_graph, each, needs_all
+from executors import mxfp4
 from executors._triton import configs, decode_rule
 from executors._triton import operator as _operator
 from executors._triton.configs import FAMILIES
@@ -360,7 +361,7 @@ def test_grains_divide_all_that_tiles_and_rows_begin_at() -> None:
     assert grain((2, 64, 2880)) == 32  # of a tile's k
     assert grain((2, 64, 2880), transposed=True) == 64  # m is last: the block
     assert grain((2, 96, 2880), transposed=True, halves=2) == 16  # ups begin at 48
-    assert grain((2, 64, 50)) == 2
+    assert grain((2, 64, 50)) == 1  # rows begin within words
     assert grain((2, 64, 17)) == 1
     assert grain((2, 34, 8), transposed=True, halves=2) == 1  # ups begin at 17
     blocks, scales = torch.zeros(2, 64, 3, 16, dtype=torch.uint8), torch.zeros(2, 64, 3, dtype=torch.uint8)
@@ -409,3 +410,36 @@ def test_mixed_projections() -> None:
             result = run(executors.get("triton"), mixed)
         for verdict in verdicts_of(result_arrays(result), problem, reference(problem)):
             assert not verdict.failure
+
+
+@interpreted
+@pytest.mark.parametrize(("blocks", "span"), [(24, 8), (12, 4), (6, 2), (3, 0)])
+@pytest.mark.parametrize("kind", ["mxfp4", "one", "per expert"])
+def test_scales_held_over_steps(kind: str, blocks: int, span: int) -> None:
+    """Scales of a row are loaded several at once, where rows allow it: each number still gets its own."""
+    generator, blocksize = torch.Generator().manual_seed(blocks), 32 if kind == "mxfp4" else 64
+    size = blocks * blocksize
+    stored = torch.randn(2, 20, size, generator=generator)
+    stored *= torch.randn(2, 20, blocks, generator=generator).exp2().repeat_interleave(blocksize, 2)
+    stored = stored.half()
+    packed = mxfp4.quantize_tensor(stored) if kind == "mxfp4" else nested_by_expert(stored, kind)
+    config = FAMILIES["interpreter"].packed.narrow[0]
+    tile = config.down
+    assert codes_of(packed, (tile.block_n, tile.block_k), 1).format.span == span
+    ks = torch.arange(2 * blocks) // 2 * blocksize + torch.randint(blocksize, (2 * blocks,), generator=generator)
+    ids = (torch.arange(2 * blocks, dtype=torch.int32) % 2)[:, None]
+    groups = grouping.group(ids, 2, tile.block_m)
+    plan = LaunchPlan(groups, 1, config, Device("interpreter", 3), "ieee", True)
+    h = torch.eye(size, dtype=torch.float16)[ks[plan.groups.order.long()]]
+    found = _products.down(Narrow(h), packed, None, None, None, tile, plan)
+    assert torch.equal(found, decode(packed).half().float()[ids[:, 0].long(), :, ks])  # row k of I takes column k
+
+
+def nested_by_expert(stored: torch.Tensor, kind: str) -> NF4Tensor:
+    """With nested scales, of all experts or of each."""
+    if kind == "one":
+        return executors.nf4.quantize_tensor(stored, nested=True)
+    own = [executors.nf4.quantize_tensor(expert[None], nested=True) for expert in stored]
+    codes, absmax, nested = (torch.cat([getattr(o, n) for o in own]) for n in ("codes", "absmax", "nested_absmax"))
+    offsets = torch.stack([o.nested_offset for o in own])
+    return NF4Tensor(codes, absmax, nested, own[0].nested_code, offsets, shape=tuple(stored.shape), dtype="float16")

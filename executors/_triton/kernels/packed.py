@@ -9,57 +9,90 @@ import triton
 import triton.language as tl
 
 from executors._triton.kernels.addresses import offset
+from executors._triton.kernels.scales import held_scale, load_scale
 
 
 @triton.jit
-def load_packed(packed, at, sizes, FORMAT, BLOCK_N, BLOCK_K):
+def load_packed(packed, held, at, sizes, FORMAT, EVEN_K, BLOCK_N, BLOCK_K):
     """[BLOCK_K, BLOCK_N] in fp32 of an expert's matrix [N, K], transposed; any numbers outside.
 
-    Args as of `load_matrix`. The strides are bytes from one expert, and from one outer row, to the next.
+    Args as of `load_matrix`. The strides are bytes from one expert, and from one outer row, to the next. ``held`` are
+    scales from `next_scales`, or None.
     """
     expert, columns, first, k = at
     N, K = sizes
     ks = k + tl.arange(0, BLOCK_K)
     if FORMAT.by_rows:  # the matrix is stored as it is read: k is its inner dimension
-        values = _load_stored(packed, (expert, columns, k), (N, K), FORMAT, BLOCK_N, BLOCK_K).T
+        at = (expert, columns, k)
+        values = _load_stored(packed, held, at, (N, K), FORMAT, False, EVEN_K, BLOCK_N, BLOCK_K).T
     else:
-        values = _load_stored(packed, (expert, ks, first), (K, N), FORMAT, BLOCK_K, BLOCK_N)
+        at = (expert, ks, first)
+        values = _load_stored(packed, None, at, (K, N), FORMAT, EVEN_K, False, BLOCK_K, BLOCK_N)
     return values
 
 
 @triton.jit
-def _load_stored(packed, at, sizes, FORMAT, BLOCK_O, BLOCK_I):
-    """[BLOCK_O, BLOCK_I] in fp32, in the order in which it is stored; ``at`` is (expert, outer, first of inner)."""
+def _load_stored(packed, held, at, sizes, FORMAT, EVEN_OUTER, EVEN_INNER, BLOCK_O, BLOCK_I):
+    """[BLOCK_O, BLOCK_I] in fp32, in the order in which it is stored; ``at`` is (expert, outer, first of inner).
+
+    In a dimension that is even, none is outside.
+    """
     codes, scales, strides = packed
     expert, outer, start = at
     OUTER, INNER = sizes
-    mask = (outer < OUTER)[:, None]
-    if FORMAT.grain == 1:  # rows of an odd length: they begin within bytes
+    if FORMAT.grain == 1:  # rows begin within words, or within bytes
         inner = start + tl.arange(0, BLOCK_I)
-        mask = mask & (inner < INNER)[None, :]
+        mask = _inside(outer, inner, sizes, EVEN_OUTER, EVEN_INNER)
         offsets = offset(offset(expert, OUTER) + outer, INNER)[:, None] + inner[None, :]
         pairs = tl.load(codes + offsets // 2, mask=mask, other=0).to(tl.int32)
-        index = tl.where(offsets % 2 == 0, pairs >> 4, pairs & 15)
+        index = tl.where(offsets % 2 == FORMAT.low_first, pairs >> 4, pairs & 15)
         scale = load_scale(scales, expert, offsets >> FORMAT.block_bits, mask, FORMAT)
         values = _of_codes(index, FORMAT, BLOCK_O, BLOCK_I) * scale
     else:
-        pairs = start // FORMAT.grain * (FORMAT.grain // 2) + tl.arange(0, BLOCK_I // 2)
-        offsets = offset(expert, strides[0]) + offset(outer, strides[1])[:, None] + pairs[None, :]
-        pair = tl.load(codes + offsets, mask=mask & (pairs < strides[1])[None, :], other=0).to(tl.int32)
-        index = tl.join(pair & 15, pair >> 4) if FORMAT.low_first else tl.join(pair >> 4, pair & 15)
-        values = _of_codes(index, FORMAT, BLOCK_O, BLOCK_I)
+        width = strides[1] // 4
+        places = start // FORMAT.grain * (FORMAT.grain // 8) + tl.arange(0, BLOCK_I // 8)
+        offsets = offset(expert, strides[0] // 4) + offset(outer, width)[:, None] + places[None, :]
+        mask = _inside(outer, places, (OUTER, width), EVEN_OUTER, EVEN_INNER)
+        words = tl.load(codes.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0)
+        values = _of_codes(_codes_of(words, FORMAT), FORMAT, BLOCK_O, BLOCK_I)
         # A grain is a run of neighbours that share a block, wherever the row and the tile begin.
         GRAINS: tl.constexpr = BLOCK_I // FORMAT.grain
-        grains = start // FORMAT.grain + tl.arange(0, GRAINS)
-        mask = mask & (grains * FORMAT.grain < INNER)[None, :]
-        offsets = offset(offset(expert, OUTER) + outer, INNER // FORMAT.grain)[:, None] + grains[None, :]
-        scale = load_scale(scales, expert, offsets >> (FORMAT.block_bits - FORMAT.grain_bits), mask, FORMAT)
+        if held is None:
+            grains = start // FORMAT.grain + tl.arange(0, GRAINS)
+            mask = _inside(outer, grains, (OUTER, INNER // FORMAT.grain), EVEN_OUTER, EVEN_INNER)
+            offsets = offset(offset(expert, OUTER) + outer, INNER // FORMAT.grain)[:, None] + grains[None, :]
+            scale = load_scale(scales, expert, offsets >> (FORMAT.block_bits - FORMAT.grain_bits), mask, FORMAT)
+        else:
+            scale = held_scale(held, packed, (expert, outer, 0, start), sizes, FORMAT, GRAINS)
         if GRAINS == 1:
             values = values * scale
         else:
             values = tl.reshape(values, (BLOCK_O, GRAINS, FORMAT.grain)) * scale[:, :, None]
             values = tl.reshape(values, (BLOCK_O, BLOCK_I))
     return values
+
+
+@triton.jit
+def _inside(outer, inner, sizes, EVEN_OUTER, EVEN_INNER):
+    """[outer, inner] Whether they lie in a matrix [OUTER, INNER]; 1 instead of the other number for an even one."""
+    OUTER, INNER = sizes
+    if EVEN_OUTER:
+        mask = (inner < INNER)[None, :]
+    elif EVEN_INNER:
+        mask = (outer < OUTER)[:, None]
+    else:
+        mask = (outer < OUTER)[:, None] & (inner < INNER)[None, :]
+    return mask
+
+
+@triton.jit
+def _codes_of(words, FORMAT):
+    """[O, W, 2, 2, 2] The eight codes of each word [O, W], in order: halves of it, bytes of those, codes of those."""
+    low, high = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
+    pairs = tl.join(low, high) if FORMAT.low_first else tl.join(high, low)
+    of_halves = tl.join(pairs, pairs >> 16)
+    of_bytes = tl.join(of_halves, of_halves >> 8) & 255
+    return tl.permute(of_bytes, (0, 1, 3, 4, 2))
 
 
 @triton.jit
@@ -71,29 +104,6 @@ def _of_codes(index, FORMAT, BLOCK_O, BLOCK_I):
         bits = tl.where(entries == code, FORMAT.table[code], bits)
     table = bits.to(tl.float32, bitcast=True)
     return tl.reshape(tl.gather(table, tl.reshape(index, (BLOCK_O * BLOCK_I,)), 0), (BLOCK_O, BLOCK_I))
-
-
-@triton.jit
-def load_scale(scales, expert, blocks, mask, FORMAT):
-    """The scales of blocks, in fp32; outside the mask, the scale of code 0."""
-    values = tl.load(scales[0] + blocks, mask=mask, other=0)
-    if FORMAT.powers:  # exponents with a bias of 127, as in fp32, except 2**-127 and NaN (M1)
-        bits = values.to(tl.int32)
-        bits = tl.where(bits == 0, 0x00400000, tl.where(bits == 255, 0x7FC00000, bits << 23))
-        scale = bits.to(tl.float32, bitcast=True)
-    elif FORMAT.nested:  # a product, then a sum, each rounded to fp32 (Q3): launched without fusion
-        if FORMAT.segmented:
-            nested = offset(expert, scales[4]) + (blocks - offset(expert, scales[5])) // FORMAT.nested_blocksize
-            shift = tl.load(scales[3] + expert)
-        else:
-            nested = blocks // FORMAT.nested_blocksize
-            shift = tl.load(scales[3])
-        coarse = tl.load(scales[1] + nested, mask=mask, other=0.0)
-        fine = tl.load(scales[2] + values.to(tl.int32), mask=mask, other=0.0)
-        scale = tl.where(mask, fine * coarse + shift, 0.0)  # an offset alone may be infinite in 16 bits
-    else:
-        scale = values
-    return scale
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -118,7 +128,8 @@ def decode_kernel(
         outer = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
         inner = start + tl.arange(0, BLOCK_I)
         packed = (codes, scales, strides)
-        values = _load_stored(packed, (expert, outer, start), (OUTER, INNER), FORMAT, BLOCK_O, BLOCK_I)
+        at = (expert, outer, start)
+        values = _load_stored(packed, None, at, (OUTER, INNER), FORMAT, False, False, BLOCK_O, BLOCK_I)
         offsets = offset(offset(place, OUTER) + outer, INNER)[:, None] + inner[None, :]
         mask = (outer < OUTER)[:, None] & (inner < INNER)[None, :]
         tl.store(out + offsets, values.to(out.dtype.element_ty), mask=mask)

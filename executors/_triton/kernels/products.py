@@ -12,11 +12,12 @@ from executors._triton.kernels.addresses import offset
 from executors._triton.kernels.narrow import inverse_of
 from executors._triton.kernels.packed import load_packed
 from executors._triton.kernels.precision import rounded
+from executors._triton.kernels.scales import next_scales, no_scales
 from executors._triton.kernels.tiles import part_of, tile_at
 
 
 @triton.jit
-def load_matrix(matrices, pointers, at, sizes, FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K):
+def load_matrix(matrices, pointers, held, at, sizes, FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K):
     """[BLOCK_K, BLOCK_N] of an expert's matrix [N, K], transposed; zeros outside.
 
     ``matrices`` are (w, scales, strides), ``at`` is (expert, columns, first column, first k), ``sizes`` are (N, K).
@@ -27,7 +28,7 @@ def load_matrix(matrices, pointers, at, sizes, FORMAT, TMA, EVEN_K, BLOCK_N, BLO
     w, _, strides = matrices
     expert, columns, first, k = at
     if FORMAT is not None:
-        values = load_packed(matrices, at, sizes, FORMAT, BLOCK_N, BLOCK_K)
+        values = load_packed(matrices, held, at, sizes, FORMAT, EVEN_K, BLOCK_N, BLOCK_K)
     elif TMA == "rows":
         values = w.load([expert, first, k]).reshape(BLOCK_N, BLOCK_K).T
     elif TMA == "columns":
@@ -191,17 +192,23 @@ def up_kernel(
         matrices = (w, scales, w_strides)
         pointers = pointers_to(matrices, matrix, columns, AHEAD, BLOCK_K)
         of_others = pointers_to(matrices, matrix, others, AHEAD, BLOCK_K)
+        held = no_scales(FORMAT, BLOCK_W)
+        held_others = held
         for k in tl.range(0, K, BLOCK_K):
             ks = k + tl.arange(0, BLOCK_K)
             offsets = x_rows + offset(ks, x_strides[1])[None, :]
             a = tl.load(x + offsets) if EVEN_K else tl.load(x + offsets, mask=(ks < K)[None, :], other=0.0)
             a = rounded(a, PRECISION)
             at = (matrix, columns, first, k)
-            b = load_matrix(matrices, pointers, at, (bound, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
+            if held is not None:
+                held = next_scales(held, matrices, at, (bound, K), FORMAT)
+            b = load_matrix(matrices, pointers, held, at, (bound, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
             total = tl.dot(a, rounded(b.to(a.dtype), PRECISION), total, input_precision=PRECISION)
             if LAYOUT == "concatenated":
                 at = (matrix, others, start, k)
-                c = load_matrix(matrices, of_others, at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
+                if held is not None:
+                    held_others = next_scales(held_others, matrices, at, (N, K), FORMAT)
+                c = load_matrix(matrices, of_others, held_others, at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_W, BLOCK_K)
                 up = tl.dot(a, rounded(c.to(a.dtype), PRECISION), up, input_precision=PRECISION)
         if BLOCK_R:
             adapter = (inner, inner_powers, factor, factor_strides)
@@ -285,6 +292,7 @@ def down_kernel(
         o = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         matrices = (w, scales, w_strides)
         pointers = pointers_to(matrices, matrix, columns, AHEAD, BLOCK_K)
+        held = no_scales(FORMAT, BLOCK_N)
         for k in tl.range(0, K, BLOCK_K):
             ks = k + tl.arange(0, BLOCK_K)
             if TMA != "":
@@ -296,7 +304,9 @@ def down_kernel(
             else:
                 a = tl.load(h + h_rows + ks[None, :], mask=(ks < K)[None, :], other=0.0)
             at = (matrix, columns, first, k)
-            b = load_matrix(matrices, pointers, at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K)
+            if held is not None:
+                held = next_scales(held, matrices, at, (N, K), FORMAT)
+            b = load_matrix(matrices, pointers, held, at, (N, K), FORMAT, TMA, EVEN_K, BLOCK_N, BLOCK_K)
             o = tl.dot(rounded(a, PRECISION), rounded(b.to(a.dtype), PRECISION), o, input_precision=PRECISION)
         if h_powers is not None:
             o *= tl.load(h_powers + sources)[:, None]

@@ -14,6 +14,8 @@ from moe_ref.types import MXFP4Tensor, NF4Tensor, PackedTensor
 MX_BLOCKSIZE = 32
 BITS = {name: struct.unpack("16i", struct.pack("16f", *numbers)) for name, numbers in CODES.items()}
 LEAST_ROW = 32  # codes: rows of whole 16 bytes
+WORD = 8  # codes that are loaded at once at least, where rows allow it
+MOST_HELD = 8  # bytes of scales
 
 
 class CodeFormat(NamedTuple):
@@ -25,6 +27,7 @@ class CodeFormat(NamedTuple):
         by_rows: whether k, along which products sum, is the last dimension in memory.
         grain: neighbours along that dimension that always share a block; 1 if rows begin within bytes.
         grain_bits, block_bits: binary logarithms of the grain and of the blocksize.
+        span: bytes of scales of a row that are loaded at once and held while k runs over their blocks; 0 for none.
         powers: whether scales are exponents of two.
         nested: whether scales are 8-bit codes themselves.
         segmented: whether each expert has nested statistics of its own.
@@ -37,6 +40,7 @@ class CodeFormat(NamedTuple):
     grain: int
     grain_bits: int
     block_bits: int
+    span: int
     powers: bool
     nested: bool
     segmented: bool
@@ -87,8 +91,10 @@ def codes_of(packed: PackedTensor, widths: tuple[int, int], halves: int) -> Code
     by_rows = not packed.transposed
     blocksize = packed.blocksize if isinstance(packed, NF4Tensor) else MX_BLOCKSIZE
     begins = inner if by_rows else inner // halves  # rows and tiles begin at multiples of the powers of two in it
-    grain = gcd(begins, inner, blocksize, widths[1 if by_rows else 0])
     codes = packed.codes.contiguous()
+    grain = gcd(begins, inner, blocksize, widths[1 if by_rows else 0])
+    if grain % WORD or codes.data_ptr() % 4:
+        grain = 1
     whole = grain > 1
     strides = (outer * inner // 2, inner // 2, 0) if whole else (0, 0, 0)
     scales, nested = _scales(packed)
@@ -99,10 +105,30 @@ def codes_of(packed: PackedTensor, widths: tuple[int, int], halves: int) -> Code
         grain=grain,
         grain_bits=grain.bit_length() - 1,
         block_bits=blocksize.bit_length() - 1,
+        span=_span(packed, blocksize, scales[0], widths[1], nested) if by_rows and whole else 0,
         powers=isinstance(packed, MXFP4Tensor),
         **nested,
     )
     return Codes(codes, scales, strides, code_format)
+
+
+def _span(packed: PackedTensor, blocksize: int, scales: Tensor, width: int, nested: dict[str, Any]) -> int:
+    """Bytes of scales that are held: as many as every row begins at a multiple of, if a step of k has no more blocks.
+
+    None in fp32: its products are bound by their multiplications, and have no registers left.
+
+    Args:
+        packed: the projection.
+        blocksize: numbers of a block.
+        scales: of all blocks, in order.
+        width: of a tile along k.
+        nested: of `CodeFormat`.
+    """
+    inner = packed.stored_shape[2]
+    if scales.element_size() > 1 or inner % blocksize or packed.dtype == "float32":
+        return 0
+    span = gcd(inner // blocksize, scales.data_ptr(), nested["nested_blocksize"], MOST_HELD)
+    return span if span > 1 and span * blocksize >= width else 0
 
 
 def _scales(packed: PackedTensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
