@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from executors.parallel.agreement import met
 from executors.parallel.transport import Transport
 
 
@@ -24,9 +25,12 @@ class _Gradient(Function):
         raise RuntimeError("expert_parallel: double backward is not supported; differentiate with create_graph=False")
 
 
-def _once(work: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-    found: Tensor = _Gradient.apply(work, value)  # type: ignore[no-untyped-call]
-    return found
+def _once(transport: Transport, work: Callable[[Tensor], Tensor], value: Tensor, of: str) -> Tensor:
+    """What a gradient comes to, if all ranks are here."""
+    with transport.wire.together():
+        met(transport.wire, f"the gradient of {of} of call {transport.number - 1}", value.device)
+        found: Tensor = _Gradient.apply(work, value)  # type: ignore[no-untyped-call]
+        return found
 
 
 class Out(Function):
@@ -45,8 +49,10 @@ class Out(Function):
     def backward(ctx: Any, slots: Tensor, weights: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """What any rank needs comes back on all, since they wait for each other."""
         transport = ctx.transport
-        of_rows = _once(transport.back, slots) if transport.needs.rows else None
-        return of_rows, _once(transport.weights_back, weights) if transport.needs.weights else None, None
+        of_rows = _once(transport, transport.back, slots, "tokens") if transport.needs.rows else None
+        if not transport.needs.weights:
+            return of_rows, None, None
+        return of_rows, _once(transport, transport.weights_back, weights, "weights"), None
 
 
 class Back(Function):
@@ -61,21 +67,43 @@ class Back(Function):
     @staticmethod
     def backward(ctx: Any, rows: Tensor) -> tuple[Tensor, None]:
         """Sends dy to the slots."""
-        return _once(ctx.transport.out, rows), None
+        return _once(ctx.transport, ctx.transport.out, rows, "results"), None
+
+
+class Mark(Function):
+    """The same slots. A checkpoint that recomputes them ends here on every rank, and begins when a gradient comes here.
+
+    It ends with the last tensor that is kept and begins with the first that is used. Without this one they would be
+    those of the experts, and a rank without experts would exchange in another order than the rest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, slots: Tensor) -> Tensor:
+        """Keeps a tensor without numbers."""
+        ctx.save_for_backward(slots.new_empty(0))
+        return slots.view_as(slots)
+
+    @staticmethod
+    def backward(ctx: Any, slots: Tensor) -> Tensor:
+        """Uses it."""
+        assert len(ctx.saved_tensors) == 1
+        return slots
 
 
 class Nothing(Function):
     """Zeros for the slots of a rank without experts, whose backward pass waits with the others' all the same."""
 
     @staticmethod
-    def forward(_ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
         """[S, H] zeros, whatever the rows hold."""
+        ctx.likes = [(value.shape, value.dtype) for value in (rows, weights, *parameters)]
         return torch.zeros_like(rows)
 
     @staticmethod
-    def backward(_ctx: Any, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, slots: Tensor) -> tuple[Tensor | None, ...]:
         """Zeros."""
-        return torch.zeros_like(slots), slots.new_zeros(slots.shape[0], 1)
+        needed = zip(ctx.likes, ctx.needs_input_grad, strict=True)
+        return tuple(slots.new_zeros(shape, dtype=dtype) if own else None for (shape, dtype), own in needed)
 
 
 def needing(value: Tensor, needed: bool) -> Tensor:

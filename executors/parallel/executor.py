@@ -13,12 +13,12 @@ from executors._base.routing import route_checked
 from executors._protocol import Capabilities, Executor, Unsupported, check_norm
 from executors._registry import get
 from executors.parallel.agreement import Call, failed
-from executors.parallel.autograd import Back, Nothing, Out, needing
+from executors.parallel.autograd import Back, Mark, Nothing, Out, needing
 from executors.parallel.experts import ExpertMap, check_part, shard
 from executors.parallel.groups import group_of
 from executors.parallel.planning import all_reduce, all_to_all
 from executors.parallel.transport import Needs, Transport
-from executors.parallel.waiting import RankError, Wire
+from executors.parallel.waiting import Wire
 from moe_ref.types import MoEWeights
 from moe_ref.validation import check_experts_inputs, check_inputs, dtype_name
 
@@ -172,17 +172,18 @@ class ExpertParallel:
             rows = x.reshape(-1, x.shape[-1])
             call = self._call(rows, slot_weights, weights, experts)
             needs = _needs(rows, slot_weights, weights)
-        except (ValueError, TypeError, RuntimeError) as error:
-            sizes = 3 + (2 * self.wire.ranks if self.dispatch == "all_to_all" else 0)
-            failed(self.wire, error, sizes, x.device if isinstance(x, Tensor) else torch.device("cpu"))
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            MemoryError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            failed(self.wire, error, x.device if isinstance(x, Tensor) else torch.device("cpu"))
             raise
-        try:
-            return self._through(rows, slot_weights, ids, weights, experts, call, needs).view(x.shape)
-        except RankError:
-            raise
-        except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-            self.wire.tell(error)
-            raise
+        return self._through(rows, slot_weights, ids, weights, experts, call, needs).view(x.shape)
 
     def _through(
         self,
@@ -195,13 +196,17 @@ class ExpertParallel:
         needs: Needs,
     ) -> Tensor:
         """[T, H] from rows [T, H], their slots' weights and ids [T, K]: out, through the experts, and back."""
-        transport = self._transport(ids, experts, call, needs)
-        needs = transport.needs
-        sent = needing(rows, needs.rows), needing(slot_weights, needs.weights)
-        own_rows, own_weights = Out.apply(*sent, transport)  # type: ignore[no-untyped-call]
-        slots = self._experts(own_rows, own_weights, transport.ids, weights)
-        y: Tensor = Back.apply(needing(slots, needs.any), transport)  # type: ignore[no-untyped-call]
-        return y
+        with self.wire.together():
+            transport = self._transport(ids, experts, call, needs)
+            needs = transport.needs
+            sent = needing(rows, needs.rows), needing(slot_weights, needs.weights)
+            own_rows, own_weights = Out.apply(*sent, transport)  # type: ignore[no-untyped-call]
+            slots = self._experts(own_rows, own_weights, transport.ids, weights)
+            slots = needing(slots, needs.any)
+        slots = Mark.apply(slots)  # type: ignore[no-untyped-call]
+        with self.wire.together():
+            y: Tensor = Back.apply(slots, transport)  # type: ignore[no-untyped-call]
+            return y
 
     def _transport(self, ids: Tensor, experts: ExpertMap, call: Call, needs: Needs) -> Transport:
         """How tokens travel in this call. All ranks compare it here."""
@@ -211,13 +216,15 @@ class ExpertParallel:
     def _experts(self, rows: Tensor, weights: Tensor, ids: Tensor, own: MoEWeights) -> Tensor:
         """[S, H] the results of slots, each with its weight; zeros on a rank without experts."""
         if own.num_experts == 0:
-            zeros: Tensor = Nothing.apply(rows, weights)  # type: ignore[no-untyped-call]
+            zeros: Tensor = Nothing.apply(rows, weights, *own.parameters().values())  # type: ignore[no-untyped-call]
             return zeros
         return self.inner.experts(rows, topk_ids=ids, topk_weights=weights, weights=own)
 
     def _call(self, rows: Tensor, weights: Tensor, own: MoEWeights, experts: ExpertMap) -> Call:
         """What must be the same on every rank."""
         return Call(
+            self.dispatch,
+            self.returns,
             rows.shape[1],
             dtype_name(rows),
             experts.num_experts,

@@ -83,8 +83,12 @@ def _local(name: str, value: Any, own: range, ranks: int) -> Tensor:
     if len(placements) != 1 or not all(place.is_shard(0) for place in sharded) or value.device_mesh.size() != ranks:
         allowed = f"must be (Shard(dim=0),) or (Replicate(),) on a mesh of {ranks} ranks"
         raise ValueError(f"{name} is a DTensor placed as {tuple(placements)} on {value.device_mesh}: {allowed}")
-    local = value.to_local()
-    return local if sharded else local[own.start : own.stop]
+    if sharded:
+        return value.to_local()
+    from torch.distributed.tensor import Partial
+
+    partial = [Partial()]  # each rank has the gradient of its own experts alone
+    return value.to_local(grad_placements=partial)[own.start : own.stop]
 
 
 def gather(weights: MoEWeights, mesh_or_group: Any = None, *, num_experts: int) -> MoEWeights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from executors.parallel.agreement import Call, agreed
+from executors.parallel.agreement import Call, agreed, numbers
 from executors.parallel.experts import ExpertMap
 from executors.parallel.transport import SLOTS, AllReduce, AllToAll, Needs
 from executors.parallel.waiting import Wire
@@ -13,14 +13,14 @@ from executors.parallel.waiting import Wire
 
 def owners(ids: Tensor, experts: ExpertMap) -> Tensor:
     """[T, K] the rank of each slot's expert; W for an empty slot (R7)."""
-    ends = torch.tensor(experts.offsets[1:], device=ids.device)
+    ends = numbers(experts.offsets[1:], ids.device)
     ranks = torch.bucketize(ids.long(), ends, right=True)
     return torch.where((ids < 0) | (ids >= experts.num_experts), experts.ranks, ranks)
 
 
-def _sizes(needs: Needs, *counts: Tensor) -> Tensor:
+def _sizes(needs: Needs, device: torch.device, *counts: Tensor) -> Tensor:
     """[3 + n] what each rank tells the others."""
-    return torch.cat([torch.tensor(needs, dtype=torch.int64, device=counts[0].device), *counts])
+    return torch.cat([numbers(needs, device), *counts])
 
 
 def _needs(sizes: list[list[int]]) -> Needs:
@@ -38,8 +38,8 @@ def all_to_all(wire: Wire, call: Call, needs: Needs, ids: Tensor, experts: Exper
     owner = owners(ids, experts)
     needed = torch.zeros(tokens, wire.ranks + 1, dtype=torch.bool, device=ids.device)
     needed = needed.scatter_(1, owner, True)[:, : wire.ranks].t()  # [W, T]
-    counts = needed.sum(1), torch.bincount(owner.flatten(), minlength=wire.ranks + 1)[: wire.ranks]
-    told = agreed(wire, call, _sizes(needs, *counts))
+    each = owner.flatten() == torch.arange(wire.ranks, device=ids.device)[:, None]  # bincount would wait for a GPU
+    told = agreed(wire, call, _sizes(needs, ids.device, needed.sum(1), each.sum(1)))
     sizes = [own[3:] for own in told]  # of each rank: rows for each rank, then slots
     sent, received = sizes[wire.rank], [[own[wire.rank], own[wire.ranks + wire.rank]] for own in sizes]
     rows = sent[: wire.ranks], [own[0] for own in received]
@@ -49,13 +49,14 @@ def all_to_all(wire: Wire, call: Call, needs: Needs, ids: Tensor, experts: Exper
     own_slots = torch.argsort(owner.flatten(), stable=True)[: sum(slots[0])]
     rank = owner.flatten()[own_slots]
     place = needed.long().cumsum(1) - 1  # [W, T] of a token's row among those of a rank
-    first = torch.tensor(experts.offsets, device=ids.device)[rank]
+    first = numbers(experts.offsets, ids.device)[rank]
     heads = [place[rank, own_slots // top_k], ids.flatten()[own_slots] - first, own_slots % top_k]
     slot = wire.exchange(torch.stack(heads, dim=1).int(), *slots, SLOTS).long()
-    starts = torch.tensor([0, *rows[1]], device=ids.device).cumsum(0)[:-1]
-    starts = starts.repeat_interleave(torch.tensor(slots[1], device=ids.device), output_size=sum(slots[1]))
+    starts = numbers([0, *rows[1]], ids.device).cumsum(0)[:-1]
+    starts = starts.repeat_interleave(numbers(slots[1], ids.device), output_size=sum(slots[1]))
     return AllToAll(
         wire,
+        wire.standing.calls,
         (tokens, top_k),
         row_tokens,
         own_slots,
@@ -75,7 +76,8 @@ def all_reduce(wire: Wire, call: Call, needs: Needs, ids: Tensor, experts: Exper
     Raises:
         RankError: see `agreement.agreed`.
     """
-    told = agreed(wire, call, _sizes(needs, ids.new_zeros(0, dtype=torch.int64)))
+    told = agreed(wire, call, _sizes(needs, ids.device))
     own = experts.experts(wire.rank)
     local = torch.where((ids >= own.start) & (ids < own.stop), ids - own.start, -1)
-    return AllReduce(wire, (ids.shape[0], ids.shape[1]), local.reshape(-1, 1), _needs(told), by_rank)
+    shape = ids.shape[0], ids.shape[1]
+    return AllReduce(wire, wire.standing.calls, shape, local.reshape(-1, 1), _needs(told), by_rank)

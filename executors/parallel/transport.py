@@ -35,9 +35,19 @@ class Transport(Protocol):
     """Between the T tokens of a rank, with K slots each, and the S slots whose experts the rank has.
 
     Attributes:
+        wire: to the other ranks.
+        number: of the call, among those of the group; ranks compare it in the backward pass.
         ids: [S, 1] the slots' experts, counted from this rank's first; others name empty slots.
         needs: what gradients any rank needs.
     """
+
+    @property
+    def wire(self) -> Wire:
+        """To the other ranks."""
+
+    @property
+    def number(self) -> int:
+        """Of the call."""
 
     @property
     def ids(self) -> Tensor:
@@ -81,6 +91,7 @@ class AllToAll:
 
     Attributes:
         wire: to the other ranks.
+        number: of the call, among those of the group.
         shape: (T, K) of this rank's tokens.
         row_tokens: [rows sent] the token of each.
         own_slots: [slots sent] t K + k of each.
@@ -94,6 +105,7 @@ class AllToAll:
     """
 
     wire: Wire
+    number: int
     shape: tuple[int, int]
     row_tokens: Tensor
     own_slots: Tensor
@@ -154,6 +166,7 @@ class AllReduce:
 
     Attributes:
         wire: to the other ranks.
+        number: of the call, among those of the group.
         shape: (T, K).
         ids: [T K, 1] experts, counted from this rank's first; -1 where another rank has them.
         needs: what gradients any rank needs.
@@ -161,6 +174,7 @@ class AllReduce:
     """
 
     wire: Wire
+    number: int
     shape: tuple[int, int]
     ids: Tensor
     needs: Needs

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,11 +20,26 @@ from executors._files.text import one_line
 SHORTEST, LONGEST = 2e-5, 5e-3  # seconds between looks at a collective
 EVERY = 0.5  # seconds between looks at what other ranks say
 GRACE = 4 * EVERY  # seconds in which the others, once one rank has given up, say that they wait too
-_number = count()
 
 
 class RankError(RuntimeError):
     """Another rank raised, differs, or did not come; the message names it, in one line."""
+
+
+@dataclass
+class Standing:
+    """What all executors on one group know of it.
+
+    Attributes:
+        calls: how many calls its ranks have begun together.
+        broken: why its ranks have parted; "" as long as they go together.
+    """
+
+    calls: int = 0
+    broken: str = ""
+
+
+_standings: MutableMapping[Any, Standing] = WeakKeyDictionary()
 
 
 @dataclass
@@ -36,7 +53,11 @@ class Wire:
 
     group: Any
     timeout: float
-    name: str = field(default_factory=lambda: f"moe_ref/parallel/{next(_number)}")
+
+    @property
+    def standing(self) -> Standing:
+        """Of the group, whichever executor uses it."""
+        return _standings.setdefault(self.group, Standing())
 
     @property
     def rank(self) -> int:
@@ -98,17 +119,36 @@ class Wire:
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST)
 
-    def _key(self, rank: int) -> str:
-        return f"{self.name}/{rank}"
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """For what ranks do in step: where one fails, the others, which may wait for it, hear of it.
 
-    def tell(self, error: BaseException) -> None:
-        """Tells the other ranks, which may wait for this one already, that it failed."""
-        _store().set(self._key(self.rank), f"raised {one_line(f'{type(error).__name__}: {error}')}")
+        Raises:
+            RankError: the group's ranks have parted before.
+        """
+        if self.standing.broken:
+            raise RankError(f"the group is out of step since {self.standing.broken}; make another, as by new_group")
+        try:
+            yield
+        except RankError:
+            raise
+        except BaseException as error:  # be it an interrupt: the others wait
+            self._part(f"raised {one_line(f'{type(error).__name__}: {error}').rstrip(': ')}")
+            raise
+
+    def _key(self, rank: int) -> str:
+        """Where a rank of this group, and of no other, says why it went."""
+        return f"moe_ref/parallel/{self.group.group_name}/{dist.get_global_rank(self.group, rank)}"
+
+    def _part(self, words: str) -> None:
+        """Says to the other ranks why this one waits for them no more."""
+        self.standing.broken = f"rank {self.rank} {words}"
+        _store().set(self._key(self.rank), words)
 
     def _blame(self, step: str, otherwise: str) -> str:
         """Which ranks failed or did not come, as far as the others say."""
         store, others = _store(), [rank for rank in range(self.ranks) if rank != self.rank]
-        store.set(self._key(self.rank), f"waited {step}")
+        self._part(f"gave up {step}")
         end, missing = time.monotonic() + GRACE, others
         while missing and time.monotonic() < end:
             missing = [rank for rank in others if not store.check([self._key(rank)])]
@@ -118,6 +158,7 @@ class Wire:
         if missing and not told:
             ranks = ", ".join(map(str, missing))
             told.append(f"rank{'s' * (len(missing) > 1)} {ranks} did not come {step} within {self.timeout:g} s")
+        told = told or [f"rank {rank} {words}" for rank, words in said.items() if words != f"gave up {step}"]
         return "; ".join(told) or f"the exchange {step} failed{': ' * bool(otherwise)}{otherwise}"
 
 

@@ -1,0 +1,67 @@
+"""Expert parallelism used oddly: ranks out of step hear of it, and what is odd but right stays right."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+import parallel_attacks as attacks
+from moe_ref.conformance.parallel.cluster import Cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster(4) as own:
+        yield own
+
+
+@pytest.mark.parametrize("frozen", [frozenset(), frozenset({"x", "router_logits"})], ids=["all", "frozen"])
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_reduce"])
+def test_checkpoints_on_a_rank_without_experts(cluster: Cluster, frozen: frozenset[str], dispatch: str) -> None:
+    problem = replace(attacks.PROBLEM, frozen=frozen)
+    expected = cluster.run(attacks.gradients, problem, False, dispatch)
+    assert cluster.run(attacks.gradients, problem, True, dispatch) == expected
+
+
+def test_a_rank_without_experts_has_gradients_of_all(cluster: Cluster) -> None:
+    assert cluster.run(attacks.absent_gradients) == [[]] * 4
+
+
+def test_integers_are_numbers(cluster: Cluster) -> None:
+    assert cluster.run(attacks.of_integers, ranks=2) == [True, True]
+
+
+def test_other_options_are_named_and_harm_no_later_call(cluster: Cluster) -> None:
+    for dispatch, returns in cluster.run(attacks.of_other_options, ranks=2):
+        assert dispatch == "RankError: rank 1 has dispatch='all_reduce', but rank 0 has 'all_to_all': must be equal"
+        assert returns == "RankError: rank 1 has returns='rank', but rank 0 has 'slot': must be equal"
+
+
+def test_gradients_of_replicated_dtensors_are_whole(cluster: Cluster) -> None:
+    assert cluster.run(attacks.replicated_gradient, ranks=2) == [True, True]
+
+
+def test_backward_passes_in_another_order(cluster: Cluster) -> None:
+    for order, left_out in cluster.run(attacks.in_other_order, ranks=2):
+        assert order.startswith("RankError: rank 1 has step='the gradient of results of call ")
+        assert left_out.startswith("RankError: rank 1 has step='call ")
+        assert "but rank 0 has 'the gradient of results of call " in left_out
+
+
+def test_an_interrupt_is_told_to_its_own_group_alone(cluster: Cluster) -> None:
+    first, second, *others = cluster.run(attacks.in_two_rows)
+    assert second[0] == "KeyboardInterrupt: "
+    assert first[0] == "RankError: rank 1 raised KeyboardInterrupt"
+    for after in (first[1], second[1]):
+        assert after.startswith("RankError: the group is out of step since rank ")
+    assert others == [["", ""]] * 2
+
+
+def test_who_gave_up_is_named(cluster: Cluster) -> None:
+    first, second = cluster.run(attacks.in_a_hurry)[:2]
+    assert second == "RankError: rank 0 gave up before a call"
+    assert first.startswith("RankError: rank 1 ")
+
+
+def test_a_wrong_input_is_named_though_others_do_not_come(cluster: Cluster) -> None:
+    assert cluster.run(attacks.refused_alone)[0].startswith("ValueError: x.shape=(8, 15): must be")
