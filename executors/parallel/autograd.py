@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,12 +26,17 @@ class _Gradient(Function):
         raise RuntimeError("expert_parallel: double backward is not supported; differentiate with create_graph=False")
 
 
-def _once(transport: Transport, work: Callable[[Tensor], Tensor], value: Tensor, of: str) -> Tensor:
-    """What a gradient comes to, if all ranks are here."""
+def _once(work: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    found: Tensor = _Gradient.apply(work, value)  # type: ignore[no-untyped-call]
+    return found
+
+
+@contextmanager
+def _together(transport: Transport, of: str, device: torch.device) -> Iterator[None]:
+    """For gradients that travel, once all ranks are at them."""
     with transport.wire.together():
-        met(transport.wire, f"the gradient of {of} of call {transport.number - 1}", value.device)
-        found: Tensor = _Gradient.apply(work, value)  # type: ignore[no-untyped-call]
-        return found
+        met(transport.wire, f"the gradient of {of} of call {transport.number}", device)
+        yield
 
 
 class Out(Function):
@@ -49,10 +55,9 @@ class Out(Function):
     def backward(ctx: Any, slots: Tensor, weights: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """What any rank needs comes back on all, since they wait for each other."""
         transport = ctx.transport
-        of_rows = _once(transport, transport.back, slots, "tokens") if transport.needs.rows else None
-        if not transport.needs.weights:
-            return of_rows, None, None
-        return of_rows, _once(transport, transport.weights_back, weights, "weights"), None
+        with _together(transport, "tokens", slots.device):
+            of_rows = _once(transport.back, slots) if transport.needs.rows else None
+            return of_rows, _once(transport.weights_back, weights) if transport.needs.weights else None, None
 
 
 class Back(Function):
@@ -67,7 +72,8 @@ class Back(Function):
     @staticmethod
     def backward(ctx: Any, rows: Tensor) -> tuple[Tensor, None]:
         """Sends dy to the slots."""
-        return _once(ctx.transport, ctx.transport.out, rows, "results"), None
+        with _together(ctx.transport, "results", rows.device):
+            return _once(ctx.transport.out, rows), None
 
 
 class Mark(Function):

@@ -35,8 +35,26 @@ class ExpertParallel:
     """An executor whose experts are spread over the ranks of a group, around another executor.
 
     Every rank calls it, in the same order, with its own part of the weights (`shard`), also a rank without tokens or
-    without experts. Gradients of what every rank has (selection needs none; expert scales, a norm after each expert)
-    are this rank's share under "all_to_all": add them over ranks, as data parallelism does.
+    without experts. If any rank needs a gradient, y needs one on all, and each runs its backward pass, in the same
+    order. What ranks do out of step is an error on all of them.
+
+    Gradients of what every rank has are this rank's share, to be added over ranks: of a norm after each expert always,
+    of expert scales under "all_to_all", where each rank has its own tokens. Selection needs none.
+
+    After a RankError because ranks pass something else, or one refuses its input, the group can be used further. After
+    any other its ranks are out of step: each further call is refused at once, by every executor on that group, and
+    training goes on with another group, as ``new_group`` makes.
+
+    Limits:
+        A call at a time on each group: not from two threads, nor while other code of the process uses the group.
+        A rank that raises in the backward pass of its experts, or elsewhere between its steps, cannot tell: the others
+        hear of it when it calls again, or when their time is up. On a GPU, time in the backward pass and after the
+        comparison of calls is that of the group, not ``timeout``; ranks in another order of backward passes end in an
+        assertion there.
+        A checkpoint with ``use_reentrant=True`` needs an input that requires a gradient on every rank or on none.
+        In torch.compile the call is a graph break; ``fullgraph=True`` refuses it.
+        Under "all_reduce" that all ranks have the same tokens, ids and gradients of y is not compared, but for T.
+        DTensors and plain parameters may be mixed if the plain ones are whole; else give parts alone.
 
     Attributes:
         executor: the name of the executor that each rank runs on its experts, or an executor.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from executors.parallel.groups import global_rank, group_of
 from executors.parallel.packed import joined, part_of
+from executors.parallel.waiting import RankError
 from moe_ref.types import PER_EXPERT, MoEWeights
 
 ROUTED = ("expert_scale",)  # has a number for each expert, but belongs to routing, which every rank does
@@ -101,10 +102,11 @@ def gather(weights: MoEWeights, mesh_or_group: Any = None, *, num_experts: int) 
 
     Raises:
         ValueError: this rank's part does not have as many experts as the map gives it.
+        RankError: another rank's does not.
     """
     group = group_of(mesh_or_group)
     experts = ExpertMap(num_experts, dist.get_world_size(group))
-    check_part(weights, experts, dist.get_rank(group))
+    _check_parts(weights, experts, group)
     changed: dict[str, Any] = {}
     for name, value in weights.parameters().items():
         if name in PER_EXPERT and name not in ROUTED:
@@ -112,6 +114,20 @@ def gather(weights: MoEWeights, mesh_or_group: Any = None, *, num_experts: int) 
     for name, tensor in weights.packed().items():
         changed[name] = joined(tensor, num_experts, lambda array: _pieces(array, group))
     return weights.with_parameters(changed)
+
+
+def _check_parts(weights: MoEWeights, experts: ExpertMap, group: Any) -> None:
+    """Checks all ranks' parts on all ranks, so that none waits for one that has raised."""
+    said: list[Any] = [None] * experts.ranks
+    try:
+        check_part(weights, experts, dist.get_rank(group))
+    except ValueError as error:
+        dist.all_gather_object(said, str(error), group=group)
+        raise
+    dist.all_gather_object(said, "", group=group)
+    wrong = [f"rank {rank} raised ValueError: {own}" for rank, own in enumerate(said) if own]
+    if wrong:
+        raise RankError("; ".join(wrong))
 
 
 def check_part(weights: MoEWeights, experts: ExpertMap, rank: int) -> None:

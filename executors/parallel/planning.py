@@ -14,7 +14,7 @@ from executors.parallel.waiting import Wire
 def owners(ids: Tensor, experts: ExpertMap) -> Tensor:
     """[T, K] the rank of each slot's expert; W for an empty slot (R7)."""
     ends = numbers(experts.offsets[1:], ids.device)
-    ranks = torch.bucketize(ids.long(), ends, right=True)
+    ranks = torch.bucketize(ids.long().contiguous(), ends, right=True)
     return torch.where((ids < 0) | (ids >= experts.num_experts), experts.ranks, ranks)
 
 
@@ -56,7 +56,7 @@ def all_to_all(wire: Wire, call: Call, needs: Needs, ids: Tensor, experts: Exper
     starts = starts.repeat_interleave(numbers(slots[1], ids.device), output_size=sum(slots[1]))
     return AllToAll(
         wire,
-        wire.standing.calls,
+        wire.standing.calls - 1,
         (tokens, top_k),
         row_tokens,
         own_slots,
@@ -80,4 +80,4 @@ def all_reduce(wire: Wire, call: Call, needs: Needs, ids: Tensor, experts: Exper
     own = experts.experts(wire.rank)
     local = torch.where((ids >= own.start) & (ids < own.stop), ids - own.start, -1)
     shape = ids.shape[0], ids.shape[1]
-    return AllReduce(wire, wire.standing.calls, shape, local.reshape(-1, 1), _needs(told), by_rank)
+    return AllReduce(wire, wire.standing.calls - 1, shape, local.reshape(-1, 1), _needs(told), by_rank)

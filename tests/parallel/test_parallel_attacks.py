@@ -37,6 +37,24 @@ def test_other_options_are_named_and_harm_no_later_call(cluster: Cluster) -> Non
         assert returns == "RankError: rank 1 has returns='rank', but rank 0 has 'slot': must be equal"
 
 
+@pytest.mark.parametrize("returns", ["slot", "rank"])
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_reduce"])
+def test_odd_ids(cluster: Cluster, dispatch: str, returns: str) -> None:
+    assert cluster.run(attacks.odd_ids, dispatch, returns) == [True] * 4
+
+
+@pytest.mark.parametrize("returns", ["slot", "rank"])
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_reduce"])
+def test_the_host_waits_once(cluster: Cluster, dispatch: str, returns: str) -> None:
+    assert cluster.run(attacks.waits, dispatch, returns, ranks=2) == [["tolist"]] * 2
+
+
+def test_a_wrong_part_is_told_to_all(cluster: Cluster) -> None:
+    first, second = cluster.run(attacks.of_wrong_part, ranks=2)
+    assert second.startswith("ValueError: gate_up_proj.shape=(5, 16, 16): must have 2 experts")
+    assert first == second.replace("ValueError", "RankError: rank 1 raised ValueError", 1)
+
+
 def test_gradients_of_replicated_dtensors_are_whole(cluster: Cluster) -> None:
     assert cluster.run(attacks.replicated_gradient, ranks=2) == [True, True]
 

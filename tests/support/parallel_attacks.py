@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from executors import parallel
@@ -105,6 +107,74 @@ def replicated_gradient(group: Any) -> bool:
     executor(inputs.x, inputs.router_logits, placed).sum().backward()  # type: ignore[arg-type]
     found, expected = placed.gate_up_proj.grad.full_tensor(), whole.gate_up_proj.grad
     return torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+class Waits(TorchFunctionMode):
+    """Sees what makes a host wait for a GPU."""
+
+    KINDS = ("tolist", "item", "numpy", "cpu", "nonzero", "bincount", "unique", "masked_select", "equal", "__bool__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.KINDS:
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Watched(ExpertParallel):
+    """Whose planning is watched."""
+
+    waits: ClassVar[Waits]
+
+    def _transport(self, *given: Any) -> Any:
+        with self.waits:
+            transport = super()._transport(*given)
+            transport.back(transport.out(torch.ones(transport.shape[0], 16)))
+        return transport
+
+
+def waits(group: Any, dispatch: str, returns: str) -> list[str]:
+    """What a call's host waits for outside of the experts."""
+    inputs = layer()
+    part, _ = parallel.shard(inputs.weights, group)
+    Watched.waits = Waits()
+    Watched("native", group, dispatch, returns)(inputs.x, inputs.router_logits, part)  # type: ignore[arg-type]
+    return Watched.waits.found
+
+
+def of_wrong_part(group: Any) -> str:
+    """What ranks say if one of them gives `gather` a part of other size."""
+    weights = layer().weights
+    part, _ = parallel.shard(weights, group)
+    return said_by(lambda: parallel.gather(weights if dist.get_rank(group) else part, group, num_experts=5))
+
+
+def odd_ids(group: Any, dispatch: str, returns: str) -> bool:
+    """Whether int32 ids that occur twice, are none, or lie apart, and rows of no expert, are as on one device."""
+    inputs = layer(replace(PROBLEM, entry="experts"))
+    part, _ = parallel.shard(inputs.weights, group)
+    ids = torch.tensor([[0, 0, 1, 7], [4, 4, 4, 4], [-1, 99, -5, 2**31 - 1], [2, 1, 2, 1], [3, -1, 3, 0], [1, 2, 3, 4]])
+    ids = ids.int().t().contiguous().t().unflatten(0, (2, 3))
+    outside = (ids < 0) | (ids >= PROBLEM.experts)
+    slot_weights = torch.linspace(0.1, 0.9, 24).view(2, 3, 4).masked_fill(outside, torch.nan)
+    x = torch.linspace(-1, 1, 192).view(2, 3, 32)[..., ::2].clone()
+    x[0, 2] = torch.nan  # all of its slots are empty
+    executors_ = Native(), ExpertParallel("native", group, dispatch, returns, PROBLEM.experts)  # type: ignore[arg-type]
+    found = []
+    warn_always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for executor, weights in zip(executors_, (inputs.weights, part), strict=True):
+            given = x.clone().requires_grad_(), slot_weights.clone().requires_grad_()
+            y = executor.experts(given[0], topk_ids=ids, topk_weights=given[1], weights=weights)
+            y.backward(torch.ones(()).expand(y.shape))
+            found.append([y, given[0].grad, given[1].grad])
+    torch.set_warn_always(warn_always)
+    return all(torch.allclose(one, other, 1e-4, 1e-5, equal_nan=True) for one, other in zip(*found, strict=True))
 
 
 # --- out of step
