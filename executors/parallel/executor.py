@@ -94,6 +94,10 @@ class ExpertParallel:
         object.__setattr__(self, "inner", inner)
         object.__setattr__(self, "wire", Wire(group_of(self.mesh_or_group), float(self.timeout)))
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> ExpertParallel:
+        """Itself: copies of a model share the group, which cannot be copied."""
+        return self
+
     @property
     def capabilities(self) -> Capabilities:
         """Those of the executor inside, but for fp16: a slot's result may pass its range on the way (E7)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,15 +32,18 @@ class Standing:
     """What all executors on one group know of it.
 
     Attributes:
+        name: of the group in the store, where its ranks say why they went; no other group has it, before or after.
         calls: how many calls its ranks have begun together.
         broken: why its ranks have parted; "" as long as they go together.
     """
 
+    name: str
     calls: int = 0
     broken: str = ""
 
 
 _standings: MutableMapping[Any, Standing] = WeakKeyDictionary()
+_named: Counter[str] = Counter()  # torch names the groups of a second init_process_group like those of the first
 
 
 @dataclass
@@ -57,7 +61,12 @@ class Wire:
     @property
     def standing(self) -> Standing:
         """Of the group, whichever executor uses it."""
-        return _standings.setdefault(self.group, Standing())
+        found = _standings.get(self.group)
+        if found is None:
+            name = self.group.group_name
+            _named[name] += 1
+            found = _standings[self.group] = Standing(f"moe_ref/parallel/{name}/{_named[name]}")
+        return found
 
     @property
     def rank(self) -> int:
@@ -137,8 +146,7 @@ class Wire:
             raise
 
     def _key(self, rank: int) -> str:
-        """Where a rank of this group, and of no other, says why it went."""
-        return f"moe_ref/parallel/{self.group.group_name}/{dist.get_global_rank(self.group, rank)}"
+        return f"{self.standing.name}/{dist.get_global_rank(self.group, rank)}"
 
     def _part(self, words: str) -> None:
         """Says to the other ranks why this one waits for them no more."""

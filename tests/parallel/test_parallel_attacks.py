@@ -4,9 +4,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch.distributed as dist
 
+import executors
 import parallel_attacks as attacks
+from executors.parallel.waiting import Wire
+from moe_ref.conformance.judgement.checks import ConformanceError
 from moe_ref.conformance.parallel.cluster import Cluster
+from moe_ref.conformance.parallel.judging import check_parallel
+from moe_ref.conformance.parallel.split import Split
+from parallel_mutants import no_gradient
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +32,25 @@ def test_checkpoints_on_a_rank_without_experts(cluster: Cluster, frozen: frozens
 
 def test_a_rank_without_experts_has_gradients_of_all(cluster: Cluster) -> None:
     assert cluster.run(attacks.absent_gradients) == [[]] * 4
+
+
+def test_a_rank_without_gradients_is_seen(cluster: Cluster) -> None:
+    problem, native = replace(attacks.PROBLEM, experts=2), executors.get("native")
+    with pytest.raises(ConformanceError, match="gate_up_proj has no gradient on rank 2, but must have one on all"):
+        check_parallel(native, cluster, "native", problem, Split((2, 4)), make=no_gradient)
+
+
+def test_groups_of_a_second_init_have_other_names() -> None:
+    names = []
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        names.append(Wire(dist.group.WORLD, 1.0).standing.name)
+        dist.destroy_process_group()
+    assert names[0] != names[1]
+
+
+def test_a_copy_of_a_model_has_the_same_executor(cluster: Cluster) -> None:
+    assert cluster.run(attacks.copied, ranks=1) == [True]
 
 
 def test_integers_are_numbers(cluster: Cluster) -> None:

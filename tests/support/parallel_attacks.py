@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable
@@ -70,6 +71,12 @@ def absent_gradients(group: Any) -> list[str]:
     part, _ = parallel.shard(inputs.weights, group)
     ExpertParallel("native", group)(inputs.x, inputs.router_logits, part).sum().backward()  # type: ignore[arg-type]
     return [name for name, leaf in inputs.tensors().items() if leaf.requires_grad and leaf.grad is None]
+
+
+def copied(group: Any) -> bool:
+    """Whether a copy of what holds an executor has the same."""
+    executor = ExpertParallel("native", group)
+    return copy.deepcopy([executor])[0] is executor
 
 
 def of_integers(group: Any) -> bool:

@@ -12,6 +12,7 @@ from executors.parallel import ExpertParallel
 from executors.parallel.planning import owners
 from executors.parallel.transport import Transport
 from moe_ref.conformance.parallel.split import Split
+from moe_ref.types import MoEWeights
 
 
 @dataclass
@@ -48,6 +49,11 @@ class Wrong:
 class WrongParallel(ExpertParallel):
     kind: str = ""
 
+    def _experts(self, rows: Tensor, weights: Tensor, ids: Tensor, own: MoEWeights) -> Tensor:
+        if self.kind == "no_gradient" and own.num_experts == 0:
+            own = own.map(Tensor.detach)
+        return super()._experts(rows, weights, ids, own)
+
     def _transport(self, ids: Tensor, experts: Any, call: Any, needs: Any) -> Transport:
         if self.kind == "remainder_dropped":
             whole = experts.ranks * (experts.num_experts // experts.ranks)
@@ -83,6 +89,11 @@ def double_count(*given: Any) -> ExpertParallel:
 def remainder_dropped(*given: Any) -> ExpertParallel:
     """Experts beyond a multiple of the ranks are never reached."""
     return _made("remainder_dropped", *given)
+
+
+def no_gradient(*given: Any) -> ExpertParallel:
+    """A rank without experts has no gradients."""
+    return _made("no_gradient", *given)
 
 
 MUTANTS = (token_lost, swapped, local_router, double_count, remainder_dropped)

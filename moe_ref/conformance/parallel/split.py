@@ -117,11 +117,14 @@ def joined(parts: Sequence[dict[str, Any]], problem: Problem, split: Split) -> d
                 raise ValueError(f"{name} is {value[1]} on rank {rank}, but must be {problem.dtype_of(name)} (T2)")
         arrays = [value[0] for value in values if value is not None]
         same = split.dispatch == "all_reduce" and (name == "y" or name in TOKEN_TENSORS or name == "expert_scale")
+        lacking = [rank for rank, value in enumerate(values) if value is None]
         if not arrays:
             out[name] = None
+        elif lacking:
+            raise ValueError(f"{name} has no gradient on rank {lacking[0]}, but must have one on all (D1)")
         elif same:
             bits = [array.tobytes() for array in arrays]
-            if len(arrays) < len(values) or len(set(bits)) > 1:
+            if len(set(bits)) > 1:
                 raise ValueError(f"{name} differs between ranks that have the same tokens")
             out[name] = arrays[0]
         elif name == "y":
