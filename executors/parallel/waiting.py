@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -107,10 +107,12 @@ class Wire:
         Raises:
             RankError: some rank did not come in time, or said that it failed.
         """
-        if on_host:
-            self._watch(work, step)
         try:
+            if on_host:
+                self._watch(work, step)
             work.wait()
+        except RankError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise RankError(self._blame(step, one_line(error))) from error
 
@@ -151,10 +153,18 @@ class Wire:
     def _part(self, words: str) -> None:
         """Says to the other ranks why this one waits for them no more."""
         self.standing.broken = f"rank {self.rank} {words}"
-        _store().set(self._key(self.rank), words)
+        with suppress(RuntimeError):  # a store whose process has ended hears nothing
+            _store().set(self._key(self.rank), words)
 
     def _blame(self, step: str, otherwise: str) -> str:
         """Which ranks failed or did not come, as far as the others say."""
+        try:
+            return self._heard(step, otherwise)
+        except RuntimeError as error:
+            return f"the exchange {step} failed, and the store of the process group: {otherwise or one_line(error)}"
+
+    def _heard(self, step: str, otherwise: str) -> str:
+        """What the others say."""
         store, others = _store(), [rank for rank in range(self.ranks) if rank != self.rank]
         self._part(f"gave up {step}")
         end, missing = time.monotonic() + GRACE, others
@@ -165,7 +175,8 @@ class Wire:
         told = [f"rank {rank} {words}" for rank, words in said.items() if words.startswith("raised ")]
         if missing and not told:
             ranks = ", ".join(map(str, missing))
-            told.append(f"rank{'s' * (len(missing) > 1)} {ranks} did not come {step} within {self.timeout:g} s")
+            why = f": {otherwise}" if otherwise else f" within {self.timeout:g} s"
+            told.append(f"rank{'s' * (len(missing) > 1)} {ranks} did not come {step}{why}")
         told = told or [f"rank {rank} {words}" for rank, words in said.items() if words != f"gave up {step}"]
         return "; ".join(told) or f"the exchange {step} failed{': ' * bool(otherwise)}{otherwise}"
 

@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 import executors
 import parallel_attacks as attacks
-from executors.parallel.waiting import Wire
+from executors.parallel import waiting
 from moe_ref.conformance.judgement.checks import ConformanceError
-from moe_ref.conformance.parallel.cluster import Cluster
+from moe_ref.conformance.parallel.cluster import Cluster, RanksError
 from moe_ref.conformance.parallel.judging import check_parallel
 from moe_ref.conformance.parallel.split import Split
 from parallel_mutants import no_gradient
@@ -44,7 +44,7 @@ def test_groups_of_a_second_init_have_other_names() -> None:
     names = []
     for _ in range(2):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        names.append(Wire(dist.group.WORLD, 1.0).standing.name)
+        names.append(waiting.Wire(dist.group.WORLD, 1.0).standing.name)
         dist.destroy_process_group()
     assert names[0] != names[1]
 
@@ -109,3 +109,42 @@ def test_who_gave_up_is_named(cluster: Cluster) -> None:
 
 def test_a_wrong_input_is_named_though_others_do_not_come(cluster: Cluster) -> None:
     assert cluster.run(attacks.refused_alone)[0].startswith("ValueError: x.shape=(8, 15): must be")
+
+
+class Never:
+    """A collective that is never complete."""
+
+    def is_completed(self) -> bool:
+        return False
+
+
+class Gone:
+    """A store whose process has ended."""
+
+    def check(self, *_given: object) -> None:
+        raise dist.DistNetworkError("Broken pipe")
+
+    set = get = check
+
+
+def test_a_store_that_is_gone_hides_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "_store", Gone)
+    monkeypatch.setattr(waiting.Wire, "ranks", 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wire = waiting.Wire(dist.group.WORLD, 1.0)
+        monkeypatch.setattr(waiting.Wire, "_key", lambda _self, rank: str(rank))
+        with pytest.raises(ArithmeticError, match="own"), wire.together():
+            raise ArithmeticError("own")
+        with pytest.raises(waiting.RankError, match="before a call failed, and the store of the process group: Broken"):
+            wire.wait(Never(), "before a call")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_rank_that_ends_is_named(cluster: Cluster) -> None:
+    with pytest.raises(RanksError) as caught:
+        cluster.run(attacks.lost, ranks=2)
+    line = caught.value.errors[0].splitlines()[-1]
+    assert "RankError: rank 1 did not come before a call: " in line
+    assert "within" not in line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -225,6 +226,16 @@ def in_a_hurry(_group: Any) -> str:
     time.sleep(0.3 * rank)
     executor = ExpertParallel("native", pair, timeout=20.0 if rank else 0.05)
     return said_by(partial(executor, inputs.x, inputs.router_logits, part))  # type: ignore[arg-type]
+
+
+def lost(group: Any) -> None:
+    """Rank 1 ends while the others wait for it."""
+    inputs = layer()
+    part, _ = parallel.shard(inputs.weights, group)
+    if dist.get_rank(group) == 1:
+        time.sleep(0.2)
+        os._exit(1)
+    ExpertParallel("native", group, timeout=100.0)(inputs.x, inputs.router_logits, part)  # type: ignore[arg-type]
 
 
 def refused_alone(_group: Any) -> str:
