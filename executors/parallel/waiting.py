@@ -159,9 +159,11 @@ class Wire:
     def _blame(self, step: str, otherwise: str) -> str:
         """Which ranks failed or did not come, as far as the others say."""
         try:
-            return self._heard(step, otherwise)
+            found = self._heard(step, otherwise)
         except RuntimeError as error:
-            return f"the exchange {step} failed, and the store of the process group: {otherwise or one_line(error)}"
+            found = f"the exchange {step} failed, and the store of the process group: {otherwise or one_line(error)}"
+        self.standing.broken = found
+        return found
 
     def _heard(self, step: str, otherwise: str) -> str:
         """What the others say."""
