@@ -1,0 +1,25 @@
+"""The suite over processes, as a user runs it: every executor of a CPU on four ranks, interpreted Triton on two."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from plugin_runs import run_pytest
+
+SUITE = "--pyargs", "moe_ref.conformance.parallel_suite", "-q"
+
+
+def test_executors_of_a_cpu_on_four_ranks(tmp_path: Path) -> None:
+    named = [word for name in ("native", "grouped_mm", "grouped_nf4") for word in ("--executor", name)]
+    ran = run_pytest(tmp_path, *SUITE, *named, "--ranks", "4", "--hypothesis-profile", "quick")
+    assert ran.returncode == 0, ran.stdout
+    assert "native: 13 clauses hold" in ran.stdout
+    assert re.search(r"\b1\d\d passed", ran.stdout)
+
+
+@pytest.mark.nightly
+def test_interpreted_triton_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ran = run_pytest(tmp_path, *SUITE, "--executor", "triton", "--ranks", "2", "--hypothesis-profile", "quick")
+    assert ran.returncode == 0, ran.stdout
