@@ -15,6 +15,9 @@ from moe_ref.conformance.ptx import launch
 from moe_ref.conformance.ptx.machine import Machine
 
 
+WARP = 32
+
+
 @dataclass
 class Event:
     """What one instruction does, once, in the programs that run side by side.
@@ -22,7 +25,7 @@ class Event:
     Attributes:
         kind: "read", "write", "atomic" and "copy" are of shared memory; "load" and "store" of global memory; "commit",
             "wait" and "barrier".
-        line: of the text; 0 for "commit" and "wait".
+        line: of the text; 0 for "commit", "wait" and a warp's barrier.
         threads: [n] which threads.
         at: [n] where: bytes from the start of a program's shared memory, or addresses.
         size: bytes of each access.
@@ -138,6 +141,12 @@ class Traced(Machine):
     def barrier(self, own: Any, threads: Any) -> None:
         self._log.append(Event("barrier", own.line, self._here(0, threads)[0]))
         super().barrier(own, threads)
+
+    def warp_barrier(self, threads: Any) -> None:
+        """Of a program of one warp it is the barrier of the program."""
+        if self.each == WARP:
+            self._log.append(Event("barrier", 0, self._here(0, threads)[0]))
+        super().warp_barrier(threads)
 
     def _bytes(self, values: list[Any], who: Any) -> Any:
         stacked = np.stack([np.broadcast_to(value, self.threads)[who] for value in values], axis=1)
