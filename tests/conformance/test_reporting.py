@@ -143,7 +143,7 @@ def test_a_failure_is_told_as_a_call_to_paste(check: Any, arguments: Any, monkey
         exec(call, names)
 
 
-SAVED = [*pinned.SMALL[::5], *(p for p in pinned.EXAMPLES if p.broken_logits or p.empty_slots or p.batch)]
+SAVED = [*pinned.SMALL[::11], *(p for p in pinned.EXAMPLES if p.broken_logits or p.empty_slots or p.batch)]
 
 
 @pytest.mark.parametrize("problem", SAVED, ids=range(len(SAVED)))

@@ -59,6 +59,7 @@ def test_its_tests_are_one_line() -> None:
     assert line.startswith("from moe_ref.conformance.suite import *")
 
 
+@pytest.mark.nightly  # in every run of CI the suite and the vectors do
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_it_passes(port: Executor, name: str) -> None:
     check_problem(port, applicable(port, PROBLEMS[name]))

@@ -10,12 +10,18 @@ from plugin_runs import run_pytest
 SUITE = "--pyargs", "moe_ref.conformance.parallel_suite", "-q"
 
 
-def test_executors_of_a_cpu_on_four_ranks(tmp_path: Path) -> None:
-    named = [word for name in ("native", "grouped_mm", "grouped_nf4") for word in ("--executor", name)]
+def test_dense_and_four_bits_on_four_ranks(tmp_path: Path) -> None:
+    named = [word for name in ("native", "grouped_nf4") for word in ("--executor", name)]
     ran = run_pytest(tmp_path, *SUITE, *named, "--ranks", "4", "--hypothesis-profile", "quick")
     assert ran.returncode == 0, ran.stdout
     assert "native: 13 clauses hold" in ran.stdout
-    assert re.search(r"\b1\d\d passed", ran.stdout)
+    assert re.search(r"\b\d{2,} passed", ran.stdout)
+
+
+@pytest.mark.nightly
+def test_grouped_mm_on_four_ranks(tmp_path: Path) -> None:
+    ran = run_pytest(tmp_path, *SUITE, "--executor", "grouped_mm", "--ranks", "4", "--hypothesis-profile", "quick")
+    assert ran.returncode == 0, ran.stdout
 
 
 @pytest.mark.nightly

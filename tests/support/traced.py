@@ -14,7 +14,6 @@ import numpy as np
 from moe_ref.conformance.ptx import launch
 from moe_ref.conformance.ptx.machine import Machine
 
-
 WARP = 32
 
 
