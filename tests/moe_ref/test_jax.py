@@ -109,7 +109,7 @@ def test_bad_input_is_refused_while_tracing() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_an_expert_without_rows_is_not_read(jit: bool) -> None:
     """D2, E3: also under jit, where it computes all rows, its NaN reaches nothing, and its gradients are 0."""
     x, logits = inputs()
@@ -136,7 +136,7 @@ def test_empty_slots_and_no_tokens_under_jit() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_four_bits_decode_to_the_same_bits(jit: bool) -> None:
     """Q2, Q3, M1."""
     values = np.random.default_rng(2).standard_normal((3, 4, 64)).astype(np.float32)
