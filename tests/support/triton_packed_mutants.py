@@ -35,8 +35,8 @@ PACKED_MUTANTS = {
     ),
     "the codes of the neighbouring expert": (
         "packed",
-        "offset(expert, strides[0])",
-        "offset(tl.maximum(expert - 1, 0), strides[0])",
+        "offset(expert, strides[0] // 4)",
+        "offset(tl.maximum(expert - 1, 0), strides[0] // 4)",
         "columns",
     ),
     "an expert of odd rows begins at a byte": (
