@@ -79,6 +79,8 @@ def pytest_configure(config: pytest.Config) -> None:
         _refuse_unusable(names, config.getoption("moe_ref_device"))
     if config.getoption("moe_ref_vectors"):
         config.stash[VECTORS] = _folder(config.getoption("moe_ref_vectors"))
+    if (ranks := config.getoption("moe_ref_ranks")) < 1:
+        raise pytest.UsageError(f"--ranks {ranks}: must be at least 1")
     config.stash[EXPECTED] = _expected(config.getoption("moe_ref_expected"))
     config.pluginmanager.register(Reporter(config), "moe-ref reporter")
 

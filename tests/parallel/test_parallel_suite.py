@@ -18,6 +18,12 @@ def test_dense_and_four_bits_on_four_ranks(tmp_path: Path) -> None:
     assert re.search(r"\b\d{2,} passed", ran.stdout)
 
 
+def test_no_ranks_are_refused_in_one_line(tmp_path: Path) -> None:
+    ran = run_pytest(tmp_path, *SUITE, "--executor", "native", "--ranks", "0")
+    assert ran.returncode == pytest.ExitCode.USAGE_ERROR
+    assert ran.stderr.strip() == "ERROR: --ranks 0: must be at least 1"
+
+
 @pytest.mark.nightly
 def test_grouped_mm_on_four_ranks(tmp_path: Path) -> None:
     ran = run_pytest(tmp_path, *SUITE, "--executor", "grouped_mm", "--ranks", "4", "--hypothesis-profile", "quick")
