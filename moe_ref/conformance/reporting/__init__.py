@@ -4,5 +4,6 @@
 - `expected`: the file of expected failures;
 - `applicable`: what an executor does not declare, and clauses that do not apply because of that;
 - `ledger`, `summary`: results of all tests, and what is printed of them;
+- `results`: the same as a JSON file, for programs;
 - `saved`, `again`: a failure as a vector, and as a call to paste.
 """

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from moe_ref.conformance.judgement.checks import ConformanceError
 from moe_ref.conformance.judgement.faults import RAISED
 from moe_ref.conformance.reporting.expected import Expected
+from moe_ref.conformance.reporting.ledger import AGAIN
 
 if TYPE_CHECKING:
     from executors import Executor
 
-AGAIN = "again: from moe_ref.conformance.reporting.again import *; "
+SETUP = "from moe_ref.conformance.reporting.again import *; "
 
 
 @dataclass
@@ -70,4 +71,4 @@ class Judge:
     def _again(self, check: Callable[..., Any], arguments: Sequence[Any]) -> str:
         device = [] if self.device == "cpu" else [f"device={self.device!r}"]
         call = ", ".join([f"get({self.name!r})", *map(repr, arguments), *device])
-        return f"{AGAIN}{check.__name__}({call})"
+        return f"{AGAIN}{SETUP}{check.__name__}({call})"
