@@ -1,4 +1,6 @@
-"""The command line: ``python -m executors list | explain | compare | extract | bench | crossover | kernels | tune``."""
+"""The command line: ``python -m executors list | explain | compare | extract | bench | crossover | kernels | tune |
+report``.
+"""
 
 import sys
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from executors._files.text import one_line, parse_json, read
 from executors._files.whole import write_json
 from moe_ref.conformance.reporting.applicable import Lack
-from moe_ref.conformance.reporting.ledger import AGAIN, CLAUSES, STATES, Ledger
+from moe_ref.conformance.reporting.ledger import AGAIN, CLAUSES, STATES, Failure, Ledger
 
 FORMAT = "moe-ref results 1"
 OUTCOMES = ("passed", "failed", "skipped")
@@ -115,7 +115,9 @@ def results_of(ledger: Ledger, executor: str, lacking: Sequence[Lack]) -> Execut
     return ExecutorResults(
         {clause: ClauseResult(states[clause], *(counts[clause][word] for word in OUTCOMES)) for clause in CLAUSES},
         tuple(
-            FailureKind(first.breaks, len(own), first.says, first.problem, first.again.removeprefix(AGAIN), first.saved)
+            FailureKind(
+                first.breaks, len(own), first.says, _problem(first), first.again.removeprefix(AGAIN), first.saved
+            )
             for own in ledger.failures(executor).values()
             for first in own[:1]
         ),
@@ -126,6 +128,11 @@ def results_of(ledger: Ledger, executor: str, lacking: Sequence[Lack]) -> Execut
         ),
         tuple(lacking),
     )
+
+
+def _problem(failure: Failure) -> str:
+    """The call that makes the problem, or "" where the failure has another text to be ordered by."""
+    return failure.problem if failure.problem.startswith("Problem(") else ""
 
 
 def write_results(path: Path, results: Results) -> None:
