@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from executors._report.judged import JudgedExecutor
-from executors._report.markup import Html, joined, tag
+from executors._report.markup import Html, breakable, joined, tag
 from moe_ref.conformance.reporting.ledger import CLAUSES, EXPECTED, FAILS, HOLDS, NOT_APPLICABLE, NOT_JUDGED
 from moe_ref.conformance.reporting.results import ExecutorResults, ExpectedResult, FailureKind
 from moe_ref.conformance.reporting.sentences import SENTENCES
@@ -32,7 +32,7 @@ LOOKS = {  # of a state: class, symbol, word
 
 def clause_table(judged: Sequence[JudgedExecutor]) -> Html:
     """The table. Rows that are grids on a narrow screen keep their roles by name."""
-    names = [tag("th", own.name, scope="col", role="columnheader") for own in judged]
+    names = [tag("th", breakable(own.name), scope="col", role="columnheader") for own in judged]
     head = tag(
         "thead", tag("tr", tag("th", "clause", scope="col", role="columnheader"), *names, role="row"), role="rowgroup"
     )
@@ -136,7 +136,7 @@ def _beyond(judged: Sequence[JudgedExecutor]) -> list[Html]:
 def _cell(name: str, kind: str, symbol: str, word: str, *, opens: str = "", title: str = "") -> Html:
     """A state in colour, symbol and word. The executor's name stands in it for narrow screens, which have no head."""
     inner = joined(
-        tag("span", name, class_="of", aria_hidden="true"),
+        tag("span", breakable(name), class_="of", aria_hidden="true"),
         tag("span", symbol, class_="symbol", aria_hidden="true"),
         tag("span", word, class_="word"),
     )
@@ -158,11 +158,11 @@ def _failure(failure: FailureKind) -> Html:
     """The smallest failure of a kind: what is wrong, the number beside the right one, and how to run it again."""
     several = f"one of {', '.join(failure.breaks)}" if len(failure.breaks) > 1 else failure.breaks[0]
     heading = f"breaks {several}: {failure.count} failure{'s' * (failure.count != 1)}, of which this is the smallest"
-    what, found, right = apart(failure.says)
+    number = apart(failure.says)
     parts = [tag("p", heading, class_="breaks")]
-    if right:
-        pairs = (("number", what), ("is", found), ("must be", right))
-        parts.append(tag("dl", *(tag("div", tag("dt", k), tag("dd", v, class_=f"n-{k[:2]}")) for k, v in pairs)))
+    if number:
+        told = (tag("div", tag("dt", key), tag("dd", text, class_=kind)) for kind, key, text in number)
+        parts.append(tag("dl", *told))
     else:
         parts.append(tag("p", failure.says, class_="says"))
     if failure.problem:
@@ -183,10 +183,15 @@ def _pasted(text: str) -> Html:
     return tag("pre", tag("code", text))
 
 
-def apart(says: str) -> tuple[str, str, str]:
-    """Of "y(0, 0)=256.0, but must be exactly 258.0": what, the number, and the right one; else ("", "", "")."""
+def apart(says: str) -> list[tuple[str, str, str]]:
+    """The parts of a message such as "y(0, 0)=1.5, but must be 1.0 +- 0.1: max z 5", each with a class and a name.
+
+    Of another message, none.
+    """
     found, between, right = says.partition(", but must ")
     what, equals, number = found.partition("=")
     if not between or not equals:
-        return "", "", ""
-    return what, number, right.removeprefix("be ")
+        return []
+    right, _, gate = right.removeprefix("be ").partition(": ")
+    parts = [("what", "number", what), ("wrong", "is", number), ("right", "must be", right)]
+    return parts + ([("gate", "by the gate", gate)] if gate else [])

@@ -38,7 +38,7 @@ def _figure(executor: str, label: str, z: np.ndarray) -> Html:
     largest = float(np.abs(finite).max(initial=0.0)) if len(finite) == len(z) else math.inf
     rms = float(np.sqrt(np.mean(finite**2))) if len(finite) else 0.0
     beyond = int((np.abs(finite) > MAX_Z).sum()) + len(z) - len(finite)
-    says = f"max |z| {largest:.2g}, rms {rms:.2g}" + (f", {beyond} beyond" if beyond else "")
+    says = f"max |z| {largest:.3g}, rms {rms:.2g}" + (f", {beyond} beyond" if beyond else "")
     caption = tag("figcaption", tag("b", label), " ", tag("span", says, class_="bad" if beyond else "quiet"))
     about = f"{label} of {executor}: {len(z)} numbers, {says}"
     return tag("figure", _picture(finite, about), caption)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-VOID = {"meta", "rect", "line", "path"}  # elements without an end tag, those of SVG as ``<rect/>``
+VOID = {"meta", "wbr", "rect", "line", "path"}  # elements without an end tag, those of SVG as ``<rect/>``
 
 
 class Html(str):
@@ -31,6 +31,12 @@ def tag(name: str, *children: str, **attributes: str | float | bool) -> Html:
 def joined(*parts: str) -> Html:
     """Parts one after the other; what is no `Html` is escaped."""
     return Html("".join(part if isinstance(part, Html) else html.escape(part) for part in parts))
+
+
+def breakable(name: str) -> Html:
+    """A name that may be broken after an underscore, before it is anywhere else."""
+    first, *rest = name.split("_")
+    return joined(first, *(part for each in rest for part in ("_", tag("wbr"), each)))
 
 
 def _attribute(name: str, value: str | float | bool) -> str:

@@ -121,4 +121,4 @@ def _layer(row: CompareRow) -> str:
         return f"layer: not run: {row.reason}"
     name, worst = row.worst()
     verdict = "FAIL" if row.failed else "pass"
-    return f"layer: {verdict}" + ("" if worst is None else f", largest |z| {worst:.2g} in {LABELS[name]}")
+    return f"layer: {verdict}" + ("" if worst is None else f", largest |z| {worst:.3g} in {LABELS[name]}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from executors._bench.measure import Spread, spread
 from executors._compare.run import MILLISECONDS
 from executors._report.judged import JudgedExecutor
-from executors._report.markup import Html, joined, tag
+from executors._report.markup import Html, breakable, joined, tag
 
 KINDS = {"forward": "forward", "forward_backward": "forward and backward"}
 
@@ -43,7 +43,9 @@ def _table(title: str, unit: str, rows: Sequence[Html]) -> Html:
 
 def _row(name: str, found: Spread, most: float, number: str, between: str) -> Html:
     cell = joined(tag("b", number), " ", tag("small", between))
-    return tag("tr", tag("th", name, scope="row"), tag("td", _bar(found, most)), tag("td", cell, class_="number"))
+    return tag(
+        "tr", tag("th", breakable(name), scope="row"), tag("td", _bar(found, most)), tag("td", cell, class_="number")
+    )
 
 
 def _bar(found: Spread, most: float) -> Html:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import clauses
@@ -23,8 +22,6 @@ from executors._report.judged import JudgedExecutor, SuiteRun, counted
 from executors._report.markup import Html, joined, tag
 from executors._report.page import Report, page
 from executors._report.suite import PROFILES, SuiteSettings, run_suite
-from executors.layer_file import save_layer
-from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance import profiles
 from moe_ref.conformance.judgement.faults import Judgement
 from moe_ref.conformance.judgement.gates import Verdict
@@ -41,7 +38,7 @@ from moe_ref.conformance.reporting.sentences import SENTENCES
 from plugin_runs import install
 
 HOSTILE = """<img src=x onerror=alert(1)>"'&</td><script>alert(1)</script>"""
-VOID = {"meta"}
+VOID = {"meta", "wbr"}
 
 
 class Elements(HTMLParser):
@@ -110,15 +107,15 @@ def test_text_is_escaped_and_elements_are_not() -> None:
 @pytest.mark.parametrize(
     ("says", "parts"),
     [
-        ("y(0, 0)=256.0, but must be exactly 258.0", ("y(0, 0)", "256.0", "exactly 258.0")),
-        ("y[3]=1, but must be 2 +- 0.1: max z 9", ("y[3]", "1", "2 +- 0.1: max z 9")),
-        ("x=nan, but must not be NaN", ("x", "nan", "not be NaN")),
-        ("y differs between two runs", ("", "", "")),
-        ("no number, but must be one", ("", "", "")),
+        ("y(0, 0)=256.0, but must be exactly 258.0", ["y(0, 0)", "256.0", "exactly 258.0"]),
+        ("y[3]=1, but must be 2 +- 0.1: max z 9", ["y[3]", "1", "2 +- 0.1", "max z 9"]),
+        ("x=nan, but must not be NaN", ["x", "nan", "not be NaN"]),
+        ("y differs between two runs", []),
+        ("no number, but must be one", []),
     ],
 )
-def test_a_number_stands_beside_the_right_one(says: str, parts: tuple[str, str, str]) -> None:
-    assert apart(says) == parts
+def test_a_number_stands_beside_the_right_one(says: str, parts: list[str]) -> None:
+    assert [text for _, _, text in apart(says)] == parts
 
 
 def test_every_clause_has_a_cell_for_every_executor() -> None:
@@ -252,12 +249,8 @@ def test_one_that_takes_too_long_is_ended() -> None:
 @pytest.fixture
 def layer(tmp_path: Path) -> Path:
     """A small layer file."""
-    generator = torch.Generator().manual_seed(0)
-    weights = MoEWeights(
-        torch.randn(4, 16, 16, generator=generator), torch.randn(4, 16, 8, generator=generator), config=MoEConfig(2)
-    )
     path = tmp_path / "small.safetensors"
-    save_layer(path, torch.randn(32, 16, generator=generator), torch.randn(32, 4, generator=generator), weights)
+    report_page.save_small_layer(path)
     return path
 
 

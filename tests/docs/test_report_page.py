@@ -11,16 +11,17 @@ from browser import PROGRAM, WITHOUT, Browser, browsing
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=WITHOUT)
 CELL, PANEL = "a[href='#e3-C1']", "#e3-C1"
-RIGHT_NUMBER = f"{PANEL} dd.n-mu"
+RIGHT_NUMBER = f"{PANEL} dd.right"
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report on few tokens, without the memory."""
+    """A report on a small layer, without the memory."""
     path = tmp_path_factory.mktemp("report") / "report.html"
+    report_page.save_small_layer(path.with_name("small.safetensors"))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("executors._compare.run.peak_memory", lambda *_: 1.5)
-        ran = report_page.make(path, "--tokens", "16", "--repeats", "2")
+        ran = report_page.make(path, str(path.with_name("small.safetensors")), "--repeats", "2")
     assert ran.exit_code == 1, ran.output
     return path
 

@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from typer.testing import CliRunner, Result
 
 import executors
 from browser import Browser, browsing
 from executors._cli.app import app
+from executors.layer_file import save_layer
+from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.mutants import mutants
 from plugin_runs import install, run_pytest
 
@@ -27,10 +30,23 @@ WRONG = {"my_loop": "combine_in_x_dtype", "one_percent_more": "one_percent_more"
 RIGHT = ("native", "grouped_mm", "numba")
 MODULE = """
 import executors
+from executors.layer_file import save_layer
+from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.mutants import mutants
 
 my_loop, one_percent_more = (lambda name=name: mutants(executors.get("native"))[name] for name in {names})
 """
+
+
+def save_small_layer(path: Path) -> None:
+    """A layer that is judged in no time."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    weights = MoEWeights(normal(4, 16, 16), normal(4, 16, 8), config=MoEConfig(2))
+    save_layer(path, normal(32, 16), normal(32, 4), weights)
 
 
 @contextmanager
