@@ -224,13 +224,13 @@ READERS = (
     ),
     Reader(
         "expected failures of the suite",
-        ("moe_ref/conformance/reporting/expected.py",),
+        ("moe_ref/conformance/reporting/form.py",),
         write_expected,
         lambda path: str(read_expected(path)),
     ),
     Reader(
         "results of the suite",
-        ("moe_ref/conformance/reporting/results.py",),
+        ("moe_ref/conformance/reporting/form.py",),
         write_some_results,
         lambda path: str(read_results(path)),
     ),

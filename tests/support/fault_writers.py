@@ -24,7 +24,8 @@ import families
 import peft_models
 from executors import hf, nf4
 from executors._compare import plot
-from executors._files.whole import write_json
+from executors._files.whole import write_json, write_text
+from executors._report.page import Report, page
 from executors._triton import tuned_file
 from executors._triton.configs import KernelConfig, Tile
 from executors.layer_file import load_layer, save_layer
@@ -116,6 +117,17 @@ def read_picture(path: Path) -> str:
     if not content.endswith(b"IEND\xaeB`\x82"):
         raise ValueError(f"{path}: must end as a PNG does")
     return hashlib.sha256(content).hexdigest()
+
+
+def write_page(path: Path, version: int) -> None:
+    write_text(path, page(Report([], [f"version {version}"], [])))
+
+
+def read_page(path: Path) -> str:
+    content = path.read_text(encoding="utf-8")
+    if not content.endswith("</html>\n"):
+        raise ValueError(f"{path}: must end as a page does")
+    return content
 
 
 @cache
@@ -214,7 +226,7 @@ WRITERS = (
     Writer("executors.layer_file.save_layer", ("executors/layer_file.py",), write_layer, read_layer),
     Writer("python -m executors tune", ("executors/_triton/tuned_file.py",), write_tuned, read_tuned, adds=True),
     Writer(
-        "JSON of compare, bench, crossover, tune, kernels, the suite, benchmarks and examples",
+        "JSON of compare, bench, crossover, tune, kernels, benchmarks and examples",
         (
             *(
                 f"executors/_cli/{name}.py"
@@ -234,6 +246,7 @@ WRITERS = (
         read_picture,
         slow=True,
     ),
+    Writer("python -m executors report", ("executors/_cli/report.py",), write_page, read_page),
     Writer(
         "executors.hf.save_quantized",
         ("executors/hf/save.py",),

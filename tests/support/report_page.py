@@ -74,11 +74,10 @@ def opened_cell(browser: Browser, page: Path, width: int, *, dark: bool = False)
 
 
 def take(browser: Browser, page: Path, path: Path) -> None:
-    """The picture of docs/report.md: from the top to the end of the clauses' table."""
+    """The picture of docs/report.md: from the top to a little below the example."""
     opened_cell(browser, page, 1400)
-    browser.picture(
-        path, browser.value("Math.ceil(document.querySelector('.clauses').getBoundingClientRect().bottom + scrollY)")
-    )
+    end = browser.value("document.querySelector('#e3-C1').getBoundingClientRect().bottom + scrollY")
+    browser.picture(path, int(end) + 64)
 
 
 def record() -> None:

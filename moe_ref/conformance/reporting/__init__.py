@@ -2,6 +2,7 @@
 
 - `judge`: calls the checks, and lets pass what is expected to fail;
 - `expected`: the file of expected failures;
+- `form`: what both files have in common;
 - `applicable`: what an executor does not declare, and clauses that do not apply because of that;
 - `ledger`, `summary`: results of all tests, and what is printed of them;
 - `results`: the same as a JSON file, for programs;

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from executors._files.text import one_line, parse_json, read
+from executors._files.text import one_line
 from executors._files.whole import write_json
 from moe_ref.conformance.reporting.applicable import Lack
+from moe_ref.conformance.reporting.form import read_form
 from moe_ref.conformance.reporting.ledger import AGAIN, CLAUSES, STATES, Failure, Ledger
 
 FORMAT = "moe-ref results 1"
@@ -153,15 +154,7 @@ def read_results(path: Path) -> Results:
     Raises:
         BadResultsError: it is missing, or not of the form; in one line.
     """
-    try:
-        found = parse_json(read(path))
-    except OSError as error:
-        raise BadResultsError(f"{path}: cannot be read, {error.strerror}: must be a file") from None
-    except ValueError as error:
-        raise BadResultsError(f"{path}: {one_line(error)!r:.90}: must be JSON") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        said = found.get("format") if isinstance(found, dict) else found
-        raise BadResultsError(f"{path}: format={said!r:.60}: must be {FORMAT!r}")
+    found = read_form(path, FORMAT, BadResultsError)
     form = _Form(path)
     form.keys("", found, {"format", "executors", "device", "profile", "left_out"})
     own = form.mapping("executors", found["executors"])
