@@ -68,7 +68,10 @@ def _badge(state: str) -> Html:
 
 def _group(title: str, columns: int) -> Html:
     return tag(
-        "tr", tag("th", title, colspan=columns + 1, scope="colgroup", role="rowheader"), class_="group", role="row"
+        "tr",
+        tag("th", tag("span", title), colspan=columns + 1, scope="colgroup", role="rowheader"),
+        class_="group",
+        role="row",
     )
 
 

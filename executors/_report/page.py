@@ -12,7 +12,7 @@ from executors._compare.run import LABELS, CompareRow
 from executors._report.clause_table import clause_table, legend
 from executors._report.histograms import histograms
 from executors._report.judged import JudgedExecutor, SuiteRun, counted
-from executors._report.markup import Html, tag
+from executors._report.markup import Html, breakable, tag
 from executors._report.timings import timings
 from moe_ref.conformance.judgement.gates import MAX_Z
 
@@ -99,7 +99,7 @@ def _verdict(report: Report) -> str:
 def _card(own: JudgedExecutor) -> Html:
     """An executor in a few lines."""
     kind, symbol = ("card bad", "✗") if own.failed else ("card good", "✓")
-    title = tag("h3", tag("span", symbol, aria_hidden="true", class_="symbol"), " ", own.name)
+    title = tag("h3", tag("span", symbol, aria_hidden="true", class_="symbol"), " ", breakable(own.name))
     lines = [*_suite(own.suite), _layer(own.row), *filter(None, [own.source])]
     lacks = [tag("li", lack.says) for lack in own.suite.results.lacks] if own.suite.results else []
     more = [tag("details", tag("summary", "what it does not promise"), tag("ul", *lacks))] * bool(lacks)

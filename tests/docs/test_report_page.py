@@ -8,6 +8,12 @@ import pytest
 
 import report_page
 from browser import PROGRAM, WITHOUT, Browser, browsing
+from executors._compare.run import CompareRow
+from executors._report.judged import JudgedExecutor, SuiteRun
+from executors._report.page import Report
+from executors._report.page import page as page_of
+from moe_ref.conformance.reporting.ledger import CLAUSES
+from moe_ref.conformance.reporting.results import ClauseResult, ExecutorResults, FailureKind
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=WITHOUT)
 CELL, PANEL = "a[href='#e3-C1']", "#e3-C1"
@@ -61,6 +67,32 @@ def fits(browser: Browser, width: int) -> None:
         )
         <= 1
     )
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_whatever_is_told_fits_and_runs_nothing(browser: Browser, tmp_path: Path, width: int) -> None:
+    """Twelve executors with names and messages that are long, or are elements."""
+    told = "<script>document.title = 'run'</script><img src=http://127.0.0.1:9/x.png>" + "a" * 300
+    clauses = {clause: ClauseResult("fails", failed=1) for clause in CLAUSES}
+    results = ExecutorResults(clauses, (FailureKind((*CLAUSES, told), 1, told, told, told, told),))
+    names = [f"{number}{told}" for number in range(12)]
+    executors = [
+        JudgedExecutor(n, SuiteRun(results, told, told, told, again=told), CompareRow(n, told), told) for n in names
+    ]
+    path = tmp_path / "hostile.html"
+    path.write_text(page_of(Report(executors, [told], [(told, told)], [(told, told)])), encoding="utf-8")
+    browser.open(path, width)
+    browser.click("a[href='#e11-T1']")
+    assert browser.value("document.querySelector('#e11-T1').checkVisibility()")
+    left, right = browser.value(
+        "(r => [r.left, r.right])(document.querySelector('#e11-T1 .example').getBoundingClientRect())"
+    )
+    assert left >= 0
+    assert right <= width
+    fits(browser, width)
+    assert browser.value("document.title").startswith("moe-ref report: 0<script>")
+    assert browser.requests == []
+    assert browser.errors == []
 
 
 @pytest.mark.parametrize("width", [400, 1400])
