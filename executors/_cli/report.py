@@ -129,8 +129,6 @@ def _names(options: ReportOptions, given: Mapping[str, SuiteRun]) -> tuple[list[
             cli.refuse(f"--executor {name}: {reasons[name]}")
     if options.executor:
         return list(dict.fromkeys(options.executor)), []
-    if all(reasons.values()):
-        cli.refuse(f"--device {options.device}: must be one that a usable executor declares")
     return [name for name in reasons if not reasons[name]], [(n, why) for n, why in reasons.items() if why]
 
 

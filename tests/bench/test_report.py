@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import clauses
+import executors
 import report_page
 from executors._cli.app import app
 from executors._compare.run import CompareRow
@@ -22,7 +24,7 @@ from executors._report.judged import JudgedExecutor, SuiteRun, counted
 from executors._report.markup import Html, joined, tag
 from executors._report.page import Report, page
 from executors._report.suite import PROFILES, SuiteSettings, run_suite
-from moe_ref.conformance import profiles
+from moe_ref.conformance import plugin, profiles
 from moe_ref.conformance.judgement.faults import Judgement
 from moe_ref.conformance.judgement.gates import Verdict
 from moe_ref.conformance.reporting.applicable import Lack
@@ -84,8 +86,8 @@ KIND = FailureKind(
 )
 
 
-def of(*executors: JudgedExecutor) -> Elements:
-    return Elements(page(Report(executors, ["a layer"], [("system", "one")])))
+def of(*own: JudgedExecutor) -> Elements:
+    return Elements(page(Report(own, ["a layer"], [("system", "one")])))
 
 
 def test_every_clause_has_a_sentence() -> None:
@@ -239,8 +241,10 @@ def test_one_that_crashes_ends_its_own_run_only(tmp_path: Path, monkeypatch: pyt
 
 
 def test_one_that_takes_too_long_is_ended() -> None:
-    run = run_suite("native", SuiteSettings(limit=0.2), lambda done: None)
+    seen: list[int] = []
+    run = run_suite("native", SuiteSettings(limit=0.2), seen.append)
     assert (run.results, run.problem) == (None, "the suite took longer than 0.2 s")
+    assert seen == []  # no test has run
 
 
 # --- the command
@@ -290,6 +294,30 @@ def test_results_of_an_executor_that_is_not_here(layer: Path, tmp_path: Path) ->
     )
     assert ran.exit_code == 1, ran.output
     assert "not run: no executor here has this name" in path.read_text()
+
+
+def test_all_that_are_usable_are_judged_and_a_crash_is_told(
+    layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who crashed in the suite is not run in this process."""
+    asked: list[str] = []
+
+    def crash(name: str, settings: SuiteSettings, progress: Callable[[int], None]) -> SuiteRun:
+        asked.append(name)
+        assert settings == SuiteSettings("ci", limit=7.0)
+        return SuiteRun(None, problem="the suite was ended by SIGSEGV")
+
+    monkeypatch.setattr("executors._cli.report.run_suite", crash)
+    monkeypatch.setattr("executors._compare.run.judge_executor", lambda *_: pytest.fail("was run"))
+    path = tmp_path / "report.html"
+    ran = CliRunner().invoke(app, ["report", str(layer), "--out", str(path), "--profile", "ci", "--limit", "7"])
+    assert ran.exit_code == 1, ran.output
+    assert asked == plugin._usable("cpu")
+    assert "native: the suite was ended by SIGSEGV\n" in ran.output
+    text = "|".join(Elements(path.read_text()).texts)
+    assert "native|not run: the suite did not finish|" in text
+    for name in {*executors.names()} - {*asked, "auto"}:
+        assert f"{name} is left out: " in text
 
 
 @pytest.mark.parametrize(

@@ -238,10 +238,10 @@ def test_outcomes_pass_between_processes() -> None:
 
 
 def found_by_all() -> results.Results:
-    """A run in which each state occurs."""
-    known = (Expected("mine", "issue 1", "E3", tensor="y"),)
+    """A run in which each state occurs: what fails is also met, and what does not apply also passes."""
+    known = (Expected("mine", "issue 1", "E3", tensor="y"), Expected("mine", "issue 2", "E2", dtype="float16"))
     both = (failure("E2", "Problem(tokens=9, experts=3)"), failure("E2"), failure("the law split"))
-    passed = [outcome("test_a", named=("E1", "E2")), outcome("test_c", named=("E3",), met=(0,))]
+    passed = [outcome("test_a", named=("E1", "E2", "D1")), outcome("test_c", named=("E3",), met=(0, 1))]
     told = ledger.Ledger(known, [*passed, outcome("test_b", "failed", failures=both), outcome("test_d", "skipped")])
     own = results.results_of(told, "mine", [summary.Lack("no backward pass", ("D1",)), summary.Lack("no float16")])
     return results.Results({"mine": own, "none": results.results_of(told, "none", [])}, "cpu", "quick", "-k 'a'")
@@ -263,7 +263,10 @@ def test_results_tell_each_clause() -> None:
         ("E2",), 2, "E2 on Problem(tokens=9)", "Problem(tokens=9)", "Problem(tokens=9)", "there"
     )
     assert second.breaks == ("the law split",)
-    assert own.expected == (results.ExpectedResult("E3", "E3 y", "issue 1", 1),)
+    assert own.expected == (
+        results.ExpectedResult("E3", "E3 y", "issue 1", 1),
+        results.ExpectedResult("E2", "E2 float16", "issue 2", 1),
+    )
     assert {found.state for found in found_by_all().executors["none"].clauses.values()} == {"not judged"}
 
 
