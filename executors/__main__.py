@@ -1,5 +1,4 @@
-"""The command line: ``python -m executors list | explain | compare | extract | bench | crossover | kernels | tune |
-report``.
+"""The command line: ``python -m executors list | explain | compare | extract | bench | crossover | kernels | tune | report``.
 """
 
 import sys
