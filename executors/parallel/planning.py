@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,31 @@ def owners(ids: Tensor, experts: ExpertMap) -> Tensor:
     ends = numbers(experts.offsets[1:], ids.device)
     ranks = torch.bucketize(ids.long().contiguous(), ends, right=True)
     return torch.where((ids < 0) | (ids >= experts.num_experts), experts.ranks, ranks)
+
+
+class Sending(NamedTuple):
+    """What a rank sends under "all_to_all".
+
+    Attributes:
+        owner: [T, K] the rank of each slot's expert; W for an empty slot.
+        needed: [W, T] whether the rank has any of the token's experts.
+        rows: [W] how many rows it is sent.
+        slots: [W] how many slots.
+    """
+
+    owner: Tensor
+    needed: Tensor
+    rows: Tensor
+    slots: Tensor
+
+
+def sending(ids: Tensor, experts: ExpertMap) -> Sending:
+    """What a rank with the ids [T, K] sends. A GPU is not waited for."""
+    owner = owners(ids, experts)
+    needed = torch.zeros(ids.shape[0], experts.ranks + 1, dtype=torch.bool, device=ids.device)
+    needed = needed.scatter_(1, owner, True)[:, : experts.ranks].t()  # [W, T]
+    each = owner.flatten() == torch.arange(experts.ranks, device=ids.device)[:, None]  # bincount would wait for a GPU
+    return Sending(owner, needed, needed.sum(1), each.sum(1))
 
 
 def _sizes(needs: Needs, device: torch.device, *counts: Tensor) -> Tensor:
@@ -35,11 +62,8 @@ def all_to_all(wire: Wire, call: Call, needs: Needs, ids: Tensor, experts: Exper
         RankError: see `agreement.agreed`.
     """
     tokens, top_k = ids.shape
-    owner = owners(ids, experts)
-    needed = torch.zeros(tokens, wire.ranks + 1, dtype=torch.bool, device=ids.device)
-    needed = needed.scatter_(1, owner, True)[:, : wire.ranks].t()  # [W, T]
-    each = owner.flatten() == torch.arange(wire.ranks, device=ids.device)[:, None]  # bincount would wait for a GPU
-    told = agreed(wire, call, _sizes(needs, ids.device, needed.sum(1), each.sum(1)))
+    owner, needed, *own_sizes = sending(ids, experts)
+    told = agreed(wire, call, _sizes(needs, ids.device, *own_sizes))
     sizes = [own[3:] for own in told]  # of each rank: rows for each rank, then slots
     sent, received = sizes[wire.rank], [[own[wire.rank], own[wire.ranks + wire.rank]] for own in sizes]
     rows = sent[: wire.ranks], [own[0] for own in received]
