@@ -82,10 +82,10 @@ class PlanOptions:
     def _ranks(self) -> tuple[int, ...]:
         """Each once, in increasing order."""
         found = set()
-        for word in self.ranks.split(","):
-            if not word.strip().isdecimal() or not 1 <= int(word) <= MOST_RANKS:
+        for word in map(str.strip, self.ranks.split(",")):
+            if not (word.isascii() and word.isdecimal() and 1 <= int(word) <= MOST_RANKS):
                 cli.refuse(
-                    f"--ranks {word.strip()}: must be a whole number from 1 to {MOST_RANKS}; commas part several"
+                    f"--ranks {word or repr(word)}: must be a whole number from 1 to {MOST_RANKS}; commas part several"
                 )
             found.add(int(word))
         return tuple(sorted(found))

@@ -68,7 +68,7 @@ def expert_bytes(shape: Shape, storage: Storage) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the rank that needs most.
+    """Bytes of a rank.
 
     Attributes:
         weights: of its experts.
@@ -88,14 +88,12 @@ class Memory:
         return self.weights + self.gradients + self.kept + self.exchange
 
 
-def memory(world: World, shape: Shape, storage: Storage, way: Way, sizes: Sizes) -> Memory:
-    """The memory of a call under "all_to_all" and of its backward pass, of the rank that needs most.
+def memories(world: World, shape: Shape, storage: Storage, way: Way, sizes: Sizes) -> list[Memory]:
+    """What each rank needs for a call under "all_to_all" and its backward pass.
 
     x, y and their gradients are the model's. What the products need beside their results is not counted.
     """
-    rows_sent, rows, slots_sent, slots = (
-        own.astype(np.int64) for own in (world.rows.sum(1), world.rows.sum(0), world.slots.sum(1), world.slots.sum(0))
-    )
+    rows_sent, rows, slots_sent, slots = world.rows.sum(1), world.rows.sum(0), world.slots.sum(1), world.slots.sum(0)
     out = np.maximum(rows_sent + rows, rows + slots) * sizes.row  # the rows to send, those received, those of slots
     if way.returns == "slot":  # all slots' results there, then here, on a grid [T, K, H], and two sums while they add
         back = (slots + slots_sent + world.tokens * world.top_k) * sizes.row + 2 * world.tokens * sizes.sum
@@ -106,6 +104,5 @@ def memory(world: World, shape: Shape, storage: Storage, way: Way, sizes: Sizes)
     own = np.diff(world.experts.offsets)
     weights = own * expert_bytes(shape, storage)
     gradients = np.zeros_like(own) if storage.frozen else own * expert_bytes(shape, Storage())
-    exchange = np.maximum(out, back)
-    rank = int((weights + gradients + kept + exchange).argmax())
-    return Memory(*(int(own[rank]) for own in (weights, gradients, kept, exchange)))
+    each = zip(weights, gradients, kept, np.maximum(out, back), strict=True)
+    return [Memory(*map(int, values)) for values in each]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from executors._bench.layers import Shape, Storage
-from executors._plan.costs import Machine, Memory, memory
+from executors._plan.costs import Machine, Memory, memories
 from executors._plan.simulation import count
 from executors._plan.traffic import (
     REDUCED,
@@ -191,7 +191,7 @@ def _on(plan: Plan, ranks: int, ids: list[Tensor], common: Tensor, tell: Callabl
         world,
         ways,
         (products[0], products[1]),
-        {way.returns: memory(world, shape, plan.storage, way, sizes) for way in TO_ALL},
+        {way.returns: _most(memories(world, shape, plan.storage, way, sizes)) for way in TO_ALL},
         own_tokens(machine, world, sizes),
         {k: same_tokens(machine, common[: plan.tokens, :k], ranks, shape.experts, sizes) for k in top_ks},
         {
@@ -199,6 +199,10 @@ def _on(plan: Plan, ranks: int, ids: list[Tensor], common: Tensor, tell: Callabl
             for tokens in OTHER_TOKENS
         },
     )
+
+
+def _most(each: list[Memory]) -> Memory:
+    return max(each, key=lambda own: own.total)
 
 
 def _way(plan: Plan, world: World, way: Way) -> WayCosts:
