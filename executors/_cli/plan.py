@@ -14,7 +14,7 @@ from executors._files.whole import write_json
 
 if TYPE_CHECKING:
     from executors._bench.quantised import QuantType
-    from executors._plan.run import Plan
+    from executors._plan.run import PlanSettings
 
 RANKS = "8,64,512"
 MOST_RANKS = 1024
@@ -53,12 +53,12 @@ class PlanOptions:
     json: cli.JsonOption = None
     plot: cli.PlotOption = None
 
-    def plan(self) -> Plan:
+    def plan(self) -> PlanSettings:
         """The plan, checked."""
         from executors._counts.cards import CARDS
         from executors._plan import links
-        from executors._plan.costs import Machine
-        from executors._plan.run import Plan
+        from executors._plan.costs import Nodes
+        from executors._plan.run import PlanSettings
         from executors._plan.world import layer_of
 
         cli.checked("--layer", [self.layer], list(LAYERS))
@@ -68,14 +68,14 @@ class PlanOptions:
         cli.checked("--inside", [self.inside] if self.inside else None, list(links.INSIDE))
         cli.checked("--across", [self.across], list(links.ACROSS))
         inside = links.INSIDE[self.inside or INSIDE[self.card]]
-        return Plan(
+        return PlanSettings(
             layer_of(self.layer),
             self.tokens,
             self._ranks(),
             self.routing,
             self.weights,
             self._storage(),
-            Machine(CARDS[self.card], inside, links.ACROSS[self.across], self.ranks_per_node),
+            Nodes(CARDS[self.card], inside, links.ACROSS[self.across], self.ranks_per_node),
             self.seed,
         )
 

@@ -9,12 +9,12 @@ import numpy as np
 from executors._bench.layers import Shape, Storage
 from executors._counts.cards import Card
 from executors._plan.links import Link
-from executors._plan.traffic import Sizes, Way
+from executors._plan.traffic import RowSizes, Way
 from executors._plan.world import World
 
 
 @dataclass(frozen=True)
-class Machine:
+class Nodes:
     """Nodes of GPUs.
 
     Attributes:
@@ -67,7 +67,7 @@ def expert_bytes(shape: Shape, storage: Storage) -> int:
 
 
 @dataclass(frozen=True)
-class Memory:
+class RankMemory:
     """Bytes of a rank.
 
     Attributes:
@@ -88,7 +88,7 @@ class Memory:
         return self.weights + self.gradients + self.kept + self.exchange
 
 
-def memories(world: World, shape: Shape, storage: Storage, way: Way, sizes: Sizes) -> list[Memory]:
+def memories(world: World, shape: Shape, storage: Storage, way: Way, sizes: RowSizes) -> list[RankMemory]:
     """What each rank needs for a call under "all_to_all" and its backward pass.
 
     x, y and their gradients are the model's. What the products need beside their results is not counted.
@@ -105,4 +105,4 @@ def memories(world: World, shape: Shape, storage: Storage, way: Way, sizes: Size
     weights = own * expert_bytes(shape, storage)
     gradients = np.zeros_like(own) if storage.frozen else own * expert_bytes(shape, Storage())
     each = zip(weights, gradients, kept, np.maximum(out, back), strict=True)
-    return [Memory(*map(int, values)) for values in each]
+    return [RankMemory(*map(int, values)) for values in each]

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from executors._bench.figure import AS_IT_IS, COLOURS, MARKERS, panels, tidy
 from executors._compare.plot import save
 from executors._plan.report import GIB, MB, MILLISECOND, heading
-from executors._plan.run import Plan, RanksPlan, WayCosts
+from executors._plan.run import PlanSettings, RanksPlan, WayCosts
 from executors._plan.traffic import RESULTS, ROWS, Way
 
 HEADROOM = 5.0  # above bars, for the legend
@@ -23,7 +23,7 @@ PRODUCTS_COLOUR = "#009e73"
 TICKS = (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
-def plot(path: Path, plan: Plan, found: Sequence[RanksPlan]) -> None:
+def plot(path: Path, plan: PlanSettings, found: Sequence[RanksPlan]) -> None:
     """Writes the picture."""
     figure, axes = panels(2, 2, (11.0, 8.6))
     _balance(axes[0, 0], found)

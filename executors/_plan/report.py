@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from executors._plan.run import Pass, Plan, RanksPlan
+from executors._plan.run import PassBytes, PlanSettings, RanksPlan
 from executors._plan.traffic import RESULTS, ROWS
 from executors._plan.world import BATCHES
 
@@ -41,7 +41,7 @@ same: all ranks have the same T tokens and need all results; for all_to_all
   each does a part of the tokens, and gives its results to all"""
 
 
-def heading(plan: Plan) -> list[str]:
+def heading(plan: PlanSettings) -> list[str]:
     """What was planned."""
     shape, machine, config = plan.shape, plan.machine, plan.shape.config
     groups = f" in {config.topk_groups} of {config.num_groups} groups" if config.num_groups > 1 else ""
@@ -55,7 +55,7 @@ def heading(plan: Plan) -> list[str]:
     ]
 
 
-def tables(plan: Plan, found: Sequence[RanksPlan]) -> list[Table]:
+def tables(plan: PlanSettings, found: Sequence[RanksPlan]) -> list[Table]:
     """Balance, memory, bytes and times, and the verdict."""
     return [
         _rows(
@@ -104,7 +104,7 @@ def notes() -> str:
     return NOTES.format(batches=BATCHES)
 
 
-def as_json(plan: Plan, found: Sequence[RanksPlan]) -> dict[str, Any]:
+def as_json(plan: PlanSettings, found: Sequence[RanksPlan]) -> dict[str, Any]:
     """All that is known."""
     machine = plan.machine
     return {
@@ -126,7 +126,7 @@ def as_json(plan: Plan, found: Sequence[RanksPlan]) -> dict[str, Any]:
     }
 
 
-def _plan_json(plan: Plan, own: RanksPlan) -> dict[str, Any]:
+def _plan_json(plan: PlanSettings, own: RanksPlan) -> dict[str, Any]:
     forward, backward = own.products
     return {
         "ranks": own.ranks,
@@ -153,13 +153,13 @@ def _plan_json(plan: Plan, own: RanksPlan) -> dict[str, Any]:
     }
 
 
-def _balance(plan: Plan, own: RanksPlan) -> tuple[str, ...]:
+def _balance(plan: PlanSettings, own: RanksPlan) -> tuple[str, ...]:
     most = len(own.world.experts.experts(0))
     values = (own.world.copies, _far(plan, own), own.slots_over_mean, own.rows_over_mean)
     return str(own.ranks), str(most), str(own.world.idle), *(f"{value:.2f}" for value in values)
 
 
-def _far(plan: Plan, own: RanksPlan) -> float:
+def _far(plan: PlanSettings, own: RanksPlan) -> float:
     """Ranks of other nodes to which a token goes: the mean."""
     there = own.world.rows * ~plan.machine.is_near(own.ranks)
     return float(there.sum() / own.world.tokens.sum())
@@ -176,7 +176,7 @@ def _ways(own: RanksPlan) -> list[tuple[str, ...]]:
     return out
 
 
-def _small(found: Pass) -> int:
+def _small(found: PassBytes) -> int:
     return sum(size for name, size in found.by_name.items() if name not in (ROWS, RESULTS))
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from executors._bench.layers import Shape, Storage
-from executors._plan.costs import Machine, Memory, memories
+from executors._plan.costs import Nodes, RankMemory, memories
 from executors._plan.simulation import count
 from executors._plan.traffic import (
     REDUCED,
     TO_ALL,
     WAYS,
     Message,
-    Sizes,
+    RowSizes,
     Way,
     busiest,
     by_name,
@@ -26,14 +26,12 @@ from executors._plan.traffic import (
     spread_to_all,
     total,
 )
-from executors._plan.world import BATCHES, World, draw, over_mean, split_world, world_of
+from executors._plan.world import BATCHES, Show, World, draw, over_mean, split_world, world_of
 
 SIMULATED_HIDDEN = 8  # H of the simulation: rows stay small, and the formulas are compared at that H
 ID = 8  # bytes of an id
 OTHER_KS = (1, 2, 4, 8, 16, 32)
 OTHER_TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
-
-Show = Callable[[str, int, int], None]
 
 
 class Contradiction(AssertionError):
@@ -41,7 +39,7 @@ class Contradiction(AssertionError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlanSettings:
     """What to plan.
 
     Attributes:
@@ -61,17 +59,17 @@ class Plan:
     routing: str
     weights: str
     storage: Storage
-    machine: Machine
+    machine: Nodes
     seed: int
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> RowSizes:
         """Of numbers: x in bf16."""
-        return Sizes(self.shape.hidden, 2, self.shape.routing_dtype.itemsize)
+        return RowSizes(self.shape.hidden, 2, self.shape.routing_dtype.itemsize)
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassBytes:
     """The bytes of a forward or backward pass, and their least time.
 
     Attributes:
@@ -100,8 +98,8 @@ class WayCosts:
 
     way: Way
     rank: int
-    forward: Pass
-    backward: Pass
+    forward: PassBytes
+    backward: PassBytes
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ class RanksPlan:
     world: World
     ways: list[WayCosts]
     products: tuple[float, float]
-    memory: dict[str, Memory]
+    memory: dict[str, RankMemory]
     own: float
     same: dict[int, float]
     same_tokens: dict[int, float]
@@ -148,7 +146,7 @@ class RanksPlan:
         return over_mean(self.world.rows.sum(1))
 
 
-def make_plan(plan: Plan, show: Show) -> list[RanksPlan]:
+def make_plan(plan: PlanSettings, show: Show) -> list[RanksPlan]:
     """The plan for each number of ranks.
 
     Args:
@@ -176,7 +174,9 @@ def make_plan(plan: Plan, show: Show) -> list[RanksPlan]:
     return out
 
 
-def _on(plan: Plan, ranks: int, ids: list[Tensor], common: Tensor, tell: Callable[[str, int], None]) -> RanksPlan:
+def _on(
+    plan: PlanSettings, ranks: int, ids: list[Tensor], common: Tensor, tell: Callable[[str, int], None]
+) -> RanksPlan:
     tell("counting rows and slots", 0)
     shape, machine, sizes = plan.shape, plan.machine, plan.sizes
     world = world_of(ids, ranks, shape.experts)
@@ -201,20 +201,20 @@ def _on(plan: Plan, ranks: int, ids: list[Tensor], common: Tensor, tell: Callabl
     )
 
 
-def _most(each: list[Memory]) -> Memory:
+def _most(each: list[RankMemory]) -> RankMemory:
     return max(each, key=lambda own: own.total)
 
 
-def _way(plan: Plan, world: World, way: Way) -> WayCosts:
+def _way(plan: PlanSettings, world: World, way: Way) -> WayCosts:
     found = [messages(world, way, plan.sizes, backward) for backward in (False, True)]
     rank = busiest(total(found[0]))
     check(world, rank, way, replace(plan.sizes, hidden=SIMULATED_HIDDEN), plan.shape.routing_dtype)
     return WayCosts(way, rank, *(_pass(plan.machine, own, rank) for own in found))
 
 
-def _pass(machine: Machine, found: list[Message], rank: int) -> Pass:
+def _pass(machine: Nodes, found: list[Message], rank: int) -> PassBytes:
     sent = total(found)
-    return Pass(
+    return PassBytes(
         int(sent.sum(1).max()),
         int(sent.sum(0).max()),
         float(sent.sum(1).mean()),
@@ -223,7 +223,7 @@ def _pass(machine: Machine, found: list[Message], rank: int) -> Pass:
     )
 
 
-def check(world: World, rank: int, way: Way, sizes: Sizes, of_weights: torch.dtype) -> None:
+def check(world: World, rank: int, way: Way, sizes: RowSizes, of_weights: torch.dtype) -> None:
     """Counts the collectives of a rank in the simulated executor, and compares each with the formulas.
 
     Raises:
@@ -241,7 +241,7 @@ def check(world: World, rank: int, way: Way, sizes: Sizes, of_weights: torch.dty
                 raise Contradiction(f"{way}: exchange {number} {direction}, {message.name}, has other bytes")
 
 
-def own_tokens(machine: Machine, world: World, sizes: Sizes) -> float:
+def own_tokens(machine: Nodes, world: World, sizes: RowSizes) -> float:
     """Least time under "all_reduce" over that under "all_to_all", forward: each rank has tokens of its own.
 
     Under "all_reduce" all ranks first get all tokens, their ids and their weights, and end with all results.
@@ -254,7 +254,7 @@ def own_tokens(machine: Machine, world: World, sizes: Sizes) -> float:
     return _ratio(machine, others, [total(messages(world, way, sizes, False)) for way in TO_ALL])
 
 
-def same_tokens(machine: Machine, ids: Tensor, ranks: int, experts: int, sizes: Sizes) -> float:
+def same_tokens(machine: Nodes, ids: Tensor, ranks: int, experts: int, sizes: RowSizes) -> float:
     """The same where all ranks have the same tokens, of ids [T, K], and all need all results.
 
     Under "all_to_all" each does a part of the tokens, and gives its results to all others.
@@ -266,7 +266,7 @@ def same_tokens(machine: Machine, ids: Tensor, ranks: int, experts: int, sizes: 
     return _ratio(machine, others, [given + total(messages(world, way, sizes, False)) for way in TO_ALL])
 
 
-def _ratio(machine: Machine, reduced_ways: list[np.ndarray], to_all: list[np.ndarray]) -> float:
+def _ratio(machine: Nodes, reduced_ways: list[np.ndarray], to_all: list[np.ndarray]) -> float:
     """Of the faster of each; 1 where nothing travels."""
     one, other = (min(map(machine.link_seconds, own)) for own in (reduced_ways, to_all))
     return one / other if other else 1.0

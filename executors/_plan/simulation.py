@@ -34,7 +34,7 @@ class Exchange(NamedTuple):
     received: np.ndarray
 
 
-class Call(NamedTuple):
+class CountedCall(NamedTuple):
     """The exchanges of a call."""
 
     forward: list[Exchange]
@@ -89,7 +89,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.found.append(own)
 
 
-def count(world: World, rank: int, way: Way, hidden: int, dtype: torch.dtype, of_weights: torch.dtype) -> Call:
+def count(world: World, rank: int, way: Way, hidden: int, dtype: torch.dtype, of_weights: torch.dtype) -> CountedCall:
     """Runs a call of `executors.parallel.ExpertParallel` and its backward pass as a rank of the world.
 
     Args:
@@ -117,7 +117,7 @@ def count(world: World, rank: int, way: Way, hidden: int, dtype: torch.dtype, of
         y = executor.experts(x, topk_ids=ids, topk_weights=topk_weights, weights=weights)
         forward = list(counting.found)
         y.backward(torch.zeros_like(y))  # type: ignore[no-untyped-call]
-    return Call(forward, counting.found[len(forward) :])
+    return CountedCall(forward, counting.found[len(forward) :])
 
 
 @contextmanager

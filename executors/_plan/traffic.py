@@ -33,7 +33,7 @@ WAYS = TO_ALL + REDUCED
 
 
 @dataclass(frozen=True)
-class Sizes:
+class RowSizes:
     """What a number takes.
 
     Attributes:
@@ -70,7 +70,7 @@ class Message:
     sent: np.ndarray
 
 
-def messages(world: World, way: Way, sizes: Sizes, backward: bool) -> list[Message]:
+def messages(world: World, way: Way, sizes: RowSizes, backward: bool) -> list[Message]:
     """What travels, in the order in which it does.
 
     Args:
@@ -91,7 +91,7 @@ def messages(world: World, way: Way, sizes: Sizes, backward: bool) -> list[Messa
     return [Message(name, _between(own)) for name, own in sent]
 
 
-def reduced(tokens: int, top_k: int, ranks: int, returns: str, sizes: Sizes, backward: bool) -> list[Message]:
+def reduced(tokens: int, top_k: int, ranks: int, returns: str, sizes: RowSizes, backward: bool) -> list[Message]:
     """What travels under "all_reduce", where all ranks have the same T tokens: as `messages`."""
     slots = tokens * top_k
     count, size = (slots, sizes.row) if returns == "slot" else (tokens, sizes.sum)
@@ -107,7 +107,7 @@ def _compared(ranks: int) -> np.ndarray:
     return np.full((ranks, ranks), NUMBER * (2 + 3 + 2 * ranks))
 
 
-def _returned(world: World, way: Way, sizes: Sizes) -> np.ndarray:
+def _returned(world: World, way: Way, sizes: RowSizes) -> np.ndarray:
     """[W, W] bytes of results, which go where rows or slots came from."""
     return world.slots.T * sizes.row if way.returns == "slot" else world.rows.T * sizes.sum
 

@@ -15,14 +15,14 @@ from executors._bench.layers import DENSE, LAYERS, Shape, Storage
 from executors._cli.app import app
 from executors._counts.cards import CARDS
 from executors._plan import run, simulation, traffic
-from executors._plan.costs import Machine, memories
+from executors._plan.costs import Nodes, memories
 from executors._plan.links import ACROSS, INSIDE, Link
-from executors._plan.traffic import TO_ALL, WAYS, Sizes, Way
+from executors._plan.traffic import TO_ALL, WAYS, RowSizes, Way
 from executors._plan.world import World, draw, layer_of, over_mean, split_world, world_of
 from live_bytes import LiveBytes
 from moe_ref.types import MoEConfig
 
-MACHINE = Machine(CARDS["h200"], INSIDE["nvlink4"], ACROSS["infiniband-ndr"], 2)
+NODES = Nodes(CARDS["h200"], INSIDE["nvlink4"], ACROSS["infiniband-ndr"], 2)
 
 
 def ids_of(ranks: int, tokens: int, experts: int, top_k: int) -> list[Tensor]:
@@ -39,20 +39,20 @@ def test_the_simulated_executor_sends_what_formulas_say(way: Way, ranks: int, ex
     world = world_of(ids_of(ranks, 4, experts, 3), ranks, experts)
     for rank in {0, ranks // 2, ranks - 1}:
         for hidden in (8, 24):
-            run.check(world, rank, way, Sizes(hidden, 2, 4), torch.float32)
+            run.check(world, rank, way, RowSizes(hidden, 2, 4), torch.float32)
 
 
 def test_wrong_formulas_end_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     world = world_of(ids_of(3, 4, 5, 2), 3, 5)
     monkeypatch.setattr(traffic, "HEAD", 8)
     with pytest.raises(run.Contradiction, match="all_to_all slot: exchange 1 forward, heads, has other bytes"):
-        run.check(world, 0, TO_ALL[0], Sizes(8), torch.float32)
+        run.check(world, 0, TO_ALL[0], RowSizes(8), torch.float32)
 
 
 def test_an_exchange_that_formulas_leave_out_ends_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "messages", lambda *given: traffic.messages(*given)[1:])
     with pytest.raises(run.Contradiction, match="all_reduce rank has 2 exchanges, but 3 were counted"):
-        run.check(world_of(ids_of(3, 4, 5, 2), 3, 5), 0, WAYS[3], Sizes(8), torch.float32)
+        run.check(world_of(ids_of(3, 4, 5, 2), 3, 5), 0, WAYS[3], RowSizes(8), torch.float32)
 
 
 # --- figures by hand
@@ -75,23 +75,23 @@ def test_rows_and_slots_by_hand() -> None:
 
 def test_bytes_by_hand() -> None:
     """Rank 0 sends 2 rows of 10 bf16, 3 heads and 3 weights, and 1 result of rank 1; both compare 9 numbers."""
-    forward = traffic.messages(by_hand(), Way("all_to_all", "slot"), Sizes(10, 2, 4), False)
+    forward = traffic.messages(by_hand(), Way("all_to_all", "slot"), RowSizes(10, 2, 4), False)
     assert [own.sent[0].tolist() for own in forward] == [[0, 72], [0, 36], [0, 40], [0, 12], [0, 20]]
-    backward = traffic.messages(by_hand(), Way("all_to_all", "rank"), Sizes(10, 2, 4), True)
+    backward = traffic.messages(by_hand(), Way("all_to_all", "rank"), RowSizes(10, 2, 4), True)
     assert [own.sent[1].tolist() for own in backward] == [[72, 0], [20, 0], [72, 0], [80, 0], [12, 0]]
     assert traffic.by_name(backward, 1) == {"comparison": 144, "rows": 20, "results": 80, "weights": 12}
 
 
 def test_bytes_under_all_reduce_by_hand() -> None:
     """Of three sums, the ranks add two and one: rank 0 sends one and gets one, then gives two and gets one."""
-    found = traffic.reduced(3, 2, 2, "rank", Sizes(10, 2, 4), False)
+    found = traffic.reduced(3, 2, 2, "rank", RowSizes(10, 2, 4), False)
     assert [own.sent.tolist() for own in found] == [[[0, 72], [72, 0]], [[0, 40], [80, 0]], [[0, 80], [40, 0]]]
 
 
 def test_the_slowest_rank_and_link_decide() -> None:
     """Ranks 0 and 1 are on one node, rank 2 is on another."""
     sent = np.array([[0, 900, 10], [0, 0, 0], [0, 100, 0]])
-    slow = replace(MACHINE, inside=Link("", "", 9.0, ""), across=Link("", "", 2.0, ""))
+    slow = replace(NODES, inside=Link("", "", 9.0, ""), across=Link("", "", 2.0, ""))
     assert slow.link_seconds(sent) == 100.0  # rank 0 and rank 1 need 900 / 9, rank 1 and rank 2 100 / 2
     assert slow.link_seconds(sent.T) == 100.0
     assert replace(slow, across=Link("", "", 0.5, "")).link_seconds(sent) == 200.0
@@ -101,8 +101,8 @@ def test_least_times_of_products_by_hand() -> None:
     """Rank 0 has 4 slots, and 2 experts of 3 H I weights each."""
     shape = Shape("", 4, 16, 32, MoEConfig(2))
     card = CARDS["h200"]
-    products = replace(MACHINE, card=card._replace(tensor={"bf16": 1.0}))
-    by_memory = replace(MACHINE, card=card._replace(dram=1.0))
+    products = replace(NODES, card=card._replace(tensor={"bf16": 1.0}))
+    by_memory = replace(NODES, card=card._replace(dram=1.0))
     assert products.product_seconds(by_hand(), shape, DENSE, False) == 4 * 2 * 3 * 16 * 32
     assert products.product_seconds(by_hand(), shape, DENSE, True) == 2 * 4 * 2 * 3 * 16 * 32
     assert by_memory.product_seconds(by_hand(), shape, DENSE, False) == 2 * 2 * 3 * 16 * 32
@@ -124,11 +124,18 @@ def test_all_reduce_beats_all_to_all_on_two_ranks_if_tokens_have_few_experts() -
     """By bytes of H alone, with as many tokens on both ranks, of which all slots are on the other rank, or on both."""
     far = torch.cat([torch.full((500, 1), 1), torch.full((500, 1), 0)])
     both = torch.tensor([[0, 1]]).expand(1000, 2)
-    sizes = Sizes(10_000)
+    sizes = RowSizes(10_000)
     # K=1: all_reduce sends a slot there and its sum back: 2 T/2; all_to_all T/2 there, T/2 back, and T/2 to the other
-    assert run.same_tokens(MACHINE, far, 2, 2, sizes) == pytest.approx(2 / 3, rel=1e-3)
+    assert run.same_tokens(NODES, far, 2, 2, sizes) == pytest.approx(2 / 3, rel=1e-3)
     # K=2: all_reduce T/2 sums in fp32 and T/2 back, 4 in all; all_to_all T/2 there, T/2 back, T/2 to the other: 3
-    assert run.same_tokens(MACHINE, both, 2, 2, sizes) == pytest.approx(4 / 3, rel=1e-3)
+    assert run.same_tokens(NODES, both, 2, 2, sizes) == pytest.approx(4 / 3, rel=1e-3)
+
+
+def test_tokens_of_its_own_cost_all_reduce_the_tokens_of_all() -> None:
+    """By bytes of H alone: each slot of two ranks with 500 tokens is on the other rank."""
+    world = world_of([torch.full((500, 1), 1), torch.full((500, 1), 0)], 2, 2)
+    # all_reduce: T rows of the other rank, then 1000 slots in two parts, there and back: 3 T; all_to_all: T and T
+    assert run.own_tokens(NODES, world, RowSizes(10_000)) == pytest.approx(3 / 2, rel=1e-3)
 
 
 # --- tokens
@@ -165,7 +172,7 @@ def test_memory_is_what_tensors_take(way: Way, monkeypatch: pytest.MonkeyPatch) 
     hidden, inner, top_k = 1024, 256, 4
     monkeypatch.setattr(simulation, "INTERMEDIATE", inner)
     world = world_of(ids_of(4, 40, 16, top_k), 4, 16)
-    each = memories(world, Shape("", 16, hidden, inner, MoEConfig(top_k)), DENSE, way, Sizes(hidden))
+    each = memories(world, Shape("", 16, hidden, inner, MoEConfig(top_k)), DENSE, way, RowSizes(hidden))
     for rank, own in enumerate(each):
         with LiveBytes() as live:
             simulation.count(world, rank, way, hidden, torch.bfloat16, torch.float32)
@@ -175,7 +182,7 @@ def test_memory_is_what_tensors_take(way: Way, monkeypatch: pytest.MonkeyPatch) 
 
 def test_memory_of_weights() -> None:
     shape = Shape("", 4, 64, 32, MoEConfig(2), biases=True)
-    dense, frozen = (memories(by_hand(), shape, own, TO_ALL[0], Sizes(64))[0] for own in (DENSE, Storage(0.5, True)))
+    dense, frozen = (memories(by_hand(), shape, own, TO_ALL[0], RowSizes(64))[0] for own in (DENSE, Storage(0.5, True)))
     assert dense.weights == dense.gradients == 2 * 2 * (3 * 64 * 32 + 2 * 32 + 64)
     assert (frozen.weights, frozen.gradients) == (2 * (3 * 64 * 32 // 2 + 2 * (2 * 32 + 64)), 0)
     assert dense.total == dense.weights + dense.gradients + dense.kept + dense.exchange
@@ -207,6 +214,20 @@ def test_a_plan_is_printed_drawn_and_written(tmp_path: Path) -> None:
     assert all(way["forward"]["sent"] >= way["forward"]["mean"] for way in twelve)
     assert {"own", "same", "same_tokens"} == found["plans"][2]["all_reduce_over_all_to_all"].keys()
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_copies_to_other_nodes_and_crossings(tmp_path: Path) -> None:
+    def figures(per_node: int) -> tuple[Result, dict[str, Any]]:
+        path = tmp_path / "plan.json"
+        ran = planned(*SMALL[:-1], str(per_node), "--ranks", "2,4", "--json", str(path))
+        return ran, json.loads(path.read_text())["plans"][1]
+
+    (_, apart), (ran, together) = figures(1), figures(4)
+    assert apart["copies_to_other_nodes"] == apart["copies"] > together["copies_to_other_nodes"] == 0
+    faster = [f"K={k}" for k, ratio in together["all_reduce_over_all_to_all"]["same"].items() if ratio < 0.99]
+    faster += [f"T={t}" for t, ratio in together["all_reduce_over_all_to_all"]["same_tokens"].items() if ratio < 0.99]
+    assert faster == ["T=1"]
+    assert "4 ranks, same tokens: all_reduce is faster at T=1" in ran.output.splitlines()
 
 
 def test_links_weights_and_cards_count(tmp_path: Path) -> None:

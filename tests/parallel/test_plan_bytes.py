@@ -10,7 +10,7 @@ from torch import Tensor
 
 import parallel_counted
 from executors._plan import traffic
-from executors._plan.traffic import WAYS, Sizes, Way, messages
+from executors._plan.traffic import WAYS, RowSizes, Way, messages
 from executors._plan.world import World, world_of
 from moe_ref.conformance.parallel.cluster import Cluster
 from parallel_counted import Sent
@@ -45,7 +45,7 @@ def counts() -> Iterator[Counts]:
 def differences(counts: Counts, ranks: int, way: Way) -> list[str]:
     """Exchanges of which plan and processes differ in number or in bytes."""
     of_x, of_weights = DTYPES[ranks]
-    world, sizes = world_of(ids_of(ranks), ranks, EXPERTS), Sizes(HIDDEN, of_x.itemsize, of_weights.itemsize)
+    world, sizes = world_of(ids_of(ranks), ranks, EXPERTS), RowSizes(HIDDEN, of_x.itemsize, of_weights.itemsize)
     out = []
     for backward in (False, True):
         expected = messages(world, way, sizes, backward)
@@ -66,15 +66,15 @@ def test_bytes_are_those_of_processes(counts: Counts, ranks: int, way: Way) -> N
     assert differences(counts, ranks, way) == []
 
 
-def transposed(world: World, way: Way, sizes: Sizes) -> np.ndarray:
+def transposed(world: World, way: Way, sizes: RowSizes) -> np.ndarray:
     return world.slots * sizes.row if way.returns == "slot" else world.rows * sizes.sum
 
 
-def without_rows_that_meet(world: World, way: Way, sizes: Sizes) -> np.ndarray:
+def without_rows_that_meet(world: World, way: Way, sizes: RowSizes) -> np.ndarray:
     return world.slots.T * (sizes.row if way.returns == "slot" else sizes.sum)
 
 
-def in_dtype_of_x(world: World, way: Way, sizes: Sizes) -> np.ndarray:
+def in_dtype_of_x(world: World, way: Way, sizes: RowSizes) -> np.ndarray:
     return world.slots.T * sizes.row if way.returns == "slot" else world.rows.T * sizes.row
 
 
