@@ -95,6 +95,8 @@ def test_the_slowest_rank_and_link_decide() -> None:
     assert slow.link_seconds(sent) == 100.0  # rank 0 and rank 1 need 900 / 9, rank 1 and rank 2 100 / 2
     assert slow.link_seconds(sent.T) == 100.0
     assert replace(slow, across=Link("", "", 0.5, "")).link_seconds(sent) == 200.0
+    meet = np.array([[0, 500, 0], [0, 0, 0], [0, 400, 0]])
+    assert replace(slow, per_node=3).link_seconds(meet) == replace(slow, per_node=3).link_seconds(meet.T) == 100.0
 
 
 def test_least_times_of_products_by_hand() -> None:
@@ -107,6 +109,9 @@ def test_least_times_of_products_by_hand() -> None:
     assert products.product_seconds(by_hand(), shape, DENSE, True) == 2 * 4 * 2 * 3 * 16 * 32
     assert by_memory.product_seconds(by_hand(), shape, DENSE, False) == 2 * 2 * 3 * 16 * 32
     assert by_memory.product_seconds(by_hand(), shape, DENSE, True) == 2 * 2 * 2 * 3 * 16 * 32
+    one = world_of([torch.tensor([[0]])], 1, 4)  # of four experts one has a slot, and all have gradients
+    assert by_memory.product_seconds(one, shape, DENSE, False) == 2 * 3 * 16 * 32
+    assert by_memory.product_seconds(one, shape, DENSE, True) == (1 + 4) * 2 * 3 * 16 * 32
     frozen = Storage(0.5, frozen=True)
     assert products.product_seconds(by_hand(), shape, frozen, True) == 4 * 2 * 3 * 16 * 32
     assert by_memory.product_seconds(by_hand(), shape, frozen, True) == 2 * 3 * 16 * 32 / 2
@@ -207,6 +212,7 @@ def test_a_plan_is_printed_drawn_and_written(tmp_path: Path) -> None:
     assert [own["ranks"] for own in found["plans"]] == [1, 2, 12]
     assert [own["idle"] for own in found["plans"]] == [0, 0, 4]
     assert found["plans"][1]["memory"]["slot"]["weights"] == 4 * 2 * 3 * 4096 * 14336
+    assert found["plans"][2]["memory"]["rank"]["weights"] == 2 * 3 * 4096 * 14336  # not that of an idle rank
     alone, two, twelve = (own["ways"] for own in found["plans"])
     assert all(way["forward"]["sent"] == way["forward"]["seconds"] == 0 for way in alone)
     assert [(way["dispatch"], way["returns"]) for way in two] == [*WAYS]
