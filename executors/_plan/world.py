@@ -129,7 +129,8 @@ def world_of(ids: Sequence[Tensor], ranks: int, experts: int) -> World:
     real = [own[(own >= 0) & (own < experts)] for own in ids[:ranks]]  # others name empty slots (R7)
     loads = [torch.bincount(own, minlength=experts).numpy() for own in real]
     which = [rank % len(found) for rank in range(ranks)]
-    rows, slots = (np.stack([getattr(own, name).numpy() for own in found])[which] for name in ("rows", "slots"))
+    rows = np.stack([own.needed.sum(1).numpy() for own in found])[which]
+    slots = np.stack([own.slots.numpy() for own in found])[which]
     return World(parts, [ids[own] for own in which], rows, slots, np.stack(loads)[which].sum(0))
 
 
