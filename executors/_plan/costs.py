@@ -97,9 +97,10 @@ def memories(world: World, shape: Shape, storage: Storage, way: Way, sizes: RowS
     out = np.maximum(rows_sent + rows, rows + slots) * sizes.row  # the rows to send, those received, those of slots
     if way.returns == "slot":  # all slots' results there, then here, on a grid [T, K, H], and two sums while they add
         back = (slots + slots_sent + world.tokens * world.top_k) * sizes.row + 2 * world.tokens * sizes.sum
-    else:  # a grid [rows, K, H] and sums there; here sums received, their total, and those of one rank while it adds
-        here = rows_sent + world.tokens + world.rows.max(1)
-        back = (slots + rows * world.top_k) * sizes.row + (rows + np.maximum(rows, here)) * sizes.sum
+    else:  # a grid [rows, K, H] and two sums there; then sums sent, received, their total, and a rank's while it adds
+        there = rows * (world.top_k * sizes.row + 2 * sizes.sum)
+        here = (rows + rows_sent + world.tokens + world.rows.max(1)) * sizes.sum
+        back = slots * sizes.row + np.maximum(there, here)
     kept = slots * (sizes.row + 2 * shape.intermediate * sizes.number)
     own = np.diff(world.experts.offsets)
     weights = own * expert_bytes(shape, storage)
