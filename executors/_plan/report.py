@@ -26,6 +26,8 @@ a model: tokens ({batches} batches of the bundled text, which ranks share), memo
 copies: other ranks to which a token goes; far: those of them on other nodes
 slots, rows: those that a rank's experts do, and those it receives: the most
   over the mean of all ranks, with ranks that have no experts
+max_slots: the least that this option of the executor may be, and what each rank
+  sends forward then, by slots or ranks, whichever is less
 MB: of the rank with most; mean: sent, of all ranks; small: ids, weights and
   what ranks compare; back: sent in the backward pass. Under all_to_all each
   rank has T tokens, under all_reduce all have the same T: compared below
@@ -59,7 +61,7 @@ def tables(plan: PlanSettings, found: Sequence[RanksPlan]) -> list[Table]:
     """Balance, memory, bytes and times, and the verdict."""
     return [
         _rows(
-            ("ranks", "experts", "idle", "copies", "far", "slots", "rows"),
+            ("ranks", "experts", "idle", "copies", "far", "slots", "rows", "max_slots", "MB"),
             [_balance(plan, own) for own in found],
         ),
         _rows(
@@ -139,6 +141,8 @@ def _plan_json(plan: PlanSettings, own: RanksPlan) -> dict[str, Any]:
         "rows_sent_over_mean": own.sent_over_mean,
         "slots": own.world.received_slots.tolist(),
         "products": {"forward": forward, "backward": backward},
+        "least_max_slots": own.world.least_bound,
+        "bounded": {returns: asdict(found) for returns, found in own.bounded.items()},
         "memory": {returns: asdict(used) | {"total": used.total} for returns, used in own.memory.items()},
         "ways": [
             {**way.way._asdict(), "counted_rank": way.rank, "forward": asdict(way.forward)}
@@ -156,7 +160,9 @@ def _plan_json(plan: PlanSettings, own: RanksPlan) -> dict[str, Any]:
 def _balance(plan: PlanSettings, own: RanksPlan) -> tuple[str, ...]:
     most = len(own.world.experts.experts(0))
     values = (own.world.copies, _far(plan, own), own.slots_over_mean, own.rows_over_mean)
-    return str(own.ranks), str(most), str(own.world.idle), *(f"{value:.2f}" for value in values)
+    figures = [f"{value:.2f}" for value in values]
+    bound = str(own.world.least_bound), _figure(min(each.sent for each in own.bounded.values()) / MB)
+    return str(own.ranks), str(most), str(own.world.idle), *figures, *bound
 
 
 def _far(plan: PlanSettings, own: RanksPlan) -> float:

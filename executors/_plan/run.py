@@ -111,6 +111,7 @@ class RanksPlan:
         ways: costs of each.
         products: least seconds of the slowest rank's products, forward and backward.
         memory: of the rank that needs most, by what comes back.
+        bounded: bytes forward, with the least ``max_slots``, by what comes back.
         own: least time under "all_reduce" over that under "all_to_all", forward, where each rank has its T tokens and
             keeps their results.
         same: the same where all ranks have the same T tokens and all need the results, by K.
@@ -121,6 +122,7 @@ class RanksPlan:
     ways: list[WayCosts]
     products: tuple[float, float]
     memory: dict[str, RankMemory]
+    bounded: dict[str, PassBytes]
     own: float
     same: dict[int, float]
     same_tokens: dict[int, float]
@@ -192,6 +194,7 @@ def _on(
         ways,
         (products[0], products[1]),
         {way.returns: _most(memories(world, shape, plan.storage, way, sizes)) for way in TO_ALL},
+        {way.returns: _bounded(plan, world, way) for way in TO_ALL},
         own_tokens(machine, world, sizes),
         {k: same_tokens(machine, common[: plan.tokens, :k], ranks, shape.experts, sizes) for k in top_ks},
         {
@@ -199,6 +202,10 @@ def _on(
             for tokens in OTHER_TOKENS
         },
     )
+
+
+def _bounded(plan: PlanSettings, world: World, way: Way) -> PassBytes:
+    return _pass(plan.machine, messages(world.bounded(world.least_bound), way, plan.sizes, False), 0)
 
 
 def _most(each: list[RankMemory]) -> RankMemory:

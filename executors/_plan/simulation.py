@@ -50,12 +50,15 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         world: of all ranks.
         rank: this one.
+        sizes: [W, n] those that each rank tells; None where none does, or hears.
         found: the exchanges so far.
     """
 
-    def __init__(self, world: World, rank: int) -> None:
+    def __init__(self, world: World, rank: int, way: Way) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.world, self.rank = world, rank
+        are_told = way.dispatch == "all_to_all" and world.max_slots is None
+        self.sizes = torch.from_numpy(np.concatenate([world.rows, world.slots], axis=1)) if are_told else None
         self.found: list[Exchange] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,11 +72,10 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
     def _gather(self, out: list[list[Tensor]], own: Tensor) -> tuple[list[list[Tensor]], Any]:
-        sizes = np.concatenate([self.world.rows, self.world.slots], axis=1)
         for rank, row in enumerate(out[0]):
             row.copy_(own)
-            if not self.found and own[-sizes.shape[1] :].any():  # no sizes travel under "all_reduce"
-                row[-sizes.shape[1] :] = torch.from_numpy(sizes[rank])
+            if self.sizes is not None and not self.found:
+                row[-self.sizes.shape[1] :] = self.sizes[rank]
         self._add([own.nbytes] * len(out[0]), [row.nbytes for row in out[0]])
         return out, _completed()
 
@@ -112,8 +114,9 @@ def count(world: World, rank: int, way: Way, hidden: int, dtype: torch.dtype, of
     )
     x = torch.zeros(ids.shape[0], hidden, dtype=dtype).requires_grad_()
     topk_weights = torch.zeros(ids.shape, dtype=of_weights).requires_grad_()
-    with _fake_group(rank, world.ranks), _Counting(world, rank) as counting:
-        executor = ExpertParallel("native", None, *way, num_experts=world.experts.num_experts)  # type: ignore[arg-type]
+    with _fake_group(rank, world.ranks), _Counting(world, rank, way) as counting:
+        options = {"num_experts": world.experts.num_experts, "max_slots": world.max_slots}
+        executor = ExpertParallel("native", None, *way, **options)  # type: ignore[arg-type]
         y = executor.experts(x, topk_ids=ids, topk_weights=topk_weights, weights=weights)
         forward = list(counting.found)
         y.backward(torch.zeros_like(y))  # type: ignore[no-untyped-call]

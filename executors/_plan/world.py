@@ -67,6 +67,7 @@ class World:
         rows: [W, W] how many rows rank s sends to rank r, itself included.
         slots: [W, W] how many slots.
         load: [E] slots of each expert.
+        max_slots: None, or what ``rows`` and ``slots`` are all filled up to.
     """
 
     experts: ExpertMap
@@ -74,6 +75,17 @@ class World:
     rows: np.ndarray
     slots: np.ndarray
     load: np.ndarray
+    max_slots: int | None = None
+
+    def bounded(self, max_slots: int) -> World:
+        """The same tokens where each rank sends so many rows and slots to each, as the executor's option fills up."""
+        filled = np.full_like(self.slots, max_slots)
+        return replace(self, rows=filled, slots=filled, max_slots=max_slots)
+
+    @property
+    def least_bound(self) -> int:
+        """The most slots that a rank sends to another, itself included: the least ``max_slots``."""
+        return int(self.slots.max())
 
     @property
     def ranks(self) -> int:

@@ -42,6 +42,16 @@ def test_the_simulated_executor_sends_what_formulas_say(way: Way, ranks: int, ex
             run.check(world, rank, way, RowSizes(hidden, 2, 4), torch.float32)
 
 
+@pytest.mark.parametrize("way", TO_ALL, ids=str)
+def test_the_simulated_executor_with_a_bound(way: Way) -> None:
+    world = world_of(ids_of(5, 4, 6, 3), 5, 6)
+    most = world.least_bound
+    for rank in range(5):
+        run.check(world.bounded(most), rank, way, RowSizes(8), torch.float32)
+    with pytest.raises(RuntimeError, match=f"max_slots={most - 1}"):
+        run.check(world.bounded(most - 1), int(world.slots.max(1).argmax()), way, RowSizes(8), torch.float32)
+
+
 def test_wrong_formulas_end_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     world = world_of(ids_of(3, 4, 5, 2), 3, 5)
     monkeypatch.setattr(traffic, "HEAD", 8)

@@ -18,7 +18,9 @@ from parallel_counted import Sent
 TOKENS, EXPERTS, TOP_K, HIDDEN = (7, 0, 12, 3), 10, 3, 20
 DTYPES = {2: (torch.bfloat16, torch.float32), 4: (torch.float32, torch.bfloat16)}  # of x, and of slots' weights
 
-Counts = Callable[[int, Way], list[tuple[list[Sent], list[Sent]]]]
+BOUND = 30  # of slots, which no rank exceeds
+
+Counts = Callable[[int, Way, int | None], list[tuple[list[Sent], list[Sent]]]]
 
 
 def ids_of(ranks: int, experts: int = EXPERTS) -> list[Tensor]:
@@ -35,21 +37,22 @@ def counts() -> Iterator[Counts]:
     with Cluster(4) as cluster:
 
         @cache
-        def count(ranks: int, way: Way) -> list[tuple[list[Sent], list[Sent]]]:
-            arguments = (ids_of(ranks), *way, EXPERTS, HIDDEN, DTYPES[ranks])
+        def count(ranks: int, way: Way, bound: int | None) -> list[tuple[list[Sent], list[Sent]]]:
+            arguments = (ids_of(ranks), *way, EXPERTS, HIDDEN, DTYPES[ranks], bound)
             return cluster.run(parallel_counted.counted, *arguments, ranks=ranks)
 
         yield count
 
 
-def differences(counts: Counts, ranks: int, way: Way) -> list[str]:
+def differences(counts: Counts, ranks: int, way: Way, bound: int | None = None) -> list[str]:
     """Exchanges of which plan and processes differ in number or in bytes."""
     of_x, of_weights = DTYPES[ranks]
     world, sizes = world_of(ids_of(ranks), ranks, EXPERTS), RowSizes(HIDDEN, of_x.itemsize, of_weights.itemsize)
+    world = world.bounded(bound) if bound else world
     out = []
     for backward in (False, True):
         expected = messages(world, way, sizes, backward)
-        for rank, found in enumerate(counts(ranks, way)):
+        for rank, found in enumerate(counts(ranks, way, bound)):
             own = found[backward]
             if len(own) != len(expected):
                 out.append(f"rank {rank} has {len(own)} exchanges, not {len(expected)}")
@@ -64,6 +67,12 @@ def differences(counts: Counts, ranks: int, way: Way) -> list[str]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_bytes_are_those_of_processes(counts: Counts, ranks: int, way: Way) -> None:
     assert differences(counts, ranks, way) == []
+
+
+@pytest.mark.parametrize("way", WAYS[:2], ids=str)
+def test_bytes_are_those_of_processes_with_a_bound(counts: Counts, way: Way) -> None:
+    assert differences(counts, 2, way, BOUND) == []
+    assert world_of(ids_of(2), 2, EXPERTS).least_bound < BOUND
 
 
 def transposed(world: World, way: Way, sizes: RowSizes) -> np.ndarray:

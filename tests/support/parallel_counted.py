@@ -27,6 +27,7 @@ def counted(
     experts: int,
     hidden: int,
     dtypes: tuple[torch.dtype, torch.dtype],
+    max_slots: int | None = None,
 ) -> tuple[list[Sent], list[Sent]]:
     """The exchanges of a call and of its backward pass, one by one.
 
@@ -37,6 +38,7 @@ def counted(
         experts: E.
         hidden: H.
         dtypes: of x and projections, and of the slots' weights.
+        max_slots: option of the executor.
     """
     own = ids[dist.get_rank(group) if dispatch == "all_to_all" else 0]
     generator = torch.Generator().manual_seed(0)
@@ -50,7 +52,8 @@ def counted(
         config=MoEConfig(own.shape[1]),
     )
     part, _ = shard(whole, group)
-    executor = ExpertParallel("native", group, dispatch, returns, num_experts=experts)  # type: ignore[arg-type]
+    options = {"num_experts": experts, "max_slots": max_slots}
+    executor = ExpertParallel("native", group, dispatch, returns, **options)  # type: ignore[arg-type]
     x, topk_weights = normal(len(own), hidden), normal(*own.shape, dtype=dtypes[1])
     with counting(group) as found:
         y = executor.experts(x, topk_ids=own, topk_weights=topk_weights, weights=part)
