@@ -1,6 +1,6 @@
 """The bytes of a plan are those that 2 and 4 processes send and receive, exchange by exchange."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
@@ -32,16 +32,15 @@ def ids_of(ranks: int, experts: int = EXPERTS) -> list[Tensor]:
 
 
 @pytest.fixture(scope="module")
-def counts() -> Iterator[Counts]:
-    """What all ranks counted, for so many ranks and a way."""
-    with Cluster(4) as cluster:
+def counts(cluster: Cluster) -> Counts:
+    """What all ranks counted, for so many ranks, a way and a bound: once for all tests."""
 
-        @cache
-        def count(ranks: int, way: Way, bound: int | None) -> list[tuple[list[Sent], list[Sent]]]:
-            arguments = (ids_of(ranks), *way, EXPERTS, HIDDEN, DTYPES[ranks], bound)
-            return cluster.run(parallel_counted.counted, *arguments, ranks=ranks)
+    @cache
+    def count(ranks: int, way: Way, bound: int | None) -> list[tuple[list[Sent], list[Sent]]]:
+        arguments = (ids_of(ranks), *way, EXPERTS, HIDDEN, DTYPES[ranks], bound)
+        return cluster.run(parallel_counted.counted, *arguments, ranks=ranks)
 
-        yield count
+    return count
 
 
 def differences(counts: Counts, ranks: int, way: Way, bound: int | None = None) -> list[str]:
