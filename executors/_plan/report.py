@@ -204,7 +204,9 @@ def _rows(names: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[in
 
 
 def _figure(number: float) -> str:
-    """Three digits, or all before the point; two of what is small."""
+    """Three digits, or all before the point; fewer of what is small."""
+    if 0 < number < 0.00095:
+        return f"{number:.0e}"
     return f"{number:.2g}" if number < 0.0995 else f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
 
 

@@ -232,6 +232,14 @@ def test_a_plan_is_printed_drawn_and_written(tmp_path: Path) -> None:
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_tables_fit_whatever_is_in_them() -> None:
+    for asked in (("--tokens", "1", "--ranks", "4"), ("--tokens", "300", "--ranks", "40", "--across", "ethernet-100g")):
+        ran = planned("--layer", "gpt-oss-20b", "--routing", "skewed", *asked)
+        assert ran.exit_code == 0
+        assert max(map(len, ran.output.splitlines())) <= 80
+        assert "…" not in ran.output
+
+
 def test_copies_to_other_nodes_and_crossings(tmp_path: Path) -> None:
     def figures(per_node: int) -> tuple[Result, dict[str, Any]]:
         path = tmp_path / "plan.json"
