@@ -102,7 +102,9 @@ def test_bugs_are_seen(cluster: Cluster, mutant: object, split: Split) -> None:
 def test_the_executor_inside_may_declare_little(cluster: Cluster, returns: str) -> None:
     """Ranks without tokens, duplicate ids and empty slots never reach it, if tokens go to the ranks of their experts."""
     problem = replace(SHARED, entry="experts", cut_points=True, empty_slots=True, ids_dtype="int64")
-    check_parallel(executors.get("native"), cluster, "native", problem, Split((0, 9), "all_to_all", returns), make=plain)
+    check_parallel(
+        executors.get("native"), cluster, "native", problem, Split((0, 9), "all_to_all", returns), make=plain
+    )
     with pytest.raises(ConformanceError, match="dispatch='all_reduce': must be 'all_to_all' for plain: no empty slots"):
         check_parallel(
             executors.get("native"), cluster, "native", problem, Split((2,), "all_reduce", returns), make=plain
