@@ -1,4 +1,4 @@
-"""What executors may leave out of the specification: the suite keeps within it, says so, and judges what is declared."""
+"""What executors may leave out of the specification: the suite keeps within it, says so, and judges the rest."""
 
 import json
 import subprocess

@@ -100,7 +100,7 @@ def test_bugs_are_seen(cluster: Cluster, mutant: object, split: Split) -> None:
 
 @pytest.mark.parametrize("returns", ["slot", "rank"])
 def test_the_executor_inside_may_declare_little(cluster: Cluster, returns: str) -> None:
-    """Ranks without tokens, duplicate ids and empty slots never reach it, if tokens go to the ranks of their experts."""
+    """Ranks without tokens, duplicate ids and empty slots never reach it, if tokens go to their experts' ranks."""
     problem = replace(SHARED, entry="experts", cut_points=True, empty_slots=True, ids_dtype="int64")
     check_parallel(
         executors.get("native"), cluster, "native", problem, Split((0, 9), "all_to_all", returns), make=plain
