@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,34 +48,34 @@ class Word:
         return Declaring("wrong" if wrong else "right", inner, declared=able, **changes)
 
 
-def with_config(**changes: Any) -> SlotChange:
+def with_config(
+    changes: dict[str, Any], inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights
+) -> Tensor:
     """Ignores a part of the configuration."""
-
-    def change(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-        own = changes if weights.config.gated else {}
-        return experts(inner, x, ids, w, configured(weights, **own))
-
-    return change
+    own = changes if weights.config.gated else {}
+    return experts(inner, x, ids, w, configured(weights, **own))
 
 
-def with_parameters(names: tuple[str, ...], change: Callable[[Tensor, Tensor], Tensor]) -> SlotChange:
-    """Reads some parameters in another way: (parameter, x) -> parameter."""
+def with_parameters(
+    names: tuple[str, ...],
+    change: Callable[[Tensor], Tensor],
+    inner: Executor,
+    x: Tensor,
+    ids: Tensor,
+    w: Tensor,
+    weights: MoEWeights,
+) -> Tensor:
+    """Reads some parameters in another way."""
+    own = {name: change(value) for name, value in weights.parameters().items() if name in names}
+    return experts(inner, x, ids, w, weights.with_parameters(own))
 
-    def changed(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-        own = {name: change(value, x) for name, value in weights.parameters().items() if name in names}
-        return experts(inner, x, ids, w, weights.with_parameters(own))
 
-    return changed
-
-
-def with_nf4(change: Callable[[NF4Tensor], NF4Tensor]) -> SlotChange:
+def with_nf4(
+    change: Callable[[NF4Tensor], NF4Tensor], inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights
+) -> Tensor:
     """Reads projections in NF4 and FP4 in another way."""
-
-    def changed(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
-        own = {name: change(value) for name, value in weights.packed().items() if isinstance(value, NF4Tensor)}
-        return experts(inner, x, ids, w, weights.with_parameters(own))
-
-    return changed
+    own = {name: change(value) for name, value in weights.packed().items() if isinstance(value, NF4Tensor)}
+    return experts(inner, x, ids, w, weights.with_parameters(own))
 
 
 def without_biases(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
@@ -106,9 +107,9 @@ def tail_of_hidden_dropped(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, w
     return experts(inner, x * kept, ids, w, weights)
 
 
-def tail_of_intermediate_dropped(value: Tensor, x: Tensor) -> Tensor:
+def tail_of_intermediate_dropped(value: Tensor) -> Tensor:
     """Adds whole tiles of I alone."""
-    return value * (torch.arange(value.shape[2], device=x.device) < value.shape[2] // UNIT * UNIT)
+    return value * (torch.arange(value.shape[2], device=value.device) < value.shape[2] // UNIT * UNIT)
 
 
 def fails_without_tokens(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
@@ -140,7 +141,7 @@ def offset_forgotten(tensor: NF4Tensor) -> NF4Tensor:
     return tensor if tensor.nested_offset is None else replace(tensor, nested_offset=0 * tensor.nested_offset)
 
 
-def in_bf16(value: Tensor, x: Tensor) -> Tensor:
+def in_bf16(value: Tensor) -> Tensor:
     return value.bfloat16().to(value.dtype)
 
 
@@ -149,26 +150,30 @@ BIASES: dict[str, Any] = {"gate_up_bias": True, "down_bias": True}
 SHARP = (("gate_up_proj", 2),)
 WORDS = {
     "alphas": Word(
-        {"alphas": frozenset({1.0})}, replace(BASE, config=MoEConfig(2, alpha=1.702)), with_config(alpha=1.0)
+        {"alphas": frozenset({1.0})},
+        replace(BASE, config=MoEConfig(2, alpha=1.702)),
+        partial(with_config, {"alpha": 1.0}),
     ),
     "limits": Word(
         {"limits": frozenset({None}), "late_clamp": False},
         replace(BASE, config=MoEConfig(2, limit=1.0), powers=SHARP),
-        with_config(limit=None, clamp="before"),
+        partial(with_config, {"limit": None, "clamp": "before"}),
     ),
     "up_offsets": Word(
-        {"up_offsets": frozenset({0.0})}, replace(BASE, config=MoEConfig(2, up_offset=1.0)), with_config(up_offset=0.0)
+        {"up_offsets": frozenset({0.0})},
+        replace(BASE, config=MoEConfig(2, up_offset=1.0)),
+        partial(with_config, {"up_offset": 0.0}),
     ),
     "gate_up_layouts": Word(
         {"gate_up_layouts": frozenset({"concatenated"})},
         replace(BASE, config=MoEConfig(2, gate_up_layout="interleaved")),
-        with_config(gate_up_layout="concatenated"),
+        partial(with_config, {"gate_up_layout": "concatenated"}),
     ),
     "biases": Word({"biases": False}, replace(BASE, **BIASES), without_biases),
     "bias_dtypes": Word(
         {"bias_dtypes": frozenset({"bfloat16"})},
         replace(BASE, **BIASES),
-        with_parameters(("gate_up_proj_bias", "down_proj_bias"), in_bf16),
+        partial(with_parameters, ("gate_up_proj_bias", "down_proj_bias"), in_bf16),
     ),
     "router_logits_dtypes": Word(
         {"router_logits_dtypes": frozenset({"bfloat16"})}, replace(BASE, entry="layer"), layer=logits_in_bf16
@@ -184,7 +189,7 @@ WORDS = {
     "lora_dtypes": Word(
         {"lora_dtypes": frozenset({"bfloat16"})},
         replace(BASE, gate_up_rank=4, down_rank=4),
-        with_parameters(LORA_FACTORS, in_bf16),
+        partial(with_parameters, LORA_FACTORS, in_bf16),
     ),
     "strided x": Word(
         {"strided": frozenset({"routing", "weights"})}, replace(BASE, x_layout="sliced"), x_as_contiguous
@@ -197,19 +202,19 @@ WORDS = {
     "strided weights": Word(
         {"strided": frozenset({"x", "routing"})},
         replace(BASE, weights_layout="transposed"),
-        with_parameters(EVERY_PARAMETER, lambda value, x: as_contiguous(value)),
+        partial(with_parameters, EVERY_PARAMETER, as_contiguous),
     ),
     "align_hidden": Word({"align_hidden": UNIT}, BASE, tail_of_hidden_dropped),
     "align_intermediate": Word(
-        {"align_intermediate": UNIT}, BASE, with_parameters(("down_proj",), tail_of_intermediate_dropped)
+        {"align_intermediate": UNIT}, BASE, partial(with_parameters, ("down_proj",), tail_of_intermediate_dropped)
     ),
     "empty_batch": Word({"empty_batch": False}, replace(BASE, tokens=0), fails_without_tokens, raises=RuntimeError),
     "empty_slots": Word({"empty_slots": False}, replace(BASE, empty_slots=True), empty_slot_counts),
     "duplicate_ids": Word({"duplicate_ids": False}, replace(BASE, cut_points=True), duplicates_count_once),
-    "blocksizes": Word({"blocksizes": frozenset({64})}, replace(IN_NF4, blocksize=32), with_nf4(scales_of_64)),
-    "nested": Word({"nested": frozenset()}, replace(IN_NF4, nested="one"), with_nf4(offset_forgotten)),
+    "blocksizes": Word({"blocksizes": frozenset({64})}, replace(IN_NF4, blocksize=32), partial(with_nf4, scales_of_64)),
+    "nested": Word({"nested": frozenset()}, replace(IN_NF4, nested="one"), partial(with_nf4, offset_forgotten)),
     "nested per expert": Word(
-        {"nested": frozenset({"one"})}, replace(IN_NF4, nested="per expert"), with_nf4(offset_of_the_first)
+        {"nested": frozenset({"one"})}, replace(IN_NF4, nested="per expert"), partial(with_nf4, offset_of_the_first)
     ),
 }
 
