@@ -182,7 +182,7 @@ WORDS = {
         {"topk_weights_dtypes": frozenset({"bfloat16"}), "routing": False}, BASE, weights_in_bf16
     ),
     "topk_ids_dtypes": Word(
-        {"topk_ids_dtypes": frozenset({"int32"})},
+        {"topk_ids_dtypes": frozenset({"int32"}), "routing": False},
         replace(BASE, tokens=33, empty_slots=True),
         ids_read_as_int32,
     ),
