@@ -50,7 +50,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         world: of all ranks.
         rank: this one.
-        sizes: [W, n] those that each rank tells; None where none does, or hears.
+        sizes: [W, 2] rows and slots that each rank sends to this one; None where they are not told.
         found: the exchanges so far.
     """
 
@@ -58,31 +58,27 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.world, self.rank = world, rank
         are_told = way.dispatch == "all_to_all" and world.max_slots is None
-        self.sizes = torch.from_numpy(np.concatenate([world.rows, world.slots], axis=1)) if are_told else None
+        told = np.stack([world.rows[:, rank], world.slots[:, rank]], axis=1)
+        self.sizes = torch.from_numpy(told) if are_told else None
         self.found: list[Exchange] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Any operator: collectives are counted, others run."""
-        if func is torch.ops.c10d.allgather_.default:
-            return self._gather(args[0], args[1][0])
         if func is torch.ops.c10d.alltoall_base_.default:
             return self._exchange(*args[:2], *args[3:5])
         if func.namespace == "c10d":
             raise NotImplementedError(f"{func}: must be counted, too")
         return func(*args, **(kwargs or {}))
 
-    def _gather(self, out: list[list[Tensor]], own: Tensor) -> tuple[list[list[Tensor]], Any]:
-        for rank, row in enumerate(out[0]):
-            row.copy_(own)
-            if self.sizes is not None and not self.found:
-                row[-self.sizes.shape[1] :] = self.sizes[rank]
-        self._add([own.nbytes] * len(out[0]), [row.nbytes for row in out[0]])
-        return out, _completed()
-
     def _exchange(self, received: Tensor, sent: Tensor, receive: list[int], send: list[int]) -> Any:
         row = sent.shape[1] * sent.element_size()
+        if sent.dtype == torch.int64:  # a comparison: all else travels as bytes
+            received.copy_(sent)
+            if self.sizes is not None and not self.found:
+                received[:, -2:] = self.sizes
+        else:
+            received.zero_()
         self._add([row * count for count in send], [row * count for count in receive])
-        received.zero_()
         return _completed()
 
     def _add(self, sent: list[int], received: list[int]) -> None:

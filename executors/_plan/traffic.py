@@ -104,7 +104,7 @@ def reduced(tokens: int, top_k: int, ranks: int, returns: str, sizes: RowSizes, 
 
 def _compared(ranks: int) -> np.ndarray:
     """[W, W] bytes by which ranks compare what they pass and tell their sizes."""
-    return np.full((ranks, ranks), NUMBER * (2 + 3 + 2 * ranks))
+    return np.full((ranks, ranks), NUMBER * 7)
 
 
 def _returned(world: World, way: Way, sizes: RowSizes) -> np.ndarray:

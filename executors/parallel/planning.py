@@ -44,16 +44,6 @@ def sending(ids: Tensor, experts: ExpertMap) -> Sending:
     return Sending(owner, needed, each.sum(1))
 
 
-def _sizes(needs: Needs, device: torch.device, *counts: Tensor) -> Tensor:
-    """[3 + n] what each rank tells the others."""
-    return torch.cat([numbers(needs, device), *counts])
-
-
-def _needs(sizes: list[list[int]]) -> Needs:
-    """What any rank needs."""
-    return Needs(*(any(own[place] for own in sizes) for place in range(3)))
-
-
 def all_to_all(wire: Wire, call: Call, needs: Needs, ids: Tensor, experts: ExpertMap, by_rank: bool) -> AllToAll:
     """The transport of this rank's ids [T, K]. The host waits once, for all ranks' sizes, or not, if they have a bound.
 
@@ -69,8 +59,8 @@ def all_to_all(wire: Wire, call: Call, needs: Needs, ids: Tensor, experts: Exper
         row_tokens = _up_to(call.max_slots, needed, place)
         own_slots = _first(call.max_slots, owner, each)
     else:
-        told = agreed(wire, call, _sizes(needs, ids.device, needed.sum(1), each))
-        needs, rows, slots = _needs(told), *_between(wire, [own[3:] for own in told])
+        told = agreed(wire, call, needs, needed.sum(1), each)
+        needs, rows, slots = Needs(*told.needs), told.rows, told.slots
         row_tokens = torch.nonzero_static(needed, size=sum(rows[0]))[:, 1]
         own_slots = torch.argsort(owner, stable=True)[: sum(slots[0])]
     heads = _heads(own_slots, owner, place, ids, numbers(experts.offsets, ids.device))
@@ -92,13 +82,6 @@ def all_to_all(wire: Wire, call: Call, needs: Needs, ids: Tensor, experts: Exper
         by_rank,
         bool(call.max_slots),
     )
-
-
-def _between(wire: Wire, sizes: list[list[int]]) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
-    """How many rows and slots this rank sends to each and receives; ``sizes`` has [W] rows, then [W] slots of each."""
-    rank, ranks = wire.rank, wire.ranks
-    sent, received = sizes[rank], [(own[rank], own[ranks + rank]) for own in sizes]
-    return (sent[:ranks], [rows for rows, _ in received]), (sent[ranks:], [slots for _, slots in received])
 
 
 def _up_to(most: int, needed: Tensor, place: Tensor) -> Tensor:

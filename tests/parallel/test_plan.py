@@ -84,18 +84,18 @@ def test_rows_and_slots_by_hand() -> None:
 
 
 def test_bytes_by_hand() -> None:
-    """Rank 0 sends 2 rows of 10 bf16, 3 heads and 3 weights, and 1 result of rank 1; both compare 9 numbers."""
+    """Rank 0 sends 2 rows of 10 bf16, 3 heads and 3 weights, and 1 result of rank 1; both compare 7 numbers."""
     forward = traffic.messages(by_hand(), Way("all_to_all", "slot"), RowSizes(10, 2, 4), False)
-    assert [own.sent[0].tolist() for own in forward] == [[0, 72], [0, 36], [0, 40], [0, 12], [0, 20]]
+    assert [own.sent[0].tolist() for own in forward] == [[0, 56], [0, 36], [0, 40], [0, 12], [0, 20]]
     backward = traffic.messages(by_hand(), Way("all_to_all", "rank"), RowSizes(10, 2, 4), True)
-    assert [own.sent[1].tolist() for own in backward] == [[72, 0], [20, 0], [72, 0], [80, 0], [12, 0]]
-    assert traffic.by_name(backward, 1) == {"comparison": 144, "rows": 20, "results": 80, "weights": 12}
+    assert [own.sent[1].tolist() for own in backward] == [[56, 0], [20, 0], [56, 0], [80, 0], [12, 0]]
+    assert traffic.by_name(backward, 1) == {"comparison": 112, "rows": 20, "results": 80, "weights": 12}
 
 
 def test_bytes_under_all_reduce_by_hand() -> None:
     """Of three sums, the ranks add two and one: rank 0 sends one and gets one, then gives two and gets one."""
     found = traffic.reduced(3, 2, 2, "rank", RowSizes(10, 2, 4), False)
-    assert [own.sent.tolist() for own in found] == [[[0, 72], [72, 0]], [[0, 40], [80, 0]], [[0, 80], [40, 0]]]
+    assert [own.sent.tolist() for own in found] == [[[0, 56], [56, 0]], [[0, 40], [80, 0]], [[0, 80], [40, 0]]]
 
 
 def test_the_slowest_rank_and_link_decide() -> None:
@@ -226,7 +226,7 @@ def test_a_plan_is_printed_drawn_and_written(tmp_path: Path) -> None:
     alone, two, twelve = (own["ways"] for own in found["plans"])
     assert all(way["forward"]["sent"] == way["forward"]["seconds"] == 0 for way in alone)
     assert [(way["dispatch"], way["returns"]) for way in two] == [*WAYS]
-    assert two[3]["forward"]["sent"] == 20 * 4096 * 4 + 8 * 9
+    assert two[3]["forward"]["sent"] == 20 * 4096 * 4 + 8 * 7
     assert all(way["forward"]["sent"] >= way["forward"]["mean"] for way in twelve)
     assert {"own", "same", "same_tokens"} == found["plans"][2]["all_reduce_over_all_to_all"].keys()
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

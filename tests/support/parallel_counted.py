@@ -66,23 +66,22 @@ def counted(
 def counting(group: Any) -> Iterator[list[Sent]]:
     """Lets every collective through, and notes what it takes to and from each other rank."""
     rank, found = dist.get_rank(group), list[Sent]()
-    gather, exchange = dist.all_gather, dist.all_to_all_single
+    exchange = dist.all_to_all_single
 
     def note(sent: list[int], received: list[int]) -> None:
         sent[rank] = received[rank] = 0
         found.append((sent, received))
-
-    def all_gather(out: list[Tensor], own: Tensor, **options: Any) -> Any:
-        note([own.numel() * own.element_size()] * len(out), [row.numel() * row.element_size() for row in out])
-        return gather(out, own, **options)
 
     def all_to_all_single(there: Tensor, here: Tensor, receive: list[int], send: list[int], **options: Any) -> Any:
         note(*([own.numel() * own.element_size() for own in value.split(sizes)] for value, sizes in
                ((here, send), (there, receive))))  # fmt: skip
         return exchange(there, here, receive, send, **options)
 
-    changed = {"all_gather": all_gather, "all_to_all_single": all_to_all_single}
-    with mock.patch.multiple(dist, **changed), refusing("all_reduce", "reduce_scatter_tensor", "broadcast", "send"):
+    changed = {"all_to_all_single": all_to_all_single}
+    with (
+        mock.patch.multiple(dist, **changed),
+        refusing("all_gather", "all_reduce", "reduce_scatter_tensor", "broadcast", "send"),
+    ):
         yield found
 
 
