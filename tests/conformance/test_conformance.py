@@ -244,10 +244,23 @@ def test_each_exact_case_can_fail(case: str, dtype: str) -> None:
         "late_clamp_at_equality": mutant("late_clamp_without_slope"),
         "wide_combine": mutant("one_percent_more"),
         "plain_combine": mutant("one_percent_more"),
+        "plain_sums": mutant("hidden_tail_dropped"),
+        "plain_rows": mutant("weight_gradient_lacks_one_row"),
+        "plain_rows_of_biases": mutant("gate_up_bias_twice"),
+        "plain_rows_of_adapters": mutant("adapters_without_gradient"),
         "small_integers": mutant("another_activation"),
     }
     with pytest.raises(ConformanceError, match=case):
         check_exact(breakers[case], case, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sums_of_tiles_in_16_bits_are_seen(dtype: str) -> None:
+    """A gradient that adds up tiles of 32 rows in x's dtype: 512 ones after 256 would not show it."""
+    tiles = mutant("weight_gradients_in_x_dtype")
+    check_exact(tiles, "many_rows", dtype)
+    with pytest.raises(ConformanceError, match="plain_rows"):
+        check_exact(tiles, "plain_rows", dtype)
 
 
 def bf16_sums(inner: executors.Executor, x, ids, w, weights: MoEWeights):  # type: ignore[no-untyped-def]

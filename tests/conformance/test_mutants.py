@@ -32,6 +32,7 @@ SUMS = {  # errors that only a sum of ones sees for sure
     "combine_in_x_dtype": "plain_combine",
     "bias_gradients_in_x_dtype": "many_rows",
     "adapter_gradients_in_x_dtype": "many_rows_of_adapters",
+    "weight_gradients_in_x_dtype": "plain_rows",
 }
 FULL = MoEConfig(
     4,

@@ -49,13 +49,13 @@ def plant(shell: Shell) -> Iterator[None]:
 
 
 def test_a_failure_is_told_saved_and_then_expected(shell: Shell) -> None:
-    vectors, _quick, install, failing, expecting = commands()
+    vectors, _quick, _little, _gpu, install, failing, expecting = commands()
     assert "249 cases" in shell.passes(vectors)
     for _ in plant(shell):
         shell.passes(install)
         failed = shell.run(failing)
         assert failed.returncode == pytest.ExitCode.TESTS_FAILED
-        told, met = (block.text for block in blocks("text"))
+        *_declared, told, met = (block.text for block in blocks("text"))
         assert told in failed.stdout
         (folder,) = re.findall(r"saved: (.*)", told)
         assert (shell.folder / folder / "manifest.json").exists()
@@ -65,6 +65,23 @@ def test_a_failure_is_told_saved_and_then_expected(shell: Shell) -> None:
 @pytest.mark.nightly
 def test_the_quick_profile_passes(shell: Shell) -> None:
     assert re.search(r"my_loop: \d+ clauses hold, 16 not applicable", shell.passes(commands()[1]))
+
+
+def test_kernels_that_declare_little_are_judged_on_that(shell: Shell) -> None:
+    """Of the run that the page has, the exact cases: they take seconds."""
+    judged, refused = commands()[2:4]
+    ran = shell.passes(f"{judged} -k exact_cases")
+    for own in blocks("text")[:2]:
+        assert own.text in ran
+    assert "my_plain: no alpha; that part of E1 is not applicable" in ran
+    ran = shell.run(refused)
+    assert ran.returncode == pytest.ExitCode.USAGE_ERROR
+    assert blocks("text")[2].text.strip() in ran.stderr
+
+
+@pytest.mark.nightly
+def test_kernels_that_declare_little_pass(shell: Shell) -> None:
+    shell.passes(commands()[2])
 
 
 @pytest.mark.nightly

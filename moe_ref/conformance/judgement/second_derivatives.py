@@ -134,20 +134,17 @@ def second_derivatives(
     along = {
         n: torch.from_numpy(v).to(leaves[n]).reshape(leaves[n].shape) for n, v in directions.items() if n in leaves
     }
-    everything = leaves | {"dy": dy}
     try:
         first = torch.autograd.grad(y, [leaves[name] for name in along], dy, create_graph=True, allow_unused=True)
         pairs = zip(first, along.values(), strict=True)
         terms = [(g.double() * v.double()).sum() for g, v in pairs if g is not None and g.requires_grad]
-        if not terms:
-            return {name: np.zeros(tuple(leaf.shape)) for name, leaf in everything.items()}
-        found = torch.autograd.grad(sum(terms[1:], terms[0]), list(everything.values()), allow_unused=True)
+        if terms:  # backward, not grad: grad would not run what torch's once_differentiable leaves to raise the error
+            torch.autograd.backward(sum(terms[1:], terms[0]))
     except REFUSALS:
         return None
-    pairs_found = zip(everything.items(), found, strict=True)
     return {
-        name: np.zeros(tuple(leaf.shape)) if value is None else value.detach().double().cpu().numpy()
-        for (name, leaf), value in pairs_found
+        name: np.zeros(tuple(leaf.shape)) if leaf.grad is None else leaf.grad.double().cpu().numpy()
+        for name, leaf in (leaves | {"dy": dy}).items()
     }
 
 

@@ -53,7 +53,7 @@ def fitted(problem: Problem, able: Capabilities) -> Problem:
     """The problem in the sizes, dtypes, strides and forms that an executor declares; its features stay.
 
     Of the features only biases, empty slots and an expert in several slots are left out, which a problem may have
-    beside what it is about. A problem with powers of two is about the numbers of its activation, and keeps them.
+    beside what it is about.
     """
     unit = mxfp4.BLOCKSIZE if "mxfp4" in problem.kinds else 1
     problem = replace(
@@ -70,7 +70,7 @@ def fitted(problem: Problem, able: Capabilities) -> Problem:
     others |= {name: "contiguous" for name, argument in LAYOUTS.items() if argument not in able.strided}
     problem = replace(
         problem,
-        config=problem.config if problem.powers else _fitted_activation(problem.config, able),
+        config=_fitted_activation(problem.config, able),
         empty_slots=problem.empty_slots and able.empty_slots,
         cut_points=problem.cut_points and able.duplicate_ids,
         gate_up_bias=problem.gate_up_bias and able.biases,
