@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from moe_ref.conformance.reporting.order import cheap_first
 from moe_ref.conformance.reporting.reporter import EXPECTED, JUDGED, VECTORS, Reporter
 
 if TYPE_CHECKING:
@@ -154,6 +155,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("vector", metafunc.config.stash[VECTORS].entries)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs the suite's cheap tests first."""
+    cheap_first(items)
+
+
 def _usable(device: str) -> list[str]:
     import executors
 
@@ -184,10 +191,12 @@ def conformance_device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def judge(request: pytest.FixtureRequest, executor_name: str, executor: Executor, conformance_device: str) -> Judge:
     """Calls checks on the executor under judgement; what is expected to fail may."""
+    from moe_ref.conformance import profiles
     from moe_ref.conformance.reporting.judge import Judge
+    from moe_ref.conformance.reporting.search import Search
 
     own = [known for known in request.config.stash[EXPECTED] if known.executor == executor_name]
-    return Judge(executor_name, executor, conformance_device, own)
+    return Judge(executor_name, executor, conformance_device, own, search=Search(profiles.simplifying()))
 
 
 @pytest.fixture(scope="session")
