@@ -175,8 +175,8 @@ def check_errors(executor: Executor, device: str = "cpu") -> None:
         faults = (refusal_fault(executor, bad, argument, what) for what, bad, argument in cases)
         found += [(problem, fault) for fault in faults if fault is not None]
     if found:
-        (problem, first), *more = found
-        raise ConformanceError(executor, problem, *first, more=[fault for _, fault in more])
+        (problem, first), *others = found
+        raise ConformanceError(executor, problem, *first, more=[fault for _, fault in others])
 
 
 def check_refusal(executor: Executor, problem: Problem, bad: Inputs, argument: str, what: str) -> None:

@@ -30,6 +30,7 @@ class Judge:
         test: the name of the test that runs, such as "test_exact_cases[mine-long_sums-bfloat16]".
         met: expected failures that this test met.
         search: how far a failure of this test is still made simpler.
+        notes: is told each call before it is judged, lest it end the process.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Judge:
     test: str = ""
     met: list[Expected] = field(default_factory=list)
     search: Search = field(default_factory=Search)
+    notes: Callable[[str], None] | None = None
 
     def __repr__(self) -> str:
         """Without what the executor declares."""
@@ -66,6 +68,8 @@ class Judge:
         again = self._again(check, arguments)
         if not self.search.wants(again):
             return None
+        if self.notes is not None:
+            self.notes(again)
         try:
             with _noted(again):
                 return check(self.executor, *arguments, self.device)

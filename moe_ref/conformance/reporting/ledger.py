@@ -43,7 +43,7 @@ class Failure:
     def kind(self) -> str:
         """What it breaks and why, such as "breaks C1 (wrong values)"."""
         broken = ", ".join(self.breaks)
-        said = broken if broken.startswith("raises ") else f"breaks {broken}"
+        said = broken if broken.startswith(("raises ", "ends ")) else f"breaks {broken}"
         return f"{said} ({self.cause})" if self.cause else said
 
     @property
