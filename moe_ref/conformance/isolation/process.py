@@ -13,8 +13,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from moe_ref.conformance.isolation.worker import JUDGES, serve
+import pytest
 
+from moe_ref.conformance.isolation.worker import JUDGES
+
+WORKER = "moe_ref.conformance.isolation.worker"
 STARTING, ENDING = 600.0, 30.0  # seconds that a process may take to collect the tests, and to end
 LOOKING = 0.2  # seconds between looks whether it is still there: a child of its own may keep the pipe open
 TOLD = 20  # lines of what it printed
@@ -79,25 +82,25 @@ class TestProcess:
 
     def close(self) -> None:
         """Lets the process end, if there is one."""
-        if self._process is None or self._connection is None:
-            return
-        with suppress(OSError):  # it has ended
-            self._connection.send(None)
-        self._process.join(ENDING)
-        self._forget()
+        if self._process is not None and self._connection is not None:
+            with suppress(OSError):  # it has ended
+                self._connection.send(None)
+            self._process.join(ENDING)
+            self._forget()
         self._folder.cleanup()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads of torch, and JAX would hang
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, self.arguments, self._prints()))
+        self._process = context.Process(target=pytest.main, args=([*self.arguments, "-p", WORKER], [theirs]))
         self._process.start()
         theirs.close()
+        self._connection.send(self._prints())
         try:
             self._answer(STARTING)
         except EndedError as error:
             last = error.printed.splitlines()[-1:]
-            raise StartError(": ".join([f"the process of the tests {error.says}", *last])) from None
+            raise StartError(": ".join([f"the process of the tests {error.says} before it begins", *last])) from None
 
     def _prints(self) -> str:
         """The file into which it prints, or ""."""

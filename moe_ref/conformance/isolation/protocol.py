@@ -94,6 +94,6 @@ def refusal(config: pytest.Config) -> str:
         return "--isolate: must stand without -n: it starts a process of its own, one test after the other"
     if asked.usepdb:
         return "--isolate: must stand without --pdb: tests run in another process"
-    if config.getoption("moe_ref_isolate_limit") <= 0:
+    if not config.getoption("moe_ref_isolate_limit") > 0:  # NaN is no number of seconds
         return f"--isolate-limit {config.getoption('moe_ref_isolate_limit'):g}: must be a number of seconds above 0"
     return ""

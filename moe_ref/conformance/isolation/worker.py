@@ -6,8 +6,6 @@ It says on the pipe what it judges before it calls the executor. What was said i
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -17,19 +15,18 @@ CONNECTION: pytest.StashKey[Connection] = pytest.StashKey()
 READY, JUDGES, REPORTS = "ready", "judges", "reports"  # what a message is about
 
 
-def serve(connection: Connection, arguments: Sequence[str], printed: str) -> None:
-    """Runs pytest with these arguments in this process, on the tests that the pipe names, until it says None.
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Takes the pipe, which the process was given as a plugin, and begins: before pytest captures what is printed.
 
-    Args:
-        connection: the pipe.
-        arguments: of pytest.
-        printed: a file for what the process prints, or "".
+    This module is a plugin, lest anything of moe_ref be imported before pytest can rewrite its assertions.
     """
+    connection = next(own for own in pluginmanager.get_plugins() if hasattr(own, "recv"))
+    printed = connection.recv()
     if printed:
         with open(printed, "wb") as file:
             for descriptor in (1, 2):
                 os.dup2(file.fileno(), descriptor)
-    sys.exit(pytest.main(list(arguments), plugins=[Worker(connection)]))
+    pluginmanager.register(Worker(connection))
 
 
 class Worker:
