@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from executors._files.text import one_line
-from executors.parallel.waiting import RankError, Wire
+from executors.parallel.waiting import RankError, Wire, on_host
 from moe_ref.types import MoEConfig
 
 STEP = "before a call"
@@ -29,6 +30,7 @@ class Call(NamedTuple):
         num_experts: E of all ranks.
         top_k: K.
         tokens: T, where all ranks have the same tokens; else -1.
+        max_slots: how many slots a rank may send to another at most; 0 if sizes are told.
         grad_enabled: whether gradients are on.
         weights_dtype: of topk_weights.
         config: the layer's configuration.
@@ -41,6 +43,7 @@ class Call(NamedTuple):
     num_experts: int
     top_k: int
     tokens: int
+    max_slots: int
     grad_enabled: bool
     weights_dtype: str
     config: MoEConfig
@@ -66,11 +69,52 @@ def agreed(wire: Wire, call: Call, sizes: Tensor) -> list[list[int]]:
     Raises:
         RankError: a rank failed before its call, passes something else, or does not come.
     """
-    said = {"step": f"call {wire.standing.calls}"} | call.values()
+    said = _said(wire, call)
     rows: list[list[int]] = _gathered(wire, _row(wire, said, sizes), STEP).tolist()
     _compare(wire, rows, said)
     wire.standing.calls += 1
     return [row[2 : 2 + len(sizes)] for row in rows]
+
+
+def same(wire: Wire, call: Call, needs: Sequence[bool], sizes: Tensor) -> None:
+    """Compares the call with those of all ranks where a host need know nothing of the others.
+
+    On a GPU the host does not wait for it: it is asserted there.
+
+    Args:
+        wire: to the other ranks.
+        call: this rank's.
+        needs: what gradients this rank needs, which must be those that the others need.
+        sizes: [W] int64, how many slots this rank sends to each, if they have a bound.
+
+    Raises:
+        RankError: as `agreed`, or a rank sends more slots to another than ``call.max_slots``.
+    """
+    names = ("needs_x_grad", "needs_weights_grad", "needs_any_grad")
+    said = _said(wire, call) | dict(zip(names, needs, strict=True))
+    watched = on_host(sizes)
+    rows = _gathered(wire, _row(wire, said, sizes), STEP, watched)
+    wire.standing.calls += 1
+    if not watched:
+        _assert_alike(rows, "ranks do not pass the same to a call")
+        torch._assert_async((rows[:, 2 : 2 + len(sizes)] <= call.max_slots).all(), f"max_slots={call.max_slots}")
+        return
+    told = rows.tolist()
+    try:
+        _compare(wire, told, said)
+    except RankError:
+        wire.standing.calls -= 1
+        raise
+    for rank, row in enumerate(told):
+        for other, count in enumerate(row[2 : 2 + len(sizes)]):
+            if count > call.max_slots:
+                wire.standing.calls -= 1
+                allowed = f"must be at most max_slots={call.max_slots}"
+                raise RankError(f"rank {rank} sends {count} slots to rank {other}: {allowed}")
+
+
+def _said(wire: Wire, call: Call) -> dict[str, Any]:
+    return {"step": f"call {wire.standing.calls}"} | call.values()
 
 
 def met(wire: Wire, step: str, device: torch.device) -> None:
@@ -84,12 +128,13 @@ def met(wire: Wire, step: str, device: torch.device) -> None:
     if wire.ranks == 1:
         return
     said = {"step": step}
-    on_host = device.type == "cpu"
-    rows = _gathered(wire, _row(wire, said, numbers([], device)), f"before {step}", on_host)
-    if on_host:
+    own = _row(wire, said, numbers([], device))
+    watched = on_host(own)
+    rows = _gathered(wire, own, f"before {step}", watched)
+    if watched:
         _compare(wire, rows.tolist(), said)
     else:
-        torch._assert_async((rows[:, :2] == rows[0, :2]).all(), f"ranks are not all at {step}")
+        _assert_alike(rows, f"ranks are not all at {step}")
 
 
 def failed(wire: Wire, error: BaseException, device: torch.device) -> None:
@@ -123,13 +168,17 @@ def _row(wire: Wire, said: dict[str, Any], sizes: Tensor) -> Tensor:
     return torch.cat([numbers([1, digest], sizes.device), sizes, sizes.new_zeros(most(wire) - len(sizes))])
 
 
-def _gathered(wire: Wire, own: Tensor, step: str, on_host: bool = True) -> Tensor:
+def _gathered(wire: Wire, own: Tensor, step: str, watched: bool = True) -> Tensor:
     """[W, n] all ranks' rows [n]."""
     out = [own]
     if wire.ranks > 1:
         out = [torch.empty_like(own) for _ in range(wire.ranks)]
-        wire.wait(dist.all_gather(out, own, group=wire.group, async_op=True), step, on_host)
+        wire.wait(dist.all_gather(out, own, group=wire.group, async_op=True), step, watched)
     return torch.stack(out)
+
+
+def _assert_alike(rows: Tensor, said: str) -> None:
+    torch._assert_async((rows[:, :2] == rows[0, :2]).all(), said)
 
 
 def _compare(wire: Wire, rows: list[list[int]], said: dict[str, Any]) -> None:
@@ -139,14 +188,28 @@ def _compare(wire: Wire, rows: list[list[int]], said: dict[str, Any]) -> None:
 
 def _refuse(wire: Wire, own: dict[str, Any]) -> None:
     """Raises for what ranks differ in, with the value of each."""
-    found: list[Any] = [None] * wire.ranks
-    dist.all_gather_object(found, own, group=wire.group)
+    found = told(wire, {name: repr(value) for name, value in own.items()} if "error" not in own else own, STEP)
     raised = [f"rank {rank} raised {said['error']}" for rank, said in enumerate(found) if "error" in said]
     if raised:
         raise RankError("; ".join(raised))
     for name, expected in found[0].items():
         for rank, said in enumerate(found):
-            if repr(said[name]) != repr(expected):
+            if said[name] != expected:
                 raise RankError(
-                    f"rank {rank} has {name}={said[name]!r:.60}, but rank 0 has {expected!r:.60}: must be equal"
+                    f"rank {rank} has {name}={said[name]:.60}, but rank 0 has {expected:.60}: must be equal"
                 )
+
+
+def told(wire: Wire, own: Any, step: str) -> list[Any]:
+    """What each rank tells all others, in words that JSON has.
+
+    Raises:
+        RankError: a rank does not come.
+    """
+    words = torch.frombuffer(bytearray(json.dumps(own), "utf-8"), dtype=torch.uint8)
+    device = wire.device
+    lengths = _gathered(wire, numbers([len(words)], device), step)[:, 0].tolist()
+    filled = torch.zeros(max(lengths), dtype=torch.uint8)
+    filled[: len(words)] = words
+    rows = _gathered(wire, filled.to(device), step).cpu()
+    return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths, strict=True)]

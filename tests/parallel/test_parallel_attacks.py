@@ -70,9 +70,12 @@ def test_odd_ids(cluster: Cluster, dispatch: str, returns: str) -> None:
 
 
 @pytest.mark.parametrize("returns", ["slot", "rank"])
-@pytest.mark.parametrize("dispatch", ["all_to_all", "all_reduce"])
-def test_the_host_waits_once(cluster: Cluster, dispatch: str, returns: str) -> None:
-    assert cluster.run(attacks.waits, dispatch, returns, ranks=2) == [["tolist"]] * 2
+def test_the_host_waits_once(cluster: Cluster, returns: str) -> None:
+    """For the sizes; where they have a bound, or nothing is sent to experts, a GPU's host waits for nothing."""
+    for on_host in (True, False):
+        assert cluster.run(attacks.waits, "all_to_all", returns, None, on_host, ranks=2) == [["tolist"]] * 2
+    assert cluster.run(attacks.waits, "all_to_all", returns, 16, False, ranks=2) == [[]] * 2
+    assert cluster.run(attacks.waits, "all_reduce", returns, None, False, ranks=2) == [[]] * 2
 
 
 def test_a_wrong_part_is_told_to_all(cluster: Cluster) -> None:

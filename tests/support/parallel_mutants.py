@@ -11,6 +11,7 @@ from torch import Tensor
 from executors.parallel import ExpertParallel
 from executors.parallel.planning import owners
 from executors.parallel.transport import Transport
+from executors.parallel.waiting import Arriving
 from moe_ref.conformance.parallel.split import Split
 from moe_ref.types import MoEWeights
 
@@ -26,8 +27,15 @@ class Wrong:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.right, name)
 
-    def back(self, slots: Tensor) -> Tensor:
-        found: Tensor = self.right.back(slots)
+    def back(self, slots: Tensor) -> Arriving:
+        arriving = self.right.back(slots)
+        return lambda: self._back(arriving())
+
+    def weights_back(self, weights: Tensor) -> Arriving:
+        arriving = self.right.weights_back(weights)
+        return lambda: self._weights_back(arriving())
+
+    def _back(self, found: Tensor) -> Tensor:
         ranks = self.right.wire.ranks
         if self.kind == "token_lost" and len(self.owner) and len({*self.owner.flatten().tolist()}) < ranks:
             found[-1] = 0  # where some rank has no token's expert
@@ -36,8 +44,7 @@ class Wrong:
             found[(counts > 1).any(1)] *= 2
         return found
 
-    def weights_back(self, weights: Tensor) -> Tensor:
-        found: Tensor = self.right.weights_back(weights)
+    def _weights_back(self, found: Tensor) -> Tensor:
         if self.kind == "swapped":
             return found.flip(1)
         if self.kind == "local_router":
@@ -63,7 +70,7 @@ class WrongParallel(ExpertParallel):
 
 
 def _made(kind: str, name: str, group: Any, split: Split, num_experts: int) -> ExpertParallel:
-    return WrongParallel(name, group, split.dispatch, split.returns, num_experts, 30.0, kind)  # type: ignore[arg-type]
+    return WrongParallel(name, group, split.dispatch, split.returns, num_experts, 30.0, kind=kind)  # type: ignore[arg-type]
 
 
 def token_lost(*given: Any) -> ExpertParallel:
