@@ -27,6 +27,7 @@ from executors._cli.bench_ranks import bench_ranks
 from executors._files.whole import write_json
 
 DEFAULT_RANK = 16
+MOST_RANKS = 64
 OF_MODELS = ("model", "set", "tokens", "direction", "executor", "seconds", "out", "device", "seed")  # with --model
 OF_RANKS = {  # with --ranks
     *("ranks", "layer", "tokens", "routing", "direction", "weights", "nested", "executor"),
@@ -56,7 +57,7 @@ class BenchOptions:
     ranks: Annotated[
         int | None,
         typer.Option(
-            callback=cli.within(1),
+            callback=cli.within(1, MOST_RANKS),
             help="Spread the experts over so many processes of this machine, and time them against transformers' "
             "expert parallelism and against one process.",
         ),

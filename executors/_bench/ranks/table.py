@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -24,6 +26,7 @@ SCHEMA = 1
 NAMES = 17  # columns of the longest function
 
 Ratio = tuple[Spread, bool]  # times as fast, and whether that is within the noise
+Column = Callable[[BenchCase, RankRow], Ratio | None]
 
 
 def heading(settings: Settings, ranks: int) -> list[str]:
@@ -72,12 +75,13 @@ def _table(cases: list[BenchCase], ranks: int) -> Table:
     out.add_column("T", justify="right", no_wrap=True)
     out.add_column("experts on", overflow="fold", max_width=NAMES)
     out.add_column("how", no_wrap=True)
-    for name in ("max z", "ms", "+-", "x hf", *(f"x {threads}" for threads in thread_counts(ranks))):
+    columns = _columns(cases, ranks)
+    for name in ("max z", "ms", "+-", *columns):
         out.add_column(name, justify="right", no_wrap=True)
     for case in cases:
         for number, row in enumerate(rank_rows(case)):
             out.add_row(
-                str(case.tokens) if number == 0 else "", escape(row.function), row.how, *_cells(case, row, ranks)
+                str(case.tokens) if number == 0 else "", escape(row.function), row.how, *_cells(case, row, columns)
             )
             if row.name == case.reference and case.again:
                 again = spread(case.again)
@@ -87,14 +91,20 @@ def _table(cases: list[BenchCase], ranks: int) -> Table:
     return out
 
 
-def _cells(case: BenchCase, row: RankRow, ranks: int) -> list[str]:
+def _columns(cases: list[BenchCase], ranks: int) -> dict[str, Column]:
+    """The columns of ratios, by name."""
+    peers: dict[str, Column] = {"x hf": to_peer} if any(case.best_peer() for case in cases) else {}
+    return peers | {f"x {threads}": partial(to_one, threads=threads) for threads in thread_counts(ranks)}
+
+
+def _cells(case: BenchCase, row: RankRow, columns: dict[str, Column]) -> list[str]:
     if row.reason:
         return ["", "[dim]not run[/dim]"]
     if row.failed:
         return [f"[red]{max_z(row)}[/red]", "[red]FAIL[/red]"]
     time = spread(row.seconds)
-    compared = [to_peer(case, row), *(to_one(case, row, threads) for threads in thread_counts(ranks))]
-    return [max_z(row), short(MILLISECONDS * time.median), relative(time), *map(_times, compared)]
+    compared = [_times(column(case, row)) for column in columns.values()]
+    return [max_z(row), short(MILLISECONDS * time.median), relative(time), *compared]
 
 
 def _times(found: Ratio | None) -> str:
