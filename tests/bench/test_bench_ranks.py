@@ -96,6 +96,7 @@ def test_a_rank_that_raises_is_named() -> None:
         run_ranks(programs.raising, 2, 0, hear=print)
 
 
+@pytest.mark.nightly
 def test_a_rank_that_ends_is_named() -> None:
     with pytest.raises(RankFailed, match=r"^rank 1 ended with exit status 3$"):
         run_ranks(programs.raising, 2, 3, hear=print)

@@ -218,7 +218,16 @@ WRITERS = (
         (
             *(
                 f"executors/_cli/{name}.py"
-                for name in ("bench", "bench_model", "compare", "crossover", "kernels", "kernels_executed", "tune")
+                for name in (
+                    "bench",
+                    "bench_model",
+                    "bench_ranks",
+                    "compare",
+                    "crossover",
+                    "kernels",
+                    "kernels_executed",
+                    "tune",
+                )
             ),
             *(f"benchmarks/{name}.py" for name in ("calibrate", "cpu_products", "four_bit_counts")),
             *("examples/qlora_finetune.py", "examples/train_tiny.py", "data/train_tiny_gpt_oss.py"),

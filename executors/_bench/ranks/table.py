@@ -17,7 +17,7 @@ from executors._bench.measure import Spread, is_no_result, ratios, spread
 from executors._bench.peers.transformers import PREFIX, peers_version
 from executors._bench.ranks.contenders import one_process, thread_counts
 from executors._bench.ranks.measure import RankRow
-from executors._bench.report import BUSY, commit
+from executors._bench.report import BUSY, commit, control_json, row_json
 from executors._bench.settings import Settings
 from executors._bench.table import DIRECTIONS, MILLISECONDS, max_z, relative, short
 from executors._compare import report
@@ -159,8 +159,7 @@ def as_json(settings: Settings, ranks: int, cases: list[BenchCase], seconds: flo
 
 
 def _case(case: BenchCase, ranks: int) -> dict[str, Any]:
-    best, control = case.best_peer(), case.control()
-    again = {"contender": case.reference, "seconds": case.again, "ratio": asdict(control)} if control else None
+    best = case.best_peer()
     return {
         **case.shape.as_json(),
         "T": case.tokens,
@@ -169,23 +168,17 @@ def _case(case: BenchCase, ranks: int) -> dict[str, Any]:
         "load": asdict(case.load) | {"active": case.active},
         "form": asdict(case.storage),
         "best_peer": best.name if best else None,
-        "control": again,
+        "control": control_json(case),
         "contenders": [_contender(case, row, ranks) for row in rank_rows(case)],
     }
 
 
 def _contender(case: BenchCase, row: RankRow, ranks: int) -> dict[str, Any]:
-    judgement = row.judgement
     return {
+        **row_json(row),
         "name": row.function,
         "how": row.how,
         "ranks": ranks if row.spread else 1,
-        "ours": row.ours,
-        "reason": row.reason,
-        "passed": judgement is not None and not judgement.failure,
-        "failure": judgement.failure if judgement else "",
-        "max_z": {v.name: v.max_z for v in judgement.verdicts} if judgement else {},
-        "seconds": row.seconds,
         "time": asdict(spread(row.seconds)) if row.seconds else None,
         "times_peer": _as_json(to_peer(case, row)),
         "times_one_process": {str(n): _as_json(to_one(case, row, n)) for n in thread_counts(ranks)},
