@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test vectors install lint clean bench-gpu
+.PHONY: help run test vectors docs docs-serve install lint clean bench-gpu
 
 # bench-gpu: on a GPU host, with its own Python, and with the wheels in this folder if there are any.
 WHEELS ?= .whl
@@ -28,6 +28,15 @@ bench-gpu: $(if $(SHORT),install) ## on a GPU host: check and measure; SHORT=1: 
 vectors: install ## test vectors for other languages, as dist/moe-ref-vectors.tar.gz
 	rm -rf dist/moe-ref-vectors
 	OMP_NUM_THREADS=1 $(BIN)/python -m moe_ref.conformance vectors dist/moe-ref-vectors --archive dist/moe-ref-vectors.tar.gz
+
+# No page is left out of the site, and no link is dead; NO_MKDOCS_2_WARNING leaves out an advertisement.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+docs: install ## the documentation site, as dist/site
+	$(SITE) build --quiet --strict --config-file docs/site/mkdocs.yml
+
+docs-serve: install ## the site at http://127.0.0.1:8000, made anew when a page changes
+	$(SITE) serve --config-file docs/site/mkdocs.yml
 
 lint: install ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from moe_ref.conformance import profiles
 from moe_ref.conformance.parallel.judging import (
+    LAWS,
     check_parallel,
+    check_parallel_law,
     check_parallel_repeatable,
     problems_of_ranks,
     splits,
@@ -69,9 +71,10 @@ PINNED = {
     "fp4, nested for each": (replace(SMALL, quant_type="fp4", nested="per expert", experts=7), (4, 4)),
     "mxfp4": (replace(SMALL, quant_type="mxfp4", weights_layout="transposed"), (2, 4)),
 }
+LAW = Problem(11, 5, 16, 16, MoEConfig(3), gate_up_bias=True, down_bias=True)
 WAYS = [(dispatch, returns) for dispatch in ("all_to_all", "all_reduce") for returns in ("slot", "rank")]
 
-__all__ = ["test_drawn_splits", "test_pinned_splits", "test_splits_are_repeatable"]
+__all__ = ["test_drawn_splits", "test_laws_of_ranks", "test_pinned_splits", "test_splits_are_repeatable"]
 
 
 @FEWER
@@ -92,6 +95,16 @@ def test_pinned_splits(judge: Judge, cluster: Cluster, case: str, dispatch: str,
     if lacking:
         pytest.skip(f"{judge.executor.name} does not declare {lacking}")
     judge(check_parallel, cluster, judge.name, problem, Split(cuts[: cluster.ranks - 1], dispatch, returns))
+
+
+@pytest.mark.parametrize(("dispatch", "returns"), WAYS)
+@pytest.mark.parametrize("law", LAWS)
+def test_laws_of_ranks(judge: Judge, cluster: Cluster, law: str, dispatch: str, returns: str) -> None:
+    """Where tokens are, and how many ranks there are, changes nothing (C1, C2, D1)."""
+    able = judge.executor.capabilities
+    problem = LAW if "dense" in able.weights else replace(LAW, hidden=32, intermediate=32, quant_type=min(able.weights))
+    cuts = (3, 3, 7)[: max(0, cluster.ranks - 2)]
+    judge(check_parallel_law, cluster, judge.name, problem, Split(cuts, dispatch, returns), law)
 
 
 @pytest.mark.parametrize(("dispatch", "returns"), WAYS)

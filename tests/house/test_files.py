@@ -67,6 +67,7 @@ OPENS_ALLOWED = {
     "executors/_compare/report.py": "the kernel's figures",
     "executors/_triton/tuned.py": "the package's own source",
     "executors/_files/checksums.py": "part of `opened`",
+    "executors/parallel/agreement.py": "what other ranks said",
     "examples/qlora/memory.py": "what a process of ours was given",
     "examples/tiny/report.py": "digests of the bundled files",
     "benchmarks/four_bit_counts.py": "figures of this repository",

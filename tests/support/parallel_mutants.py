@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from executors import Capabilities
+from executors.native import Native
 from executors.parallel import ExpertParallel
 from executors.parallel.planning import owners
 from executors.parallel.transport import Transport
 from executors.parallel.waiting import Arriving
-from moe_ref.conformance.parallel.split import Split
+from moe_ref.conformance.parallel.split import Split, options
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import MoEWeights
 
 
@@ -69,8 +72,8 @@ class WrongParallel(ExpertParallel):
         return Wrong(right, owners(ids, experts), self.kind)
 
 
-def _made(kind: str, name: str, group: Any, split: Split, num_experts: int) -> ExpertParallel:
-    return WrongParallel(name, group, split.dispatch, split.returns, num_experts, 30.0, kind=kind)  # type: ignore[arg-type]
+def _made(kind: str, name: str, group: Any, split: Split, problem: Problem) -> ExpertParallel:
+    return WrongParallel(name, group, kind=kind, **options(split, problem))
 
 
 def token_lost(*given: Any) -> ExpertParallel:
@@ -101,6 +104,30 @@ def remainder_dropped(*given: Any) -> ExpertParallel:
 def no_gradient(*given: Any) -> ExpertParallel:
     """A rank without experts has no gradients."""
     return _made("no_gradient", *given)
+
+
+@dataclass(frozen=True)
+class Invariant(Native):
+    """``native``, which declares batch invariance."""
+
+    name: ClassVar[str] = "invariant"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, batch_invariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class RankDependent(ExpertParallel):
+    """Whose last bits depend on a token's rank."""
+
+    def _run(self, x: Tensor, prepared: Any) -> Tensor:
+        return super()._run(x, prepared) * (1 + 2.3e-16 * (self.wire.rank % 2))
+
+
+def rank_dependent(_name: str, group: Any, split: Split, problem: Problem) -> ExpertParallel:
+    """The last bits depend on where tokens are."""
+    return RankDependent(Invariant(), group, **options(split, problem))
 
 
 MUTANTS = (token_lost, swapped, local_router, double_count, remainder_dropped)
