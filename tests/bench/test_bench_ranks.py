@@ -16,7 +16,7 @@ from executors._bench.layers import sized
 from executors._bench.ranks.measure import RankRow
 from executors._bench.ranks.parts import rows_of, token_counts
 from executors._bench.ranks.processes import RankFailed, run_ranks
-from executors._bench.ranks.table import tables, to_one, to_peer
+from executors._bench.ranks.table import heading, tables, to_one, to_peer
 from executors._bench.routing import Load, batch
 from executors._bench.settings import Settings
 from executors._cli.app import app
@@ -204,4 +204,5 @@ def test_ratios_are_of_rounds_and_told_from_noise() -> None:
     assert [ratio and ratio[1] for ratio in peers] == [None, False, False, True, False]
     ((title, table),) = tables([case], 2)
     assert title.endswith("forward, real routing")
+    assert all(len(line) <= 80 for line in heading(Settings(("native",), load=9.5), 64)[2:])
     assert [str(column.header) for column in table.columns][-3:] == ["x hf", "x 1", "x 2"]

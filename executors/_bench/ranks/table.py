@@ -40,13 +40,13 @@ def heading(settings: Settings, ranks: int) -> list[str]:
         f"{ranks} ranks: processes of this machine with one thread each, by gloo",
         f"{report.chip(settings.device)}, torch {found['torch']}; {peers}",
         *weights,
-        "all_to_all: each rank has a part of the T tokens. all_reduce: all ranks have all.",
+        "all_to_all: each rank has a part of the T tokens. all_reduce: all have all.",
         "slot, rank: what comes back. one: one process has all tokens and all experts.",
         "ms: of the slowest rank. +-: half of what lies between the 10th and 90th",
-        "percentile. x hf: speed over that of transformers' expert parallelism, the faster",
-        f"way. {_ones(ranks)}: over one process with so many threads, of the same executor,",
-        "or for hf: the first executor. Medians. ~: no result, within the noise, which is",
-        "how far the reference differs from itself (see 'again')",
+        "percentile. x hf: speed over that of transformers' expert parallelism, the",
+        f"faster way. {_ones(ranks)}: over one process with so many threads, of the same",
+        "executor, or for hf: the first one. All are medians. ~: no result, within the",
+        "noise, which is how far the reference differs from itself (see 'again')",
         *([busy] if settings.load > BUSY else []),
     ]
 
