@@ -55,6 +55,18 @@ def test_a_small_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
+def test_what_cannot_run_has_one_row_that_says_why(tmp_path: Path) -> None:
+    """An executor by name is an exit status of 1. transformers spreads experts only if ranks divide their number."""
+    result = run("--ranks", "3", *SMALL, "--executor", "grouped_nf4", "--direction", "forward", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    (case,) = json.loads((tmp_path / "bench-ranks.json").read_text())["cases"]
+    rows = {row["name"]: (row["how"], row["reason"]) for row in case["contenders"]}
+    assert rows["hf:grouped_mm"] == ("all ways", "E=32: must be a multiple of 3 ranks")
+    assert rows["grouped_nf4"][0] == "all ways"
+    assert "gate_up_proj is dense: must be" in rows["grouped_nf4"][1]
+
+
+@pytest.mark.nightly
 def test_four_bits_have_no_peers(tmp_path: Path) -> None:
     chosen = "--weights", "nf4", "--nested", "--direction", "forward_backward"
     result = run("--ranks", "2", *SMALL, *chosen, "--out", str(tmp_path))

@@ -90,13 +90,18 @@ def our_contenders(part: Part, names: list[str], batch: Batch) -> list[RankConte
         reason = reasons[0][name]
         if not reason and executors.get(name).capabilities.interpreted:
             reason = INTERPRETED
-        found += _ways(part, name, reason)
+        found += [_left_out(name, True, reason)] if reason else _ways(part, name)
     return found
 
 
-def _ways(part: Part, name: str, reason: str) -> list[RankContender]:
-    inner = None if reason else executors.get(name)
-    backward = inner is None or inner.capabilities.backward
+def _left_out(function: str, ours: bool, reason: str) -> RankContender:
+    """One row that says why a function runs in no way."""
+    return RankContender(function, "all ways", ours, ALONE, reason=reason)
+
+
+def _ways(part: Part, name: str) -> list[RankContender]:
+    inner = executors.get(name)
+    backward = inner.capabilities.backward
     count, found = part.experts.num_experts, []
     ways: tuple[tuple[str, dict[str, Any]], ...] = (
         ("all_to_all slot", {}),
@@ -107,12 +112,11 @@ def _ways(part: Part, name: str, reason: str) -> list[RankContender]:
     )
     for how, options in ways:
         tokens: Tokens = SHARED if "dispatch" in options else OWN
-        spread = None if inner is None else parallel.ExpertParallel(inner, num_experts=count, **options)
-        call = None if spread is None else _call(spread, part.local)
-        found.append(RankContender(name, how, True, tokens, call, reason, backward=backward))
+        call = _call(parallel.ExpertParallel(inner, num_experts=count, **options), part.local)
+        found.append(RankContender(name, how, True, tokens, call, backward=backward))
     for threads in thread_counts(part.experts.ranks):
-        call = None if inner is None or part.whole is None else _call(inner, part.whole)
-        found.append(RankContender(name, one_process(threads), True, ALONE, call, reason, threads, backward))
+        alone = None if part.whole is None else _call(inner, part.whole)
+        found.append(RankContender(name, one_process(threads), True, ALONE, alone, "", threads, backward))
     return found
 
 
@@ -130,16 +134,15 @@ def their_contenders(part: Part) -> list[RankContender]:
     """transformers' expert parallelism around its own grouped_mm; none in 4 bits, or where it is not installed."""
     if peers_version() is None or part.local.frozen:
         return []
-    ways: tuple[tuple[str, Tokens], ...] = (("all_to_all", OWN), ("all_reduce", SHARED))
+    name = PREFIX + GROUPED
     if len(set(part.counts())) > 1:
-        reason = f"E={part.experts.num_experts}: must be a multiple of {part.experts.ranks} ranks"
-        return [RankContender(PREFIX + GROUPED, how, False, tokens, reason=reason) for how, tokens in ways]
+        return [_left_out(name, False, f"E={part.shape.experts}: must be a multiple of {part.experts.ranks} ranks")]
     try:
         calls = _implementations(part.local)
     except (ImportError, AttributeError) as error:
-        reason = f"not in this transformers: {' '.join(str(error).split())}"
-        return [RankContender(PREFIX + GROUPED, how, False, tokens, reason=reason) for how, tokens in ways]
-    return [RankContender(PREFIX + GROUPED, how, False, tokens, calls[how]) for how, tokens in ways]
+        return [_left_out(name, False, f"not in this transformers: {' '.join(str(error).split())}")]
+    ways: tuple[tuple[str, Tokens], ...] = (("all_to_all", OWN), ("all_reduce", SHARED))
+    return [RankContender(name, how, False, tokens, calls[how]) for how, tokens in ways]
 
 
 def _implementations(layer: BenchLayer) -> dict[str, Call]:
