@@ -16,14 +16,16 @@ from executors import Executor
 from moe_ref import MoEConfig
 from moe_ref.conformance import profiles
 from moe_ref.conformance.judgement.checks import check_problem, check_repeatable
-from moe_ref.conformance.judgement.errors import check_errors, check_no_double_backward
+from moe_ref.conformance.judgement.errors import check_errors
 from moe_ref.conformance.judgement.exact import CASES, check_exact
 from moe_ref.conformance.judgement.exact_decode import check_every_code
 from moe_ref.conformance.judgement.laws import LAWS, check_law
 from moe_ref.conformance.judgement.ranges import RANGES, check_range
+from moe_ref.conformance.judgement.second_derivatives import check_second_derivatives
 from moe_ref.conformance.problems import pinned
+from moe_ref.conformance.problems.declared import undeclared
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.problems.strategies import problems_for, undeclared
+from moe_ref.conformance.problems.strategies import problems_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROFILE = profiles.current()
@@ -135,4 +137,4 @@ def test_exact_cases(case: str) -> None:
 
 def test_refusals() -> None:
     check_errors(PATHS["fused"], DEVICE)
-    check_no_double_backward(PATHS["fused"], DEVICE)
+    check_second_derivatives(PATHS["fused"], DEVICE)

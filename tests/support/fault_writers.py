@@ -214,7 +214,7 @@ WRITERS = (
     Writer("executors.layer_file.save_layer", ("executors/layer_file.py",), write_layer, read_layer),
     Writer("python -m executors tune", ("executors/_triton/tuned_file.py",), write_tuned, read_tuned, adds=True),
     Writer(
-        "JSON of compare, bench, crossover, tune, kernels, benchmarks and examples",
+        "JSON of compare, bench, crossover, tune, kernels, plan, benchmarks and examples",
         (
             *(
                 f"executors/_cli/{name}.py"
@@ -226,6 +226,7 @@ WRITERS = (
                     "crossover",
                     "kernels",
                     "kernels_executed",
+                    "plan",
                     "tune",
                 )
             ),
