@@ -14,7 +14,10 @@ import parallel_models as models
 from moe_ref.conformance.parallel.cluster import Cluster
 from tiny_models import blocks, tiny_model
 
-CLOSE = 4e-6  # of the largest number, in fp32; transformers' own functions are as far from one device (2e-6)
+CLOSE = 4e-6  # of the largest number of each tensor, in fp32
+CLOSE_ANYWHERE = (
+    2e-5  # in all families: of so many parameters the gradients of some nearly cancel, for transformers too
+)
 FAMILIES = ("mixtral", "gpt_oss")  # softmax without biases; (E, H, 2I), biases and a clamp
 CHANGES = {"deepseek_v3": {"num_key_value_heads": 4}}  # the tensor parallelism of its attention wants as many as heads
 OTHERS = ("qwen3_moe", "deepseek_v3", "glm4_moe", "olmoe", "qwen2_moe", "minimax_m2")
@@ -61,11 +64,13 @@ def prompts(length: int = 9, seed: int = 0) -> Tensor:
     return torch.randint(3, 48, (2, length), generator=torch.Generator().manual_seed(seed))
 
 
-def agrees(cluster: Cluster, folder: Path, executor: str, way: str, tokens: Tensor) -> list[models.Compared]:
+def agrees(
+    cluster: Cluster, folder: Path, executor: str, way: str, tokens: Tensor, close: float = CLOSE
+) -> list[models.Compared]:
     """What both ranks found, which must be close."""
     both = cluster.run(models.compared, folder, executor, way, tokens)
     for found in both:
-        assert found.worst < CLOSE, (found.output, max(found.gradients.items(), key=lambda item: item[1]))
+        assert found.worst < close, (found.output, max(found.gradients.items(), key=lambda item: item[1]))
     return both
 
 
@@ -113,6 +118,6 @@ def test_four_bits_are_refused_in_one_line(cluster: Cluster, saved: Path) -> Non
 @pytest.mark.parametrize("executor", ["", "native", "auto", "grouped_mm", "numba"])
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_two_ranks_are_one_device_everywhere(cluster: Cluster, saved: Path, family: str, executor: str) -> None:
-    """transformers' own grouped_mm too, which is the measure of `CLOSE`."""
+    """transformers' own grouped_mm too, as the measure of what is close."""
     for way in models.WAYS:
-        agrees(cluster, folder_of(saved, family), executor, way, prompts())
+        agrees(cluster, folder_of(saved, family), executor, way, prompts(), CLOSE_ANYWHERE)
