@@ -164,6 +164,12 @@ def refuse(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
+def fail(message: str) -> NoReturn:
+    """Prints one line, and ends with exit status 1."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)
+
+
 def new_console() -> Console:
     """A console of 80 columns."""
     return Console(width=WIDTH, soft_wrap=False, highlight=False)

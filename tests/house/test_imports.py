@@ -52,7 +52,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"_decode", "_files", "layer_file", "nf4", "mxfp4"},
     "layer_file": {"_files"},
     "_compare": FACE | {"_files", "layer_file"},
-    "_bench": FACE | {"_files", "layer_file", "hf", "nf4", "mxfp4", "_decode", "_compare"},
+    "_bench": FACE | {"_files", "layer_file", "hf", "nf4", "mxfp4", "_decode", "_compare", "parallel"},
     "_tune": FACE | {"_base", "_triton", "_bench"},
     "_crossover": FACE | {"_triton", "_compare", "_bench", "_tune"},
     "_counts": FACE | {"_base", "_triton", "_compare", "_bench", "nf4", "mxfp4"},

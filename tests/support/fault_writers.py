@@ -221,6 +221,7 @@ WRITERS = (
                 for name in (
                     "bench",
                     "bench_model",
+                    "bench_ranks",
                     "compare",
                     "crossover",
                     "kernels",
