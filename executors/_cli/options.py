@@ -65,9 +65,10 @@ def within(least: float, most: float = math.inf) -> Callable[..., Any]:
 check_seed = within(0, LARGEST_SEED)
 
 
-def _in_a_folder(path: Path | None) -> Path | None:
+def in_a_folder(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    """A callback that checks an option with a file to write."""
     if path is not None and not path.parent.is_dir():
-        refuse(f"--json {path}: must be in a folder that exists")
+        refuse(f"{max(parameter.opts, key=len)} {path}: must be in a folder that exists")
     return path
 
 
@@ -77,8 +78,9 @@ InterpretedOption = Annotated[
     bool, typer.Option("--interpreted", help="Run interpreted kernels; their times are no measurement.")
 ]
 JsonOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", callback=_in_a_folder, help="Write all figures there too.")
+    Path | None, typer.Option(metavar="FILE", callback=in_a_folder, help="Write all figures there too.")
 ]
+PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", callback=in_a_folder, help="Write a picture there.")]
 LimitOption = Annotated[
     float | None, typer.Option(callback=within(0), metavar="SECONDS", help="Begin nothing more after so many seconds.")
 ]
@@ -178,6 +180,12 @@ def refuse(message: str) -> NoReturn:
     """Prints one line, and ends with exit status 2."""
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(2)
+
+
+def fail(message: str) -> NoReturn:
+    """Prints one line, and ends with exit status 1."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)
 
 
 def new_console() -> Console:

@@ -171,6 +171,6 @@ def _compared(
 
 def _unmeasured(name: str, suite: SuiteRun) -> str:
     """Why an executor is not run in this process, or ""."""
-    if suite.results is None:
-        return "the suite did not finish"
+    if suite.crashed:
+        return "it ended the process of the suite" if suite.results else "the suite did not finish"
     return "" if name in comparison.everyone() else "no executor here has this name"

@@ -160,7 +160,8 @@ def _panel(key: str, what: str, own: JudgedExecutor, columns: int, parts: Sequen
 def _failure(failure: FailureKind) -> Html:
     """The smallest failure of a kind: what is wrong, the number beside the right one, and how to run it again."""
     several = f"one of {', '.join(failure.breaks)}" if len(failure.breaks) > 1 else failure.breaks[0]
-    heading = f"breaks {several}: {failure.count} failure{'s' * (failure.count != 1)}, of which this is the smallest"
+    said = several if several.startswith(("raises ", "ends ")) else f"breaks {several}"
+    heading = f"{said}{f' ({failure.cause})' if failure.cause else ''}: {_counted(failure.count)}"
     number = apart(failure.says)
     parts = [tag("p", heading, class_="breaks")]
     if number:
@@ -175,6 +176,10 @@ def _failure(failure: FailureKind) -> Html:
     if failure.saved:
         parts.append(tag("p", "Saved as a vector: ", tag("code", failure.saved)))
     return tag("section", *parts)
+
+
+def _counted(failures: int) -> str:
+    return "one failure" if failures == 1 else f"{failures} failures, of which this is the smallest"
 
 
 def _known(known: ExpectedResult) -> Html:

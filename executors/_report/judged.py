@@ -38,6 +38,12 @@ class SuiteRun:
     problem: str = ""
     again: str = ""
 
+    @property
+    def crashed(self) -> bool:
+        """Whether a process that judged it came to an end, by itself or by a limit."""
+        failures = self.results.failures if self.results else ()
+        return self.results is None or any(own.breaks[0].startswith("ends the process") for own in failures)
+
 
 @dataclass(frozen=True, eq=False)
 class JudgedExecutor:

@@ -18,12 +18,22 @@ from threading import Timer
 
 from executors._files.text import one_line
 from executors._report.judged import SuiteRun
-from moe_ref.conformance.reporting.results import BadResultsError, read_results
+from moe_ref.conformance.reporting.results import BadResultsError, Results, read_results
 
 SUITE = "moe_ref.conformance.suite"
 DONE = re.compile(r"\[ *(\d+)%\]\s*$")  # at the end of a line of pytest
 # Nobody's settings: those of the folder that we are in are for other tests.
-PYTEST = ("--pyargs", SUITE, "-p", "no:cacheprovider", "-c", os.devnull, "--noconftest", "--import-mode=importlib")
+PYTEST = (
+    "--pyargs",
+    SUITE,
+    "-p",
+    "no:cacheprovider",
+    "-c",
+    os.devnull,
+    "--noconftest",
+    "--import-mode=importlib",
+    "--isolate",
+)
 PROFILES = ("quick", "dev", "ci", "nightly")
 NEEDS = ("hypothesis", "pytest", "threadpoolctl")  # packages
 
@@ -67,14 +77,15 @@ def run_suite(name: str, settings: SuiteSettings, progress: Callable[[int], None
         path = Path(folder) / "results.json"
         options = [*PYTEST, "--rootdir", folder, "--results", str(path), "-v", "--color=no"]
         status, last = _pytest([*options, *settings.arguments(name)], settings.limit, progress)
+        problem = "" if status in (0, 1) else _ended(status, settings.limit)
         try:
             found = read_results(path)
         except BadResultsError:
-            problem = one_line(f"the suite {_ended(status, settings.limit)}{f': {last}' if last else ''}")
-            return SuiteRun(None, settings.device, settings.profile, "", problem, again)
-    own = found.executors[name]
-    problem = "" if status in (0, 1) else f"the suite {_ended(status, settings.limit)}"
-    return SuiteRun(None if problem else own, found.device, found.profile, found.left_out, problem, again)
+            found, problem = Results({}, settings.device, settings.profile), problem or "has written no results"
+    if problem:
+        problem = one_line(f"the suite {problem}{f': {last}' if last else ''}")
+        return SuiteRun(None, found.device, found.profile, "", problem, again)
+    return SuiteRun(found.executors[name], found.device, found.profile, found.left_out, "", again)
 
 
 def _pytest(arguments: Sequence[str], limit: float, progress: Callable[[int], None]) -> tuple[int | None, str]:

@@ -17,6 +17,7 @@ from executors.parallel.waiting import RankError, Wire, on_host
 from moe_ref.types import MoEConfig
 
 STEP = "before a call"
+HEAD = ("well", "digest", "needs_x", "needs_weights", "needs_any")  # of a message: the digest stands for what is said
 
 
 class Call(NamedTuple):
@@ -55,28 +56,45 @@ class Call(NamedTuple):
         return given | {name: float(own) if type(own) is int else own for name, own in config.items()}
 
 
-def agreed(wire: Wire, call: Call, sizes: Tensor) -> list[list[int]]:
+class Sizes(NamedTuple):
+    """What ranks have told each other.
+
+    Attributes:
+        needs: the gradients of x, of weights, of anything: whether any rank needs them.
+        rows: ([W], [W]) how many rows this rank sends to each, and gets.
+        slots: ([W], [W]) how many slots.
+    """
+
+    needs: tuple[bool, bool, bool]
+    rows: tuple[list[int], list[int]]
+    slots: tuple[list[int], list[int]]
+
+
+def agreed(wire: Wire, call: Call, needs: Sequence[bool], rows: Tensor, slots: Tensor) -> Sizes:
     """Compares the call with those of all ranks, and exchanges sizes: the one time a host waits.
 
     Args:
         wire: to the other ranks.
         call: this rank's.
-        sizes: [n] int64 of at most `most` numbers, to be told to all.
-
-    Returns:
-        [W][n] all ranks' sizes.
+        needs: what gradients this rank needs.
+        rows: [W] int64, how many this rank sends to each.
+        slots: [W] int64, how many of these.
 
     Raises:
         RankError: a rank failed before its call, passes something else, or does not come.
     """
     said = _said(wire, call)
-    rows: list[list[int]] = _gathered(wire, _row(wire, said, sizes), STEP).tolist()
-    _compare(wire, rows, said)
+    own = torch.stack([rows, slots], dim=1)
+    arrived = _exchanged(wire, _messages(wire, said, needs, own), STEP, on_host(rows))
+    table = torch.cat([arrived[:, : len(HEAD) + 2], own], dim=1).tolist()
+    _compare(wire, table, said)
     wire.standing.calls += 1
-    return [row[2 : 2 + len(sizes)] for row in rows]
+    columns = [[row[place] for row in table] for place in range(2, len(HEAD) + 4)]
+    any_needs = bool(any(columns[0])), bool(any(columns[1])), bool(any(columns[2]))
+    return Sizes(any_needs, (columns[5], columns[3]), (columns[6], columns[4]))
 
 
-def same(wire: Wire, call: Call, needs: Sequence[bool], sizes: Tensor) -> None:
+def same(wire: Wire, call: Call, needs: Sequence[bool], slots: Tensor) -> None:
     """Compares the call with those of all ranks where a host need know nothing of the others.
 
     On a GPU the host does not wait for it: it is asserted there.
@@ -85,32 +103,27 @@ def same(wire: Wire, call: Call, needs: Sequence[bool], sizes: Tensor) -> None:
         wire: to the other ranks.
         call: this rank's.
         needs: what gradients this rank needs, which must be those that the others need.
-        sizes: [W] int64, how many slots this rank sends to each, if they have a bound.
+        slots: [W] int64, how many this rank sends to each, if they have a bound; else [0].
 
     Raises:
         RankError: as `agreed`, or a rank sends more slots to another than ``call.max_slots``.
     """
     names = ("needs_x_grad", "needs_weights_grad", "needs_any_grad")
     said = _said(wire, call) | dict(zip(names, needs, strict=True))
-    watched = on_host(sizes)
-    rows = _gathered(wire, _row(wire, said, sizes), STEP, watched)
-    wire.standing.calls += 1
+    largest = torch.stack([slots.max(), slots.argmax()]) if len(slots) else slots.new_zeros(2)
+    watched = on_host(slots)
+    rows = _exchanged(wire, _messages(wire, said, needs, largest.expand(wire.ranks, 2)), STEP, watched)
     if not watched:
         _assert_alike(rows, "ranks do not pass the same to a call")
-        torch._assert_async((rows[:, 2 : 2 + len(sizes)] <= call.max_slots).all(), f"max_slots={call.max_slots}")
-        return
-    told = rows.tolist()
-    try:
-        _compare(wire, told, said)
-    except RankError:
-        wire.standing.calls -= 1
-        raise
-    for rank, row in enumerate(told):
-        for other, count in enumerate(row[2 : 2 + len(sizes)]):
-            if count > call.max_slots:
-                wire.standing.calls -= 1
-                allowed = f"must be at most max_slots={call.max_slots}"
-                raise RankError(f"rank {rank} sends {count} slots to rank {other}: {allowed}")
+        torch._assert_async((rows[:, len(HEAD)] <= call.max_slots).all(), f"max_slots={call.max_slots}")
+    else:
+        table = rows.tolist()
+        _compare(wire, table, said)
+        for rank, row in enumerate(table):
+            if row[len(HEAD)] > call.max_slots:
+                sends = f"rank {rank} sends {row[len(HEAD)]} slots to rank {row[len(HEAD) + 1]}"
+                raise RankError(f"{sends}: must be at most max_slots={call.max_slots}")
+    wire.standing.calls += 1
 
 
 def _said(wire: Wire, call: Call) -> dict[str, Any]:
@@ -128,9 +141,9 @@ def met(wire: Wire, step: str, device: torch.device) -> None:
     if wire.ranks == 1:
         return
     said = {"step": step}
-    own = _row(wire, said, numbers([], device))
-    watched = on_host(own)
-    rows = _gathered(wire, own, f"before {step}", watched)
+    nothing = numbers([0, 0], device).expand(wire.ranks, 2)
+    watched = on_host(nothing)
+    rows = _exchanged(wire, _messages(wire, said, (False,) * 3, nothing), f"before {step}", watched)
     if watched:
         _compare(wire, rows.tolist(), said)
     else:
@@ -143,15 +156,11 @@ def failed(wire: Wire, error: BaseException, device: torch.device) -> None:
         return
     try:
         with wire.together():
-            _gathered(wire, torch.zeros(2 + most(wire), dtype=torch.int64, device=device), STEP)
+            empty = torch.zeros(wire.ranks, len(HEAD) + 2, dtype=torch.int64, device=device)
+            _exchanged(wire, empty, STEP, on_host(empty))
             _refuse(wire, {"error": one_line(f"{type(error).__name__}: {error}")})
     except RankError:  # its own error says more
         return
-
-
-def most(wire: Wire) -> int:
-    """How many sizes a rank may tell: 3 needs, and rows and slots for each rank."""
-    return 3 + 2 * wire.ranks
 
 
 def numbers(values: Sequence[int], device: torch.device) -> Tensor:
@@ -159,21 +168,31 @@ def numbers(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def _row(wire: Wire, said: dict[str, Any], sizes: Tensor) -> Tensor:
-    """[2 + most] int64: 1 for a rank that is well, a number that stands for what it says, sizes, and zeros.
+def _messages(wire: Wire, said: dict[str, Any], needs: Sequence[bool], own: Tensor) -> Tensor:
+    """[W, 7] int64, a message to each rank: `HEAD`, and two numbers of its own [W, 2].
 
     It has the same length at every step, so that ranks at different steps meet, too.
     """
     digest = int.from_bytes(hashlib.sha256(repr(said).encode()).digest()[:7], "big")
-    return torch.cat([numbers([1, digest], sizes.device), sizes, sizes.new_zeros(most(wire) - len(sizes))])
+    head = numbers([1, digest, *needs], own.device).expand(wire.ranks, len(HEAD))
+    return torch.cat([head, own], dim=1)
 
 
-def _gathered(wire: Wire, own: Tensor, step: str, watched: bool = True) -> Tensor:
+def _exchanged(wire: Wire, messages: Tensor, step: str, watched: bool) -> Tensor:
+    """[W, 7] what each rank says to this one, of what this one says to each."""
+    if wire.ranks == 1:
+        return messages
+    out, one = torch.empty_like(messages), [1] * wire.ranks
+    wire.wait(dist.all_to_all_single(out, messages, one, one, group=wire.group, async_op=True), step, watched)
+    return out
+
+
+def _gathered(wire: Wire, own: Tensor, step: str) -> Tensor:
     """[W, n] all ranks' rows [n]."""
     out = [own]
     if wire.ranks > 1:
         out = [torch.empty_like(own) for _ in range(wire.ranks)]
-        wire.wait(dist.all_gather(out, own, group=wire.group, async_op=True), step, watched)
+        wire.wait(dist.all_gather(out, own, group=wire.group, async_op=True), step)
     return torch.stack(out)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,14 +20,28 @@ def owners(ids: Tensor, experts: ExpertMap) -> Tensor:
     return torch.where((ids < 0) | (ids >= experts.num_experts), experts.ranks, ranks)
 
 
-def _sizes(needs: Needs, device: torch.device, *counts: Tensor) -> Tensor:
-    """[3 + n] what each rank tells the others."""
-    return torch.cat([numbers(needs, device), *counts])
+class Sending(NamedTuple):
+    """What a rank sends under "all_to_all".
+
+    Attributes:
+        owner: [T K] the rank of each slot's expert; W for an empty slot.
+        needed: [W, T] whether each rank has any of the token's experts: then it is sent the token's row.
+        slots: [W] how many slots each rank is sent.
+    """
+
+    owner: Tensor
+    needed: Tensor
+    slots: Tensor
 
 
-def _needs(sizes: list[list[int]]) -> Needs:
-    """What any rank needs."""
-    return Needs(*(any(own[place] for own in sizes) for place in range(3)))
+def sending(ids: Tensor, experts: ExpertMap) -> Sending:
+    """What a rank with the ids [T, K] sends. A GPU is not waited for."""
+    owner = owners(ids, experts)
+    needed = torch.zeros(ids.shape[0], experts.ranks + 1, dtype=torch.bool, device=ids.device)
+    needed = needed.scatter_(1, owner, True)[:, : experts.ranks].t()
+    owner = owner.flatten()
+    each = owner == torch.arange(experts.ranks, device=ids.device)[:, None]  # bincount would wait for a GPU
+    return Sending(owner, needed, each.sum(1))
 
 
 def all_to_all(wire: Wire, call: Call, needs: Needs, ids: Tensor, experts: ExpertMap, by_rank: bool) -> AllToAll:
@@ -35,11 +51,7 @@ def all_to_all(wire: Wire, call: Call, needs: Needs, ids: Tensor, experts: Exper
         RankError: see `agreement.agreed` and `agreement.same`.
     """
     (tokens, top_k), ranks = ids.shape, wire.ranks
-    owner = owners(ids, experts)
-    needed = torch.zeros(tokens, ranks + 1, dtype=torch.bool, device=ids.device)
-    needed = needed.scatter_(1, owner, True)[:, :ranks].t()  # [W, T]
-    owner = owner.flatten()
-    each = (owner == torch.arange(ranks, device=ids.device)[:, None]).sum(1)  # bincount would wait for a GPU
+    owner, needed, each = sending(ids, experts)
     place = needed.long().cumsum(1) - 1  # [W, T] of a token's row among those of a rank
     if call.max_slots:
         same(wire, call, needs, each)
@@ -47,8 +59,8 @@ def all_to_all(wire: Wire, call: Call, needs: Needs, ids: Tensor, experts: Exper
         row_tokens = _up_to(call.max_slots, needed, place)
         own_slots = _first(call.max_slots, owner, each)
     else:
-        told = agreed(wire, call, _sizes(needs, ids.device, needed.sum(1), each))
-        needs, rows, slots = _needs(told), *_between(wire, [own[3:] for own in told])
+        told = agreed(wire, call, needs, needed.sum(1), each)
+        needs, rows, slots = Needs(*told.needs), told.rows, told.slots
         row_tokens = torch.nonzero_static(needed, size=sum(rows[0]))[:, 1]
         own_slots = torch.argsort(owner, stable=True)[: sum(slots[0])]
     heads = _heads(own_slots, owner, place, ids, numbers(experts.offsets, ids.device))
@@ -70,13 +82,6 @@ def all_to_all(wire: Wire, call: Call, needs: Needs, ids: Tensor, experts: Exper
         by_rank,
         bool(call.max_slots),
     )
-
-
-def _between(wire: Wire, sizes: list[list[int]]) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
-    """How many rows and slots this rank sends to each and receives; ``sizes`` has [W] rows, then [W] slots of each."""
-    rank, ranks = wire.rank, wire.ranks
-    sent, received = sizes[rank], [(own[rank], own[ranks + rank]) for own in sizes]
-    return (sent[:ranks], [rows for rows, _ in received]), (sent[ranks:], [slots for _, slots in received])
 
 
 def _up_to(most: int, needed: Tensor, place: Tensor) -> Tensor:

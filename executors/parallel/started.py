@@ -41,7 +41,7 @@ class Started:
     shape: torch.Size
     inside: Inside
     overlap: bool
-    coming: tuple[Arriving, Arriving] = field(init=False)
+    coming: tuple[Arriving, Arriving] | None = field(init=False)
     grad_enabled: bool = field(init=False)
     results: tuple[Tensor, Arriving] | None = field(init=False, default=None)
     y: Tensor | None = field(init=False, default=None)
@@ -96,8 +96,14 @@ class Started:
 
     def _all(self) -> Tensor:
         """[S, H] all slots at once."""
-        rows, weights = Out.apply(self.rows, self.slot_weights, self.transport, *self.coming)  # type: ignore[no-untyped-call]
+        rows, weights = Out.apply(self.rows, self.slot_weights, self.transport, *self._taken())  # type: ignore[no-untyped-call]
         return self.inside(rows, weights, self.transport.ids, self.weights)
+
+    def _taken(self) -> tuple[Arriving, Arriving]:
+        """What is on its way. It is let go of: rows sent and received would stay until y is there."""
+        assert self.coming is not None
+        coming, self.coming = self.coming, None
+        return coming
 
     def _own_first(self, own: Own) -> Tensor:
         """[S, H] those of this rank's own tokens, while the others arrive, and then those."""
@@ -105,7 +111,7 @@ class Started:
         mine = self.inside(own.rows, own.weights, ids[own.places], self.weights)
         others = ids.clone()
         others[own.places] = -1
-        rows, weights = (arriving() for arriving in self.coming)
+        rows, weights = (arriving() for arriving in self._taken())
         slots = self.inside(rows, weights, others, self.weights)
         slots[own.places] = mine
         return slots

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from moe_ref.conformance import profiles
 from moe_ref.conformance.parallel.judging import (
+    DISPATCHES,
     LAWS,
     check_parallel,
     check_parallel_law,
@@ -24,9 +25,9 @@ from moe_ref.conformance.parallel.judging import (
     splits,
 )
 from moe_ref.conformance.parallel.split import Split
+from moe_ref.conformance.problems.declared import fitted, undeclared
 from moe_ref.conformance.problems.pinned import GPT_OSS
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.problems.strategies import undeclared
 from moe_ref.types import MoEConfig
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ PINNED = {
     "mxfp4": (replace(SMALL, quant_type="mxfp4", weights_layout="transposed"), (2, 4)),
 }
 LAW = Problem(11, 5, 16, 16, MoEConfig(3), gate_up_bias=True, down_bias=True)
-WAYS = [(dispatch, returns) for dispatch in ("all_to_all", "all_reduce") for returns in ("slot", "rank")]
+WAYS = [(dispatch, returns) for dispatch in DISPATCHES for returns in ("slot", "rank")]
 
 __all__ = ["test_drawn_splits", "test_laws_of_ranks", "test_pinned_splits", "test_splits_are_repeatable"]
 
@@ -82,7 +83,8 @@ __all__ = ["test_drawn_splits", "test_laws_of_ranks", "test_pinned_splits", "tes
 def test_drawn_splits(judge: Judge, cluster: Cluster, data: st.DataObject) -> None:
     """Any split over ranks gives what one device must give, outputs and all gradients (R7, C1, D1, D2, D3, T2)."""
     problem = data.draw(problems_of_ranks(judge.executor), label="problem")
-    split = data.draw(splits(cluster.ranks, problem.tokens), label="split")
+    empty_slots = judge.executor.capabilities.empty_slots
+    split = data.draw(splits(cluster.ranks, problem.tokens, empty_slots), label="split")
     judge(check_parallel, cluster, judge.name, problem, split)
 
 
@@ -91,9 +93,7 @@ def test_drawn_splits(judge: Judge, cluster: Cluster, data: st.DataObject) -> No
 def test_pinned_splits(judge: Judge, cluster: Cluster, case: str, dispatch: str, returns: str) -> None:
     """Ranks without tokens or experts, and every form of weights (E3, E6, E8, C3, R3, R4, R9, Q5, M1)."""
     problem, cuts = PINNED[case]
-    lacking = undeclared(problem, judge.executor.capabilities)
-    if lacking:
-        pytest.skip(f"{judge.executor.name} does not declare {lacking}")
+    problem = _declared(judge, problem, dispatch)
     judge(check_parallel, cluster, judge.name, problem, Split(cuts[: cluster.ranks - 1], dispatch, returns))
 
 
@@ -103,6 +103,7 @@ def test_laws_of_ranks(judge: Judge, cluster: Cluster, law: str, dispatch: str, 
     """Where tokens are, and how many ranks there are, changes nothing (C1, C2, D1)."""
     able = judge.executor.capabilities
     problem = LAW if "dense" in able.weights else replace(LAW, hidden=32, intermediate=32, quant_type=min(able.weights))
+    problem = _declared(judge, problem, dispatch)
     cuts = (3, 3, 7)[: max(0, cluster.ranks - 2)]
     judge(check_parallel_law, cluster, judge.name, problem, Split(cuts, dispatch, returns), law)
 
@@ -112,5 +113,18 @@ def test_splits_are_repeatable(judge: Judge, cluster: Cluster, dispatch: str, re
     """C1: two runs on the same ranks have the same bits."""
     able = judge.executor.capabilities
     problem = replace(SMALL, tokens=33, experts=9, quant_type="" if "dense" in able.weights else min(able.weights))
+    problem = _declared(judge, problem, dispatch)
     cuts = (8, 9, 30)[: cluster.ranks - 1]
     judge(check_parallel_repeatable, cluster, judge.name, problem, Split(cuts, dispatch, returns))
+
+
+def _declared(judge: Judge, problem: Problem, dispatch: str) -> Problem:
+    """The problem in a form that the executor declares; skips if there is none."""
+    able = judge.executor.capabilities
+    problem = fitted(problem, able)
+    lacking = undeclared(problem, able)
+    if dispatch == "all_reduce" and not able.empty_slots:  # where experts of other ranks are empty slots
+        lacking = lacking or "empty slots"
+    if lacking:
+        pytest.skip(f"{judge.executor.name} does not declare {lacking}")
+    return problem

@@ -18,6 +18,7 @@ import clauses
 import executors
 import report_page
 from executors._cli.app import app
+from executors._cli.report import _unmeasured
 from executors._compare.run import CompareRow
 from executors._report.clause_table import GROUPS, LOOKS, apart
 from executors._report.judged import JudgedExecutor, SuiteRun, counted
@@ -82,7 +83,8 @@ def judged(name: str = "mine", *failures: FailureKind, row: CompareRow | None = 
 
 
 KIND = FailureKind(
-    ("E2", "C1"), 3, "y(0, 0)=256.0, but must be exactly 258.0", "Problem(9)", "check_exact(get('mine'))"
+    *(("E2", "C1"), 3, "y(0, 0)=256.0, but must be exactly 258.0", "Problem(9)", "check_exact(get('mine'))"),
+    cause="wrong values",
 )
 
 
@@ -140,7 +142,7 @@ def test_a_cell_that_fails_leads_to_its_example() -> None:
     assert links == ["#e0-E2", "#e0-E3", "#e0-C1", "#e0-beyond0"]
     assert [panel["id"] for panel in own.of("tr", **{"class": "panel"})] == [link[1:] for link in links if link]
     text = "|".join(own.texts)
-    assert "breaks one of E2, C1: 3 failures, of which this is the smallest" in text
+    assert "breaks one of E2, C1 (wrong values): 3 failures, of which this is the smallest" in text
     assert "y(0, 0)|is|256.0|must be|exactly 258.0|" in text
     assert "check_exact(get('mine'))" in text
     assert "expected E3 y: 2 tests; issue 12" in text
@@ -215,18 +217,17 @@ class Crashing:
 
 def test_an_executor_is_judged_in_another_process() -> None:
     seen: list[int] = []
-    run = run_suite("native", SuiteSettings(only="test_double_backward"), seen.append)
+    run = run_suite("native", SuiteSettings(only="test_second_derivatives"), seen.append)
     assert run.problem == ""
     assert run.results is not None
     assert run.results.clauses["D1"] == ClauseResult("holds", passed=1)
     assert (run.profile, run.device, run.left_out) == (
         "quick",
         "cpu",
-        "-k 'test_double_backward', --hypothesis-profile quick",
+        "-k 'test_second_derivatives', --hypothesis-profile quick",
     )
-    assert run.again == (
-        "pytest --pyargs moe_ref.conformance.suite --executor native --hypothesis-profile quick -k test_double_backward"
-    )
+    suite = "pytest --pyargs moe_ref.conformance.suite --executor native --hypothesis-profile quick"
+    assert run.again == f"{suite} -k test_second_derivatives"
     assert seen[-1] == 100
 
 
@@ -235,9 +236,20 @@ def test_one_that_crashes_ends_its_own_run_only(tmp_path: Path, monkeypatch: pyt
     outside.mkdir()
     install(outside, "crashing", "crashing:Crashing", CRASHES)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{report_page.ROOT}")
-    run = run_suite("crashing", SuiteSettings(only="test_double_backward"), lambda done: None)
+    run = run_suite("crashing", SuiteSettings(only="test_second_derivatives"), lambda done: None)
+    assert run.results is not None
+    (failure,) = run.results.failures
+    assert (failure.breaks, failure.count) == (("ends the process (SIGABRT)",), 1)
+    assert failure.again.endswith("check_second_derivatives(get('crashing'))")
+    assert run.crashed
+    assert _unmeasured("crashing", run) == "it ended the process of the suite"
+
+
+def test_a_suite_that_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executors._report.suite.PYTEST", ("--pyargs", "moe_ref.conformance.no_suite"))
+    run = run_suite("native", SuiteSettings(), lambda done: None)
     assert run.results is None
-    assert run.problem.startswith("the suite was ended by SIGABRT: ")
+    assert run.problem.startswith("the suite ended with exit status 4: ERROR: ")
 
 
 def test_one_that_takes_too_long_is_ended() -> None:

@@ -31,6 +31,17 @@ def test_the_example_runs_as_the_page_says() -> None:
     assert all(float(text.split()[-1]) < 1e-5 for text in found if "largest difference" in text)
 
 
+@pytest.mark.nightly
+def test_the_plan_is_what_the_command_prints() -> None:
+    (command,) = re.findall(r"```sh\npython -m (executors plan .*?) --plot.*\n```", PAGE)
+    (printed,) = re.findall(r"```text\n(deepseek-v3: .*?)\n```", PAGE, re.DOTALL)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    line = [sys.executable, "-m", *command.split()]
+    ran = subprocess.run(line, capture_output=True, text=True, check=True, env=environment, encoding="utf-8")
+    found = iter([text.rstrip() for text in ran.stdout.splitlines()])
+    assert [text for text in printed.splitlines() if text not in found] == []  # in this order, between notes
+
+
 def plain(text: str) -> str:
     """Without what differs between machines."""
     return re.sub(r"\d\.\d+(e-\d+)?$", "figure", text)

@@ -13,7 +13,7 @@ from moe_ref.conformance.parallel.judging import LAWS, check_parallel, check_par
 from moe_ref.conformance.parallel.split import Split
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import MoEConfig
-from parallel_mutants import MUTANTS, Invariant, rank_dependent
+from parallel_mutants import MUTANTS, Invariant, plain, rank_dependent
 
 
 def test_experts_are_those_of_chunk() -> None:
@@ -97,3 +97,16 @@ def test_a_false_promise_of_batch_invariance_is_seen(cluster: Cluster, law: str)
     check_parallel(Invariant(), cluster, "native", problem, split, make=rank_dependent)
     with pytest.raises(ConformanceError, match=f"the law {law}.*\n?.*y of Split"):
         check_parallel_law(Invariant(), cluster, "native", problem, split, law, make=rank_dependent)
+
+
+@pytest.mark.parametrize("returns", ["slot", "rank"])
+def test_the_executor_inside_may_declare_little(cluster: Cluster, returns: str) -> None:
+    """Ranks without tokens, duplicate ids and empty slots never reach it, if tokens go to their experts' ranks."""
+    problem = replace(SHARED, entry="experts", cut_points=True, empty_slots=True, ids_dtype="int64")
+    check_parallel(
+        executors.get("native"), cluster, "native", problem, Split((0, 9), "all_to_all", returns), make=plain
+    )
+    with pytest.raises(ConformanceError, match="dispatch='all_reduce': must be 'all_to_all' for plain: no empty slots"):
+        check_parallel(
+            executors.get("native"), cluster, "native", problem, Split((2,), "all_reduce", returns), make=plain
+        )

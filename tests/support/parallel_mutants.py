@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+import executors
 from executors import Capabilities
 from executors.native import Native
 from executors.parallel import ExpertParallel
@@ -16,6 +17,7 @@ from executors.parallel.transport import Transport
 from executors.parallel.waiting import Arriving
 from moe_ref.conformance.parallel.split import Split, options
 from moe_ref.conformance.problems.problem import Problem
+from moe_ref.conformance.wrapped import Declaring
 from moe_ref.types import MoEWeights
 
 
@@ -74,6 +76,19 @@ class WrongParallel(ExpertParallel):
 
 def _made(kind: str, name: str, group: Any, split: Split, problem: Problem) -> ExpertParallel:
     return WrongParallel(name, group, kind=kind, **options(split, problem))
+
+
+def plain(name: str, group: Any, split: Split, problem: Problem) -> ExpertParallel:
+    """None: the executor inside is right, and refuses no tokens, empty slots, duplicate ids and ids in int64."""
+    able = replace(
+        executors.get(name).capabilities,
+        empty_batch=False,
+        empty_slots=False,
+        duplicate_ids=False,
+        topk_ids_dtypes=frozenset({"int32"}),
+    )
+    inner = Declaring("plain", executors.get(name), declared=able)
+    return ExpertParallel(inner, group, **options(split, problem))
 
 
 def token_lost(*given: Any) -> ExpertParallel:

@@ -14,11 +14,14 @@ from moe_ref.conformance.judgement.gates import CLAUSES
 from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.parallel.cluster import Cluster, RanksError
 from moe_ref.conformance.parallel.split import Made, Split, joined, made, run_part, within
+from moe_ref.conformance.problems.packed import straddles
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.problems.strategies import problems_for
 
 if TYPE_CHECKING:
     from executors import Executor
+
+DISPATCHES = ("all_to_all", "all_reduce")
 
 
 def check_parallel(
@@ -136,24 +139,16 @@ def _alone(executor: Executor, problem: Problem) -> Problem:
 
 
 @st.composite
-def splits(draw: st.DrawFn, ranks: int, tokens: int) -> Split:
-    """Draws uneven splits over up to so many ranks; some have no tokens."""
+def splits(draw: st.DrawFn, ranks: int, tokens: int, empty_slots: bool = True) -> Split:
+    """Draws uneven splits over up to so many ranks; some have no tokens, and some make empty slots, if they may."""
     count = draw(st.integers(1, ranks), label="ranks")
     cuts = draw(st.lists(st.integers(0, tokens), min_size=count - 1, max_size=count - 1), label="cuts")
-    dispatch = draw(st.sampled_from(["all_to_all", "all_reduce"]), label="dispatch")
-    bounded = dispatch == "all_to_all" and draw(st.booleans(), label="bounded")
+    dispatch = draw(st.sampled_from(DISPATCHES if empty_slots else DISPATCHES[:1]), label="dispatch")
+    bounded = empty_slots and dispatch == "all_to_all" and draw(st.booleans(), label="bounded")
     returns = draw(st.sampled_from(["slot", "rank"]), label="returns")
     return Split(tuple(sorted(cuts)), dispatch, returns, bounded=bounded)
 
 
 def problems_of_ranks(executor: Executor) -> st.SearchStrategy[Any]:
     """Problems within an executor's capabilities whose 4-bit blocks straddle no ranks."""
-    return problems_for(executor).filter(lambda problem: not _straddles(within(problem)))
-
-
-def _straddles(problem: Problem) -> bool:
-    if not {"nf4", "fp4"} & {*problem.kinds}:
-        return False
-    hidden, inner = problem.hidden, problem.intermediate
-    sizes = {"gate_up_proj": problem.gate_up_rows * hidden, "down_proj": hidden * inner}
-    return any(problem.quant_types[own] in ("nf4", "fp4") and size % problem.blocksize for own, size in sizes.items())
+    return problems_for(executor).filter(lambda problem: not straddles(within(problem)))

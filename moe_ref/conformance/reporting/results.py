@@ -44,7 +44,7 @@ class ClauseResult:
 
 @dataclass(frozen=True)
 class FailureKind:
-    """Failures that break the same.
+    """Failures that break the same for the same cause.
 
     Attributes:
         breaks: the clauses, or what else it is said to break.
@@ -53,6 +53,7 @@ class FailureKind:
         problem: on which it fails, as the call that makes it; "" where there is none.
         again: the line of Python that runs it again; "" where it cannot be said.
         saved: the folder with its vector, or "".
+        cause: what is wrong, in words without numbers; or "".
     """
 
     breaks: tuple[str, ...]
@@ -61,6 +62,7 @@ class FailureKind:
     problem: str = ""
     again: str = ""
     saved: str = ""
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,7 @@ def results_of(ledger: Ledger, executor: str, lacking: Sequence[Lack]) -> Execut
             counts[clause][outcome.outcome] += 1
     return ExecutorResults(
         {clause: ClauseResult(states[clause], *(counts[clause][word] for word in OUTCOMES)) for clause in CLAUSES},
-        tuple(
-            FailureKind(
-                first.breaks, len(own), first.says, _problem(first), first.again.removeprefix(AGAIN), first.saved
-            )
-            for own in ledger.failures(executor).values()
-            for first in own[:1]
-        ),
+        tuple(_kind(first, len(own)) for own in ledger.failures(executor).values() for first in own[:1]),
         tuple(
             ExpectedResult(own.clause, str(own), own.reason, count)
             for own, count in ledger.met(executor).items()
@@ -131,9 +127,11 @@ def results_of(ledger: Ledger, executor: str, lacking: Sequence[Lack]) -> Execut
     )
 
 
-def _problem(failure: Failure) -> str:
-    """The call that makes the problem, or "" where the failure has another text to be ordered by."""
-    return failure.problem if failure.problem.startswith("Problem(") else ""
+def _kind(first: Failure, count: int) -> FailureKind:
+    """Failures of which this is the smallest. A text that is no call of `Problem` is there for its order only."""
+    problem = first.problem if first.problem.startswith("Problem(") else ""
+    again = first.again.removeprefix(AGAIN)
+    return FailureKind(first.breaks, count, first.says, problem, again, first.saved, first.cause)
 
 
 def write_results(path: Path, results: Results) -> None:
@@ -184,7 +182,7 @@ def _clause(form: _Form, where: str, found: Any) -> ClauseResult:
 
 
 def _failure(form: _Form, where: str, found: Any) -> FailureKind:
-    texts = ("says", "problem", "again", "saved")
+    texts = ("says", "problem", "again", "saved", "cause")
     form.keys(where, found, {"breaks", "count", *texts})
     breaks, count = form.texts(f"{where}: breaks", found["breaks"]), form.count(f"{where}: count", found["count"])
     return FailureKind(breaks, count, *(form.text(f"{where}: {key}", found[key]) for key in texts))
