@@ -1,7 +1,7 @@
 """liger-kernel: LigerExperts writes outside its buffers for ids that the class it replaces takes (R7).
 
-They mark the slots of other ranks. ``apply_liger_kernel_to_qwen3_moe`` puts it in the place of Qwen3MoeExperts. Run in a child process, in Triton's
-interpreter, because memory is lost. Exit 0: reproduced, 1: gone.
+They mark the slots of other ranks. ``apply_liger_kernel_to_qwen3_moe`` puts it in the place of Qwen3MoeExperts. Run in
+a child process, in Triton's interpreter, because memory is lost. Exit 0: reproduced, 1: gone.
 """
 
 import os

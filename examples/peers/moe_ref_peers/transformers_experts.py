@@ -1,0 +1,105 @@
+"""The experts of three families of transformers, each in its three implementations that run on a CPU.
+
+A module of the family is built for each call, on no device, and gets the layer's tensors as its parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import GptOssConfig, NemotronHConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from executors import Capabilities
+from moe_ref_peers._peer import Peer, foreign_last
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from moe_ref.types import MoEWeights
+
+Family = Literal["qwen3", "gpt_oss", "nemotron_h"]
+Implementation = Literal["eager", "grouped_mm", "batched_mm"]
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_pytorch_tanh"}
+PLAIN = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2"}
+ACTIVATIONS = {"qwen3": GATED, "gpt_oss": {"swiglu": "silu"}, "nemotron_h": PLAIN}
+DTYPES = frozenset({"float32", "bfloat16", "float16"})
+
+
+@dataclass(frozen=True)
+class TransformersExperts(Peer):
+    """Experts of a family, in an implementation of transformers' experts interface."""
+
+    family: Family
+    implementation: Implementation
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The name under which it is registered."""
+        return f"transformers_{self.family}_{self.implementation}"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The interface's promises; the experts of other ranks are those of its expert parallelism."""
+        return Capabilities(
+            dtypes=DTYPES,
+            routing=False,
+            selection=False,
+            activations=frozenset(ACTIVATIONS[self.family]),
+            late_clamp=False,
+            softcap=False,
+            scale_input=False,
+            lora=False,
+        )
+
+    def compute(self, x: Tensor, ids: Tensor, weights: Tensor, layer: MoEWeights) -> Tensor:
+        """y [T, H]."""
+        with torch.device("meta"):
+            module = _module(self.family, layer)
+        module.config._experts_implementation = self.implementation
+        module._is_expert_parallel = True  # whoever runs on one rank loses nothing by it
+        for name, tensor in parameters(self.family, layer).items():
+            delattr(module, name)
+            setattr(module, name, tensor)
+        return module(x, *foreign_last(ids, weights, layer.num_experts))
+
+
+def parameters(family: Family, layer: MoEWeights) -> dict[str, Tensor]:
+    """The layer's tensors under the family's names, in its shapes; no copies."""
+    if family == "nemotron_h":
+        return {"up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
+    if family == "qwen3":
+        return {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
+    biases = {name: getattr(layer, name) for name in ("gate_up_proj_bias", "down_proj_bias")}
+    turned = {name: getattr(layer, name).transpose(1, 2) for name in ("gate_up_proj", "down_proj")}
+    return turned | biases
+
+
+def _module(family: Family, layer: MoEWeights) -> nn.Module:
+    experts, inner = layer.num_experts, layer.down_proj.shape[2]
+    sizes: dict[str, Any] = {"hidden_size": layer.down_proj.shape[1], "num_experts_per_tok": 1}
+    act = ACTIVATIONS[family][layer.config.activation]
+    if family == "qwen3":
+        return Qwen3MoeExperts(Qwen3MoeConfig(num_experts=experts, moe_intermediate_size=inner, hidden_act=act, **sizes))
+    if family == "nemotron_h":
+        sizes |= {"n_routed_experts": experts, "moe_intermediate_size": inner, "mlp_hidden_act": act}
+        return NemotronHExperts(NemotronHConfig(**sizes))
+    sizes |= {"num_local_experts": experts, "intermediate_size": inner}
+    limits = {"swiglu_alpha": layer.config.alpha, "swiglu_limit": layer.config.limit}
+    return GptOssExperts(GptOssConfig(**sizes, **limits))
+
+
+qwen3_eager = partial(TransformersExperts, "qwen3", "eager")
+qwen3_grouped_mm = partial(TransformersExperts, "qwen3", "grouped_mm")
+qwen3_batched_mm = partial(TransformersExperts, "qwen3", "batched_mm")
+gpt_oss_eager = partial(TransformersExperts, "gpt_oss", "eager")
+gpt_oss_grouped_mm = partial(TransformersExperts, "gpt_oss", "grouped_mm")
+gpt_oss_batched_mm = partial(TransformersExperts, "gpt_oss", "batched_mm")
+nemotron_h_eager = partial(TransformersExperts, "nemotron_h", "eager")
+nemotron_h_grouped_mm = partial(TransformersExperts, "nemotron_h", "grouped_mm")
+nemotron_h_batched_mm = partial(TransformersExperts, "nemotron_h", "batched_mm")
