@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -17,6 +17,13 @@ ACTIVATIONS = frozenset({"swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_
 SCORINGS = frozenset({"softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"})
 RENORMALIZE_FORMS = frozenset({"add", "max"})
 SELECTION_KEYS = frozenset({"score", "logit"})
+GATE_UP_LAYOUTS = frozenset({"concatenated", "interleaved"})
+DTYPES = frozenset({"float64", "float32", "bfloat16", "float16"})
+OWN_DTYPE = "x"  # in a set of dtypes of other arguments: that of x
+ID_DTYPES = frozenset({"int32", "int64"})
+STRIDED = frozenset({"x", "routing", "weights"})
+BLOCKSIZES = frozenset({32, 64, 128, 256, 512, 1024, 2048, 4096})  # of moe_ref.validation.nf4
+NESTED = frozenset({"one", "per expert"})
 
 
 class Unavailable(RuntimeError):
@@ -38,12 +45,33 @@ class UnknownExecutor(LookupError):
 class Capabilities:
     """What an executor declares; the conformance suite draws problems within it, and says aloud what is left out.
 
+    A field that is not given promises all that the specification has, but for those whose default is less
+    (``post_expert_norm``, ``weights``, ``mixed``, ``batch_invariant``). To refuse within the declaration is a failure.
+
     Attributes:
         devices: device types it runs on, such as "cpu" and "cuda"; empty is any.
         dtypes: names of the dtypes that x and the projections may have.
+        bias_dtypes: names of the dtypes that biases may have, and with them the selection bias, the experts' scales and
+            the norm's factor; in this and the other sets of dtypes "x" stands for that of x.
+        router_logits_dtypes: likewise of router_logits.
+        topk_weights_dtypes: likewise of topk_weights.
+        topk_ids_dtypes: of "int32" and "int64", those that topk_ids may have.
+        lora_dtypes: likewise of the adapters' factors.
+        strided: which arguments may have any strides: "x", "routing" (logits, ids and weights), "weights" (projections,
+            also in 4 bits, biases, adapters). Others are contiguous. An upstream gradient may always have any.
+        align_hidden: H is a multiple of it.
+        align_intermediate: I is a multiple of it.
+        empty_batch: whether it takes no tokens at all, T = 0 (E3).
+        empty_slots: whether ids may lie outside [0, E) (R7).
+        duplicate_ids: whether one token may have one expert in several slots.
         backward: whether it has gradients (D1).
         routing: whether it can be called with router_logits; False offers only ``.experts``.
         activations: names of the activations that it has (``MoEConfig.activation``).
+        alphas: the values of ``MoEConfig.alpha`` that its "swiglu" takes; {1.0} is plain SwiGLU. None is any.
+        limits: likewise of ``limit``; {None} is none.
+        up_offsets: likewise of ``up_offset``; {0.0} is none.
+        gate_up_layouts: how the rows of a gated gate_up_proj may lie (``MoEConfig.gate_up_layout``).
+        biases: whether the projections may have biases.
         late_clamp: whether its "swiglu" may be clamped after the activation (``MoEConfig.clamp``).
         softcap: whether its "swiglu" may have caps (``MoEConfig.gate_softcap`` and ``up_softcap``).
         scorings: names of the scorings that it routes by (``MoEConfig.scoring``).
@@ -56,13 +84,16 @@ class Capabilities:
         scale_input: whether it has that form of weighting (C3).
         lora: whether it takes adapters.
         weights: the kinds of projections that it takes: "dense", "nf4", "fp4", "mxfp4".
+        blocksizes: of "nf4" and "fp4".
+        nested: of these, the segments that nested statistics of absmax may have: "one" for all experts, "per expert"
+            (Q5). None of them is plain absmax.
         mixed: whether the two projections may be of different kinds: of those, or one of them dense (`takes`).
         batch_invariant: whether a token's output never depends on other tokens, to the last bit (C2).
         interpreted: whether an interpreter runs its kernels here: numbers as they will be, times that mean nothing.
     """
 
     devices: frozenset[str] = frozenset()
-    dtypes: frozenset[str] = frozenset({"float64", "float32", "bfloat16", "float16"})
+    dtypes: frozenset[str] = DTYPES
     backward: bool = True
     routing: bool = True
     activations: frozenset[str] = ACTIVATIONS
@@ -80,6 +111,24 @@ class Capabilities:
     mixed: bool = False
     batch_invariant: bool = False
     interpreted: bool = False
+    bias_dtypes: frozenset[str] = field(default=DTYPES, kw_only=True)
+    router_logits_dtypes: frozenset[str] = field(default=DTYPES, kw_only=True)
+    topk_weights_dtypes: frozenset[str] = field(default=DTYPES, kw_only=True)
+    topk_ids_dtypes: frozenset[str] = field(default=ID_DTYPES, kw_only=True)
+    lora_dtypes: frozenset[str] = field(default=DTYPES, kw_only=True)
+    strided: frozenset[str] = field(default=STRIDED, kw_only=True)
+    align_hidden: int = field(default=1, kw_only=True)
+    align_intermediate: int = field(default=1, kw_only=True)
+    empty_batch: bool = field(default=True, kw_only=True)
+    empty_slots: bool = field(default=True, kw_only=True)
+    duplicate_ids: bool = field(default=True, kw_only=True)
+    alphas: frozenset[float] | None = field(default=None, kw_only=True)
+    limits: frozenset[float | None] | None = field(default=None, kw_only=True)
+    up_offsets: frozenset[float] | None = field(default=None, kw_only=True)
+    gate_up_layouts: frozenset[str] = field(default=GATE_UP_LAYOUTS, kw_only=True)
+    biases: bool = field(default=True, kw_only=True)
+    blocksizes: frozenset[int] = field(default=BLOCKSIZES, kw_only=True)
+    nested: frozenset[str] = field(default=NESTED, kw_only=True)
 
     def takes(self, gate_up: str, down: str) -> bool:
         """Whether it takes a layer whose projections are of these kinds.

@@ -24,8 +24,9 @@ from moe_ref.conformance.judgement.laws import LAWS, check_law
 from moe_ref.conformance.judgement.ranges import RANGES, check_range
 from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.problems import pinned
+from moe_ref.conformance.problems.declared import undeclared, without_undeclared
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.problems.strategies import problems, problems_past_range, undeclared, without_undeclared
+from moe_ref.conformance.problems.strategies import problems, problems_past_range
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = executors.get("triton")

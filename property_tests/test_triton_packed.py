@@ -22,8 +22,9 @@ from moe_ref.conformance.judgement.exact_decode import check_every_code
 from moe_ref.conformance.judgement.laws import LAWS, check_law
 from moe_ref.conformance.judgement.ranges import RANGES, check_range
 from moe_ref.conformance.problems import pinned
+from moe_ref.conformance.problems.declared import undeclared
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.problems.strategies import problems_for, undeclared
+from moe_ref.conformance.problems.strategies import problems_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROFILE = profiles.current()

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import executors
-from moe_ref.types import LORA_FACTORS, MoEConfig, MoEWeights, Routing
+from moe_ref.conformance.declared import refuse_undeclared, refuse_undeclared_routing, refuse_undeclared_slots
+from moe_ref.types import MoEConfig, MoEWeights, Routing
 from moe_ref.validation import check_experts_inputs, check_inputs, check_router_logits, check_weights, dtype_name
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class ForeignExecutor(ABC):
         """
         check_inputs(x, router_logits, weights)
         self.check(x, weights)
-        self._check_routing(weights)
+        self._check_routing(router_logits, weights)
         flat = {"x": _rows(x), "router_logits": _rows(router_logits)} | weights.parameters()
         if weights.selection_bias is not None:
             flat["selection_bias"] = weights.selection_bias.detach()
@@ -103,6 +104,7 @@ class ForeignExecutor(ABC):
         """
         check_experts_inputs(x, topk_ids, topk_weights, weights)
         self.check(x, weights)
+        refuse_undeclared_slots(self.name, self.capabilities, x, topk_ids, topk_weights, weights)
         flat = {"x": _rows(x), "topk_ids": _rows(topk_ids).long(), "topk_weights": _rows(topk_weights)}
         own = {name: value for name, value in weights.parameters().items() if name != "expert_scale"}
         return self._run(flat | own, weights).reshape(x.shape)
@@ -112,48 +114,15 @@ class ForeignExecutor(ABC):
         check_weights(weights)
         if not isinstance(x, Tensor):
             raise executors.Unsupported(f"x is a {type(x).__name__}: must be a torch.Tensor")
-        able, config = self.capabilities, weights.config
-        if able.devices and x.device.type not in able.devices:
-            self._refuse("x.device", x.device, sorted(able.devices))
-        if dtype_name(x) not in able.dtypes:
-            self._refuse("x.dtype", dtype_name(x), sorted(able.dtypes))
         if weights.packed():
             name, packed = next(iter(weights.packed().items()))
             raise executors.Unsupported(f"{name} is {packed.quant_type}: must be dense for {self.name}")
-        if config.activation not in able.activations:
-            self._refuse("activation", config.activation, sorted(able.activations))
-        if config.clamp == "after" and not able.late_clamp:
-            self._refuse("clamp", config.clamp, ["before"])
-        for name in ("gate_softcap", "up_softcap"):
-            if getattr(config, name) is not None and not able.softcap:
-                self._refuse(name, getattr(config, name), [None])
-        if config.scale_input and not able.scale_input:
-            self._refuse("scale_input", True, [False])
-        if weights.post_expert_norm is not None and not able.post_expert_norm:
-            self._refuse("post_expert_norm.shape", tuple(weights.post_expert_norm.shape), [None])
-        if not able.lora and any(name in LORA_FACTORS for name in weights.parameters()):
-            self._refuse("lora", type(weights.lora).__name__, [None])
+        refuse_undeclared(self.name, self.capabilities, x, weights)
 
-    def _check_routing(self, weights: MoEWeights) -> None:
+    def _check_routing(self, router_logits: Tensor, weights: MoEWeights) -> None:
         """Raises Unsupported for what the capabilities leave out of routing."""
-        able, config = self.capabilities, weights.config
-        if not able.routing:
-            raise executors.Unsupported(f"router_logits: must be routed elsewhere; {self.name} has only .experts()")
-        for name, value, allowed in (
-            ("scoring", config.scoring, able.scorings),
-            ("renormalize_form", config.renormalize_form, able.renormalize_forms),
-            ("selection_key", config.selection_key, able.selection_keys),
-        ):
-            if value not in allowed:
-                self._refuse(name, value, sorted(allowed))
-        if config.num_groups > 1 and not able.selection:
-            self._refuse("num_groups", config.num_groups, [1])
-        for name, has in (("selection_bias", able.selection), ("expert_scale", able.expert_scale)):
-            if getattr(weights, name) is not None and not has:
-                self._refuse(f"{name}.shape", tuple(getattr(weights, name).shape), [None])
-
-    def _refuse(self, name: str, value: Any, allowed: Sequence[Any]) -> None:
-        raise executors.Unsupported(f"{name}={value}: must be {' or '.join(map(str, allowed))} for {self.name}")
+        of_x = dtype_name(weights.gate_up_proj)
+        refuse_undeclared_routing(self.name, self.capabilities, of_x, router_logits, weights)
 
     def _run(self, tensors: dict[str, Tensor], weights: MoEWeights) -> Tensor:
         return _Call.apply(self, layer_of(weights), tuple(tensors), *tensors.values())  # type: ignore[no-untyped-call]
@@ -181,7 +150,7 @@ class ForeignRouter(ForeignExecutor):
             Unsupported: right input that this executor cannot take.
         """
         check_router_logits(router_logits, weights)
-        self._check_routing(weights)
+        self._check_routing(router_logits, weights)
         given = {"router_logits": _rows(router_logits)}
         for name in ("selection_bias", "expert_scale"):
             if getattr(weights, name) is not None:

@@ -22,9 +22,9 @@ from moe_ref.conformance.parallel.judging import (
     splits,
 )
 from moe_ref.conformance.parallel.split import Split
+from moe_ref.conformance.problems.declared import undeclared
 from moe_ref.conformance.problems.pinned import GPT_OSS
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.problems.strategies import undeclared
 from moe_ref.types import MoEConfig
 
 if TYPE_CHECKING:

@@ -24,12 +24,13 @@ from moe_ref.conformance.judgement.errors import check_errors, check_no_double_b
 from moe_ref.conformance.judgement.exact import CASES, check_exact
 from moe_ref.conformance.judgement.exact_decode import check_every_code
 from moe_ref.conformance.judgement.invariance import check_batch_invariance
-from moe_ref.conformance.judgement.laws import LAWS, check_law
+from moe_ref.conformance.judgement.laws import LAWS, check_law, not_judged
 from moe_ref.conformance.judgement.ranges import RANGES, check_range
 from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.problems import pinned
+from moe_ref.conformance.problems.declared import fitted, undeclared
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.problems.strategies import WEIGHTS, problems_for, problems_past_range, undeclared
+from moe_ref.conformance.problems.strategies import WEIGHTS, problems_for, problems_past_range
 from moe_ref.types import QuantType
 from moe_ref.validation import DECODED_DTYPES, FLOAT_DTYPES
 
@@ -72,6 +73,7 @@ def test_matches_specification(judge: Judge, data: st.DataObject) -> None:
 )
 def test_pinned_problems(judge: Judge, problem: Problem) -> None:
     """Many tokens, sizes of real layers, numbers past fp16's range, and every bug that was found (E3, E7, R4)."""
+    problem = fitted(problem, judge.executor.capabilities)
     lacking = undeclared(problem, judge.executor.capabilities)
     _skip_if(lacking and f"{judge.executor.name} does not declare {lacking}")
     judge(check_problem, problem)
@@ -103,6 +105,7 @@ def test_laws(judge: Judge, law: str, data: st.DataObject) -> None:
 
     G1, R7, D2, C1.
     """
+    _skip_if(not_judged(judge.executor, law))
     assume(judge(check_law, data.draw(problems_for(judge.executor), label="problem"), law) is not False)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from moe_ref.conformance.declared import refuse_undeclared, refuse_undeclared_routing, refuse_undeclared_slots
 from moe_ref.routing import route
 from moe_ref.types import MoEWeights
+from moe_ref.validation import check_experts_inputs, check_inputs, check_weights, dtype_name
 
 if TYPE_CHECKING:
     from executors import Capabilities, Executor
@@ -40,18 +42,57 @@ class Wrapped:
             return self.layer(self.inner, rows, logits, weights).reshape(x.shape)
         routing = route(logits, weights.config, weights.selection_bias, expert_scale=weights.expert_scale)
         given = routing.topk_ids, narrow(routing.topk_weights, x), replace(weights, expert_scale=None)
-        y = self.experts(rows, topk_ids=given[0], topk_weights=given[1], weights=given[2])
-        return y.reshape(x.shape)
+        return self._changed(rows, *given).reshape(x.shape)
 
     def experts(self, x: Tensor, *, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         """Runs the changed layer with given routing."""
         rows, ids, slot_weights = (value.reshape(-1, value.shape[-1]) for value in (x, topk_ids, topk_weights))
-        change = self.slots or experts
-        return change(self.inner, rows, ids, slot_weights, weights).reshape(x.shape)
+        return self._changed(rows, ids, slot_weights, weights).reshape(x.shape)
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:
         """Checks as the inner executor does."""
         self.inner.check(x, weights)
+
+    def _changed(self, x: Tensor, ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
+        return (self.slots or experts)(self.inner, x, ids, topk_weights, weights)
+
+
+def _everything() -> Capabilities:
+    from executors import Capabilities
+
+    return Capabilities()
+
+
+@dataclass(frozen=True)
+class Declaring(Wrapped):
+    """An executor that declares less than its inner one, and raises Unsupported for all the rest."""
+
+    declared: Capabilities = field(default_factory=_everything)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it declares."""
+        return self.declared
+
+    def __call__(self, x: Tensor, router_logits: Tensor, weights: MoEWeights) -> Tensor:
+        """Runs the changed layer on what is declared."""
+        check_inputs(x, router_logits, weights)
+        self.check(x, weights)
+        refuse_undeclared_routing(self.name, self.declared, dtype_name(x), router_logits, weights)
+        return super().__call__(x, router_logits, weights)
+
+    def experts(self, x: Tensor, *, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
+        """Runs the changed layer with given routing, on what is declared."""
+        check_experts_inputs(x, topk_ids, topk_weights, weights)
+        self.check(x, weights)
+        refuse_undeclared_slots(self.name, self.declared, x, topk_ids, topk_weights, weights)
+        return super().experts(x, topk_ids=topk_ids, topk_weights=topk_weights, weights=weights)
+
+    def check(self, x: Tensor, weights: MoEWeights) -> None:
+        """Raises Unsupported for what is not declared."""
+        check_weights(weights)
+        refuse_undeclared(self.name, self.declared, x, weights)
+        super().check(x, weights)
 
 
 def experts(inner: Executor, x: Tensor, ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:

@@ -12,8 +12,8 @@ from moe_ref import MoEConfig, MoEWeights, route
 from moe_ref.conformance.judgement.checks import ConformanceError, check_problem
 from moe_ref.conformance.judgement.choices import UNIT, admissible, have_margins
 from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.declared import undeclared, without_undeclared
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.problems.strategies import undeclared, without_undeclared
 from moe_ref.types import RenormalizeForm, Scoring, SelectionKey
 
 SIGMOID = MoEConfig(2, scoring="sigmoid")

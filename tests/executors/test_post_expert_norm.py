@@ -13,8 +13,8 @@ from executors._base.executor import LayerExecutor
 from executors._protocol import check_norm
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.judgement.call import Inputs, call
+from moe_ref.conformance.problems.declared import undeclared, without_undeclared
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.problems.strategies import undeclared, without_undeclared
 
 NORMED = replace(EVERYTHING, post_expert_norm=True)
 PLAIN = replace(PROBLEM, post_expert_norm=True, dtype="bfloat16", bias_dtype="bfloat16")

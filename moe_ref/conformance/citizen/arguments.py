@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 def local_experts(case: Case) -> None:
     """A rank of expert parallelism: K, groups and a selection bias of all experts stand beside weights of a few."""
+    case.needs_empty_slots()
     case = case.exact()
     inputs = case.inputs()
     weights, local = inputs.weights, case.problem.experts
     ids = torch.arange(local + 1, device=case.device).expand(case.problem.tokens, -1).contiguous()
-    routed = replace(inputs, topk_ids=ids, topk_weights=torch.ones(ids.shape, device=case.device))
+    ids, ones = ids.to(inputs.topk_ids.dtype), torch.ones_like(ids, dtype=inputs.topk_weights.dtype)  # type: ignore[union-attr]
+    routed = replace(inputs, topk_ids=ids, topk_weights=ones)
     expected = case.call(replace(routed, weights=replace(weights, config=replace(weights.config, top_k=None))))
     whole = replace(weights, config=replace(weights.config, top_k=local + 1))
     if case.executor.capabilities.selection:
@@ -80,6 +82,7 @@ def ids_of_route(case: Case) -> None:
 
 def padding(case: Case) -> None:
     """Tokens whose ids are all -1 may hold NaN: y is 0 there, so are their gradients, and nothing leaks to others."""
+    case.needs_empty_slots()
     case = case.exact()
     inputs, others = case.inputs(), case.inputs()
     for name in ("x", "topk_weights"):

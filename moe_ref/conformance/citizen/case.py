@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 import numpy as np
 import torch
 
+from moe_ref.activations import split_gate_up
 from moe_ref.conformance.judgement.call import Inputs, call, to_torch
 from moe_ref.conformance.judgement.checks import ConformanceError, applicable
 from moe_ref.conformance.judgement.exact import held
 from moe_ref.conformance.judgement.faults import same_bits
 from moe_ref.conformance.problems.build import Arrays, build
+from moe_ref.conformance.problems.declared import without_undeclared
 from moe_ref.conformance.problems.packed import in_whole_blocks
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.problems.strategies import WEIGHTS, without_undeclared
-from moe_ref.types import Activation, MoEConfig
+from moe_ref.conformance.problems.strategies import WEIGHTS
+from moe_ref.types import Activation, MoEConfig, MoEWeights
 from moe_ref.validation import DECODED_DTYPES, FLOAT_DTYPES
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
     from executors import Executor
 
+STEEP_GATES = 1024.0  # of plain SwiGLU: the sigmoid of a whole number times that is 0, 1/2 or 1, also in fp64
+PLAIN = 0.9  # the smallest slope for which that is so; in fp16, whose range it passes, 128 is enough
 STEEP = 1000.0  # so steep a slope of the gate that its sigmoid is 0, 1/2 or 1 for whole numbers
 
 
@@ -78,6 +82,11 @@ class Case:
         """Says that the behaviour is about gradients."""
         if not self.executor.capabilities.backward:
             raise NotApplicableError(f"{self.executor.name} declares no backward pass")
+
+    def needs_empty_slots(self) -> None:
+        """Says that the behaviour is about ids outside [0, E)."""
+        if not self.executor.capabilities.empty_slots:
+            raise NotApplicableError(f"{self.executor.name} does not declare empty slots")
 
     def needs_cpu(self) -> None:
         """Says that the behaviour is about processes, of which only CPUs allow a copy."""
@@ -205,13 +214,7 @@ def _kinds(executor: Executor) -> list[tuple[str, str]]:
 @lru_cache(maxsize=8)
 def _exact(same: _Same, problem: Problem, device: str) -> Case:
     executor = same.executor
-    able = executor.capabilities
-    if "swiglu" in able.activations:
-        config = replace(problem.config, activation="swiglu", alpha=STEEP)
-    elif "relu2" in able.activations:
-        config = replace(problem.config, activation="relu2")
-    else:
-        raise NotApplicableError(f"{executor.name} declares neither swiglu nor relu2, whose numbers can be exact")
+    config, factor = _config_of_whole_numbers(executor, problem)
     problem = replace(
         problem,
         config=config,
@@ -222,9 +225,11 @@ def _exact(same: _Same, problem: Problem, device: str) -> Case:
         ids_dtype="int64",
         margins=False,
     )
+    problem = without_undeclared(problem, executor.capabilities)
     arrays = build(replace(problem, quant_type="", down_quant_type=None))
-    weights = held(arrays.weights.map(_whole), problem)
-    assert weights is not None, "every format of 4 bits holds -1, 0 and 1"
+    weights = held(_with_steep_gates(arrays.weights.map(_whole), factor), problem)
+    if weights is None:
+        raise NotApplicableError(f"{executor.name}: no weights in {problem.kinds[0]} are exact with plain SwiGLU")
     assert arrays.topk_weights is not None
     whole = replace(
         arrays,
@@ -234,6 +239,38 @@ def _exact(same: _Same, problem: Problem, device: str) -> Case:
         weights=weights,
     )
     return replace(_case(executor, problem, whole, device), whole=True)
+
+
+def _config_of_whole_numbers(executor: Executor, problem: Problem) -> tuple[MoEConfig, float]:
+    """A configuration with which whole numbers stay exact, and a factor of gates, of whose inverse ups are."""
+    able = executor.capabilities
+    steep = replace(problem.config, activation="swiglu", alpha=STEEP, gate_softcap=None, up_softcap=None)
+    own = without_undeclared(replace(problem, config=steep), able).config
+    swiglu = "swiglu" in able.activations
+    if swiglu and own.alpha == STEEP:
+        return own, 1.0
+    if "relu2" in able.activations:
+        relu2 = replace(steep, activation="relu2", alpha=1.0, limit=None, up_offset=0.0, clamp="before")
+        return replace(relu2, gate_up_layout="concatenated"), 1.0
+    if not swiglu:
+        raise NotApplicableError(f"{executor.name} declares neither swiglu nor relu2, whose numbers can be exact")
+    if own.limit is not None or own.alpha < PLAIN:
+        raise NotApplicableError(f"{executor.name} declares no swiglu whose numbers can be exact")
+    return own, 128.0 if problem.dtype == "float16" else STEEP_GATES
+
+
+def _with_steep_gates(weights: MoEWeights, factor: float) -> MoEWeights:
+    """The layer with gates so many times as large, and ups as many times smaller: act(g) u is what it was."""
+    if factor == 1.0:
+        return weights
+    changed: dict[str, Any] = {}
+    for name in ("gate_up_proj", "gate_up_proj_bias", "gate_up_lora_b"):
+        if name in weights.parameters():
+            changed[name] = np.array(weights.parameters()[name])
+            gate, up = split_gate_up(np.moveaxis(changed[name], 1, -1), weights.config)  # views
+            gate *= factor
+            up /= factor
+    return weights.with_parameters(changed)
 
 
 def _whole(value: np.ndarray) -> np.ndarray:

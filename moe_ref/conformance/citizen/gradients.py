@@ -15,6 +15,8 @@ from moe_ref.types import PROJECTIONS
 if TYPE_CHECKING:
     from torch import Tensor
 
+OWNERS = {"x": "x", "router_logits": "routing", "topk_weights": "routing"}  # what `Capabilities.strided` calls them
+
 
 def micro_batches(case: Case) -> None:
     """Two backward passes add up in ``.grad``: the second changes neither what the first gave nor y of the first."""
@@ -64,16 +66,20 @@ def upstream_gradient(case: Case) -> None:
 def views(case: Case) -> None:
     """x as a slice, weights as transposed or expanded views: the same, and the gradient arrives in the base."""
     case.needs_backward()
+    strided = case.executor.capabilities.strided
+    if not strided:
+        raise NotApplicableError(f"{case.executor.name} does not declare strides")
     case = case.exact()
     for layout in ("transposed", "sliced"):
         inputs = case.inputs()
-        tensors = {name: lay_out(leaf, layout) for name, leaf in inputs.tensors().items()}
+        some = {n: leaf for n, leaf in inputs.tensors().items() if OWNERS.get(n, "weights") in strided}
+        tensors = inputs.tensors() | {name: lay_out(leaf, layout) for name, leaf in some.items()}
         y = case.call(with_tensors(inputs, tensors))
         case.demand_same(case.backward(inputs, y), f"{layout} views of leaves")
     inputs, again = case.inputs(), case.inputs()
     parameters = inputs.weights.parameters()
     of_one = {name: value.detach()[:1].expand_as(value) for name, value in parameters.items() if name in PROJECTIONS}
-    if of_one:  # all experts are one: stride 0
+    if of_one and "weights" in strided:  # all experts are one: stride 0
         copied = {name: value.contiguous() for name, value in of_one.items()}
         expected = case.run(replace(again, weights=again.weights.with_parameters(copied)))
         actual = case.run(replace(inputs, weights=inputs.weights.with_parameters(of_one)))
@@ -82,6 +88,8 @@ def views(case: Case) -> None:
 
 def no_tokens(case: Case) -> None:
     """With T = 0, y has no rows and every parameter has a gradient of zeros."""
+    if not case.executor.capabilities.empty_batch:
+        raise NotApplicableError(f"{case.executor.name} does not declare T = 0")
     inputs = case.inputs()
     rows = {n: None if v is None else v[:0] for n, v in vars(inputs).items() if n != "weights"}
     leaves: dict[str, Any] = {

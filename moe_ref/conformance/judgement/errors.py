@@ -12,17 +12,18 @@ import torch
 from moe_ref.conformance.judgement.call import Inputs, call, to_torch
 from moe_ref.conformance.judgement.checks import ConformanceError, applicable
 from moe_ref.conformance.problems.build import build
+from moe_ref.conformance.problems.declared import fitted
 from moe_ref.conformance.problems.packed import in_whole_blocks
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.problems.strategies import WEIGHTS
 from moe_ref.layer import moe, routed_experts
 from moe_ref.types import Activation, ExpertLoRA, MoEConfig
-from moe_ref.validation import DECODED_DTYPES, FLOAT_DTYPES
+from moe_ref.validation import DECODED_DTYPES, FLOAT_DTYPES, dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from executors import Executor
+    from executors import Capabilities, Executor
 
 _PROBLEM = Problem(4, 6, 8, 5, MoEConfig(2), gate_up_bias=True, down_bias=True)
 
@@ -55,17 +56,39 @@ def _config(**changes: Any) -> Callable[[Inputs], Inputs]:
     return _weights(config=lambda config: replace(config, **changes))
 
 
-def _lora(**factors: Tensor) -> Callable[[Inputs], Inputs]:
-    return _weights(lora=lambda _: ExpertLoRA(**factors))  # type: ignore[arg-type]
+def _lora(**factors: tuple[int | str, ...]) -> Callable[[Inputs], Inputs]:
+    """Adapters of ones, in these shapes."""
+
+    def change(inputs: Inputs) -> Inputs:
+        sizes: dict[int | str, Any] = {"H": inputs.weights.hidden_size, "I": inputs.weights.intermediate_size}
+        made = {name: torch.ones([sizes.get(n, n) for n in shape]) for name, shape in factors.items()}
+        return replace(inputs, weights=replace(inputs.weights, lora=ExpertLoRA(**made)))  # type: ignore[arg-type]
+
+    return change
+
+
+def _another_dtype(name: str) -> str:
+    return "bfloat16" if name != "bfloat16" else "float16"
+
+
+def _in_another_dtype(value: Tensor) -> Tensor:
+    return value.detach().to(getattr(torch, _another_dtype(dtype_name(value))))
+
+
+def _norm_of_integers(inputs: Inputs) -> Inputs:
+    return replace(
+        inputs,
+        weights=replace(inputs.weights, post_expert_norm=inputs.x.detach().new_ones(inputs.weights.hidden_size).int()),
+    )
 
 
 # What is wrong -> (how to make it so, the argument that the message must name).
 BAD_INPUTS: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     "x too narrow": (_tensor(x=lambda x: x[..., 1:]), "x.shape"),
     "x of integers": (_tensor(x=lambda x: x.detach().int()), "x.dtype"),
-    "x of another dtype": (_tensor(x=lambda x: x.detach().to(torch.bfloat16)), "x.dtype"),
+    "x of another dtype": (_tensor(x=lambda x: _in_another_dtype(x)), "x.dtype"),
     "x no array": (_tensor(x=lambda x: [1.0, 2.0]), "x="),
-    "one projection of another dtype": (_weights(down_proj=lambda w: w.detach().bfloat16()), "down_proj.dtype"),
+    "one projection of another dtype": (_weights(down_proj=lambda w: _in_another_dtype(w)), "down_proj.dtype"),
     "gate_up_proj flat": (_weights(gate_up_proj=lambda w: w[0]), "gate_up_proj.shape"),
     "gate_up_proj odd": (_weights(gate_up_proj=lambda w: w[:, 1:]), "gate_up_proj.shape"),
     "down_proj transposed": (_weights(down_proj=lambda w: w.transpose(1, 2)), "down_proj.shape"),
@@ -84,15 +107,12 @@ BAD_INPUTS: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     "renormalize_form unknown": (_config(renormalize_form="clamp"), "renormalize_form"),
     "expert_scale of integers": (_weights(expert_scale=lambda _: torch.ones(6).int()), "expert_scale.dtype"),
     "post_expert_norm of another width": (_weights(post_expert_norm=lambda _: torch.ones(7)), "post_expert_norm.shape"),
-    "post_expert_norm of integers": (
-        _weights(post_expert_norm=lambda _: torch.ones(8).int()),
-        "post_expert_norm.dtype",
-    ),
+    "post_expert_norm of integers": (_norm_of_integers, "post_expert_norm.dtype"),
     "post_expert_norm_eps zero": (_config(post_expert_norm_eps=0.0), "post_expert_norm_eps"),
     "lora no ExpertLoRA": (_weights(lora=lambda _: {}), "lora"),
-    "lora without its second factor": (_lora(gate_up_lora_a=torch.ones(6, 2, 8)), "gate_up_lora_b"),
-    "lora of other experts": (_lora(down_lora_a=torch.ones(5, 2, 5), down_lora_b=torch.ones(6, 8, 2)), "down_lora_a"),
-    "lora of two ranks": (_lora(down_lora_a=torch.ones(6, 3, 5), down_lora_b=torch.ones(6, 8, 2)), "down_lora_b"),
+    "lora without its second factor": (_lora(gate_up_lora_a=(6, 2, "H")), "gate_up_lora_b"),
+    "lora of other experts": (_lora(down_lora_a=(5, 2, "I"), down_lora_b=(6, "H", 2)), "down_lora_a"),
+    "lora of two ranks": (_lora(down_lora_a=(6, 3, "I"), down_lora_b=(6, "H", 2)), "down_lora_b"),
     "layout unknown": (_config(gate_up_layout="mixed"), "gate_up_layout"),
     "limit negative": (_config(limit=-1.0), "limit"),
     "clamp unknown": (_config(limit=7.0, clamp="late"), "clamp"),
@@ -112,7 +132,7 @@ NF4_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     "nested statistics incomplete": (_packed(nested_absmax=lambda _: torch.ones(1)), "gate_up_proj.nested_code"),
     "blocksize unknown": (_packed(blocksize=lambda _: 48), "gate_up_proj.blocksize"),
     "quant_type unknown": (_packed(quant_type=lambda _: "int4"), "gate_up_proj.quant_type"),
-    "decoded to another dtype than x": (_packed(dtype=lambda _: "float16"), "down_proj.dtype"),
+    "decoded to another dtype than x": (_packed(dtype=lambda of: _another_dtype(of)), "down_proj.dtype"),
     "shape of other experts": (_packed(shape=lambda shape: (shape[0], shape[1] - 1, *shape[2:])), "gate_up_proj"),
 }
 MXFP4_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
@@ -125,7 +145,7 @@ MXFP4_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     ),
     "scales of fewer blocks": (_packed(scales=lambda scales: scales[:, 1:]), "gate_up_proj.scales.shape"),
     "scales as numbers": (_packed(scales=lambda scales: scales.float()), "gate_up_proj.scales.dtype"),
-    "decoded to another dtype than x": (_packed(dtype=lambda _: "float16"), "down_proj.dtype"),
+    "decoded to another dtype than x": (_packed(dtype=lambda of: _another_dtype(of)), "down_proj.dtype"),
     "decoded to float64": (_packed(dtype=lambda _: "float64"), "gate_up_proj.dtype"),
     "transposed no bool": (_packed(transposed=lambda _: 1), "gate_up_proj.transposed"),
 }
@@ -155,13 +175,19 @@ def check_errors(executor: Executor, device: str = "cpu") -> None:
         ConformanceError: if an input is accepted, or the message differs.
     """
     for entry, more in (("layer", LAYER_ONLY), ("experts", EXPERTS_ONLY)):
-        problem = applicable(executor, replace(_PROBLEM, entry=entry))
+        dtype = next(d for d in ("float32", *FLOAT_DTYPES) if d in executor.capabilities.dtypes)
+        problem = _oblong(applicable(executor, replace(_PROBLEM, entry=entry, dtype=dtype)), executor.capabilities)
         if problem.entry != entry:
             continue
         good = to_torch(problem, build(problem), device)
-        cases = [(what, spoil(good), argument) for what, (spoil, argument) in (BAD_INPUTS | more).items()]
+        cases = [
+            (what, spoil(good), argument)
+            for what, (spoil, argument) in (BAD_INPUTS | more).items()
+            if executor.capabilities.biases or not argument.startswith(("gate_up_proj_bias", "down_proj_bias"))
+        ]
         for kind in sorted(executor.capabilities.weights & set(IN_4_BITS)):
-            packed = _of_kind(problem, kind)
+            decoded = next((d for d in DECODED_DTYPES if d in executor.capabilities.dtypes), dtype)
+            packed = fitted(_of_kind(replace(problem, dtype=decoded), kind), executor.capabilities)
             inputs = to_torch(packed, build(packed), device)
             spoiled = IN_4_BITS[kind].items()
             cases += [(f"{kind}, {what}", spoil(inputs), argument) for what, (spoil, argument) in spoiled]
@@ -206,7 +232,7 @@ def check_undeclared_weights(executor: Executor, device: str = "cpu") -> None:
     for kinds in product(WEIGHTS, repeat=2):
         if able.takes(*kinds) or not dtypes:
             continue
-        problem = applicable(executor, _of_kind(replace(_PROBLEM, dtype=dtypes[0]), *kinds))
+        problem = fitted(applicable(executor, _of_kind(replace(_PROBLEM, dtype=dtypes[0]), *kinds)), able)
         inputs = to_torch(problem, build(problem), device)
         for name, action in (
             ("check", lambda i: executor.check(i.x, i.weights)),
@@ -234,7 +260,7 @@ def check_no_double_backward(executor: Executor, device: str = "cpu") -> None:
     activation = next(a for a in get_args(Activation) if a in able.activations)
     config = replace(_PROBLEM.config, activation=activation)
     kind = "dense" if "dense" in able.weights else min(able.weights)
-    problem = applicable(executor, _of_kind(replace(_PROBLEM, dtype=dtype, config=config), kind))
+    problem = fitted(applicable(executor, _of_kind(replace(_PROBLEM, dtype=dtype, config=config), kind)), able)
     inputs = to_torch(problem, build(problem), device)
     y = call(executor, inputs)
     (dx,) = torch.autograd.grad(y.square().sum(), inputs.x, create_graph=True)
@@ -247,6 +273,13 @@ def check_no_double_backward(executor: Executor, device: str = "cpu") -> None:
         message = f"double backward raises {error!r}, but must say 'double backward'"
         raise ConformanceError(executor, problem, "D1", message) from error
     raise ConformanceError(executor, problem, "D1", "double backward must raise an error, but gives a result")
+
+
+def _oblong(problem: Problem, able: Capabilities) -> Problem:
+    """The problem in declared sizes and dtypes, with H other than I, lest a transposed projection fit."""
+    problem = fitted(problem, able)
+    wider = problem.hidden + able.align_hidden * (problem.hidden == problem.intermediate)
+    return replace(problem, hidden=wider)
 
 
 def _of_kind(problem: Problem, kind: str, down: str | None = None) -> Problem:

@@ -14,18 +14,19 @@ import numpy as np
 
 from moe_ref.conformance.judgement.call import run, to_torch
 from moe_ref.conformance.judgement.checks import ConformanceError, result_arrays
+from moe_ref.conformance.problems.aligned import aligned
 from moe_ref.conformance.problems.build import Arrays
+from moe_ref.conformance.problems.declared import undeclared
 from moe_ref.conformance.problems.packed import decoded, in_whole_blocks, quantized
 from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.problems.strategies import undeclared
 from moe_ref.error_bars import named
 from moe_ref.layer import layer_vjp
 from moe_ref.numerics import FORMATS, round_to_nearest
 from moe_ref.types import ExpertLoRA, MoEConfig, MoEWeights
 
 if TYPE_CHECKING:
-    from executors import Executor
+    from executors import Capabilities, Executor
 
 
 def check_exact(executor: Executor, case: str, dtype: str, device: str = "cpu") -> str:
@@ -40,19 +41,30 @@ def check_exact(executor: Executor, case: str, dtype: str, device: str = "cpu") 
         ConformanceError: if a number differs.
     """
     problem, arrays, clause = CASES[case](dtype)
-    kinds = sorted(executor.capabilities.weights)
-    forms = [problem]
-    if "dense" not in kinds:
-        forms = [replace(problem, quant_type=kind, blocksize=32) for kind in kinds]
-    lacking = undeclared(forms[0], executor.capabilities)
-    if lacking:
-        return f"{executor.name} does not declare {lacking}"
-    for form in forms:
-        weights = held(arrays.weights, form)
-        if weights is not None:
-            check_equal(executor, form, replace(arrays, weights=weights), f"{clause} ({case})", device)
-            return ""
-    return f"{', '.join(kinds)}: none holds these weights exactly"
+    able = executor.capabilities
+    kinds = ["dense"] if "dense" in able.weights else sorted(able.weights)
+    lacking = ""
+    for kind in kinds:
+        for form, numbers in forms_of(problem, arrays, kind, able):
+            if lacks := undeclared(form, able):
+                lacking = lacking or f"{executor.name} does not declare {lacks}"
+                continue
+            weights = held(numbers.weights, form)
+            if weights is not None:
+                check_equal(executor, form, replace(numbers, weights=weights), f"{clause} ({case})", device)
+                return ""
+    return lacking or f"{', '.join(kinds)}: none holds these weights exactly"
+
+
+def forms_of(problem: Problem, arrays: Arrays, kind: str, able: Capabilities) -> list[tuple[Problem, Arrays]]:
+    """The problem with projections of a kind, in declared sizes and dtypes; in 4 bits with small blocks.
+
+    Where the kind is not declared, one form is left, which says so.
+    """
+    forms = [replace(problem, quant_type="" if kind == "dense" else kind)]
+    if kind in ("nf4", "fp4"):
+        forms = [replace(forms[0], blocksize=size) for size in sorted(able.blocksizes)[:2]]
+    return [aligned(form, arrays, able) for form in forms]
 
 
 def held(weights: MoEWeights, problem: Problem) -> MoEWeights | None:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from math import lcm
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe_ref.conformance.judgement.exact import check_equal
 from moe_ref.conformance.problems.build import Arrays
+from moe_ref.conformance.problems.declared import fitted, undeclared
 from moe_ref.conformance.problems.packed import quantized
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.problems.strategies import undeclared
 from moe_ref.mxfp4 import BLOCKSIZE
 from moe_ref.types import MoEConfig, MoEWeights, MXFP4Tensor, PackedTensor
 
 if TYPE_CHECKING:
     from executors import Executor
 
-SIZE = 64  # H and I
+SIZE = 64  # H and I are this, or the next multiple that the executor declares
 EXPERTS = 2
 GATE = 64.0
 LAYOUTS = ("contiguous", "transposed")
-BLOCKSIZES = (32, 64, 4096)
+BLOCKSIZES = (32, 64, 4096)  # as far as declared
 # Of MXFP4: the tokens' number, and the exponents whose codes times that number have squares in range. Together all in
 # fp32 and bf16, but for two whose products with the largest codes are infinite, and for 255, which is NaN.
 WINDOWS = ((2.0**100, range(88)), (1.0, range(66, 188)), (2.0**-100, range(166, 253)))
@@ -44,19 +45,26 @@ def check_every_code(executor: Executor, quant_type: str, nested: str, dtype: st
     Raises:
         ConformanceError: if a number differs.
     """
-    squared = "relu2" in executor.capabilities.activations
+    able = executor.capabilities
+    squared = "relu2" in able.activations
     config = MoEConfig(top_k=1, activation="relu2" if squared else "swiglu")
-    problem = Problem((1 + squared) * SIZE, EXPERTS, SIZE, SIZE, config, dtype, entry="experts", quant_type=quant_type)
-    lacking = undeclared(problem, executor.capabilities)
+    size = lcm(SIZE, able.align_hidden, able.align_intermediate)
+    tokens = (1 + squared) * size
+    problem = Problem(tokens, EXPERTS, size, size, config, dtype, "experts", quant_type=quant_type, nested=nested)
+    problem = replace(fitted(problem, able), nested=nested)
+    lacking = undeclared(problem, able)
     if lacking:
         return f"{executor.name} does not declare {lacking}"
     clause = "M1 (every code)" if quant_type == "mxfp4" else "Q1, Q2, Q3 (every code)"
+    layouts = LAYOUTS if "weights" in able.strided else LAYOUTS[:1]
+    if problem.config.gate_up_layout == "interleaved":  # where a block of a row is of gates alone, or of ups
+        layouts = LAYOUTS[:1]
     for form, scale, gate_up in (
-        _of_mxfp4(problem) if quant_type == "mxfp4" else _of_nf4(replace(problem, nested=nested))
+        _of_mxfp4(problem, layouts) if quant_type == "mxfp4" else _of_nf4(problem, layouts, able.blocksizes)
     ):
-        identity = quantized(_weights(np.eye(SIZE), form), replace(form, nested="")).down_proj
-        weights = MoEWeights(gate_up, identity, config=config)
-        x = scale * np.concatenate([np.eye(SIZE), -np.eye(SIZE)][: 1 + squared])
+        identity = quantized(_weights(np.eye(size), form), replace(form, nested="")).down_proj
+        weights = MoEWeights(gate_up, identity, config=problem.config)
+        x = scale * np.concatenate([np.eye(size), -np.eye(size)][: 1 + squared])
         for expert in range(EXPERTS):  # all tokens go to it
             ids = np.full((problem.tokens, 1), expert)
             arrays = Arrays(x, np.zeros_like(x), ids, None, np.ones(ids.shape), weights)
@@ -64,44 +72,59 @@ def check_every_code(executor: Executor, quant_type: str, nested: str, dtype: st
     return ""
 
 
-def _of_nf4(problem: Problem) -> Iterator[tuple[Problem, float, PackedTensor]]:
+def _of_nf4(
+    problem: Problem, layouts: Sequence[str], declared: Collection[int]
+) -> Iterator[tuple[Problem, float, PackedTensor]]:
     """Forms of the problem, the tokens' number, and normal numbers with a different scale in each row."""
-    for seed, (layout, blocksize) in enumerate(product(LAYOUTS, BLOCKSIZES)):
+    size = problem.hidden
+    sizes = [blocksize for blocksize in BLOCKSIZES if blocksize in declared] or sorted(declared)[:1]
+    if problem.config.gate_up_layout == "interleaved":
+        sizes = [blocksize for blocksize in sorted(declared) if size % blocksize == 0]
+    for seed, (layout, blocksize) in enumerate(product(layouts, sizes)):
         form = replace(problem, blocksize=blocksize, weights_layout=layout)
         rng = np.random.default_rng(seed)
-        rows = rng.standard_normal((EXPERTS, SIZE, SIZE)) * np.exp(rng.standard_normal((EXPERTS, SIZE, 1)))
+        rows = rng.standard_normal((EXPERTS, size, size)) * np.exp(rng.standard_normal((EXPERTS, size, 1)))
         yield form, 1.0, quantized(_weights(rows, form), form).gate_up_proj
 
 
-def _of_mxfp4(problem: Problem) -> Iterator[tuple[Problem, float, PackedTensor]]:
+def _of_mxfp4(problem: Problem, layouts: Sequence[str]) -> Iterator[tuple[Problem, float, PackedTensor]]:
     """Forms of the problem, the tokens' number, and all codes under all exponents of a window.
 
     No number is subnormal, because products of processors may flush those to zero. So exponents 0 and 1 have codes from
     2 on.
     """
+    size = problem.hidden
     windows = WINDOWS_OF_FP16 if problem.dtype == "float16" else WINDOWS
-    for seed, (layout, (scale, window)) in enumerate(product(LAYOUTS, windows)):
+    for seed, (layout, (scale, window)) in enumerate(product(layouts, windows)):
         form = replace(problem, weights_layout=layout)
         rng = np.random.default_rng(seed)
-        blocks = rng.integers(0, 256, (EXPERTS, SIZE, SIZE // BLOCKSIZE, BLOCKSIZE // 2), dtype=np.uint8)
+        blocks = rng.integers(0, 256, (EXPERTS, size, size // BLOCKSIZE, BLOCKSIZE // 2), dtype=np.uint8)
         exponents = np.resize(np.array(window, dtype=np.uint8), (EXPERTS, blocks[0, ..., 0].size))
         scales = rng.permuted(exponents, axis=1).reshape(blocks.shape[:-1])
         blocks = np.where(scales[..., None] < 2, blocks | 0x44, blocks)
         if problem.config.gated:
-            blocks, scales = _with_gates(blocks, scales, scale, axis=2 if layout == "transposed" else 1)
+            gates = _gates(blocks, scales, scale)
+            axis = 2 if layout == "transposed" else 1
+            blocks, scales = (_rows(*pair, problem, axis) for pair in zip(gates, (blocks, scales), strict=True))
         tensor = MXFP4Tensor(blocks, scales, dtype=problem.dtype)
         yield form, scale, tensor.transpose(1, 2) if layout == "transposed" else tensor
 
 
 def _weights(matrix: np.ndarray, problem: Problem) -> MoEWeights:
     """One matrix, or one for each expert, as both projections; gates are `GATE` everywhere."""
-    stack = np.broadcast_to(matrix, (EXPERTS, SIZE, SIZE))
-    gates = [np.full_like(stack, GATE)] if problem.config.gated else []
-    return MoEWeights(np.concatenate([*gates, stack], axis=1), stack, config=problem.config)
+    stack = np.broadcast_to(matrix, (EXPERTS, *matrix.shape[-2:]))
+    both = _rows(np.full_like(stack, GATE), stack, problem) if problem.config.gated else stack
+    return MoEWeights(both, stack, config=problem.config)
 
 
-def _with_gates(blocks: np.ndarray, scales: np.ndarray, scale: float, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gates before the others: codes of 4.0, under the exponent that makes their product with x `GATE`."""
+def _gates(blocks: np.ndarray, scales: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Gates beside these ups: codes of 4.0, under the exponent that makes their product with x `GATE`."""
     exponent = 127 + int(np.log2(GATE / 4 / scale))
-    gates = np.full_like(blocks, 0x66), np.full_like(scales, exponent)
-    return np.concatenate([gates[0], blocks], axis=axis), np.concatenate([gates[1], scales], axis=axis)
+    return np.full_like(blocks, 0x66), np.full_like(scales, exponent)
+
+
+def _rows(gate: np.ndarray, up: np.ndarray, problem: Problem, axis: int = 1) -> np.ndarray:
+    """Rows of gates and of ups, as the configuration lays them."""
+    if problem.config.gate_up_layout == "concatenated":
+        return np.concatenate([gate, up], axis=axis)
+    return np.stack([gate, up], axis=axis + 1).reshape(*gate.shape[:axis], -1, *gate.shape[axis + 1 :])

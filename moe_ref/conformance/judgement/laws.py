@@ -24,6 +24,7 @@ from moe_ref.conformance.judgement.checks import (
 )
 from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.problems.build import Arrays, build
+from moe_ref.conformance.problems.declared import undeclared
 from moe_ref.conformance.problems.packed import of_experts, with_own_blocks
 from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.conformance.problems.problem import Problem
@@ -48,11 +49,13 @@ def check_law(executor: Executor, problem: Problem, law: str, device: str = "cpu
     Raises:
         ConformanceError: if the law is broken.
     """
+    if not_judged(executor, law):
+        return False
     problem = with_one_choice(applicable(executor, problem))
     if LAWS[law] in MOVING_EXPERTS:
-        problem = with_own_blocks(problem)
+        problem = with_own_blocks(problem, executor.capabilities)
     changes = LAWS[law](problem, build(problem))
-    if not changes:
+    if not changes or any(undeclared(changed, executor.capabilities) for changed, _, _ in changes):
         return False
     truth = reference(problem)  # sampling takes most of the time: only where the law says something
     results: list[Results] = []
@@ -65,6 +68,16 @@ def check_law(executor: Executor, problem: Problem, law: str, device: str = "cpu
         if verdict.failure:
             raise ConformanceError(executor, problem, f"the law {law}", verdict.failure, verdict.name)
     return True
+
+
+def not_judged(executor: Executor, law: str) -> str:
+    """Why the law says nothing about any problem of an executor, or ""."""
+    able = executor.capabilities
+    if law == "append_slot" and not able.empty_slots:
+        return f"{executor.name} does not declare empty slots"
+    if law == "scale_weights" and able.dtypes <= {"float16"}:
+        return f"{executor.name} declares float16 alone, whose subnormal numbers do not scale exactly"
+    return ""
 
 
 def permute_tokens(problem: Problem, arrays: Arrays) -> list[Changed]:
@@ -150,7 +163,7 @@ def append_slot(problem: Problem, arrays: Arrays) -> list[Changed]:
             return results | {"topk_weights": np.full_like(results["topk_weights"][:, :-1], math.inf)}
         return {n: v[:, :-1] if n == "topk_weights" else v for n, v in results.items()}
 
-    return [(problem, changed, undo)]
+    return [(replace(problem, empty_slots=True), changed, undo)]
 
 
 def append_expert(problem: Problem, arrays: Arrays) -> list[Changed]:

@@ -14,11 +14,11 @@ import torch
 
 from moe_ref.conformance.judgement.call import run, to_torch
 from moe_ref.conformance.judgement.checks import ConformanceError, result_arrays
-from moe_ref.conformance.judgement.exact import held
+from moe_ref.conformance.judgement.exact import forms_of, held
 from moe_ref.conformance.problems.build import Arrays
+from moe_ref.conformance.problems.declared import undeclared
 from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.problems.strategies import undeclared
 from moe_ref.error_bars import named
 from moe_ref.layer import layer_vjp
 from moe_ref.numerics import EXACT, Rounding, round_to_nearest
@@ -117,16 +117,15 @@ def check_range(executor: Executor, case: str, kind: str, device: str = "cpu") -
     Raises:
         ConformanceError: if a number differs.
     """
-    problem, arrays = case_of(RANGES[case])
-    if kind != "dense":
-        problem = replace(problem, quant_type=kind, blocksize=32)
-    lacking = undeclared(problem, executor.capabilities)
+    able = executor.capabilities
+    forms = forms_of(*case_of(RANGES[case]), kind, able)
+    lacking = undeclared(forms[0][0], able)
     if lacking:
         return f"{executor.name} does not declare {lacking}"
-    weights = held(arrays.weights, problem)
-    if weights is None:
+    found = [(form, replace(a, weights=w)) for form, a in forms if (w := held(a.weights, form)) is not None]
+    if not found:
         return f"{kind} does not hold these weights exactly"
-    arrays = replace(arrays, weights=weights)
+    problem, arrays = found[0]
     exact = exact_results(arrays)
     inputs = to_torch(problem, arrays, device)
     with poisoned():

@@ -12,6 +12,7 @@ from moe_ref.conformance.judgement.gates import CLAUSES
 from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.parallel.cluster import Cluster, RanksError
 from moe_ref.conformance.parallel.split import Made, Split, joined, made, run_part, within
+from moe_ref.conformance.problems.packed import straddles
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.problems.strategies import problems_for
 
@@ -91,12 +92,4 @@ def splits(draw: st.DrawFn, ranks: int, tokens: int) -> Split:
 
 def problems_of_ranks(executor: Executor) -> st.SearchStrategy[Any]:
     """Problems within an executor's capabilities whose 4-bit blocks straddle no ranks."""
-    return problems_for(executor).filter(lambda problem: not _straddles(within(problem)))
-
-
-def _straddles(problem: Problem) -> bool:
-    if not {"nf4", "fp4"} & {*problem.kinds}:
-        return False
-    hidden, inner = problem.hidden, problem.intermediate
-    sizes = {"gate_up_proj": problem.gate_up_rows * hidden, "down_proj": hidden * inner}
-    return any(problem.quant_types[own] in ("nf4", "fp4") and size % problem.blocksize for own, size in sizes.items())
+    return problems_for(executor).filter(lambda problem: not straddles(within(problem)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from math import lcm
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,7 +13,9 @@ from moe_ref.conformance.problems.problem import Problem
 from moe_ref.nf4 import absmax_of, quantize
 from moe_ref.packed import decode
 from moe_ref.types import MoEWeights, MXFP4Tensor, NF4Tensor, PackedTensor
-from moe_ref.validation.nf4 import BLOCKSIZES
+
+if TYPE_CHECKING:
+    from executors import Capabilities
 
 
 def quantized(weights: MoEWeights, problem: Problem) -> MoEWeights:
@@ -39,6 +42,15 @@ def _quantized(projection: np.ndarray, problem: Problem, quant_type: str) -> Pac
     is_mxfp4 = quant_type == "mxfp4"
     tensor = mxfp4.quantize(stored, dtype=problem.dtype) if is_mxfp4 else _in_nf4(stored, problem, quant_type)
     return tensor.transpose(1, 2) if transposed else tensor
+
+
+def straddles(problem: Problem) -> bool:
+    """Whether a block of a projection in NF4 or FP4 straddles experts."""
+    sizes = {"gate_up_proj": problem.gate_up_rows, "down_proj": problem.intermediate}
+    return any(
+        problem.quant_types[name] in ("nf4", "fp4") and rows * problem.hidden % problem.blocksize
+        for name, rows in sizes.items()
+    )
 
 
 def _in_nf4(stored: np.ndarray, problem: Problem, quant_type: str) -> NF4Tensor:
@@ -68,12 +80,22 @@ def decoded(weights: MoEWeights) -> MoEWeights:
     return weights.with_parameters({n: decode(t).astype(np.float64) for n, t in weights.packed().items()})
 
 
-def with_own_blocks(problem: Problem) -> Problem:
-    """The problem in sizes such that no block straddles experts, so that experts can be reordered."""
+def with_own_blocks(problem: Problem, able: Capabilities) -> Problem:
+    """The problem in sizes such that no block straddles experts, so that experts can be reordered.
+
+    Blocks are the smallest of those that are declared, and H and I multiples of what is.
+    """
     if not {"nf4", "fp4"} & set(problem.kinds):  # no block of MXFP4 straddles rows, let alone experts
         return problem
-    smallest = BLOCKSIZES[0]
-    return replace(problem, hidden=_whole(problem.hidden, smallest), blocksize=smallest)
+    smallest = min(able.blocksizes)
+    width = min(smallest, 64)  # of H; larger blocks go over several columns of it
+    unit = lcm(smallest // width, able.align_intermediate, mxfp4.BLOCKSIZE if "mxfp4" in problem.kinds else 1)
+    return replace(
+        problem,
+        hidden=_whole(problem.hidden, lcm(width, able.align_hidden)),
+        intermediate=_whole(problem.intermediate, unit),
+        blocksize=smallest,
+    )
 
 
 def of_experts(weights: MoEWeights, experts: np.ndarray) -> MoEWeights:

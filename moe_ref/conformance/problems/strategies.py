@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from hypothesis import strategies as st
 
+from moe_ref.conformance.problems.declared import takes_dtype, without_undeclared
 from moe_ref.conformance.problems.packed import in_whole_blocks
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import (
@@ -24,7 +25,7 @@ from moe_ref.types import (
 from moe_ref.validation.nf4 import BLOCKSIZES, DECODED_DTYPES
 
 if TYPE_CHECKING:
-    from executors import Capabilities, Executor
+    from executors import Executor
 
 TOKENS = st.one_of(st.integers(0, 9), st.sampled_from([16, 33, 64, 130]))
 EXPERTS = st.one_of(st.integers(1, 9), st.sampled_from([16, 33]))
@@ -205,8 +206,13 @@ def problems_past_range(draw: st.DrawFn, executor: Executor) -> Problem:
     powers = draw(st.sampled_from(SCALED_INPUT if config.scale_input else SCALED_OUTPUT), label="powers")
     if problem.post_expert_norm and not config.scale_input:  # which undoes what the weights are to undo
         powers = tuple((name, power) for name, power in powers if name != "topk_weights")
-    problem = replace(problem, powers=powers, broken_logits=0, broken_x=0, routing_dtype="float32")
-    if problem.entry == "layer":  # weights computed from logits share one factor
+    by_logits = problem.entry == "layer"
+    declared = able.router_logits_dtypes if by_logits else able.topk_weights_dtypes
+    dtype = next((d for d in DTYPES if takes_dtype(d, "float16", declared)), "float16")
+    if dtype == "float16" and not by_logits and any(name == "topk_weights" for name, _ in powers):
+        powers = ()  # which holds no weights as small as these
+    problem = replace(problem, powers=powers, broken_logits=0, broken_x=0, routing_dtype=dtype)
+    if by_logits:  # weights computed from logits share one factor
         factor = config.routed_scaling_factor * problem.factor("topk_weights")
         problem = replace(problem, config=replace(config, routed_scaling_factor=factor))
     return problem
@@ -229,59 +235,3 @@ def problems_for(executor: Executor) -> st.SearchStrategy[Problem]:
     able = executor.capabilities
     drawn = problems(able.dtypes, able.activations, able.routing, able.weights, able.mixed)
     return drawn.map(lambda problem: without_undeclared(problem, able))
-
-
-def without_undeclared(problem: Problem, able: Capabilities) -> Problem:
-    """The problem without the features that an executor does not declare."""
-    config = problem.config
-    if not able.scale_input:
-        config = replace(config, scale_input=False)
-    if not able.late_clamp:
-        config = replace(config, clamp="before")
-    if not able.softcap:
-        config = replace(config, gate_softcap=None, up_softcap=None)
-    config = replace(
-        config,
-        scoring=_within(config.scoring, get_args(Scoring), able.scorings),
-        renormalize_form=_within(config.renormalize_form, get_args(RenormalizeForm), able.renormalize_forms),
-        selection_key=_within(config.selection_key, get_args(SelectionKey), able.selection_keys),
-    )
-    if not able.selection:
-        config = replace(config, num_groups=1, topk_groups=1, group_score="max")
-        problem = replace(problem, selection_bias="")
-    if not able.expert_scale:
-        problem = replace(problem, expert_scale=False)
-    if not able.post_expert_norm:
-        problem = replace(problem, post_expert_norm=False)
-    if not able.lora:
-        problem = replace(problem, gate_up_rank=0, down_rank=0)
-    return replace(problem, config=config)
-
-
-def _within(name: str, names: Collection[str], declared: Collection[str]) -> Any:
-    """The name, or the first of ``names`` that is declared."""
-    return next((n for n in (name, *names) if n in declared), name)
-
-
-def undeclared(problem: Problem, able: Capabilities) -> str:
-    """The features that a problem needs and an executor does not declare, such as "float16, adapters"; or ""."""
-    config = problem.config
-    chooses = able.routing and problem.entry == "layer"
-    needs = {
-        problem.dtype: problem.dtype in able.dtypes,
-        " beside ".join(dict.fromkeys(problem.kinds)) + " weights": able.takes(*problem.kinds),
-        config.activation: config.activation in able.activations,
-        "a clamp after the activation": able.late_clamp or config.clamp == "before",
-        "softcaps": able.softcap or (config.gate_softcap is None and config.up_softcap is None),
-        "groups": able.selection or not chooses or config.num_groups == 1,
-        "a selection bias": able.selection or not chooses or not problem.selection_bias,
-        f"scoring {config.scoring}": not chooses or config.scoring in able.scorings,
-        f"renormalize_form {config.renormalize_form}": not (chooses and config.renormalize)
-        or config.renormalize_form in able.renormalize_forms,
-        f"selection_key {config.selection_key}": not chooses or config.selection_key in able.selection_keys,
-        "expert_scale": able.expert_scale or not chooses or not problem.expert_scale,
-        "a norm after each expert": able.post_expert_norm or not problem.post_expert_norm,
-        "scale_input": able.scale_input or not config.scale_input,
-        "adapters": able.lora or not (problem.gate_up_rank or problem.down_rank),
-    }
-    return ", ".join(need for need, met in needs.items() if not met)

@@ -22,7 +22,7 @@ class Lack(NamedTuple):
 
 def lacks(able: Capabilities) -> list[Lack]:
     """All that an executor does not declare."""
-    return [*_routing(able), *_numbers(able), *_four_bits(able), *_experts(able)]
+    return [*_routing(able), *_numbers(able), *_dtypes(able), *_sizes(able), *_four_bits(able), *_experts(able)]
 
 
 def _routing(able: Capabilities) -> list[Lack]:
@@ -53,6 +53,46 @@ def _numbers(able: Capabilities) -> list[Lack]:
     return out
 
 
+def _dtypes(able: Capabilities) -> list[Lack]:
+    """Of other arguments than x, in one line each."""
+    from executors import Capabilities
+
+    whole = Capabilities()
+    says = {"bias_dtypes": "biases", "topk_weights_dtypes": "topk_weights", "topk_ids_dtypes": "topk_ids"}
+    if able.routing:
+        says["router_logits_dtypes"] = "router_logits"
+    if able.lora:
+        says["lora_dtypes"] = "adapters"
+    if not able.biases:
+        del says["bias_dtypes"]
+    out = []
+    for name, argument in says.items():
+        declared = getattr(able, name)
+        if not getattr(whole, name) <= declared:
+            own = ", ".join("x's dtype" if dtype == "x" else dtype for dtype in sorted(declared))
+            out.append(Lack(f"{argument} in {own} alone; that part of T1 is not applicable"))
+    return out
+
+
+def _sizes(able: Capabilities) -> list[Lack]:
+    """What tensors may be beside their dtypes."""
+    out = []
+    for name, size in (("H", able.align_hidden), ("I", able.align_intermediate)):
+        if size != 1:
+            out.append(Lack(f"{name} in multiples of {size} alone; that part of E3 is not applicable"))
+    if not able.empty_batch:
+        out.append(Lack("at least one token; that part of E3 is not applicable"))
+    rest = [name for name in ("x", "routing", "weights") if name not in able.strided]
+    if rest:
+        out.append(Lack(f"contiguous {', '.join(rest)} alone; that part of E4 is not applicable"))
+    parts = {"empty slots": able.empty_slots, "duplicate ids in a row": able.duplicate_ids}
+    missing = [name for name, has in parts.items() if not has]
+    if missing:
+        which, whole = ("clause R7 is", ("R7",)) if len(missing) == len(parts) else ("that part of R7 is", ())
+        out.append(Lack(f"no {' and no '.join(missing)}; {which} not applicable", whole))
+    return out
+
+
 def _four_bits(able: Capabilities) -> list[Lack]:
     out = []
     if "dense" not in able.weights:
@@ -72,11 +112,41 @@ def _four_bits(able: Capabilities) -> list[Lack]:
         for name in missing:
             whole = ("M1",) if name == "mxfp4" else ()
             out.append(Lack(f"no {name} weights; {parts[name]} not applicable", whole))
+    if able.weights & {"nf4", "fp4"}:
+        out += _blocks(able)
+    return out
+
+
+def _blocks(able: Capabilities) -> list[Lack]:
+    """The blocks of NF4 and FP4 that are declared."""
+    from executors import Capabilities
+
+    out, whole = [], Capabilities()
+    if not whole.blocksizes <= able.blocksizes:
+        own = ", ".join(map(str, sorted(able.blocksizes)))
+        out.append(Lack(f"blocksize {own} alone; that part of Q1 is not applicable"))
+    if not able.nested:
+        out.append(Lack("no nested statistics; clauses Q3 and Q5 are not applicable", ("Q3", "Q5")))
+    elif not whole.nested <= able.nested:
+        out.append(Lack(f"nested statistics {min(able.nested)} alone; that part of Q5 is not applicable"))
+    return out
+
+
+def _swiglu(able: Capabilities) -> list[Lack]:
+    """The numbers of "swiglu" that are declared."""
+    out = []
+    for name, plain, none in (("alpha", 1.0, "alpha"), ("limit", None, "limit"), ("up_offset", 0.0, "offset of ups")):
+        declared = getattr(able, f"{name}s")
+        if declared is not None:
+            own = ", ".join(str(value) for value in sorted(declared, key=lambda value: (value is not None, value)))
+            says = f"no {none}" if declared == {plain} else f"{name} {own} alone"
+            out.append(Lack(f"{says}; that part of E1 is not applicable"))
     return out
 
 
 def _experts(able: Capabilities) -> list[Lack]:
     from executors._protocol import ACTIVATIONS
+    from moe_ref.types import GATED
 
     out = []
     missing = sorted(ACTIVATIONS - able.activations)
@@ -87,6 +157,12 @@ def _experts(able: Capabilities) -> list[Lack]:
             out.append(Lack("no clamp after the activation; that part of E1 is not applicable"))
         if not able.softcap:
             out.append(Lack("no softcaps; that part of E1 is not applicable"))
+        out += _swiglu(able)
+    if able.activations & {*GATED} and len(able.gate_up_layouts) == 1:
+        says = f"gate and up {min(able.gate_up_layouts)} alone; that part of E1 is not applicable"
+        out.append(Lack(says))
+    if not able.biases:
+        out.append(Lack("no biases of projections; those parts of E1 and D3 are not applicable"))
     if not able.post_expert_norm:
         out.append(Lack("no norm after each expert; clause E8 is not applicable", ("E8",)))
     if not able.scale_input:

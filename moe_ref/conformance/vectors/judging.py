@@ -14,9 +14,9 @@ from moe_ref.conformance.judgement.errors import check_refusal
 from moe_ref.conformance.judgement.faults import different, same_bits
 from moe_ref.conformance.judgement.reference import Reference, reference_of, with_bars
 from moe_ref.conformance.problems.build import Arrays
+from moe_ref.conformance.problems.declared import undeclared
 from moe_ref.conformance.problems.packed import quantized
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.problems.strategies import undeclared
 from moe_ref.conformance.vectors.options import config_of, text
 from moe_ref.conformance.vectors.reading import Folder
 from moe_ref.conformance.vectors.vector import Vector, weights_of
