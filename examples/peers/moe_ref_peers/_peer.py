@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from executors import Capabilities, Unsupported
+from moe_ref.conformance.declared import refuse_undeclared, refuse_undeclared_slots
 from moe_ref.types import MoEWeights
-from moe_ref.validation import check_experts_inputs, check_weights, dtype_name
+from moe_ref.validation import check_experts_inputs, check_weights
+
+X_OR_FP32 = frozenset({"x", "float32"})
+CONCATENATED = frozenset({"concatenated"})
 
 
 @dataclass(frozen=True)
@@ -46,34 +50,53 @@ class Peer(ABC):
         """
         check_experts_inputs(x, topk_ids, topk_weights, weights)
         self.check(x, weights)
-        flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, topk_ids.long(), topk_weights))
-        return self.compute(*flat, weights).to(x.dtype).reshape(x.shape)
+        refuse_undeclared_slots(self.name, self.capabilities, x, topk_ids, topk_weights, weights)
+        rows, ids, slot_weights = (t.reshape(-1, t.shape[-1]) for t in (x, topk_ids.long(), topk_weights))
+        return self.compute(rows, ids, slot_weights, weights).to(x.dtype).reshape(x.shape)
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:
         """Raises Unsupported for what the capabilities leave out."""
         check_weights(weights)
         if not isinstance(x, Tensor):
             raise Unsupported(f"x is a {type(x).__name__}: must be a torch.Tensor")
-        able, config = self.capabilities, weights.config
-        if able.devices and x.device.type not in able.devices:
-            self.refuse("x.device", x.device, sorted(able.devices))
-        if dtype_name(x) not in able.dtypes:
-            self.refuse("x.dtype", dtype_name(x), sorted(able.dtypes))
-        for name, kind in ((name, packed.quant_type) for name, packed in weights.packed().items()):
-            if kind not in able.weights:
-                self.refuse(f"{name}.quant_type", kind, sorted(able.weights))
-        if "dense" not in able.weights and len(weights.packed()) < 2:
-            self.refuse("weights", "dense", sorted(able.weights))
-        if config.activation not in able.activations:
-            self.refuse("activation", config.activation, sorted(able.activations))
-        if config.clamp == "after" or config.gate_softcap is not None or config.up_softcap is not None:
-            self.refuse("clamp, gate_softcap, up_softcap", "set", ["unset"])
-        if config.scale_input or weights.lora is not None or weights.post_expert_norm is not None:
-            self.refuse("scale_input, lora, post_expert_norm", "set", ["unset"])
+        refuse_undeclared(self.name, self.capabilities, x, weights)
 
-    def refuse(self, name: str, value: object, allowed: list[object]) -> None:
-        """Raises Unsupported, naming argument, value, and what is allowed."""
-        raise Unsupported(f"{name}={value}: must be {' or '.join(map(str, allowed))} for {self.name}")
+
+def plain_swiglu(**changes: Any) -> Capabilities:
+    """What most kernels promise: experts with SwiGLU, gate before up, no biases and no clamps, whole tensors."""
+    promises: dict[str, Any] = {
+        "routing": False,
+        "selection": False,
+        "activations": frozenset({"swiglu"}),
+        "alphas": frozenset({1.0}),
+        "limits": frozenset({None}),
+        "up_offsets": frozenset({0.0}),
+        "gate_up_layouts": CONCATENATED,
+        "biases": False,
+        "late_clamp": False,
+        "softcap": False,
+        "scale_input": False,
+        "lora": False,
+        "topk_weights_dtypes": X_OR_FP32,
+        "bias_dtypes": frozenset({"x"}),
+        "strided": frozenset(),
+    }
+    return Capabilities(**promises | changes)
+
+
+def gpt_oss(**changes: Any) -> Capabilities:
+    """The same for gpt-oss: biases, the clamped form with its own constants, and rows of gate and up by turns."""
+    constants = {"alphas": frozenset({1.702}), "limits": frozenset({7.0}), "up_offsets": frozenset({1.0})}
+    return plain_swiglu(gate_up_layouts=frozenset({"interleaved"}), biases=True, **constants, **changes)
+
+
+def biases_of(layer: MoEWeights) -> dict[str, Tensor]:
+    """Both biases, zeros where the layer has none."""
+    found = {}
+    for name in ("gate_up_proj", "down_proj"):
+        own, stack = getattr(layer, f"{name}_bias"), getattr(layer, name)
+        found[f"{name}_bias"] = torch.zeros_like(stack[..., 0]) if own is None else own
+    return found
 
 
 def foreign_last(ids: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

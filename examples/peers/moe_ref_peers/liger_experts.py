@@ -10,7 +10,7 @@ import triton
 from liger_kernel.ops import LigerFusedMoEFunction
 
 from executors import Capabilities, Unavailable
-from moe_ref_peers._peer import Peer
+from moe_ref_peers._peer import Peer, plain_swiglu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,16 +37,11 @@ class Liger(Peer):
     @property
     def capabilities(self) -> Capabilities:
         """Triton's interpreter has no atomic addition in bf16, which the backward pass needs."""
-        return Capabilities(
+        return plain_swiglu(
             devices=frozenset({"cpu"} if INTERPRETED else {"cuda"}),
             dtypes=frozenset({"float32", "float16"} | (set() if INTERPRETED else {"bfloat16"})),
-            routing=False,
-            selection=False,
-            activations=frozenset({"swiglu"}),
-            late_clamp=False,
-            softcap=False,
-            scale_input=False,
-            lora=False,
+            empty_slots=False,
+            strided=frozenset({"x", "routing", "weights"}),  # it copies what is not contiguous
             interpreted=INTERPRETED,
         )
 

@@ -12,7 +12,8 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from executors import Capabilities
-from moe_ref_peers._peer import Peer, foreign_last
+from executors.nf4.codes import code_table
+from moe_ref_peers._peer import Peer, foreign_last, plain_swiglu
 from moe_ref_peers.transformers_experts import DTYPES, GATED
 
 if TYPE_CHECKING:
@@ -30,17 +31,8 @@ class Parametrized(Peer):
     @property
     def capabilities(self) -> Capabilities:
         """nf4 and fp4, of which both projections are."""
-        return Capabilities(
-            dtypes=DTYPES,
-            routing=False,
-            selection=False,
-            activations=frozenset(GATED),
-            late_clamp=False,
-            softcap=False,
-            scale_input=False,
-            lora=False,
-            weights=frozenset({"nf4", "fp4"}),
-        )
+        kinds = frozenset({"nf4", "fp4"})
+        return plain_swiglu(dtypes=DTYPES, activations=frozenset(GATED), weights=kinds, nested=frozenset({"one"}))
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor, layer: MoEWeights) -> Tensor:
         """y [T, H]."""
@@ -68,7 +60,7 @@ def _state(packed: NF4Tensor) -> QuantState:
     return QuantState(
         packed.absmax,
         shape=torch.Size(packed.stored_shape),
-        code=packed.code,
+        code=code_table(packed.quant_type, packed.packed.device),
         blocksize=packed.blocksize,
         quant_type=packed.quant_type,
         dtype=getattr(torch, packed.dtype),

@@ -11,7 +11,7 @@ from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
 from executors import Capabilities
-from moe_ref_peers._peer import Peer
+from moe_ref_peers._peer import Peer, biases_of, gpt_oss, plain_swiglu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,16 +28,7 @@ class Titan(Peer):
     @property
     def capabilities(self) -> Capabilities:
         """One dtype, and SwiGLU."""
-        return Capabilities(
-            dtypes=frozenset({"bfloat16"}),
-            routing=False,
-            selection=False,
-            activations=frozenset({"swiglu"}),
-            late_clamp=False,
-            softcap=False,
-            scale_input=False,
-            lora=False,
-        )
+        return plain_swiglu(dtypes=frozenset({"bfloat16"}), empty_slots=False)
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor, layer: MoEWeights) -> Tensor:
         """y [T, H]."""
@@ -66,15 +57,19 @@ class GptOssTitan(Titan):
 
     name: ClassVar[str] = "torchtitan_gpt_oss"
 
-    def _form(self, layer: MoEWeights) -> type[GroupedExperts.Config]:
-        from functools import partial
+    @property
+    def capabilities(self) -> Capabilities:
+        """One dtype, and gpt-oss' form."""
+        return gpt_oss(dtypes=frozenset({"bfloat16"}), empty_slots=False)
 
-        return partial(GptOssGroupedExperts.Config, swiglu_limit=layer.config.limit)
+    def _form(self, layer: MoEWeights) -> type[GroupedExperts.Config]:
+        return GptOssGroupedExperts.Config
 
     def _parameters(self, layer: MoEWeights) -> dict[str, Tensor]:
+        biases = biases_of(layer)
         return {
             "mlp1_weight_EGD": layer.gate_up_proj,
-            "mlp1_bias_EG": layer.gate_up_proj_bias,
+            "mlp1_bias_EG": biases["gate_up_proj_bias"],
             "mlp2_weight_EDF": layer.down_proj,
-            "mlp2_bias_ED": layer.down_proj_bias,
+            "mlp2_bias_ED": biases["down_proj_bias"],
         }

@@ -16,7 +16,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from executors import Capabilities
-from moe_ref_peers._peer import Peer, foreign_last
+from moe_ref_peers._peer import Peer, biases_of, foreign_last, gpt_oss, plain_swiglu
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,17 +45,11 @@ class TransformersExperts(Peer):
 
     @property
     def capabilities(self) -> Capabilities:
-        """The interface's promises; the experts of other ranks are those of its expert parallelism."""
-        return Capabilities(
-            dtypes=DTYPES,
-            routing=False,
-            selection=False,
-            activations=frozenset(ACTIVATIONS[self.family]),
-            late_clamp=False,
-            softcap=False,
-            scale_input=False,
-            lora=False,
-        )
+        """The interface's promises. No tokens break the graph under eager: that would hide all else that fails."""
+        if self.family == "gpt_oss":
+            return gpt_oss(dtypes=DTYPES, empty_batch=self.implementation != "eager")
+        activations = frozenset(ACTIVATIONS[self.family])
+        return plain_swiglu(dtypes=DTYPES, activations=activations, empty_batch=self.implementation != "eager")
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor, layer: MoEWeights) -> Tensor:
         """y [T, H]."""
@@ -75,9 +69,8 @@ def parameters(family: Family, layer: MoEWeights) -> dict[str, Tensor]:
         return {"up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
     if family == "qwen3":
         return {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
-    biases = {name: getattr(layer, name) for name in ("gate_up_proj_bias", "down_proj_bias")}
     turned = {name: getattr(layer, name).transpose(1, 2) for name in ("gate_up_proj", "down_proj")}
-    return turned | biases
+    return turned | biases_of(layer)
 
 
 def _module(family: Family, layer: MoEWeights) -> nn.Module:
