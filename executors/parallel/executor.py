@@ -10,7 +10,7 @@ from torch import Tensor
 
 from executors._base.local import check_local
 from executors._base.routing import route_checked
-from executors._protocol import Capabilities, Executor, Unsupported, check_norm
+from executors._protocol import ID_DTYPES, Capabilities, Executor, Unsupported, check_norm
 from executors._registry import get
 from executors.parallel.agreement import Call, failed
 from executors.parallel.autograd import Back, Mark, Nothing, Out, needing
@@ -100,9 +100,20 @@ class ExpertParallel:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Those of the executor inside, but for fp16: a slot's result may pass its range on the way (E7)."""
+        """Those of the executor inside, but for fp16: a slot's result may pass its range on the way (E7).
+
+        Ranks without tokens, ids of any dtype, and an expert in several slots of a token are no matter of the executor
+        inside, which gets one slot in each row.
+        """
         able = self.inner.capabilities
-        return replace(able, dtypes=able.dtypes & DTYPES)
+        return replace(
+            able,
+            dtypes=able.dtypes & DTYPES,
+            empty_batch=True,
+            duplicate_ids=True,
+            topk_ids_dtypes=ID_DTYPES,
+            empty_slots=able.empty_slots or self.dispatch == "all_to_all",
+        )
 
     def __call__(self, x: Tensor, router_logits: Tensor, weights: MoEWeights) -> Tensor:
         """The layer.
@@ -170,7 +181,9 @@ class ExpertParallel:
             allowed = ", ".join(sorted(self.capabilities.dtypes))
             raise Unsupported(f"x.dtype={dtype_name(x)}: must be one of {allowed} for {self.name}")
         check_norm(self.inner, weights)
-        if weights.num_experts:
+        if self.dispatch == "all_reduce" and not self.inner.capabilities.empty_slots:
+            raise Unsupported(f"dispatch='all_reduce': must be 'all_to_all' for {self.inner.name}: no empty slots")
+        if weights.num_experts and (self.inner.capabilities.empty_batch or x.numel()):
             self.inner.check(x, weights)
 
     def _part(self, weights: MoEWeights, num_experts: int) -> tuple[MoEWeights, ExpertMap]:
@@ -237,7 +250,9 @@ class ExpertParallel:
 
     def _experts(self, rows: Tensor, weights: Tensor, ids: Tensor, own: MoEWeights) -> Tensor:
         """[S, H] the results of slots, each with its weight; zeros on a rank without experts."""
-        if own.num_experts == 0:
+        able = self.inner.capabilities
+        ids = ids if dtype_name(ids) in able.topk_ids_dtypes else ids.int()
+        if own.num_experts == 0 or (len(rows) == 0 and not able.empty_batch):
             zeros: Tensor = Nothing.apply(rows, weights, *own.parameters().values())  # type: ignore[no-untyped-call]
             return zeros
         return self.inner.experts(rows, topk_ids=ids, topk_weights=weights, weights=own)

@@ -14,7 +14,7 @@ from moe_ref.conformance.parallel.judging import check_parallel
 from moe_ref.conformance.parallel.split import Split
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import MoEConfig
-from parallel_mutants import MUTANTS
+from parallel_mutants import MUTANTS, plain
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +96,16 @@ def test_bugs_are_seen(cluster: Cluster, mutant: object, split: Split) -> None:
     check_parallel(executors.get("native"), cluster, "native", problem, split)
     with pytest.raises(ConformanceError):
         check_parallel(executors.get("native"), cluster, "native", problem, split, make=mutant)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("returns", ["slot", "rank"])
+def test_the_executor_inside_may_declare_little(cluster: Cluster, returns: str) -> None:
+    """Ranks without tokens, duplicate ids and empty slots never reach it, if tokens go to their experts' ranks."""
+    problem = replace(SHARED, entry="experts", cut_points=True, empty_slots=True, ids_dtype="int64")
+    check_parallel(
+        executors.get("native"), cluster, "native", problem, Split((0, 9), "all_to_all", returns), make=plain
+    )
+    with pytest.raises(ConformanceError, match="dispatch='all_reduce': must be 'all_to_all' for plain: no empty slots"):
+        check_parallel(
+            executors.get("native"), cluster, "native", problem, Split((2,), "all_reduce", returns), make=plain
+        )

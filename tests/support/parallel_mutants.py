@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import executors
 from executors.parallel import ExpertParallel
 from executors.parallel.planning import owners
 from executors.parallel.transport import Transport
 from moe_ref.conformance.parallel.split import Split
+from moe_ref.conformance.wrapped import Declaring
 from moe_ref.types import MoEWeights
 
 
@@ -64,6 +66,19 @@ class WrongParallel(ExpertParallel):
 
 def _made(kind: str, name: str, group: Any, split: Split, num_experts: int) -> ExpertParallel:
     return WrongParallel(name, group, split.dispatch, split.returns, num_experts, 30.0, kind)  # type: ignore[arg-type]
+
+
+def plain(name: str, group: Any, split: Split, num_experts: int) -> ExpertParallel:
+    """None: the executor inside is right, and refuses no tokens, empty slots, duplicate ids and ids in int64."""
+    able = replace(
+        executors.get(name).capabilities,
+        empty_batch=False,
+        empty_slots=False,
+        duplicate_ids=False,
+        topk_ids_dtypes=frozenset({"int32"}),
+    )
+    inner = Declaring("plain", executors.get(name), declared=able)
+    return ExpertParallel(inner, group, split.dispatch, split.returns, num_experts, 30.0)  # type: ignore[arg-type]
 
 
 def token_lost(*given: Any) -> ExpertParallel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
@@ -18,6 +19,8 @@ from moe_ref.conformance.problems.strategies import problems_for
 
 if TYPE_CHECKING:
     from executors import Executor
+
+DISPATCHES = ("all_to_all", "all_reduce")
 
 
 def check_parallel(
@@ -82,11 +85,11 @@ def _alone(executor: Executor, problem: Problem) -> Problem:
 
 
 @st.composite
-def splits(draw: st.DrawFn, ranks: int, tokens: int) -> Split:
+def splits(draw: st.DrawFn, ranks: int, tokens: int, dispatches: Sequence[str] = DISPATCHES) -> Split:
     """Draws uneven splits over up to so many ranks; some have no tokens."""
     count = draw(st.integers(1, ranks), label="ranks")
     cuts = draw(st.lists(st.integers(0, tokens), min_size=count - 1, max_size=count - 1), label="cuts")
-    dispatch = draw(st.sampled_from(["all_to_all", "all_reduce"]), label="dispatch")
+    dispatch = draw(st.sampled_from(dispatches), label="dispatch")
     return Split(tuple(sorted(cuts)), dispatch, draw(st.sampled_from(["slot", "rank"]), label="returns"))
 
 

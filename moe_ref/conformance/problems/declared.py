@@ -104,10 +104,9 @@ def _fitted_activation(config: MoEConfig, able: Capabilities) -> MoEConfig:
 
 
 def _fitted_nested(problem: Problem, able: Capabilities) -> str:
-    """The form of nested statistics; where blocks straddle experts there is one segment for all (Q5)."""
-    if problem.nested == "per expert" and straddles(problem):
-        return "one" if "one" in able.nested else ""
-    return problem.nested if problem.nested in able.nested else ""
+    """The form of nested statistics, or none; where blocks straddle experts there is one segment for all (Q5)."""
+    found = "one" if problem.nested and straddles(problem) else problem.nested
+    return problem.nested if found in able.nested else ""
 
 
 def _given_dtypes(problem: Problem, able: Capabilities) -> dict[str, Collection[str]]:
