@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from moe_ref.conformance.reporting.order import cheap_first
 from moe_ref.conformance.reporting.reporter import EXPECTED, JUDGED, VECTORS, Reporter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from executors import Executor
     from moe_ref.conformance.parallel.cluster import Cluster
@@ -61,6 +62,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="JSON file of failures by clause that are known and do not fail the run; one that holds fails it",
     )
     group.addoption(
+        "--isolate",
+        action="store_true",
+        dest="moe_ref_isolate",
+        help="judge in another process: one that crashes or hangs is a failed test with its problem, and is replaced",
+    )
+    group.addoption(
+        "--isolate-limit",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        dest="moe_ref_isolate_limit",
+        help="with --isolate, time after which one problem counts as hanging (default: 600)",
+    )
+    group.addoption(
         "--save-failure",
         metavar="DIR",
         dest="moe_ref_saved",
@@ -83,6 +98,16 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--ranks {ranks}: must be at least 1")
     config.stash[EXPECTED] = _expected(config.getoption("moe_ref_expected"))
     config.pluginmanager.register(Reporter(config), "moe-ref reporter")
+    if config.getoption("moe_ref_isolate") and not hasattr(config, "workerinput"):
+        _isolate(config)
+
+
+def _isolate(config: pytest.Config) -> None:
+    from moe_ref.conformance.isolation.protocol import Isolation, refusal
+
+    if reason := refusal(config):
+        raise pytest.UsageError(reason)
+    config.pluginmanager.register(Isolation(config, config.getoption("moe_ref_isolate_limit")), "moe-ref isolation")
 
 
 def _folder(path: str) -> Folder:
@@ -154,6 +179,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("vector", metafunc.config.stash[VECTORS].entries)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs the suite's cheap tests first."""
+    cheap_first(items)
+
+
 def _usable(device: str) -> list[str]:
     import executors
 
@@ -184,10 +215,21 @@ def conformance_device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def judge(request: pytest.FixtureRequest, executor_name: str, executor: Executor, conformance_device: str) -> Judge:
     """Calls checks on the executor under judgement; what is expected to fail may."""
+    from moe_ref.conformance import profiles
     from moe_ref.conformance.reporting.judge import Judge
+    from moe_ref.conformance.reporting.search import Search
 
     own = [known for known in request.config.stash[EXPECTED] if known.executor == executor_name]
-    return Judge(executor_name, executor, conformance_device, own)
+    search = Search(profiles.simplifying())
+    return Judge(executor_name, executor, conformance_device, own, search=search, notes=_notes(request.config))
+
+
+def _notes(config: pytest.Config) -> Callable[[str], None] | None:
+    """Tells another process what is judged, if this is the one of ``--isolate``."""
+    from moe_ref.conformance.isolation.worker import CONNECTION, JUDGES
+
+    connection = config.stash.get(CONNECTION, None)
+    return None if connection is None else lambda said: connection.send((JUDGES, said))
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,12 @@
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Sampling error bars is slow and must not count as slow data generation; drawing is cheap.
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+# What Hypothesis explains are drawn arguments, of which there is one, the problem: that takes time and says nothing.
+_PHASES = [phase for phase in Phase if phase is not Phase.explain]
 
 PROFILES = {
     "quick": settings(
@@ -21,8 +23,9 @@ PROFILES = {
         derandomize=True,
         database=None,
         print_blob=True,
+        phases=_PHASES,
     ),
-    "dev": settings(max_examples=30, deadline=None, suppress_health_check=_SLOW, print_blob=True),
+    "dev": settings(max_examples=30, deadline=None, suppress_health_check=_SLOW, print_blob=True, phases=_PHASES),
     "ci": settings(
         max_examples=100,
         deadline=None,
@@ -30,9 +33,17 @@ PROFILES = {
         derandomize=True,
         database=None,
         print_blob=True,
+        phases=_PHASES,
     ),
-    "nightly": settings(max_examples=3000, deadline=None, suppress_health_check=_SLOW, print_blob=True),
+    "nightly": settings(max_examples=3000, deadline=None, suppress_health_check=_SLOW, print_blob=True, phases=_PHASES),
 }
+
+SIMPLIFYING = {"quick": 100, "dev": 400, "ci": 400, "nightly": 2000}  # problems tried to make a test's failure simpler
+
+
+def simplifying() -> int:
+    """How many problems the active profile tries to make a failure simpler."""
+    return SIMPLIFYING.get(settings.get_current_profile_name(), SIMPLIFYING["dev"])
 
 
 def current() -> settings:

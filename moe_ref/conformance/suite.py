@@ -142,7 +142,7 @@ def test_every_code(judge: Judge, quant_type: str, nested: str, dtype: str) -> N
 
 
 def test_bad_input_is_refused_in_one_line(judge: Judge) -> None:
-    """The executor raises a ValueError or TypeError with the argument, its value, and what is allowed (T1, R8)."""
+    """The executor raises a ValueError or TypeError of one line, which names the argument and its value (T1, R8)."""
     judge(check_errors)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from moe_ref.conformance.judgement.errors import check_errors, check_no_double_b
 from moe_ref.conformance.judgement.exact import CASES, check_exact
 from moe_ref.conformance.judgement.invariance import check_batch_invariance
 from moe_ref.conformance.judgement.laws import LAWS, check_law
+from moe_ref.conformance.judgement.ranges import check_range
 from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.mutants import mutants
 from moe_ref.conformance.problems.build import build
@@ -143,6 +145,29 @@ def test_unwritten_memory_is_nan() -> None:
         ]
     assert all(t.isnan().all() for t in made)
     assert not torch.utils.deterministic.fill_uninitialized_memory or not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("check", "arguments"),
+    [
+        (check_problem, [PROBLEM]),
+        (check_law, [replace(PROBLEM, entry="experts"), "permute_tokens"]),
+        (check_exact, ["long_sums", "float32"]),
+        (check_range, ["outputs", "dense"]),
+    ],
+)
+@pytest.mark.parametrize("wrong", ["right_in_deterministic_mode_only", "unwritten"])
+def test_both_what_users_run_and_poisoned_memory_are_judged(wrong: str, check: Any, arguments: list[Any]) -> None:
+    def unwritten(inner, x, ids, w, weights):  # type: ignore[no-untyped-def]
+        y = inner.experts(x, topk_ids=ids, topk_weights=w, weights=weights)
+        found = torch.empty_like(y[:1])
+        return y + torch.where(found.isnan(), found, 0)  # what was left there mostly does no harm
+
+    with pytest.raises(ConformanceError) as caught:
+        check(Wrapped(wrong, native(), slots=unwritten) if wrong == "unwritten" else mutant(wrong), *arguments)
+    if check is check_problem:
+        says = "torch's deterministic mode is off" if wrong != "unwritten" else "memory that nobody wrote is NaN"
+        assert all(f"; only where {says}" in fault.message for fault in caught.value.faults)
 
 
 def test_references_are_sampled_once() -> None:

@@ -246,7 +246,7 @@ def test_a_run_with_expected_failures(tmp_path: Path) -> None:
     assert ran.returncode == pytest.ExitCode.TESTS_FAILED
     assert "not all of the suite ran: -k 'exact_cases and many_rows'" in ran.stdout
     assert re.search(r"one_percent: 0 clauses hold, 2 broken, .* not judged here", ran.stdout)
-    assert re.search(r"^  breaks E2, D1: \d+ failures$", ran.stdout, re.MULTILINE)
+    assert re.search(r"^  breaks E2, D1 \(wrong values\): \d+ failures$", ran.stdout, re.MULTILINE)
     (folder,) = re.findall(r"^    saved: (.*)$", ran.stdout, re.MULTILINE)
     assert [path.suffix for path in sorted(outside.joinpath(folder).iterdir())] == [".mrv", ".safetensors", ".json"]
     assert len([*outside.joinpath("saved").iterdir()]) == 8

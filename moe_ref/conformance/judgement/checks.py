@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from moe_ref.conformance.judgement.faults import Fault, changed, copies, differe
 from moe_ref.conformance.judgement.gates import CLAUSES, Verdict, judge
 from moe_ref.conformance.judgement.reference import Reference, reference
 from moe_ref.conformance.problems.build import Arrays, build
-from moe_ref.conformance.problems.poison import poisoned
+from moe_ref.conformance.problems.poison import SAYS, Mode, modes
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.routing import keys_are_rounded
 from moe_ref.types import PER_EXPERT, Routing
@@ -130,8 +130,27 @@ def check_numbers(
     Raises:
         ConformanceError: a clause is broken; `ConformanceError.faults` has all that were found.
     """
+    verdicts: list[Verdict] = []
+    faults: dict[Mode, list[Fault]] = {}
+    arrays = truth.arrays
+    for mode in modes(executor):
+        verdicts, faults[mode], own = _judged_in(mode, executor, problem, truth, choosing, device)
+        arrays = own if faults[mode] else arrays
+    _demand(executor, problem, *_joined(faults), arrays=arrays)
+    return verdicts
+
+
+def _judged_in(
+    mode: Mode,
+    executor: Executor,
+    problem: Problem,
+    truth: Reference,
+    choosing: Callable[[tuple[int, ...]], Reference],
+    device: str,
+) -> tuple[list[Verdict], list[Fault], Arrays]:
+    """The verdicts of a run forward and backward, all faults of it and of a run without gradients, and the numbers."""
     inputs = to_torch(problem, truth.arrays, device)
-    routing = _route(executor, inputs)
+    routing = _route(executor, inputs, mode)
     chosen = None
     if routing is not None:
         chosen = check_route(executor, problem, truth, routing)
@@ -139,11 +158,11 @@ def check_numbers(
             truth = choosing(tuple(chosen.ravel().tolist()))
             inputs = to_torch(problem, truth.arrays, device)
     before, backward = copies(inputs), executor.capabilities.backward
-    with poisoned():
+    with mode():
         result = run(executor, inputs, backward)
     faults = [*filter(None, [changed(inputs, before)]), *wrong_forms(result, inputs, backward)]
     verdicts = verdicts_of(result_arrays(result), problem, truth, chosen)
-    with poisoned(), torch.no_grad():  # inference may take another path
+    with mode(), torch.no_grad():  # inference may take another path
         inference = run(executor, inputs, backward=False)
     faults += wrong_forms(inference, inputs, backward)
     past_range = problem.powers and problem.dtype == "float16"
@@ -151,8 +170,16 @@ def check_numbers(
         if verdict.failure:
             clause = "R4" if truth.broken.any() else "E7" if past_range else CLAUSES[verdict.name]
             faults.append(Fault(clause, verdict.failure, verdict.name))
-    _demand(executor, problem, *faults, arrays=truth.arrays)
-    return verdicts
+    return verdicts, faults, truth.arrays
+
+
+def _joined(faults: Mapping[Mode, Sequence[Fault]]) -> Iterator[Fault]:
+    """The faults of all modes; those that one mode alone shows say which."""
+    for mode, own in faults.items():
+        others = {(fault.clause, fault.tensor) for other in faults.keys() - {mode} for fault in faults[other]}
+        for fault in own:
+            alone = len(faults) > 1 and (fault.clause, fault.tensor) not in others
+            yield fault._replace(message=f"{fault.message}; only {SAYS[mode]}") if alone else fault
 
 
 def check_repeatable(executor: Executor, problem: Problem, device: str = "cpu") -> None:
@@ -242,12 +269,12 @@ def _demand(executor: Executor, problem: Problem, *faults: Fault | None, arrays:
         raise ConformanceError(executor, problem, *found[0], arrays, found[1:])
 
 
-def _route(executor: Executor, inputs: Inputs) -> Routing | None:
+def _route(executor: Executor, inputs: Inputs, mode: Mode) -> Routing | None:
     """The routing that the executor reports, or None."""
     route = getattr(executor, "route", None)
     if inputs.router_logits is None or route is None:
         return None
-    with poisoned(), torch.no_grad():
+    with mode(), torch.no_grad():
         return route(inputs.router_logits, inputs.weights)
 
 

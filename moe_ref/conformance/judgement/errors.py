@@ -1,16 +1,22 @@
-"""Bad input, which every executor must refuse with the specification's own one-line message."""
+"""Bad input, which every executor must refuse in one line that names the argument and its value.
+
+Executors that check their arguments with `moe_ref.validation` must say so in the specification's own words.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from moe_ref.conformance.judgement.call import Inputs, call, to_torch
 from moe_ref.conformance.judgement.checks import ConformanceError, applicable
+from moe_ref.conformance.judgement.faults import RAISED, Fault
+from moe_ref.conformance.judgement.refusals import lacking_form
 from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.declared import fitted
 from moe_ref.conformance.problems.packed import in_whole_blocks
@@ -169,11 +175,12 @@ EXPERTS_ONLY: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
 
 
 def check_errors(executor: Executor, device: str = "cpu") -> None:
-    """Demands for every bad input the specification's error, word for word, in one line.
+    """Demands for every bad input an error in one line that names the argument and its value (`refusal_fault`).
 
     Raises:
-        ConformanceError: if an input is accepted, or the message differs.
+        ConformanceError: if an input is accepted, or an error is of another form; with all that are.
     """
+    found: list[tuple[Problem, Fault]] = []
     for entry, more in (("layer", LAYER_ONLY), ("experts", EXPERTS_ONLY)):
         dtype = next(d for d in ("float32", *FLOAT_DTYPES) if d in executor.capabilities.dtypes)
         problem = _oblong(applicable(executor, replace(_PROBLEM, entry=entry, dtype=dtype)), executor.capabilities)
@@ -191,12 +198,15 @@ def check_errors(executor: Executor, device: str = "cpu") -> None:
             inputs = to_torch(packed, build(packed), device)
             spoiled = IN_4_BITS[kind].items()
             cases += [(f"{kind}, {what}", spoil(inputs), argument) for what, (spoil, argument) in spoiled]
-        for what, bad, argument in cases:
-            check_refusal(executor, problem, bad, argument, what)
+        faults = (refusal_fault(executor, bad, argument, what) for what, bad, argument in cases)
+        found += [(problem, fault) for fault in faults if fault is not None]
+    if found:
+        (problem, first), *others = found
+        raise ConformanceError(executor, problem, *first, more=[fault for _, fault in others])
 
 
 def check_refusal(executor: Executor, problem: Problem, bad: Inputs, argument: str, what: str) -> None:
-    """Demands the specification's error, word for word, in one line.
+    """Demands that one bad input is refused as `refusal_fault` says.
 
     Args:
         executor: the executor to check.
@@ -206,15 +216,46 @@ def check_refusal(executor: Executor, problem: Problem, bad: Inputs, argument: s
         what: what is wrong, for the message.
 
     Raises:
-        ConformanceError: if the input is accepted, or the message differs.
+        ConformanceError: if the input is accepted, or the error is of another form.
+    """
+    fault = refusal_fault(executor, bad, argument, what)
+    if fault is not None:
+        raise ConformanceError(executor, problem, *fault)
+
+
+def refusal_fault(executor: Executor, bad: Inputs, argument: str, what: str) -> Fault | None:
+    """What is wrong with how an executor refuses a bad input, or None.
+
+    The error is a ValueError (`executors.Unsupported` is one) or a TypeError, of one line that names the argument and
+    its value. It has the specification's words, too, if `moe_ref.validation` raised it or the executor is of this
+    package: then other words mean that something else was checked.
+
+    Args:
+        executor: the executor to check.
+        bad: arguments of a call.
+        argument: what the specification's message begins with, such as "x.dtype".
+        what: what is wrong, for the message.
     """
     expected = _error_of(lambda: _specification(bad))
     actual = _error_of(lambda: call(executor, bad))
     if expected is None or not str(expected).startswith(argument) or "\n" in str(expected):
         raise AssertionError(f"the specification's error for {what} is not in form: {expected!r}")
-    if actual is None or str(actual) != str(expected):
-        message = f"{what}: raises {actual!r}, but must raise {expected!r}"
-        raise ConformanceError(executor, problem, "the contract on errors", message)
+    if uses_our_words(executor, actual):
+        lacks = "" if str(actual) == str(expected) else "these words, since moe_ref.validation checks the arguments"
+    else:
+        lacks = lacking_form(actual, str(expected), bad)
+    if not lacks:
+        return None
+    said = "nothing" if actual is None else repr(actual)
+    return Fault("the contract on errors", f"{what}: raises {said}, but must raise {lacks}; for example {expected!r}")
+
+
+def uses_our_words(executor: Executor, error: BaseException | None) -> bool:
+    """Whether `moe_ref.validation` raised the error, or the executor is one of this package."""
+    if type(executor).__module__.partition(".")[0] == "executors":
+        return True
+    frames = walk_tb(None if error is None else error.__traceback__)
+    return any(str(frame.f_globals.get("__name__")).startswith("moe_ref.validation") for frame, _ in frames)
 
 
 def check_undeclared_weights(executor: Executor, device: str = "cpu") -> None:
@@ -294,9 +335,9 @@ def _specification(inputs: Inputs) -> Any:
     return routed_experts(inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.weights)
 
 
-def _error_of(function: Callable[[], Any]) -> ValueError | TypeError | None:
+def _error_of(function: Callable[[], Any]) -> BaseException | None:
     try:
         function()
-    except (ValueError, TypeError) as error:
+    except RAISED as error:
         return error
     return None

@@ -18,7 +18,7 @@ from moe_ref.conformance.problems.aligned import aligned
 from moe_ref.conformance.problems.build import Arrays
 from moe_ref.conformance.problems.declared import undeclared
 from moe_ref.conformance.problems.packed import decoded, in_whole_blocks, quantized
-from moe_ref.conformance.problems.poison import poisoned
+from moe_ref.conformance.problems.poison import modes
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.error_bars import named
 from moe_ref.layer import layer_vjp
@@ -83,18 +83,19 @@ def check_equal(executor: Executor, problem: Problem, arrays: Arrays, clause: st
         ConformanceError: if a number differs, or a gradient is missing.
     """
     y, gradients = layer_vjp(arrays.x, None, arrays.topk_ids, arrays.topk_weights, arrays.weights, arrays.dy)
-    with poisoned():
-        result = run(executor, to_torch(problem, arrays, device), executor.capabilities.backward)
     exact = {n: round_to_nearest(v, problem.dtype_of(n)) if n == "y" else v for n, v in named(y, gradients).items()}
-    for name, actual in result_arrays(result).items():
-        wrong = actual != exact[name]
-        if wrong.any():
-            where = tuple(int(i) for i in np.argwhere(wrong)[0])
-            message = f"{name}{where}={actual[where]}, but must be exactly {exact[name][where]}"
-            raise ConformanceError(executor, problem, clause, message, name, arrays)
-    if executor.capabilities.backward and result.missing:
-        message = f"no gradient of {', '.join(result.missing)}"
-        raise ConformanceError(executor, problem, clause, message, result.missing[0], arrays)
+    for mode in modes(executor):
+        with mode():
+            result = run(executor, to_torch(problem, arrays, device), executor.capabilities.backward)
+        for name, actual in result_arrays(result).items():
+            wrong = actual != exact[name]
+            if wrong.any():
+                where = tuple(int(i) for i in np.argwhere(wrong)[0])
+                message = f"{name}{where}={actual[where]}, but must be exactly {exact[name][where]}"
+                raise ConformanceError(executor, problem, clause, message, name, arrays)
+        if executor.capabilities.backward and result.missing:
+            message = f"no gradient of {', '.join(result.missing)}"
+            raise ConformanceError(executor, problem, clause, message, result.missing[0], arrays)
 
 
 def long_sums(dtype: str) -> tuple[Problem, Arrays, str]:

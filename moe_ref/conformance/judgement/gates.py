@@ -95,7 +95,7 @@ def judge(
     wrong_zero = mask & (sd == 0) & (error != 0)
     if wrong_zero.any():
         where = _first(wrong_zero)
-        return Verdict(name, max_z=float("inf"), failure=f"{name}{where}={actual[where]}, but must be exactly 0")
+        return Verdict(name, max_z=float("inf"), failure=f"{name}{where}={actual[where]:.9g}, but must be exactly 0")
     z = standardise(error, sd, mask)
     counted = int((mask & (sd > 0)).sum())
     max_z = float(np.abs(z).max(initial=0.0))
@@ -109,15 +109,19 @@ def judge(
         where = _first(np.abs(z) == np.abs(z).max())
         failure = (
             f"{name}{where}={actual[where]:.9g}, but must be {bars.exact[where]:.9g} +- {sd[where]:.2g}: "
-            f"max z {max_z:.1f}, limit {MAX_Z:g}"
+            f"max z {short(max_z)}, limit {MAX_Z:g}"
         )
     elif counted >= RMS_FROM and rms_z > RMS_Z and rms_z > (limit := RMS_SDS * bars.rms_sd(dtype, out_dtype)):
-        failure = f"{name}: rms z {rms_z:.2f}, limit {max(RMS_Z, limit):.2f}"
+        failure = f"{name}: rms z {short(rms_z, 2)}, limit {max(RMS_Z, limit):.2f}"
     elif abs(gain_z) > GAIN_SDS:
-        failure = (
-            f"{name}: gain {gain_z * gain_sd:+.2e} is {gain_z:+.1f} of its standard deviations, limit {GAIN_SDS:g}"
-        )
+        gain = f"{gain_z * gain_sd:+.2e} is {short(gain_z)} of its standard deviations"
+        failure = f"{name}: gain {gain}, limit {GAIN_SDS:g}"
     return Verdict(name, max_z, rms_z, gain_z, failure)
+
+
+def short(z: float, digits: int = 1) -> str:
+    """A z for people: a large one in three digits and an exponent."""
+    return f"{z:.{digits}f}" if abs(z) < 10_000 else f"{z:.3g}"
 
 
 def standardise(error: np.ndarray, sd: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -127,11 +131,11 @@ def standardise(error: np.ndarray, sd: np.ndarray, mask: np.ndarray | None = Non
 
 
 def _masks_differ(name: str, actual: np.ndarray, exact: np.ndarray, mask: np.ndarray) -> str:
-    for kind, test in (("NaN", np.isnan), ("infinite", np.isinf)):
+    for test in (np.isnan, np.isinf):
         differ = mask & (test(actual) != test(exact))
         if differ.any():
             where = _first(differ)
-            return f"{name}{where}={actual[where]}, but must {'' if test(exact[where]) else 'not '}be {kind}"
+            return f"{name}{where}={actual[where]:.9g}, but must be {exact[where]:.9g}"
     return ""
 
 

@@ -17,7 +17,7 @@ from moe_ref.conformance.judgement.checks import ConformanceError, result_arrays
 from moe_ref.conformance.judgement.exact import forms_of, held
 from moe_ref.conformance.problems.build import Arrays
 from moe_ref.conformance.problems.declared import undeclared
-from moe_ref.conformance.problems.poison import poisoned
+from moe_ref.conformance.problems.poison import modes
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.error_bars import named
 from moe_ref.layer import layer_vjp
@@ -128,11 +128,13 @@ def check_range(executor: Executor, case: str, kind: str, device: str = "cpu") -
     problem, arrays = found[0]
     exact = exact_results(arrays)
     inputs = to_torch(problem, arrays, device)
-    with poisoned():
-        results = result_arrays(run(executor, inputs, executor.capabilities.backward))
-        with torch.no_grad():  # inference may take another path
-            inference = result_arrays(run(executor, inputs, backward=False))
-    for name, actual in (*results.items(), *inference.items()):
+    results: list[tuple[str, np.ndarray]] = []
+    for mode in modes(executor):
+        with mode():
+            results += result_arrays(run(executor, inputs, executor.capabilities.backward)).items()
+            with torch.no_grad():  # inference may take another path
+                results += result_arrays(run(executor, inputs, backward=False)).items()
+    for name, actual in results:
         expected = round_to_nearest(exact[name], problem.dtype_of(name))
         wrong = actual != expected
         if wrong.any():

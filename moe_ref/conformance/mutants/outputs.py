@@ -83,3 +83,10 @@ def combine_in_x_dtype(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weigh
     """Rounds the sum to x's dtype after each slot (C1)."""
     slots = [experts(inner, x, ids[:, k : k + 1], w[:, k : k + 1], weights) for k in range(ids.shape[1])]
     return sum(slots[1:], slots[0])
+
+
+@slot_mutant
+def right_in_deterministic_mode_only(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """Adds up by another path, which is wrong, unless torch's deterministic mode is on (E2)."""
+    y = experts(inner, x, ids, w, weights)
+    return y if torch.are_deterministic_algorithms_enabled() else y * 1.01

@@ -1,12 +1,22 @@
-"""Makes unwritten memory visible: inside `poisoned`, torch allocates NaN."""
+"""Makes unwritten memory visible: inside `poisoned`, torch allocates NaN.
+
+torch does so in its deterministic mode only, where operators and executors may take another path than users run. So an
+executor is judged twice, once in each of `modes`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.utils.deterministic as torch_memory
+
+if TYPE_CHECKING:
+    from executors import Executor
+
+Mode = Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -24,3 +34,17 @@ def poisoned() -> Iterator[None]:
     finally:
         torch_memory.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+SAYS: dict[Mode, str] = {  # what a failure that only one mode shows depends on
+    poisoned: "where memory that nobody wrote is NaN, in torch's deterministic mode",
+    nullcontext: "where torch's deterministic mode is off",
+}
+
+
+def modes(executor: Executor) -> tuple[Mode, ...]:
+    """The contexts in which an executor is judged: with poisoned memory, and as users run it.
+
+    Interpreted kernels take minutes for what a device does in no time, and are judged with poisoned memory only.
+    """
+    return (poisoned,) if executor.capabilities.interpreted else (poisoned, nullcontext)

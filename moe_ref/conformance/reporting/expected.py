@@ -29,7 +29,8 @@ class Expected:
         executor: the registered name of the executor whose it is.
         reason: why it is expected, such as the address of an issue.
         clause: of docs/spec.md, or another thing that a failure is said to break, such as "the law append_slot".
-        raises: the name of an exception that the executor raises; given in place of a clause.
+        raises: the name of an exception that the executor raises, or under ``--isolate`` of the signal that ends its
+            process, or "hang" or "exit"; given in place of a clause.
         tensor: "y", or the input whose gradient is meant; "" is any.
         dtype: of x; "" is any.
         test: a pattern for the test's name, such as "test_exact_cases*many_rows*".
@@ -54,7 +55,11 @@ class Expected:
 
     def covers_raised(self, error: BaseException, test: str) -> bool:
         """Whether an exception is this one."""
-        return type(error).__name__ == self.raises and fnmatchcase(test, self.test)
+        return self.covers_end(type(error).__name__, test)
+
+    def covers_end(self, how: str, test: str) -> bool:
+        """Whether a test's end is this one: by an exception, a signal or a hang, each by its name."""
+        return how == self.raises and fnmatchcase(test, self.test)
 
     def __str__(self) -> str:
         """What is expected, without the reason."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_ref.conformance.judgement.checks import ConformanceError, labels
 from moe_ref.conformance.reporting.expected import Expected
+from moe_ref.conformance.reporting.search import cause
 
 CLAUSE = re.compile(r"\b([TRGECDQM]\d)\b")
 CLAUSES = (
@@ -28,6 +29,7 @@ class Failure:
         problem: on which it fails, as the call that makes it; "" where there is none.
         again: how to run it again; "" where it cannot be said.
         saved: the folder with its vector, or "".
+        cause: what kind of thing is wrong, in words that failures of one kind share; or "".
     """
 
     breaks: tuple[str, ...]
@@ -35,6 +37,20 @@ class Failure:
     problem: str = ""
     again: str = ""
     saved: str = ""
+    cause: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What it breaks and why, such as "breaks C1 (wrong values)"."""
+        broken = ", ".join(self.breaks)
+        said = broken if broken.startswith(("raises ", "ends ")) else f"breaks {broken}"
+        return f"{said} ({self.cause})" if self.cause else said
+
+    @property
+    def size(self) -> tuple[bool, int, int]:
+        """Grows with the problem, by its sizes and the length of its call; failures without one come last."""
+        sizes = re.findall(r"\b(?:tokens|experts|hidden|intermediate)=(\d+)", self.problem)
+        return not self.problem, sum(map(int, sizes)), len(self.problem)
 
 
 @dataclass(frozen=True)
@@ -89,12 +105,14 @@ class Ledger:
         return [own for own in self.outcomes if own.executor == executor]
 
     def failures(self, executor: str) -> dict[str, list[Failure]]:
-        """Failures that are not expected, by what they break, the smallest problem first."""
+        """Failures that are not expected, by what they break and why, the smallest problem first."""
         found: dict[str, list[Failure]] = {}
         for own in self.of(executor):
             for failure in own.failures:
-                found.setdefault(", ".join(failure.breaks), []).append(failure)
-        return {key: sorted(own, key=lambda f: len(f.problem)) for key, own in sorted(found.items())}
+                found.setdefault(failure.kind, []).append(failure)
+        ordered = {kind: sorted(own, key=lambda failure: failure.size) for kind, own in found.items()}
+        follows = ("breaks the law ", "breaks the behaviour ")  # from a broken clause, mostly
+        return dict(sorted(ordered.items(), key=lambda kind: (kind[0].startswith(follows), kind[1][0].size)))
 
     def met(self, executor: str) -> dict[Expected, int]:
         """Its expected failures, each with the number of tests that met it."""
@@ -126,7 +144,14 @@ def failures_of(error: BaseException) -> Iterator[tuple[BaseException, tuple[Fai
     again = next((note for note in getattr(error, "__notes__", ()) if note.startswith("again: ")), "")
     if isinstance(error, ConformanceError):
         problem = repr(error.problem)
-        yield error, tuple(Failure(labels(own.clause), own.message, problem, again) for own in error.faults)
+        yield (
+            error,
+            tuple(
+                Failure(labels(own.clause), own.message, problem, again, cause=cause(own.message, own.tensor))
+                for own in error.faults
+            ),
+        )
         return
     says = " ".join(f"{type(error).__name__}: {error}".split())
-    yield error, (Failure((f"raises {type(error).__name__}",), says, again.partition("(")[2], again),)
+    raised = (f"raises {type(error).__name__}",)
+    yield error, (Failure(raised, says, again.partition("(")[2], again, cause=cause(str(error))),)

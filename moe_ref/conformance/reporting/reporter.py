@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     from moe_ref.conformance.reporting.expected import Expected
     from moe_ref.conformance.reporting.judge import Judge
@@ -41,22 +41,27 @@ class Reporter:
         """Tells the judge which test runs."""
         judge = judge_of(item)
         if judge is not None:
-            judge.test, judge.met = item.name, []
+            judge.start(item.name)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Notes what came of a test by clause. A test that met expected failures only is reported as such."""
-        report = yield
         judge = judge_of(item)
         if judge is None or call.when != "call":
-            return report
-        from moe_ref.conformance.reporting.ledger import Outcome
+            return (yield)
+        from moe_ref.conformance.reporting.ledger import Outcome, failures_of
+
+        errors = [] if call.excinfo is None else [*failures_of(call.excinfo.value)]
+        if len(errors) > 1:  # of which Hypothesis makes an ExceptionGroup, whose line says nothing
+            call.excinfo = pytest.ExceptionInfo.from_exception(errors[0][0])
+        report = yield
+        report.sections += [("another failure", _told(error)) for error, _ in errors[1:]]
 
         known = self.config.stash[EXPECTED]
         met = tuple(place for place, own in enumerate(known) if own in judge.met)
-        failures = self._failures(item, call) if report.failed else ()
+        failures = self._failures(item, errors) if report.failed else ()
         outcome = Outcome(judge.name, item.name, self._clauses(item), report.outcome, failures, met)
         report.user_properties.append((OUTCOME, outcome.plain()))
         if report.passed and met:
@@ -73,16 +78,16 @@ class Reporter:
             return tuple(self.config.stash[VECTORS].entries[vector]["clauses"])
         return clauses_of(getattr(getattr(item, "obj", None), "__doc__", None))
 
-    def _failures(self, item: pytest.Item, call: pytest.CallInfo[None]) -> tuple[Failure, ...]:
+    def _failures(
+        self, item: pytest.Item, errors: Sequence[tuple[BaseException, tuple[Failure, ...]]]
+    ) -> tuple[Failure, ...]:
         """All failures of a test, saved if that was asked for."""
         from moe_ref.conformance.judgement.checks import ConformanceError
-        from moe_ref.conformance.reporting.ledger import failures_of
         from moe_ref.conformance.reporting.saved import save_failure
 
-        assert call.excinfo is not None
         directory = self.config.getoption("moe_ref_saved")
         found: list[Failure] = []
-        for number, (error, failures) in enumerate(failures_of(call.excinfo.value)):
+        for number, (error, failures) in enumerate(errors):
             saved = ""
             if directory and isinstance(error, ConformanceError):
                 try:
@@ -145,6 +150,12 @@ class Reporter:
         if not told and not own <= ran:
             told = [f"without {', '.join(sorted(own - ran))}" if own & ran else "these tests are others"]
         return ", ".join(told)
+
+
+def _told(error: BaseException) -> str:
+    """An error, and how to run it again."""
+    again = [note for note in getattr(error, "__notes__", ()) if note.startswith("again: ")]
+    return "\n".join([f"{type(error).__name__}: {error}", *again])
 
 
 def judge_of(item: pytest.Item) -> Judge | None:

@@ -10,7 +10,8 @@ from moe_ref.conformance.reporting.expected import Expected
 from moe_ref.conformance.reporting.ledger import CLAUSES, Failure, Ledger
 
 WIDEST = 400  # characters of a message
-SHOWN = 8  # kinds of failures
+SHOWN = 8  # kinds of failures, each with an example
+NAMED = 16  # more of them, each in one line
 
 
 class Line(NamedTuple):
@@ -32,11 +33,11 @@ def lines(ledger: Ledger, executor: str, lacking: Sequence[Lack], left_out: str)
     met, failures = ledger.met(executor), ledger.failures(executor)
     if ledger.of(executor):
         yield Line(f"{executor}: {_counted(ledger, executor, lacking)}", wrong=bool(failures))
-    for place, (breaks, own) in enumerate(failures.items()):
-        if place == SHOWN:
-            yield Line(f"  and {len(failures) - SHOWN} other kinds of failures", wrong=True)
+    for place, (kind, own) in enumerate(failures.items()):
+        if place == SHOWN + NAMED:
+            yield Line(f"  and {len(failures) - place} other kinds of failures", wrong=True)
             break
-        yield from _failure(breaks, own)
+        yield from _failure(kind, own, in_full=place < SHOWN)
     for expected, count in met.items():
         if count:
             yield Line(f"  expected {expected}: {tests(count)}; {expected.reason}")
@@ -77,10 +78,12 @@ def _counted(ledger: Ledger, executor: str, lacking: Sequence[Lack]) -> str:
     return ", ".join(parts)
 
 
-def _failure(breaks: str, own: Sequence[Failure]) -> Iterator[Line]:
-    """The smallest of some failures that break the same."""
+def _failure(kind: str, own: Sequence[Failure], in_full: bool) -> Iterator[Line]:
+    """The smallest of some failures of one kind."""
     first = own[0]
-    yield Line(f"  breaks {breaks}: {len(own)} failure{'s' * (len(own) > 1)}", wrong=True)
+    yield Line(f"  {kind}: {len(own)} failure{'s' * (len(own) > 1)}", wrong=True)
+    if not in_full:
+        return
     yield Line(f"    {first.says if len(first.says) <= WIDEST else first.says[:WIDEST] + ' ...'}", wrong=True)
     if first.again:
         yield Line(f"    {first.again}")

@@ -134,7 +134,7 @@ def _check_routing(executor: Executor, vector: Vector, name: str, device: str) -
 
 
 def _check_refused(executor: Executor, vector: Vector, name: str, device: str) -> str:
-    """The specification's message, word for word, for what a file has wrong."""
+    """What a file has wrong is refused, as `refusal_fault` says."""
     able = executor.capabilities
     if "dense" not in able.weights or not able.routing:
         return f"{executor.name} takes no dense weights or no logits"
