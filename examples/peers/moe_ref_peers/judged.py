@@ -17,7 +17,7 @@ from typing import Any
 from moe_ref.conformance.reporting.ledger import CLAUSES, Failure, Ledger, Outcome
 from moe_ref_peers.peers import Entry
 
-SUITE = ("-m", "pytest", "--pyargs", "moe_ref.conformance.suite", "-q", "-p", "no:cacheprovider")
+SUITE = ("-m", "pytest", "--pyargs", "moe_ref.conformance.suite", "--isolate", "-q", "-p", "no:cacheprovider")
 PATIENCE = 600.0  # seconds for one test
 DEATHS = 30  # after which the rest is not judged
 TOLD = 400  # characters of a message

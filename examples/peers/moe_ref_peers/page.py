@@ -69,7 +69,9 @@ def picture(results: dict[str, Any], file: Path) -> None:
         spine.set_visible(False)
     handles = [Patch(facecolor=c, edgecolor="#bbbbbb", label=name) for name, c in COLOURS.items()]
     axes.legend(handles=handles, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.01), frameon=False, fontsize=8)
-    told = f"moe-ref's suite, profile {results['profile']}; {results['machine']}; {results['date']}\n{versions(results)}"
+    told = (
+        f"moe-ref's suite, profile {results['profile']}; {results['machine']}; {results['date']}\n{versions(results)}"
+    )
     figure.text(0.01, 0.005, told, fontsize=6, color="#555555")
     figure.savefig(file, bbox_inches="tight")
 

@@ -78,7 +78,9 @@ def _module(family: Family, layer: MoEWeights) -> nn.Module:
     sizes: dict[str, Any] = {"hidden_size": layer.down_proj.shape[1], "num_experts_per_tok": 1}
     act = ACTIVATIONS[family][layer.config.activation]
     if family == "qwen3":
-        return Qwen3MoeExperts(Qwen3MoeConfig(num_experts=experts, moe_intermediate_size=inner, hidden_act=act, **sizes))
+        return Qwen3MoeExperts(
+            Qwen3MoeConfig(num_experts=experts, moe_intermediate_size=inner, hidden_act=act, **sizes)
+        )
     if family == "nemotron_h":
         sizes |= {"n_routed_experts": experts, "moe_intermediate_size": inner, "mlp_hidden_act": act}
         return NemotronHExperts(NemotronHConfig(**sizes))
