@@ -1,4 +1,7 @@
-"""``python -m moe_ref_peers``: the suite over all peers, and the findings; writes peers.json, peers.md and peers.png."""
+"""``python -m moe_ref_peers``: the suite over all peers, and the findings.
+
+It writes peers.json, peers.md and peers.png.
+"""
 
 from __future__ import annotations
 

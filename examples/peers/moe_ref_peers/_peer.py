@@ -1,4 +1,4 @@
-"""What all adapters share: routing is done elsewhere, input is checked and flat, and what is not promised is refused."""
+"""What all adapters share: routing is done elsewhere, input is checked and flat, what is not promised is refused."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any
 from moe_ref.conformance.reporting.ledger import CLAUSES, Failure, Ledger, Outcome
 from moe_ref_peers.peers import Entry
 
-SUITE = ("-m", "pytest", "--pyargs", "moe_ref.conformance.suite", "--isolate", "-q", "-p", "no:cacheprovider")
+SUITE = ("-m", "pytest", "--pyargs", "moe_ref.conformance.suite", "-q", "-p", "no:cacheprovider")
 PATIENCE = 600.0  # seconds for one test
 DEATHS = 30  # after which the rest is not judged
 TOLD = 400  # characters of a message
@@ -50,8 +50,8 @@ class Verdict:
         ledger = Ledger((), self.outcomes)
         holding = ledger.holding(self.name, left_out)
         broken = {clause for own in self.outcomes for failure in own.failures for clause in failure.breaks}
-        states = {clause: "not promised" for clause in left_out} | dict.fromkeys(holding, "holds")
-        states |= {clause: "fails" for clause in broken}
+        states = dict.fromkeys(left_out, "not promised") | dict.fromkeys(holding, "holds")
+        states |= dict.fromkeys(broken, "fails")
         return {clause: states.get(clause, "not judged") for clause in CLAUSES}
 
     def failures(self) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from executors import Capabilities
 from moe_ref_peers._peer import Peer, biases_of, foreign_last, gpt_oss, plain_swiglu
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from moe_ref.types import MoEWeights
 
@@ -27,7 +27,12 @@ Family = Literal["qwen3", "gpt_oss", "nemotron_h"]
 Implementation = Literal["eager", "grouped_mm", "batched_mm"]
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_pytorch_tanh"}
 PLAIN = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2"}
-ACTIVATIONS = {"qwen3": GATED, "gpt_oss": {"swiglu": "silu"}, "nemotron_h": PLAIN}
+ACTIVATIONS: dict[Family, dict[str, str]] = {"qwen3": GATED, "gpt_oss": {"swiglu": "silu"}, "nemotron_h": PLAIN}
+CLASSES: dict[Family, tuple[Any, Any]] = {
+    "qwen3": (Qwen3MoeExperts, Qwen3MoeConfig),
+    "gpt_oss": (GptOssExperts, GptOssConfig),
+    "nemotron_h": (NemotronHExperts, NemotronHConfig),
+}
 DTYPES = frozenset({"float32", "bfloat16", "float16"})
 
 
@@ -53,14 +58,13 @@ class TransformersExperts(Peer):
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor, layer: MoEWeights) -> Tensor:
         """y [T, H]."""
-        with torch.device("meta"):
-            module = _module(self.family, layer)
-        module.config._experts_implementation = self.implementation
+        module = built(self.family, layer, self.implementation)
         module._is_expert_parallel = True  # whoever runs on one rank loses nothing by it
         for name, tensor in parameters(self.family, layer).items():
             delattr(module, name)
             setattr(module, name, tensor)
-        return module(x, *foreign_last(ids, weights, layer.num_experts))
+        y: Tensor = module(x, *foreign_last(ids, weights, layer.num_experts))
+        return y
 
 
 def parameters(family: Family, layer: MoEWeights) -> dict[str, Tensor]:
@@ -73,20 +77,23 @@ def parameters(family: Family, layer: MoEWeights) -> dict[str, Tensor]:
     return turned | biases_of(layer)
 
 
-def _module(family: Family, layer: MoEWeights) -> nn.Module:
-    experts, inner = layer.num_experts, layer.down_proj.shape[2]
-    sizes: dict[str, Any] = {"hidden_size": layer.down_proj.shape[1], "num_experts_per_tok": 1}
+def built(family: Family, layer: MoEWeights, implementation: Implementation) -> Any:
+    """The family's experts for a layer, on no device."""
+    experts, hidden, inner = layer.down_proj.shape
     act = ACTIVATIONS[family][layer.config.activation]
-    if family == "qwen3":
-        return Qwen3MoeExperts(
-            Qwen3MoeConfig(num_experts=experts, moe_intermediate_size=inner, hidden_act=act, **sizes)
-        )
-    if family == "nemotron_h":
-        sizes |= {"n_routed_experts": experts, "moe_intermediate_size": inner, "mlp_hidden_act": act}
-        return NemotronHExperts(NemotronHConfig(**sizes))
-    sizes |= {"num_local_experts": experts, "intermediate_size": inner}
-    limits = {"swiglu_alpha": layer.config.alpha, "swiglu_limit": layer.config.limit}
-    return GptOssExperts(GptOssConfig(**sizes, **limits))
+    sizes: dict[Family, dict[str, Any]] = {
+        "qwen3": {"num_experts": experts, "moe_intermediate_size": inner, "hidden_act": act},
+        "nemotron_h": {"n_routed_experts": experts, "moe_intermediate_size": inner, "mlp_hidden_act": act},
+        "gpt_oss": {
+            **{"num_local_experts": experts, "intermediate_size": inner},
+            **{"swiglu_alpha": layer.config.alpha, "swiglu_limit": layer.config.limit},
+        },
+    }
+    kind, config_kind = CLASSES[family]
+    config = config_kind(hidden_size=hidden, num_experts_per_tok=1, **sizes[family])
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        return kind(config)
 
 
 qwen3_eager = partial(TransformersExperts, "qwen3", "eager")
