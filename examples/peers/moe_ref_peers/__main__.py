@@ -21,7 +21,7 @@ from moe_ref_peers.peers import PEERS
 def main() -> None:
     """Runs it."""
     names = [own.name for own in PEERS]
-    parser = argparse.ArgumentParser(prog="moe_ref_peers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="moe_ref_peers", description="the suite over all peers")
     parser.add_argument("--out", type=Path, default=Path("peers-results"), help="folder of the results")
     parser.add_argument("--only", nargs="*", choices=names, default=names, metavar="PEER", help=", ".join(names))
     parser.add_argument("--profile", default="quick", choices=["quick", "dev", "ci", "nightly"], help="of Hypothesis")

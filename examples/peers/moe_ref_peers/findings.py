@@ -28,7 +28,7 @@ def missing(script: Path) -> str:
 
 
 def reproduce(script: Path) -> tuple[str, list[str]]:
-    """ "reproduced", "gone", "not installed" or "does not run", and what the script printed."""
+    """One of "reproduced", "gone", "not installed" or "does not run", and what the script printed."""
     if lacking := missing(script):
         return "not installed", [f"{lacking} is not installed"]
     try:

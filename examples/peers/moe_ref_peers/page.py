@@ -59,7 +59,7 @@ def picture(results: dict[str, Any], file: Path) -> None:
             state = own["clauses"][clause]
             axes.add_patch(_square(column, row, COLOURS[state]))
             if state == "fails":
-                axes.text(column, row, "×", ha="center", va="center", color="white", fontsize=9)
+                axes.text(column, row, "x", ha="center", va="center", color="white", fontsize=9)
     axes.set(xlim=(-0.5, len(clauses) - 0.5), ylim=(len(peers) - 0.5, -0.5), aspect="equal")
     axes.set_xticks(range(len(clauses)), clauses, fontsize=8)
     axes.set_yticks(range(len(peers)), [name.replace("_", " ") for name in peers], fontsize=8)
