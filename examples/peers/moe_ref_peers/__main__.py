@@ -10,8 +10,9 @@ import datetime
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
-from executors._files.whole import write_json, write_text
+from executors._files.whole import replacing, write_json, write_text
 from moe_ref_peers.findings import reproduce_all
 from moe_ref_peers.judged import judge
 from moe_ref_peers.page import picture, table
@@ -31,25 +32,28 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / "peers.json"
     before = json.loads(file.read_text(encoding="utf-8")) if asked.keep and file.exists() else {}
-    peers = dict(before.get("peers", {}))
-    for entry in PEERS:
-        if entry.name in asked.only:
-            tell(f"{entry.name}: begins")
-            verdict = judge(entry, asked.profile, tell)
-            peers[entry.name] = verdict.plain()
-            told = verdict.unavailable or f"{peers[entry.name]['tests']} in {verdict.seconds:.0f} s"
-            tell(f"{entry.name}: {told}")
-    results = {
+    results: dict[str, Any] = {
         "machine": machine(),
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
         "profile": asked.profile,
-        "peers": {name: peers[name] for name in names if name in peers},
-        "findings": reproduce_all(asked.findings, tell) if asked.findings else before.get("findings", {}),
+        "peers": dict(before.get("peers", {})),
+        "findings": before.get("findings", {}),
     }
+    for entry in PEERS:
+        if entry.name in asked.only:
+            tell(f"{entry.name}: begins")
+            own = judge(entry, asked.profile, tell).plain()
+            tell(f"{entry.name}: {own['unavailable'] or own['tests']} in {own['seconds']} s")
+            found = results["peers"] | {entry.name: own}
+            results["peers"] = {name: found[name] for name in names if name in found}
+            write_json(file, results)  # what is there so far
+    if asked.findings:
+        results["findings"] = reproduce_all(asked.findings, tell)
     write_json(file, results)
     write_text(asked.out / "peers.md", table(results))
-    picture(results, asked.out / "peers.png")
+    with replacing(asked.out / "peers.png") as temporary:
+        picture(results, temporary)
     print(table(results))
 
 

@@ -16,6 +16,7 @@ from moe_ref.validation import check_experts_inputs, check_weights
 
 X_OR_FP32 = frozenset({"x", "float32"})
 CONCATENATED = frozenset({"concatenated"})
+ROWS_OF_16_BYTES = {"align_hidden": 8, "align_intermediate": 8}  # what torch's grouped_mm wants of all strides
 
 
 @dataclass(frozen=True)

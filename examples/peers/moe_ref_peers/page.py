@@ -73,7 +73,7 @@ def picture(results: dict[str, Any], file: Path) -> None:
         f"moe-ref's suite, profile {results['profile']}; {results['machine']}; {results['date']}\n{versions(results)}"
     )
     figure.text(0.01, 0.005, told, fontsize=6, color="#555555")
-    figure.savefig(file, bbox_inches="tight")
+    figure.savefig(file, format="png", bbox_inches="tight")
 
 
 def _square(column: float, row: float, colour: str) -> Any:

@@ -11,7 +11,7 @@ from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
 from executors import Capabilities
-from moe_ref_peers._peer import Peer, biases_of, gpt_oss, plain_swiglu
+from moe_ref_peers._peer import ROWS_OF_16_BYTES, Peer, biases_of, gpt_oss, plain_swiglu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class Titan(Peer):
     @property
     def capabilities(self) -> Capabilities:
         """One dtype, and SwiGLU."""
-        return plain_swiglu(dtypes=frozenset({"bfloat16"}), empty_slots=False)
+        return plain_swiglu(dtypes=frozenset({"bfloat16"}), empty_slots=False, **ROWS_OF_16_BYTES)
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor, layer: MoEWeights) -> Tensor:
         """y [T, H]."""
@@ -60,7 +60,7 @@ class GptOssTitan(Titan):
     @property
     def capabilities(self) -> Capabilities:
         """One dtype, and gpt-oss' form."""
-        return gpt_oss(dtypes=frozenset({"bfloat16"}), empty_slots=False)
+        return gpt_oss(dtypes=frozenset({"bfloat16"}), empty_slots=False, **ROWS_OF_16_BYTES)
 
     def _form(self, layer: MoEWeights) -> type[GroupedExperts.Config]:
         return GptOssGroupedExperts.Config

@@ -16,7 +16,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from executors import Capabilities
-from moe_ref_peers._peer import Peer, biases_of, foreign_last, gpt_oss, plain_swiglu
+from moe_ref_peers._peer import ROWS_OF_16_BYTES, Peer, biases_of, foreign_last, gpt_oss, plain_swiglu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,10 +51,12 @@ class TransformersExperts(Peer):
     @property
     def capabilities(self) -> Capabilities:
         """The interface's promises. No tokens break the graph under eager: that would hide all else that fails."""
+        changes: dict[str, Any] = {"dtypes": DTYPES, "empty_batch": self.implementation != "eager"}
+        if self.implementation == "grouped_mm":
+            changes |= ROWS_OF_16_BYTES
         if self.family == "gpt_oss":
-            return gpt_oss(dtypes=DTYPES, empty_batch=self.implementation != "eager")
-        activations = frozenset(ACTIVATIONS[self.family])
-        return plain_swiglu(dtypes=DTYPES, activations=activations, empty_batch=self.implementation != "eager")
+            return gpt_oss(**changes)
+        return plain_swiglu(activations=frozenset(ACTIVATIONS[self.family]), **changes)
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor, layer: MoEWeights) -> Tensor:
         """y [T, H]."""
