@@ -105,7 +105,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
     "scoring unknown": (_config(scoring="softmax2"), "scoring"),
     "activation unknown": (_config(activation="swish"), "activation"),
     "activation not gated": (_config(activation="silu"), "down_proj.shape"),
-    "limit of gelu": (_config(activation="geglu", limit=7.0), "limit"),
+    "limit of gelu": (_config(activation="geglu", alpha=1.0, up_offset=0.0, limit=7.0), "limit"),
     "topk_groups beyond num_groups": (_config(num_groups=2, topk_groups=3), "topk_groups"),
     "group_score unknown": (_config(group_score="mean"), "group_score"),
     "scale_input no bool": (_config(scale_input=1), "scale_input"),
