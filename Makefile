@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test vectors install lint clean bench-gpu
+.PHONY: help run test vectors peers install lint clean bench-gpu
 
 # bench-gpu: on a GPU host, with its own Python, and with the wheels in this folder if there are any.
 WHEELS ?= .whl
@@ -29,6 +29,11 @@ vectors: install ## test vectors for other languages, as dist/moe-ref-vectors.ta
 	rm -rf dist/moe-ref-vectors
 	OMP_NUM_THREADS=1 $(BIN)/python -m moe_ref.conformance vectors dist/moe-ref-vectors --archive dist/moe-ref-vectors.tar.gz
 
+peers: ## the suite on public implementations, in .venv-peers, as peers-results/; ONLY="liger kt_kernel"
+	PYTHON='$(PYTHON)' examples/peers/install.sh .venv-peers
+	.venv-peers/bin/python -m moe_ref_peers --out peers-results --findings examples/peers/findings \
+	  $(if $(ONLY),--only $(ONLY) --keep)
+
 lint: install ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -44,4 +49,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist bench-results compare-results train-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist bench-results compare-results train-results peers-results .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
