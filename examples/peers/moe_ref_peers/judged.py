@@ -56,10 +56,14 @@ class Verdict:
 
     def failures(self) -> dict[str, dict[str, Any]]:
         """By what they break: how many, and the one on the smallest problem."""
-        found = Ledger((), self.outcomes).failures(self.name)
+        found: dict[str, list[Failure]] = {}
+        for outcome in self.outcomes:
+            for failure in outcome.failures:
+                found.setdefault(", ".join(failure.breaks), []).append(failure)
+        smallest = {key: min(own, key=lambda failure: len(failure.problem)) for key, own in sorted(found.items())}
         return {
-            key: {"failures": len(own), "says": own[0].says[:TOLD], "problem": own[0].problem[:TOLD]}
-            for key, own in found.items()
+            key: {"failures": len(found[key]), "says": own.says[:TOLD], "problem": own.problem[:TOLD]}
+            for key, own in smallest.items()
         }
 
     def plain(self) -> dict[str, Any]:

@@ -29,8 +29,13 @@ class Parametrized(Peer):
     @property
     def capabilities(self) -> Capabilities:
         """nf4 and fp4, of which both projections are."""
-        kinds = frozenset({"nf4", "fp4"})
-        return plain_swiglu(dtypes=DTYPES, activations=frozenset(GATED), weights=kinds, nested=frozenset({"one"}))
+        return plain_swiglu(
+            dtypes=DTYPES,
+            activations=frozenset(GATED),
+            weights=frozenset({"nf4", "fp4"}),
+            nested=frozenset({"one"}),
+            empty_batch=False,  # of transformers' eager experts
+        )
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor, layer: MoEWeights) -> Tensor:
         """y [T, H]."""
