@@ -7,7 +7,7 @@ python=$1/bin/python
 [ -x "$python" ] || "${PYTHON:-python3}" -m venv "$1" || exit 1
 pip() { "$python" -m pip install --quiet --disable-pip-version-check --constraint "$root/constraints.txt" "$@"; }
 
-pip torch && pip "$root[conformance]" "$root/examples/peers" || { echo "moe-ref cannot be installed"; exit 1; }
+pip torch && pip "$root[cli,conformance]" "$root/examples/peers" || { echo "moe-ref cannot be installed"; exit 1; }
 peer() {
   name=$1
   shift

@@ -1,6 +1,6 @@
 """``python -m moe_ref_peers``: the suite over all peers, and the findings.
 
-It writes peers.json, peers.md and peers.png.
+It writes peers.json and peers.png, and prints the table.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from executors._files.whole import replacing, write_json, write_text
+from executors._compare import plot
+from executors._files.whole import write_json
 from moe_ref_peers.findings import reproduce_all
 from moe_ref_peers.judged import judge
 from moe_ref_peers.page import picture, table
@@ -51,9 +52,7 @@ def main() -> None:
     if asked.findings:
         results["findings"] = reproduce_all(asked.findings, tell)
     write_json(file, results)
-    write_text(asked.out / "peers.md", table(results))
-    with replacing(asked.out / "peers.png") as temporary:
-        picture(results, temporary)
+    plot.save(picture(results), asked.out / "peers.png")
     print(table(results))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 
 from moe_ref.conformance.reporting.ledger import CLAUSES
 
@@ -45,14 +47,11 @@ def versions(results: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in sorted(found.items()))
 
 
-def picture(results: dict[str, Any], file: Path) -> None:
-    """Draws the table."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
+def picture(results: dict[str, Any]) -> Figure:
+    """The table, drawn."""
     clauses = shown(results)
     peers = {name: own for name, own in results["peers"].items() if not own["unavailable"]}
-    figure = Figure(figsize=(2.6 + 0.32 * len(clauses), 1.6 + 0.3 * len(peers)), dpi=150)
+    figure = Figure(figsize=(2.8 + 0.33 * len(clauses), 2.0 + 0.33 * len(peers)), dpi=150, layout="constrained")
     axes = figure.subplots()
     for row, own in enumerate(peers.values()):
         for column, clause in enumerate(clauses):
@@ -68,15 +67,11 @@ def picture(results: dict[str, Any], file: Path) -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     handles = [Patch(facecolor=c, edgecolor="#bbbbbb", label=name) for name, c in COLOURS.items()]
-    axes.legend(handles=handles, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.01), frameon=False, fontsize=8)
-    told = (
-        f"moe-ref's suite, profile {results['profile']}; {results['machine']}; {results['date']}\n{versions(results)}"
-    )
-    figure.text(0.01, 0.005, told, fontsize=6, color="#555555")
-    figure.savefig(file, format="png", bbox_inches="tight")
+    told = f"moe-ref's suite, profile {results['profile']}; {results['machine']}; {results['date']}"
+    axes.set_xlabel(f"{told}\n{versions(results)}", fontsize=6, color="#555555")
+    figure.legend(handles=handles, ncols=4, loc="outside lower center", frameon=False, fontsize=8)
+    return figure
 
 
-def _square(column: float, row: float, colour: str) -> Any:
-    from matplotlib.patches import Rectangle
-
+def _square(column: float, row: float, colour: str) -> Rectangle:
     return Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, facecolor=colour, edgecolor="#cccccc", linewidth=0.5)
