@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test vectors peers install lint clean bench-gpu
+.PHONY: help run test vectors peers docs docs-serve install lint clean bench-gpu
 
 # bench-gpu: on a GPU host, with its own Python, and with the wheels in this folder if there are any.
 WHEELS ?= .whl
@@ -33,6 +33,15 @@ peers: ## the suite on public implementations, in .venv-peers, as peers-results/
 	PYTHON='$(PYTHON)' examples/peers/install.sh .venv-peers
 	.venv-peers/bin/python -m moe_ref_peers --out peers-results --findings examples/peers/findings \
 	  $(if $(ONLY),--only $(ONLY) --keep)
+
+# No page is left out of the site, and no link is dead; NO_MKDOCS_2_WARNING leaves out an advertisement.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+docs: install ## the documentation site, as dist/site
+	$(SITE) build --quiet --strict --config-file docs/site/mkdocs.yml
+
+docs-serve: install ## the site at http://127.0.0.1:8000, made anew when a page changes
+	$(SITE) serve --config-file docs/site/mkdocs.yml
 
 lint: install ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ from executors._cli.crossover import crossover
 from executors._cli.explain import explain, print_rows
 from executors._cli.extract import extract
 from executors._cli.kernels import kernels
+from executors._cli.plan import plan
 from executors._cli.tune import tune
 
 app = typer.Typer(
@@ -30,5 +31,5 @@ def list_executors() -> None:
     print_rows(executors.explain(), kinds=True)
 
 
-for command in (explain, compare, extract, bench, crossover, kernels, tune):
+for command in (explain, compare, extract, bench, crossover, kernels, plan, tune):
     app.command()(command)

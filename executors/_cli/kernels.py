@@ -83,12 +83,6 @@ class KernelRow(NamedTuple):
         return [text for text, is_wrong in wrong if is_wrong]
 
 
-def _in_a_folder(path: Path | None) -> Path | None:
-    if path is not None and not path.parent.is_dir():
-        cli.refuse(f"--plot {path}: must be in a folder that exists")
-    return path
-
-
 @dataclass(frozen=True)
 class KernelsOptions:
     """What can be asked of the compiled kernels."""
@@ -130,7 +124,8 @@ class KernelsOptions:
         str | None, typer.Option(metavar="NAME", help="With --execute: a100, h100, h200 or rtx4090. Default: a100.")
     ] = None
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", callback=_in_a_folder, help="With --execute: write a picture there.")
+        Path | None,
+        typer.Option(metavar="FILE", callback=cli.in_a_folder, help="With --execute: write a picture there."),
     ] = None
     json: cli.JsonOption = None
 

@@ -64,9 +64,10 @@ def within(least: float, most: float = math.inf) -> Callable[..., Any]:
 check_seed = within(0, LARGEST_SEED)
 
 
-def _in_a_folder(path: Path | None) -> Path | None:
+def in_a_folder(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    """A callback that checks an option with a file to write."""
     if path is not None and not path.parent.is_dir():
-        refuse(f"--json {path}: must be in a folder that exists")
+        refuse(f"{max(parameter.opts, key=len)} {path}: must be in a folder that exists")
     return path
 
 
@@ -76,8 +77,9 @@ InterpretedOption = Annotated[
     bool, typer.Option("--interpreted", help="Run interpreted kernels; their times are no measurement.")
 ]
 JsonOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", callback=_in_a_folder, help="Write all figures there too.")
+    Path | None, typer.Option(metavar="FILE", callback=in_a_folder, help="Write all figures there too.")
 ]
+PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", callback=in_a_folder, help="Write a picture there.")]
 LimitOption = Annotated[
     float | None, typer.Option(callback=within(0), metavar="SECONDS", help="Begin nothing more after so many seconds.")
 ]

@@ -74,7 +74,7 @@ def to_state_dict(weights: MoEWeights, prefix: str = "") -> dict[str, Tensor]:
 
     Raises:
         ValueError, TypeError: one line naming what that form cannot hold: projections that are not in MXFP4 or are in
-        the other order; adapters; a selection bias; expert scales; a norm of the experts' outputs.
+            the other order; adapters; a selection bias; expert scales; a norm of the experts' outputs.
     """
     check_weights(weights)
     for name in ("selection_bias", "expert_scale", "post_expert_norm", "lora"):

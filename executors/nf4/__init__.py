@@ -70,8 +70,7 @@ def quantize(
 
     Raises:
         ValueError, TypeError: one line naming the argument, its value, and what is allowed; also for a projection that
-        is
-            in 4 bits already, is in fp64, or has NaN or infinite elements.
+            is in 4 bits already, is in fp64, or has NaN or infinite elements.
         ModuleNotFoundError: ``progress=True`` without rich.
     """
     check_weights(weights)

@@ -12,21 +12,22 @@ from torch.autograd import Function
 
 from executors.parallel.agreement import met
 from executors.parallel.transport import Transport
+from executors.parallel.waiting import Arriving
 
 
 class _Gradient(Function):
     """What a gradient comes to, which has none itself (D1)."""
 
     @staticmethod
-    def forward(_ctx: Any, work: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-        return work(value)
+    def forward(_ctx: Any, work: Callable[[Tensor], Arriving], value: Tensor) -> Tensor:
+        return work(value)()
 
     @staticmethod
     def backward(_ctx: Any, *_gradients: Tensor) -> None:
         raise RuntimeError("expert_parallel: double backward is not supported; differentiate with create_graph=False")
 
 
-def _once(work: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+def _once(work: Callable[[Tensor], Arriving], value: Tensor) -> Tensor:
     found: Tensor = _Gradient.apply(work, value)  # type: ignore[no-untyped-call]
     return found
 
@@ -40,40 +41,43 @@ def _together(transport: Transport, of: str, device: torch.device) -> Iterator[N
 
 
 class Out(Function):
-    """From rows [T, H] and weights [T, K] to slots [S, H] and [S, 1]."""
+    """From rows [T, H] and weights [T, K] to slots [S, H] and [S, 1], which are on their way."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, transport: Transport) -> tuple[Tensor, Tensor]:
-        """Sends both."""
+    def forward(
+        ctx: Any, _rows: Tensor, _weights: Tensor, transport: Transport, rows: Arriving, weights: Arriving
+    ) -> tuple[Tensor, Tensor]:
+        """Waits for both."""
         ctx.transport = transport
-        own_rows, own_weights = transport.out(rows), transport.weights_out(weights)
+        own_rows, own_weights = rows(), weights()
         needs = ((own_rows, transport.needs.rows), (own_weights, transport.needs.weights))
         ctx.mark_non_differentiable(*(own for own, needed in needs if not needed))
         return own_rows, own_weights
 
     @staticmethod
-    def backward(ctx: Any, slots: Tensor, weights: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, slots: Tensor, weights: Tensor) -> tuple[Tensor | None, ...]:
         """What any rank needs comes back on all, since they wait for each other."""
         transport = ctx.transport
         with _together(transport, "tokens", slots.device):
             of_rows = _once(transport.back, slots) if transport.needs.rows else None
-            return of_rows, _once(transport.weights_back, weights) if transport.needs.weights else None, None
+            of_weights = _once(transport.weights_back, weights) if transport.needs.weights else None
+            return of_rows, of_weights, None, None, None
 
 
 class Back(Function):
-    """From results of slots [S, H] to sums over each token's [T, H]."""
+    """From results of slots [S, H] to sums over each token's [T, H], which are on their way."""
 
     @staticmethod
-    def forward(ctx: Any, slots: Tensor, transport: Transport) -> Tensor:
-        """Brings them back."""
+    def forward(ctx: Any, _slots: Tensor, transport: Transport, results: Arriving) -> Tensor:
+        """Waits for them."""
         ctx.transport = transport
-        return transport.back(slots)
+        return results()
 
     @staticmethod
-    def backward(ctx: Any, rows: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, rows: Tensor) -> tuple[Tensor | None, ...]:
         """Sends dy to the slots."""
         with _together(ctx.transport, "results", rows.device):
-            return _once(ctx.transport.out, rows), None
+            return _once(ctx.transport.out, rows), None, None
 
 
 class Mark(Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -13,10 +14,11 @@ from executors._base.routing import route_checked
 from executors._protocol import ID_DTYPES, Capabilities, Executor, Unsupported, check_norm
 from executors._registry import get
 from executors.parallel.agreement import Call, failed
-from executors.parallel.autograd import Back, Mark, Nothing, Out, needing
+from executors.parallel.autograd import Nothing, needing
 from executors.parallel.experts import ExpertMap, check_part, shard
 from executors.parallel.groups import group_of
 from executors.parallel.planning import all_reduce, all_to_all
+from executors.parallel.started import Started
 from executors.parallel.transport import Needs, Transport
 from executors.parallel.waiting import Wire
 from moe_ref.types import MoEWeights
@@ -25,6 +27,7 @@ from moe_ref.validation import check_experts_inputs, check_inputs, dtype_name
 if TYPE_CHECKING:
     from moe_ref.types import Routing
 
+Prepared = Callable[[], tuple[Tensor, Tensor, MoEWeights, ExpertMap]]  # ids, weights, this rank's part, and the map
 Dispatch = Literal["all_to_all", "all_reduce"]
 Returns = Literal["slot", "rank"]
 DTYPES = frozenset({"float64", "float32", "bfloat16"})
@@ -65,6 +68,10 @@ class ExpertParallel:
             rank adds a token's slots in fp32 and sends the sum: less to send where a token has many experts on a rank.
         num_experts: E of all ranks; needed by ``.experts()`` alone, since logits tell it.
         timeout: seconds that a rank waits for the others at each step.
+        overlap: whether a rank's own tokens go through its experts while others travel. It reads the experts twice.
+            Only without gradients: those of a parameter would be rounded twice.
+        max_slots: how many slots a rank may send to another at most; more is an error on all ranks. Exchanges have that
+            size then, so on a GPU the host waits for nothing. None tells sizes first.
 
     Raises:
         ValueError, TypeError, RuntimeError: one line naming the argument, its value, and what is allowed.
@@ -77,6 +84,8 @@ class ExpertParallel:
     returns: Returns = "slot"
     num_experts: int | None = None
     timeout: float = 120.0
+    overlap: bool = False
+    max_slots: int | None = None
     inner: Executor = field(init=False, repr=False)
     wire: Wire = field(init=False, repr=False)
 
@@ -88,8 +97,15 @@ class ExpertParallel:
                 raise ValueError(f"{option}={value!r:.60}: must be {' or '.join(map(repr, allowed))}")
         if not isinstance(self.timeout, int | float) or not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout!r:.60}: must be a number of seconds above 0")
-        if self.num_experts is not None and (not isinstance(self.num_experts, int) or self.num_experts < 1):
-            raise ValueError(f"num_experts={self.num_experts!r:.60}: must be an integer of at least 1, or None")
+        for option in ("num_experts", "max_slots"):
+            value = getattr(self, option)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{option}={value!r:.60}: must be an integer of at least 1, or None")
+        if not isinstance(self.overlap, bool):
+            raise TypeError(f"overlap={self.overlap!r:.60}: must be True or False")
+        if self.dispatch == "all_reduce" and (self.overlap or self.max_slots is not None):
+            option = "max_slots" if self.max_slots is not None else "overlap"
+            raise ValueError(f"{option}={getattr(self, option)}: must be left out for dispatch='all_reduce'")
         inner = get(self.executor) if isinstance(self.executor, str) else self.executor
         object.__setattr__(self, "inner", inner)
         object.__setattr__(self, "wire", Wire(group_of(self.mesh_or_group), float(self.timeout)))
@@ -112,7 +128,7 @@ class ExpertParallel:
             empty_batch=True,
             duplicate_ids=True,
             topk_ids_dtypes=ID_DTYPES,
-            empty_slots=able.empty_slots or self.dispatch == "all_to_all",
+            empty_slots=able.empty_slots or self.dispatch == "all_to_all",  # they go nowhere
         )
 
     def __call__(self, x: Tensor, router_logits: Tensor, weights: MoEWeights) -> Tensor:
@@ -131,16 +147,7 @@ class ExpertParallel:
             Unsupported: right input that the executor inside cannot take.
             RankError: another rank raised, differs, or did not come.
         """
-
-        def routed() -> tuple[Tensor, Tensor, MoEWeights, ExpertMap]:
-            local, experts = self._part(weights, _last(router_logits))
-            view = _for_routing(x, local, experts.num_experts)
-            check_inputs(x, router_logits, view)
-            check_local(view, x=x, router_logits=router_logits)
-            routing = self.route(router_logits, view)
-            return routing.topk_ids, routing.topk_weights, local, experts
-
-        return self._run(x, routed)
+        return self._run(x, self._routed(x, router_logits, weights))
 
     def experts(self, x: Tensor, *, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Tensor:
         """The layer with routing done elsewhere; ids are those of all ranks' experts, others name empty slots (R7).
@@ -159,16 +166,40 @@ class ExpertParallel:
             Unsupported: right input that the executor inside cannot take.
             RankError: another rank raised, differs, or did not come.
         """
+        return self._run(x, self._given(x, topk_ids, topk_weights, weights))
 
-        def given() -> tuple[Tensor, Tensor, MoEWeights, ExpertMap]:
-            if self.num_experts is None:
-                raise ValueError("num_experts=None: must be given to ExpertParallel, since ids do not tell it")
-            local, experts = self._part(weights, self.num_experts)
-            check_experts_inputs(x, topk_ids, topk_weights, _for_routing(x, local, experts.num_experts))
-            check_local(local, x=x, topk_ids=topk_ids, topk_weights=topk_weights)
-            return topk_ids, topk_weights, local, experts
+    def start(self, x: Tensor, router_logits: Tensor, weights: MoEWeights) -> Started:
+        """As a call, whose tokens travel while the caller does something else, such as a model's shared experts.
 
-        return self._run(x, given)
+        Args:
+            x: as of a call, and so the others.
+            router_logits: as of a call.
+            weights: as of a call.
+
+        Returns:
+            A call under way; ``wait()`` gives y. Every rank must come to it.
+
+        Raises:
+            ValueError, TypeError, Unsupported, RankError: as a call.
+        """
+        return self._start(x, self._routed(x, router_logits, weights))
+
+    def start_experts(self, x: Tensor, *, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Started:
+        """As `experts`, whose tokens travel while the caller does something else.
+
+        Args:
+            x: as of `experts`, and so the others.
+            topk_ids: as of `experts`.
+            topk_weights: as of `experts`.
+            weights: as of `experts`.
+
+        Returns:
+            A call under way; ``wait()`` gives y. Every rank must come to it.
+
+        Raises:
+            ValueError, TypeError, Unsupported, RankError: as `experts`.
+        """
+        return self._start(x, self._given(x, topk_ids, topk_weights, weights))
 
     def route(self, router_logits: Tensor, weights: MoEWeights) -> Routing:
         """The choice that ``__call__`` makes, for a layer that has the configuration and E experts."""
@@ -181,10 +212,45 @@ class ExpertParallel:
             allowed = ", ".join(sorted(self.capabilities.dtypes))
             raise Unsupported(f"x.dtype={dtype_name(x)}: must be one of {allowed} for {self.name}")
         check_norm(self.inner, weights)
-        if self.dispatch == "all_reduce" and not self.inner.capabilities.empty_slots:
-            raise Unsupported(f"dispatch='all_reduce': must be 'all_to_all' for {self.inner.name}: no empty slots")
+        if not self.inner.capabilities.empty_slots:
+            self._check_without_empty_slots()
         if weights.num_experts and (self.inner.capabilities.empty_batch or x.numel()):
             self.inner.check(x, weights)
+
+    def _check_without_empty_slots(self) -> None:
+        """Raises Unsupported for what makes empty slots of other ranks' experts, or of what fills up a bound."""
+        why = f"for {self.inner.name}: no empty slots"
+        if self.dispatch == "all_reduce":
+            raise Unsupported(f"dispatch='all_reduce': must be 'all_to_all' {why}")
+        if self.max_slots is not None or self.overlap:
+            option = "overlap" if self.max_slots is None else "max_slots"
+            raise Unsupported(f"{option}={getattr(self, option)}: must be left out {why}")
+
+    def _routed(self, x: Tensor, router_logits: Tensor, weights: MoEWeights) -> Prepared:
+        """Checks a call's arguments and chooses experts, where others hear of what is wrong."""
+
+        def routed() -> tuple[Tensor, Tensor, MoEWeights, ExpertMap]:
+            local, experts = self._part(weights, _last(router_logits))
+            view = _for_routing(x, local, experts.num_experts)
+            check_inputs(x, router_logits, view)
+            check_local(view, x=x, router_logits=router_logits)
+            routing = self.route(router_logits, view)
+            return routing.topk_ids, routing.topk_weights, local, experts
+
+        return routed
+
+    def _given(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: MoEWeights) -> Prepared:
+        """Checks the arguments of a call with ids, where others hear of what is wrong."""
+
+        def given() -> tuple[Tensor, Tensor, MoEWeights, ExpertMap]:
+            if self.num_experts is None:
+                raise ValueError("num_experts=None: must be given to ExpertParallel, since ids do not tell it")
+            local, experts = self._part(weights, self.num_experts)
+            check_experts_inputs(x, topk_ids, topk_weights, _for_routing(x, local, experts.num_experts))
+            check_local(local, x=x, topk_ids=topk_ids, topk_weights=topk_weights)
+            return topk_ids, topk_weights, local, experts
+
+        return given
 
     def _part(self, weights: MoEWeights, num_experts: int) -> tuple[MoEWeights, ExpertMap]:
         """This rank's part and the map."""
@@ -197,8 +263,13 @@ class ExpertParallel:
         return weights, experts
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _run(self, x: Tensor, prepared: Any) -> Tensor:
-        """Y of this rank's tokens. What this rank raises, others hear of."""
+    def _run(self, x: Tensor, prepared: Prepared) -> Tensor:
+        """Y of this rank's tokens."""
+        return self._start(x, prepared).wait()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _start(self, x: Tensor, prepared: Prepared) -> Started:
+        """The call of this rank's tokens. What this rank raises, others hear of."""
         try:
             topk_ids, topk_weights, weights, experts = prepared()
             self.check(x, weights)
@@ -218,30 +289,11 @@ class ExpertParallel:
         ) as error:
             failed(self.wire, error, x.device if isinstance(x, Tensor) else torch.device("cpu"))
             raise
-        return self._through(rows, slot_weights, ids, weights, experts, call, needs).view(x.shape)
-
-    def _through(
-        self,
-        rows: Tensor,
-        slot_weights: Tensor,
-        ids: Tensor,
-        weights: MoEWeights,
-        experts: ExpertMap,
-        call: Call,
-        needs: Needs,
-    ) -> Tensor:
-        """[T, H] from rows [T, H], their slots' weights and ids [T, K]: out, through the experts, and back."""
         with self.wire.together():
             transport = self._transport(ids, experts, call, needs)
             needs = transport.needs
             sent = needing(rows, needs.rows), needing(slot_weights, needs.weights)
-            own_rows, own_weights = Out.apply(*sent, transport)  # type: ignore[no-untyped-call]
-            slots = self._experts(own_rows, own_weights, transport.ids, weights)
-            slots = needing(slots, needs.any)
-        slots = Mark.apply(slots)  # type: ignore[no-untyped-call]
-        with self.wire.together():
-            y: Tensor = Back.apply(slots, transport)  # type: ignore[no-untyped-call]
-            return y
+            return Started(transport, *sent, weights, x.shape, self._experts, self.overlap)
 
     def _transport(self, ids: Tensor, experts: ExpertMap, call: Call, needs: Needs) -> Transport:
         """How tokens travel in this call. All ranks compare it here."""
@@ -267,6 +319,7 @@ class ExpertParallel:
             experts.num_experts,
             weights.shape[1],
             rows.shape[0] if self.dispatch == "all_reduce" else -1,
+            self.max_slots or 0,
             torch.is_grad_enabled(),
             dtype_name(weights),
             own.config,

@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from executors.parallel.groups import global_rank, group_of
+from executors.parallel.agreement import told
+from executors.parallel.groups import group_of
 from executors.parallel.packed import joined, part_of
-from executors.parallel.waiting import RankError
+from executors.parallel.waiting import RankError, Wire, on_host
 from moe_ref.types import PER_EXPERT, MoEWeights
 
+GATHER = "where parts are gathered"
 ROUTED = ("expert_scale",)  # has a number for each expert, but belongs to routing, which every rank does
 
 
@@ -92,42 +94,45 @@ def _local(name: str, value: Any, own: range, ranks: int) -> Tensor:
     return value.to_local(grad_placements=partial)[own.start : own.stop]
 
 
-def gather(weights: MoEWeights, mesh_or_group: Any = None, *, num_experts: int) -> MoEWeights:
+def gather(weights: MoEWeights, mesh_or_group: Any = None, *, num_experts: int, timeout: float = 120.0) -> MoEWeights:
     """The whole layer on every rank, from their parts: the inverse of `shard`. It copies, and has no gradient.
 
     Args:
         weights: this rank's part.
         mesh_or_group: as of `shard`.
         num_experts: E of the whole layer.
+        timeout: seconds that a rank waits for the others at each step.
 
     Raises:
         ValueError: this rank's part does not have as many experts as the map gives it.
-        RankError: another rank's does not.
+        RankError: another rank's does not, or a rank does not come.
     """
-    group = group_of(mesh_or_group)
-    experts = ExpertMap(num_experts, dist.get_world_size(group))
-    _check_parts(weights, experts, group)
-    changed: dict[str, Any] = {}
-    for name, value in weights.parameters().items():
-        if name in PER_EXPERT and name not in ROUTED:
-            changed[name] = _joined(value.detach(), experts, group)
-    for name, tensor in weights.packed().items():
-        changed[name] = joined(tensor, num_experts, lambda array: _pieces(array, group))
-    return weights.with_parameters(changed)
+    wire = Wire(group_of(mesh_or_group), timeout)
+    experts = ExpertMap(num_experts, wire.ranks)
+    _check_parts(weights, experts, wire)
+    with wire.together():
+        changed: dict[str, Any] = {}
+        for name, value in weights.parameters().items():
+            if name in PER_EXPERT and name not in ROUTED:
+                shapes = [(len(experts.experts(rank)), *value.shape[1:]) for rank in range(experts.ranks)]
+                changed[name] = torch.cat(_pieces(value.detach(), shapes, wire))
+        for name, tensor in weights.packed().items():
+            changed[name] = joined(tensor, num_experts, lambda array: _pieces(array, _shapes(array, wire), wire))
+        return weights.with_parameters(changed)
 
 
-def _check_parts(weights: MoEWeights, experts: ExpertMap, group: Any) -> None:
+def _check_parts(weights: MoEWeights, experts: ExpertMap, wire: Wire) -> None:
     """Checks all ranks' parts on all ranks, so that none waits for one that has raised."""
-    said: list[Any] = [None] * experts.ranks
+    own = None
     try:
-        check_part(weights, experts, dist.get_rank(group))
+        check_part(weights, experts, wire.rank)
     except ValueError as error:
-        dist.all_gather_object(said, str(error), group=group)
-        raise
-    dist.all_gather_object(said, "", group=group)
-    wrong = [f"rank {rank} raised ValueError: {own}" for rank, own in enumerate(said) if own]
-    if wrong:
-        raise RankError("; ".join(wrong))
+        own = error
+    with wire.together():
+        wrong = enumerate(told(wire, "" if own is None else str(own), GATHER))
+    said = [f"rank {rank} raised ValueError: {words}" for rank, words in wrong if words]
+    if said:
+        raise own if own is not None else RankError("; ".join(said))
 
 
 def check_part(weights: MoEWeights, experts: ExpertMap, rank: int) -> None:
@@ -144,26 +149,19 @@ def check_part(weights: MoEWeights, experts: ExpertMap, rank: int) -> None:
         )
 
 
-def _joined(value: Tensor, experts: ExpertMap, group: Any) -> Tensor:
-    """One stack of all ranks' stacks, whose sizes the map tells."""
-    out = value.new_empty((experts.num_experts, *value.shape[1:]))
-    for rank in range(experts.ranks):
-        own = experts.experts(rank)
-        piece = value.contiguous() if rank == dist.get_rank(group) else torch.empty_like(out[own.start : own.stop])
-        if piece.numel():
-            dist.broadcast(piece.view(torch.uint8), src=global_rank(group, rank), group=group)
-        out[own.start : own.stop] = piece
-    return out
+def _shapes(array: Tensor, wire: Wire) -> list[tuple[int, ...]]:
+    """Of an array of each rank."""
+    return [tuple(shape) for shape in told(wire, array.shape, GATHER)]
 
 
-def _pieces(array: Tensor, group: Any) -> list[Tensor]:
-    """An array of each rank, of any length."""
-    sizes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(sizes, tuple(array.shape), group=group)
+def _pieces(array: Tensor, shapes: list[tuple[int, ...]], wire: Wire) -> list[Tensor]:
+    """An array of each rank, of these shapes."""
     pieces = []
-    for rank, shape in enumerate(sizes):
-        piece = array.contiguous() if rank == dist.get_rank(group) else array.new_empty(shape)
-        if piece.numel():
-            dist.broadcast(piece.view(torch.uint8), src=global_rank(group, rank), group=group)
+    for rank, shape in enumerate(shapes):
+        piece = array.contiguous() if rank == wire.rank else array.new_empty(shape)
+        if piece.numel() and wire.ranks > 1:
+            source = dist.get_global_rank(wire.group, rank)
+            work = dist.broadcast(piece.view(torch.uint8), src=source, group=wire.group, async_op=True)
+            wire.wait(work, GATHER, on_host(piece))
         pieces.append(piece)
     return pieces

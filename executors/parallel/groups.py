@@ -28,8 +28,3 @@ def group_of(mesh_or_group: Any) -> Any:
             f"mesh_or_group={mesh_or_group!r:.60}: must be a process group, a mesh of one dimension, or None"
         )
     return mesh_or_group
-
-
-def global_rank(group: Any, rank: int) -> int:
-    """The rank among all processes of a rank of the group."""
-    return dist.get_global_rank(group, rank)

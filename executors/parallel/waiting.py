@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +21,9 @@ from executors._files.text import one_line
 SHORTEST, LONGEST = 2e-5, 5e-3  # seconds between looks at a collective
 EVERY = 0.5  # seconds between looks at what other ranks say
 GRACE = 4 * EVERY  # seconds in which the others, once one rank has given up, say that they wait too
+
+
+Arriving = Callable[[], Tensor]  # waits for what is on its way, and gives it
 
 
 class RankError(RuntimeError):
@@ -78,8 +81,13 @@ class Wire:
         """W."""
         return dist.get_world_size(self.group)
 
-    def exchange(self, rows: Tensor, send: list[int], receive: list[int], step: str) -> Tensor:
-        """Sends rows to every rank, and receives theirs.
+    @property
+    def device(self) -> torch.device:
+        """Where the group's collectives of words are."""
+        return torch.device(distributed_c10d._get_object_coll_device(self.group))
+
+    def exchange(self, rows: Tensor, send: list[int], receive: list[int], step: str) -> Arriving:
+        """Begins to send rows to every rank, and to receive theirs.
 
         Args:
             rows: [sum(send), ...] in the order of the ranks that get them.
@@ -88,27 +96,30 @@ class Wire:
             step: what it is for, for a message.
 
         Returns:
-            [sum(receive), ...] in the order of the ranks that gave them.
-
-        Raises:
-            RankError: some rank did not come in time.
+            What waits for them: [sum(receive), ...] in the order of the ranks that gave them. It raises RankError if
+            some rank did not come in time.
         """
         out = rows.new_empty((sum(receive), *rows.shape[1:]))
         if self.ranks == 1:
-            return out.copy_(rows)
-        there, here = as_bytes(out), as_bytes(rows.contiguous())
-        work = dist.all_to_all_single(there, here, receive, send, group=self.group, async_op=True)
-        self.wait(work, step, rows.device.type == "cpu")
-        return out
+            out.copy_(rows)
+            return lambda: out
+        sent = rows.contiguous()
+        work = dist.all_to_all_single(as_bytes(out), as_bytes(sent), receive, send, group=self.group, async_op=True)
 
-    def wait(self, work: Any, step: str, on_host: bool = True) -> None:
+        def arrived() -> Tensor:
+            self.wait(work, step, on_host(sent))
+            return out
+
+        return arrived
+
+    def wait(self, work: Any, step: str, watched: bool = True) -> None:
         """Waits for a collective: on the host, or as a GPU waits, in its own order and with the group's own timeout.
 
         Raises:
             RankError: some rank did not come in time, or said that it failed.
         """
         try:
-            if on_host:
+            if watched:
                 self._watch(work, step)
             work.wait()
         except RankError:
@@ -181,6 +192,11 @@ class Wire:
             told.append(f"rank{'s' * (len(missing) > 1)} {ranks} did not come {step}{why}")
         told = told or [f"rank {rank} {words}" for rank, words in said.items() if words != f"gave up {step}"]
         return "; ".join(told) or f"the exchange {step} failed{': ' * bool(otherwise)}{otherwise}"
+
+
+def on_host(value: Tensor) -> bool:
+    """Whether the host waits for what is exchanged: for a GPU, its own order and the group's timeout do."""
+    return value.device.type == "cpu"
 
 
 def as_bytes(rows: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, linear, relu, silu
 
 from moe_ref.conformance.wrapped import Wrapped, experts
@@ -163,6 +164,7 @@ class _Twin(torch.autograd.Function):
         return torch.from_numpy(y).to(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, ids, w = ctx.saved_tensors
         _, gradients = _y_and_gradients(x, ids, w, ctx.weights, dy, ctx.rounding)

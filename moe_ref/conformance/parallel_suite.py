@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from moe_ref.conformance import profiles
 from moe_ref.conformance.parallel.judging import (
     DISPATCHES,
+    LAWS,
     check_parallel,
+    check_parallel_law,
     check_parallel_repeatable,
     problems_of_ranks,
     splits,
@@ -70,9 +72,10 @@ PINNED = {
     "fp4, nested for each": (replace(SMALL, quant_type="fp4", nested="per expert", experts=7), (4, 4)),
     "mxfp4": (replace(SMALL, quant_type="mxfp4", weights_layout="transposed"), (2, 4)),
 }
+LAW = Problem(11, 5, 16, 16, MoEConfig(3), gate_up_bias=True, down_bias=True)
 WAYS = [(dispatch, returns) for dispatch in DISPATCHES for returns in ("slot", "rank")]
 
-__all__ = ["test_drawn_splits", "test_pinned_splits", "test_splits_are_repeatable"]
+__all__ = ["test_drawn_splits", "test_laws_of_ranks", "test_pinned_splits", "test_splits_are_repeatable"]
 
 
 @FEWER
@@ -80,8 +83,8 @@ __all__ = ["test_drawn_splits", "test_pinned_splits", "test_splits_are_repeatabl
 def test_drawn_splits(judge: Judge, cluster: Cluster, data: st.DataObject) -> None:
     """Any split over ranks gives what one device must give, outputs and all gradients (R7, C1, D1, D2, D3, T2)."""
     problem = data.draw(problems_of_ranks(judge.executor), label="problem")
-    dispatches = DISPATCHES if judge.executor.capabilities.empty_slots else DISPATCHES[:1]
-    split = data.draw(splits(cluster.ranks, problem.tokens, dispatches), label="split")
+    empty_slots = judge.executor.capabilities.empty_slots
+    split = data.draw(splits(cluster.ranks, problem.tokens, empty_slots), label="split")
     judge(check_parallel, cluster, judge.name, problem, split)
 
 
@@ -92,6 +95,17 @@ def test_pinned_splits(judge: Judge, cluster: Cluster, case: str, dispatch: str,
     problem, cuts = PINNED[case]
     problem = _declared(judge, problem, dispatch)
     judge(check_parallel, cluster, judge.name, problem, Split(cuts[: cluster.ranks - 1], dispatch, returns))
+
+
+@pytest.mark.parametrize(("dispatch", "returns"), WAYS)
+@pytest.mark.parametrize("law", LAWS)
+def test_laws_of_ranks(judge: Judge, cluster: Cluster, law: str, dispatch: str, returns: str) -> None:
+    """Where tokens are, and how many ranks there are, changes nothing (C1, C2, D1)."""
+    able = judge.executor.capabilities
+    problem = LAW if "dense" in able.weights else replace(LAW, hidden=32, intermediate=32, quant_type=min(able.weights))
+    problem = _declared(judge, problem, dispatch)
+    cuts = (3, 3, 7)[: max(0, cluster.ranks - 2)]
+    judge(check_parallel_law, cluster, judge.name, problem, Split(cuts, dispatch, returns), law)
 
 
 @pytest.mark.parametrize(("dispatch", "returns"), WAYS)

@@ -21,11 +21,8 @@ from moe_ref.conformance.adapters import Arrays, ForeignExecutor, ForeignRouter,
 from moe_ref.conformance.citizen import BEHAVIOURS, check_citizen
 from moe_ref.conformance.judgement.call import to_torch
 from moe_ref.conformance.judgement.checks import ConformanceError, applicable, check_problem
-from moe_ref.conformance.judgement.errors import (
-    check_errors,
-    check_no_double_backward,
-    check_undeclared_weights,
-)
+from moe_ref.conformance.judgement.errors import check_errors, check_undeclared_weights
+from moe_ref.conformance.judgement.second_derivatives import check_second_derivatives
 from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.problems.strategies import problems_for
@@ -62,7 +59,7 @@ def test_the_pages_example_passes(my_numpy: ForeignExecutor) -> None:
             check_problem(my_numpy, applicable(my_numpy, replace(SMALL, dtype=dtype, **form)))
     check_errors(my_numpy)
     check_undeclared_weights(my_numpy)
-    check_no_double_backward(my_numpy)
+    check_second_derivatives(my_numpy)
 
 
 @settings(max_examples=profiles.current().max_examples // 5, deadline=None)

@@ -14,8 +14,9 @@ from moe_ref.conformance.judgement.checks import ConformanceError, check_problem
 from moe_ref.conformance.judgement.exact import check_exact
 from moe_ref.conformance.judgement.exact_decode import check_every_code
 from moe_ref.conformance.judgement.ranges import RANGES, check_range
+from moe_ref.conformance.judgement.second_derivatives import check_second_derivatives
 from moe_ref.conformance.mutants import mutants
-from moe_ref.conformance.mutants._registry import MIXED_MUTANTS, PACKED_KINDS, RANGE_MUTANTS
+from moe_ref.conformance.mutants._registry import MIXED_MUTANTS, PACKED_KINDS, RANGE_MUTANTS, SECOND_MUTANTS
 from moe_ref.conformance.problems.problem import Problem
 
 EXECUTORS = ("native", "grouped_mm", "grouped_nf4")
@@ -31,6 +32,7 @@ SUMS = {  # errors that only a sum of ones sees for sure
     "combine_in_x_dtype": "plain_combine",
     "bias_gradients_in_x_dtype": "many_rows",
     "adapter_gradients_in_x_dtype": "many_rows_of_adapters",
+    "weight_gradients_in_x_dtype": "plain_rows",
 }
 FULL = MoEConfig(
     4,
@@ -204,6 +206,10 @@ def test_mutant_is_rejected(name: str, mutant: str) -> None:
     if mutant in RANGE_MUTANTS:
         kinds = sorted(wrong.capabilities.weights)
         assert any(overflows(wrong, case, kind) for kind, case in product(kinds, RANGES))
+        return
+    if mutant in SECOND_MUTANTS:
+        with pytest.raises(ConformanceError, match="breaks D1: the second derivative in"):
+            check_second_derivatives(wrong)
         return
     misread, panel_of = PACKED_KINDS.get(mutant), partial(panel, name)
     if mutant in MIXED_MUTANTS:

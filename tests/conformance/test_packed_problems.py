@@ -15,10 +15,11 @@ from executors import Capabilities, Executor
 from executors.grouped_nf4 import GroupedNF4
 from moe_ref import MoEConfig, MoEWeights
 from moe_ref.conformance.judgement.checks import ConformanceError
-from moe_ref.conformance.judgement.errors import check_errors, check_no_double_backward
+from moe_ref.conformance.judgement.errors import check_errors
 from moe_ref.conformance.judgement.exact import check_exact
 from moe_ref.conformance.judgement.exact_decode import WINDOWS, check_every_code
 from moe_ref.conformance.judgement.laws import check_law
+from moe_ref.conformance.judgement.second_derivatives import check_second_derivatives
 from moe_ref.conformance.mutants import mutants
 from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.packed import decoded, in_whole_blocks, of_experts, with_own_blocks
@@ -115,7 +116,7 @@ def test_an_executor_may_take_nothing_but_mxfp4() -> None:
     assert check_every_code(only, "mxfp4", "", "float16") == ""
     assert check_every_code(only, "nf4", "", "float16") == "only_mxfp4 does not declare nf4 weights"
     check_errors(only)
-    check_no_double_backward(only)
+    check_second_derivatives(only)
     assert {"absmax_in_bf16", "nibbles_swapped", "exponent_bias_128"} & mutants(only).keys() == {
         "nibbles_swapped",
         "exponent_bias_128",

@@ -245,6 +245,7 @@ def test_a_run_with_expected_failures(tmp_path: Path) -> None:
     ran = run_pytest(outside, *SUITE, "-q", "--save-failure", "saved")
     assert ran.returncode == pytest.ExitCode.TESTS_FAILED
     assert "not all of the suite ran: -k 'exact_cases and many_rows'" in ran.stdout
+    assert re.search(r"^tests that were deselected: .*test_exact_cases \(24\), test_laws \(6\)", ran.stdout, re.M)
     assert re.search(r"one_percent: 0 clauses hold, 2 broken, .* not judged here", ran.stdout)
     assert re.search(r"^  breaks E2, D1 \(wrong values\): \d+ failures$", ran.stdout, re.MULTILINE)
     (folder,) = re.findall(r"^    saved: (.*)$", ran.stdout, re.MULTILINE)

@@ -35,9 +35,9 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     return shell
 
 
-def plant(shell: Shell) -> Iterator[None]:
-    """The page's bug, and back."""
-    (diff,) = blocks("diff")
+def plant(shell: Shell, place: int) -> Iterator[None]:
+    """One of the page's bugs, and back."""
+    diff = blocks("diff")[place]
     removed, added = (line[1:] + "\n" for line in diff.text.splitlines())
     source = shell.folder / diff.title
     right = source.read_text()
@@ -49,13 +49,13 @@ def plant(shell: Shell) -> Iterator[None]:
 
 
 def test_a_failure_is_told_saved_and_then_expected(shell: Shell) -> None:
-    vectors, _quick, install, failing, expecting = commands()
+    vectors, _quick, _little, _gpu, install, failing, expecting, *_ = commands()
     assert "249 cases" in shell.passes(vectors)
-    for _ in plant(shell):
+    for _ in plant(shell, 0):
         shell.passes(install)
         failed = shell.run(failing)
         assert failed.returncode == pytest.ExitCode.TESTS_FAILED
-        told, met = (block.text for block in blocks("text"))
+        *_declared, told, met, _crash = (block.text for block in blocks("text"))
         assert told in failed.stdout
         (folder,) = re.findall(r"saved: (.*)", told)
         assert (shell.folder / folder / "manifest.json").exists()
@@ -63,13 +63,41 @@ def test_a_failure_is_told_saved_and_then_expected(shell: Shell) -> None:
 
 
 @pytest.mark.nightly
+def test_a_crash_is_one_failure(shell: Shell) -> None:
+    install, crashing = commands()[-2:]
+    for _ in plant(shell, 1):
+        shell.passes(install)
+        failed = shell.run(crashing)
+        assert failed.returncode == pytest.ExitCode.TESTS_FAILED
+        assert blocks("text")[-1].text in failed.stdout
+        assert re.search(r"^1 failed, \d+ passed", failed.stdout, re.MULTILINE)
+
+
+@pytest.mark.nightly
 def test_the_quick_profile_passes(shell: Shell) -> None:
     assert re.search(r"my_loop: \d+ clauses hold, 16 not applicable", shell.passes(commands()[1]))
 
 
+def test_kernels_that_declare_little_are_judged_on_that(shell: Shell) -> None:
+    """Of the run that the page has, the exact cases: they take seconds."""
+    judged, refused = commands()[2:4]
+    ran = shell.passes(f"{judged} -k exact_cases")
+    for own in blocks("text")[:2]:
+        assert own.text in ran
+    assert "my_plain: no alpha; that part of E1 is not applicable" in ran
+    ran = shell.run(refused)
+    assert ran.returncode == pytest.ExitCode.USAGE_ERROR
+    assert blocks("text")[2].text.strip() in ran.stderr
+
+
+@pytest.mark.nightly
+def test_kernels_that_declare_little_pass(shell: Shell) -> None:
+    shell.passes(commands()[2])
+
+
 @pytest.mark.nightly
 def test_an_expected_failure_that_holds_fails_the_run(shell: Shell) -> None:
-    ran = shell.run(commands()[-1].replace("--hypothesis-profile quick", "--hypothesis-profile ci"))
+    ran = shell.run(commands()[6].replace("--hypothesis-profile quick", "--hypothesis-profile ci"))
     assert ran.returncode == pytest.ExitCode.TESTS_FAILED
     assert "  expected C1 y bfloat16: holds now, so take it out of the file" in ran.stdout
     assert "failed" not in ran.stdout.splitlines()[-1]

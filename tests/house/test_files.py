@@ -71,6 +71,7 @@ OPENS_ALLOWED = {
     "executors/_compare/report.py": "the kernel's figures",
     "executors/_triton/tuned.py": "the package's own source",
     "executors/_files/checksums.py": "part of `opened`",
+    "executors/parallel/agreement.py": "what other ranks said",
     "examples/qlora/memory.py": "what a process of ours was given",
     "examples/peers/moe_ref_peers/__main__.py": "the processor's name, and results of its own",
     "examples/peers/moe_ref_peers/judged.py": "what a process of ours printed",

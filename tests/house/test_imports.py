@@ -56,13 +56,14 @@ ROOMS: dict[str, set[str]] = {
     "_tune": FACE | {"_base", "_triton", "_bench"},
     "_crossover": FACE | {"_triton", "_compare", "_bench", "_tune"},
     "_counts": FACE | {"_base", "_triton", "_compare", "_bench", "nf4", "mxfp4"},
+    "_plan": {"_bench", "_compare", "_counts", "parallel"},
     "_cli": FACE
     | {"_files", "checkpoint", "layer_file", "hf", "_triton", "_compare", "_bench", "_tune", "_crossover"}
-    | {"_counts"},
+    | {"_counts", "_plan"},
     "__main__": {"_cli"},
 }
 TOOLS = tuple(
-    f"executors.{room}" for room in ("_compare", "_bench", "_tune", "_crossover", "_counts", "_cli")
+    f"executors.{room}" for room in ("_compare", "_bench", "_tune", "_crossover", "_counts", "_plan", "_cli")
 )  # of ours
 
 

@@ -1,6 +1,5 @@
 """Expert parallelism: parts of layers, bits, torch's machinery, and bugs that must be seen."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,17 +9,11 @@ import parallel_calls as calls
 from executors.parallel import ExpertMap
 from moe_ref.conformance.judgement.checks import ConformanceError
 from moe_ref.conformance.parallel.cluster import Cluster
-from moe_ref.conformance.parallel.judging import check_parallel
+from moe_ref.conformance.parallel.judging import LAWS, check_parallel, check_parallel_law
 from moe_ref.conformance.parallel.split import Split
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import MoEConfig
-from parallel_mutants import MUTANTS, plain
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with Cluster(4) as own:
-        yield own
+from parallel_mutants import MUTANTS, Invariant, plain, rank_dependent
 
 
 def test_experts_are_those_of_chunk() -> None:
@@ -96,6 +89,14 @@ def test_bugs_are_seen(cluster: Cluster, mutant: object, split: Split) -> None:
     check_parallel(executors.get("native"), cluster, "native", problem, split)
     with pytest.raises(ConformanceError):
         check_parallel(executors.get("native"), cluster, "native", problem, split, make=mutant)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_false_promise_of_batch_invariance_is_seen(cluster: Cluster, law: str) -> None:
+    problem, split = replace(SHARED, dtype="float64"), Split((2, 4))
+    check_parallel(Invariant(), cluster, "native", problem, split, make=rank_dependent)
+    with pytest.raises(ConformanceError, match=f"the law {law}.*\n?.*y of Split"):
+        check_parallel_law(Invariant(), cluster, "native", problem, split, law, make=rank_dependent)
 
 
 @pytest.mark.parametrize("returns", ["slot", "rank"])

@@ -1,7 +1,6 @@
 """Faults of one rank end in one clear error on every rank, within the timeout, and never in a wrong number."""
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -18,16 +17,10 @@ DIFFERENT = {
 }
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with Cluster(RANKS) as own:
-        yield own
-
-
 def said(cluster: Cluster, fault: str, dispatch: str, timeout: float = 30.0, goes_on: bool = True) -> list[str]:
     """What each rank says."""
     with pytest.raises(RanksError) as caught:
-        cluster.run(calls.faulty, fault, dispatch, timeout, goes_on=goes_on)
+        cluster.run(calls.faulty, fault, dispatch, timeout, ranks=RANKS, goes_on=goes_on)
     return ["".join(caught.value.errors.get(rank, "").splitlines()[-1:]) for rank in range(RANKS)]
 
 
@@ -86,3 +79,18 @@ def test_wrong_arguments_are_refused_in_one_line(cluster: Cluster) -> None:
         "num_experts=0: must be an integer of at least 1",
     ]
     assert unknown == "num_experts=None: must be given to ExpertParallel, since ids do not tell it"
+
+
+def test_an_answer_that_never_comes(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.run(calls.without_num_experts)  # the processes have started
+    monkeypatch.setattr(cluster, "limit_s", 2.0)
+    with pytest.raises(RanksError) as caught:
+        cluster.run(calls.sleeping, ranks=2)
+    assert caught.value.errors == {1: "no answer within 2 s"}
+
+
+def test_a_part_that_is_never_gathered(breaking: Cluster) -> None:
+    (zero, one), other = breaking.run(calls.gathered_alone, ranks=2, goes_on=False)
+    assert other == ("", "")
+    assert zero == "rank 1 did not come where parts are gathered within 2 s"
+    assert one.startswith("the group is out of step since rank 1 did not come where parts are gathered")

@@ -87,7 +87,7 @@ def sentences() -> dict[str, str]:
     """By clause, its first sentence."""
     text = (ROOT / "docs" / "spec.md").read_text()
     found = re.findall(r"^\*\*([A-Z]\d)\.\*\* (.*?)(?:\n\n|\n```)", text, flags=re.MULTILINE | re.DOTALL)
-    return {clause: first_sentence(" ".join(body.split())) for clause, body in found}
+    return {clause: first_sentence(" ".join(body.split())).replace("](#", "](spec.md#") for clause, body in found}
 
 
 def first_sentence(text: str) -> str:

@@ -182,7 +182,7 @@ WORDS = {
         {"topk_weights_dtypes": frozenset({"bfloat16"}), "routing": False}, BASE, weights_in_bf16
     ),
     "topk_ids_dtypes": Word(
-        {"topk_ids_dtypes": frozenset({"int32"})},
+        {"topk_ids_dtypes": frozenset({"int32"}), "routing": False},
         replace(BASE, tokens=33, empty_slots=True),
         ids_read_as_int32,
     ),
@@ -209,7 +209,7 @@ WORDS = {
         {"align_intermediate": UNIT}, BASE, partial(with_parameters, ("down_proj",), tail_of_intermediate_dropped)
     ),
     "empty_batch": Word({"empty_batch": False}, replace(BASE, tokens=0), fails_without_tokens, raises=RuntimeError),
-    "empty_slots": Word({"empty_slots": False}, replace(BASE, empty_slots=True), empty_slot_counts),
+    "empty_slots": Word({"empty_slots": False, "routing": False}, replace(BASE, empty_slots=True), empty_slot_counts),
     "duplicate_ids": Word({"duplicate_ids": False}, replace(BASE, cut_points=True), duplicates_count_once),
     "blocksizes": Word({"blocksizes": frozenset({64})}, replace(IN_NF4, blocksize=32), partial(with_nf4, scales_of_64)),
     "nested": Word({"nested": frozenset()}, replace(IN_NF4, nested="one"), partial(with_nf4, offset_forgotten)),

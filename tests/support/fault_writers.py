@@ -214,11 +214,20 @@ WRITERS = (
     Writer("executors.layer_file.save_layer", ("executors/layer_file.py",), write_layer, read_layer),
     Writer("python -m executors tune", ("executors/_triton/tuned_file.py",), write_tuned, read_tuned, adds=True),
     Writer(
-        "JSON of compare, bench, crossover, tune, kernels, benchmarks and examples",
+        "JSON of compare, bench, crossover, tune, kernels, plan, benchmarks and examples",
         (
             *(
                 f"executors/_cli/{name}.py"
-                for name in ("bench", "bench_model", "compare", "crossover", "kernels", "kernels_executed", "tune")
+                for name in (
+                    "bench",
+                    "bench_model",
+                    "compare",
+                    "crossover",
+                    "kernels",
+                    "kernels_executed",
+                    "plan",
+                    "tune",
+                )
             ),
             *(f"benchmarks/{name}.py" for name in ("calibrate", "cpu_products", "four_bit_counts")),
             *("examples/qlora_finetune.py", "examples/train_tiny.py", "data/train_tiny_gpt_oss.py"),

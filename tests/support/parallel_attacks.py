@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from executors import parallel
 from executors.native import Native
-from executors.parallel import ExpertParallel
+from executors.parallel import ExpertParallel, agreement, waiting
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.types import MoEConfig
 from parallel_calls import PROBLEM, layer, own_rows
@@ -140,16 +141,19 @@ class Watched(ExpertParallel):
     def _transport(self, *given: Any) -> Any:
         with self.waits:
             transport = super()._transport(*given)
-            transport.back(transport.out(torch.ones(transport.shape[0], 16)))
+            transport.back(transport.out(torch.ones(transport.shape[0], 16))())()
         return transport
 
 
-def waits(group: Any, dispatch: str, returns: str) -> list[str]:
-    """What a call's host waits for outside of the experts."""
+def waits(group: Any, dispatch: str, returns: str, max_slots: int | None, on_host: bool) -> list[str]:
+    """What a call's host waits for outside of the experts; not on the host, collectives are waited for by the GPU."""
     inputs = layer()
     part, _ = parallel.shard(inputs.weights, group)
     Watched.waits = Waits()
-    Watched("native", group, dispatch, returns)(inputs.x, inputs.router_logits, part)  # type: ignore[arg-type]
+    watched = Watched("native", group, dispatch, returns, max_slots=max_slots)  # type: ignore[arg-type]
+    patched = patch.object(waiting, "on_host", lambda _own: on_host)
+    with patched, patch.object(agreement, "on_host", lambda _own: on_host):
+        watched(inputs.x, inputs.router_logits, part)  # type: ignore[arg-type]
     return Watched.waits.found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -227,3 +228,23 @@ def without_num_experts(group: Any) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def sleeping(group: Any) -> None:
+    """Sleeps on rank 1, longer than anyone waits."""
+    if dist.get_rank(group) == 1:
+        time.sleep(600)
+
+
+def gathered_alone(group: Any) -> tuple[str, str]:
+    """What rank 0 says that gathers parts while the other does not, and again."""
+    if dist.get_rank(group) == 1:
+        return "", ""
+    part, _ = parallel.shard(layer().weights, group)
+    said = []
+    for _ in range(2):
+        try:
+            parallel.gather(part, group, num_experts=5, timeout=2.0)
+        except parallel.RankError as error:
+            said.append(str(error))
+    return said[0], said[1]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import executors
+from executors import Capabilities
+from executors.native import Native
 from executors.parallel import ExpertParallel
 from executors.parallel.planning import owners
 from executors.parallel.transport import Transport
-from moe_ref.conformance.parallel.split import Split
+from executors.parallel.waiting import Arriving
+from moe_ref.conformance.parallel.split import Split, options
+from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.wrapped import Declaring
 from moe_ref.types import MoEWeights
 
@@ -28,8 +32,15 @@ class Wrong:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.right, name)
 
-    def back(self, slots: Tensor) -> Tensor:
-        found: Tensor = self.right.back(slots)
+    def back(self, slots: Tensor) -> Arriving:
+        arriving = self.right.back(slots)
+        return lambda: self._back(arriving())
+
+    def weights_back(self, weights: Tensor) -> Arriving:
+        arriving = self.right.weights_back(weights)
+        return lambda: self._weights_back(arriving())
+
+    def _back(self, found: Tensor) -> Tensor:
         ranks = self.right.wire.ranks
         if self.kind == "token_lost" and len(self.owner) and len({*self.owner.flatten().tolist()}) < ranks:
             found[-1] = 0  # where some rank has no token's expert
@@ -38,8 +49,7 @@ class Wrong:
             found[(counts > 1).any(1)] *= 2
         return found
 
-    def weights_back(self, weights: Tensor) -> Tensor:
-        found: Tensor = self.right.weights_back(weights)
+    def _weights_back(self, found: Tensor) -> Tensor:
         if self.kind == "swapped":
             return found.flip(1)
         if self.kind == "local_router":
@@ -64,11 +74,11 @@ class WrongParallel(ExpertParallel):
         return Wrong(right, owners(ids, experts), self.kind)
 
 
-def _made(kind: str, name: str, group: Any, split: Split, num_experts: int) -> ExpertParallel:
-    return WrongParallel(name, group, split.dispatch, split.returns, num_experts, 30.0, kind)  # type: ignore[arg-type]
+def _made(kind: str, name: str, group: Any, split: Split, problem: Problem) -> ExpertParallel:
+    return WrongParallel(name, group, kind=kind, **options(split, problem))
 
 
-def plain(name: str, group: Any, split: Split, num_experts: int) -> ExpertParallel:
+def plain(name: str, group: Any, split: Split, problem: Problem) -> ExpertParallel:
     """None: the executor inside is right, and refuses no tokens, empty slots, duplicate ids and ids in int64."""
     able = replace(
         executors.get(name).capabilities,
@@ -78,7 +88,7 @@ def plain(name: str, group: Any, split: Split, num_experts: int) -> ExpertParall
         topk_ids_dtypes=frozenset({"int32"}),
     )
     inner = Declaring("plain", executors.get(name), declared=able)
-    return ExpertParallel(inner, group, split.dispatch, split.returns, num_experts, 30.0)  # type: ignore[arg-type]
+    return ExpertParallel(inner, group, **options(split, problem))
 
 
 def token_lost(*given: Any) -> ExpertParallel:
@@ -109,6 +119,30 @@ def remainder_dropped(*given: Any) -> ExpertParallel:
 def no_gradient(*given: Any) -> ExpertParallel:
     """A rank without experts has no gradients."""
     return _made("no_gradient", *given)
+
+
+@dataclass(frozen=True)
+class Invariant(Native):
+    """``native``, which declares batch invariance."""
+
+    name: ClassVar[str] = "invariant"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, batch_invariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class RankDependent(ExpertParallel):
+    """Whose last bits depend on a token's rank."""
+
+    def _run(self, x: Tensor, prepared: Any) -> Tensor:
+        return super()._run(x, prepared) * (1 + 2.3e-16 * (self.wire.rank % 2))
+
+
+def rank_dependent(_name: str, group: Any, split: Split, problem: Problem) -> ExpertParallel:
+    """The last bits depend on where tokens are."""
+    return RankDependent(Invariant(), group, **options(split, problem))
 
 
 MUTANTS = (token_lost, swapped, local_router, double_count, remainder_dropped)

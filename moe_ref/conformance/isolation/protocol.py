@@ -37,7 +37,7 @@ class Isolation:
         except StartError as error:
             pytest.exit(f"--isolate: {error}", pytest.ExitCode.INTERNAL_ERROR)
         except EndedError as error:
-            reports = [self._ended(item, error, start), report_of(item, start, when="teardown")]
+            reports = [self._ended(item, error, start), report_of(item, time.time(), when="teardown")]
         else:
             reports = [self._received(report) for report in found]
         for report in reports:

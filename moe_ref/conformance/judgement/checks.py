@@ -76,8 +76,16 @@ def applicable(executor: Executor, problem: Problem) -> Problem:
     experts it chooses gets logits that leave no choice.
     """
     if problem.entry == "layer" and not executor.capabilities.routing:
+        factor = problem.config.routed_scaling_factor
+        mantissa, exponent = math.frexp(factor)
+        scaled = bool(problem.powers) and mantissa == 0.5  # 2**(exponent - 1), which the given weights then have
         return replace(
-            problem, entry="experts", selection_bias="", expert_scale=False, frozen=problem.frozen - {"router_logits"}
+            problem,
+            entry="experts",
+            selection_bias="",
+            expert_scale=False,
+            frozen=problem.frozen - {"router_logits"},
+            powers=(*problem.powers, *((("topk_weights", exponent - 1),) if scaled and exponent != 1 else ())),
         )
     return problem if hasattr(executor, "route") else with_one_choice(problem)
 

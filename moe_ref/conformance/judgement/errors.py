@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,7 @@ from moe_ref.conformance.problems.packed import in_whole_blocks
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.problems.strategies import WEIGHTS
 from moe_ref.layer import moe, routed_experts
-from moe_ref.types import Activation, ExpertLoRA, MoEConfig
+from moe_ref.types import ExpertLoRA, MoEConfig
 from moe_ref.validation import DECODED_DTYPES, FLOAT_DTYPES, dtype_name
 
 if TYPE_CHECKING:
@@ -286,34 +286,6 @@ def check_undeclared_weights(executor: Executor, device: str = "cpu") -> None:
                     f"{name} with {said} weights, which it does not declare: {error!r}, but must raise Unsupported"
                 )
                 raise ConformanceError(executor, problem, "the contract on errors", message)
-
-
-def check_no_double_backward(executor: Executor, device: str = "cpu") -> None:
-    """D1: differentiating a gradient raises an error that says "double backward".
-
-    Raises:
-        ConformanceError: if there is a second derivative.
-    """
-    if not executor.capabilities.backward:
-        return
-    able = executor.capabilities
-    dtype = next(d for d in ("float32", *FLOAT_DTYPES) if d in able.dtypes)
-    activation = next(a for a in get_args(Activation) if a in able.activations)
-    config = replace(_PROBLEM.config, activation=activation)
-    kind = "dense" if "dense" in able.weights else min(able.weights)
-    problem = fitted(applicable(executor, _of_kind(replace(_PROBLEM, dtype=dtype, config=config), kind)), able)
-    inputs = to_torch(problem, build(problem), device)
-    y = call(executor, inputs)
-    (dx,) = torch.autograd.grad(y.square().sum(), inputs.x, create_graph=True)
-    try:
-        if dx.requires_grad:
-            torch.autograd.grad(dx.square().sum(), inputs.x)
-    except (RuntimeError, NotImplementedError) as error:
-        if "double backward" in str(error):
-            return
-        message = f"double backward raises {error!r}, but must say 'double backward'"
-        raise ConformanceError(executor, problem, "D1", message) from error
-    raise ConformanceError(executor, problem, "D1", "double backward must raise an error, but gives a result")
 
 
 def _oblong(problem: Problem, able: Capabilities) -> Problem:

@@ -8,6 +8,7 @@ must be 512; an accumulator in bf16 stops at 256.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import lcm
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,12 +60,20 @@ def check_exact(executor: Executor, case: str, dtype: str, device: str = "cpu") 
 def forms_of(problem: Problem, arrays: Arrays, kind: str, able: Capabilities) -> list[tuple[Problem, Arrays]]:
     """The problem with projections of a kind, in declared sizes and dtypes; in 4 bits with small blocks.
 
+    Of these some have widths such that each block is within a row.
+
     Where the kind is not declared, one form is left, which says so.
     """
-    forms = [replace(problem, quant_type="" if kind == "dense" else kind)]
-    if kind in ("nf4", "fp4"):
-        forms = [replace(forms[0], blocksize=size) for size in sorted(able.blocksizes)[:2]]
-    return [aligned(form, arrays, able) for form in forms]
+    form = replace(problem, quant_type="" if kind == "dense" else kind)
+    if kind not in ("nf4", "fp4"):
+        return [aligned(form, arrays, able)]
+    found = []
+    for size in sorted(able.blocksizes)[:2]:
+        alone = replace(
+            able, align_hidden=lcm(able.align_hidden, size), align_intermediate=lcm(able.align_intermediate, size)
+        )
+        found += [aligned(replace(form, blocksize=size), arrays, units) for units in (able, alone)]
+    return found
 
 
 def held(weights: MoEWeights, problem: Problem) -> MoEWeights | None:
@@ -183,6 +192,49 @@ def plain_combine(dtype: str) -> tuple[Problem, Arrays, str]:
     return replace(problem, config=config), arrays, clause
 
 
+def plain_sums(dtype: str) -> tuple[Problem, Arrays, str]:
+    """512 ones sum to 512 with plain SwiGLU: so do the gates, whose sigmoid is 1, and the ups are 1/512 each (E2)."""
+    problem, arrays, clause = long_sums(dtype)
+    config = MoEConfig(top_k=1)
+    stack = np.concatenate([np.ones((1, 1, 512)), np.full((1, 1, 512), 1 / 512)], axis=1)
+    weights = replace(arrays.weights, gate_up_proj=stack, config=config)
+    return replace(problem, config=config), replace(arrays, weights=weights), clause
+
+
+def plain_rows(dtype: str) -> tuple[Problem, Arrays, str]:
+    """A thousand rows of one expert: each adds one to a large number, in every gradient (E2, D1).
+
+    It is so large that sums of 32 of them get lost in 16 bits too, and stands in the middle, whatever the order is. The
+    gate is 64, and the up half 1/64.
+    """
+    config = MoEConfig(top_k=1)
+    dy = np.full((1025, 1), 2.0**-7)
+    dy[512] *= 2.0**15 if dtype == "bfloat16" else 2.0**16
+    problem = Problem(len(dy), 1, 1, 1, config, dtype, entry="experts")
+    weights = MoEWeights(np.array([[[64.0], [1 / 64]]]), np.ones((1, 1, 1)), config=config)
+    arrays = Arrays(np.ones(dy.shape), dy, np.zeros(dy.shape, int), None, np.ones(dy.shape), weights)
+    return problem, arrays, "E2, D1"
+
+
+def plain_rows_of_biases(dtype: str) -> tuple[Problem, Arrays, str]:
+    """The same with biases, which are 0."""
+    problem, arrays, clause = plain_rows(dtype)
+    weights = replace(arrays.weights, gate_up_proj_bias=np.zeros((1, 2)), down_proj_bias=np.zeros((1, 1)))
+    problem = replace(problem, gate_up_bias=True, down_bias=True, bias_dtype=dtype)
+    return problem, replace(arrays, weights=weights), clause
+
+
+def plain_rows_of_adapters(dtype: str) -> tuple[Problem, Arrays, str]:
+    """The same with adapters, which make half of the gate and of the output."""
+    problem, arrays, clause = plain_rows(dtype)
+    one = np.ones((1, 1, 1))
+    lora = ExpertLoRA(one, np.array([[[32.0], [0.0]]]), one / 2, one)
+    stack = np.array([[[32.0], [1 / 64]]])
+    weights = replace(arrays.weights, gate_up_proj=stack, down_proj=one / 2, lora=lora)
+    problem = replace(problem, gate_up_rank=1, down_rank=1, lora_dtype=dtype)
+    return problem, replace(arrays, weights=weights), clause
+
+
 def small_integers(dtype: str) -> tuple[Problem, Arrays, str]:
     """Whole numbers through squared ReLU, without a gate: every step and gradient is a small whole number (E1).
 
@@ -240,6 +292,10 @@ _ALL = (
     late_clamp_at_equality,
     wide_combine,
     plain_combine,
+    plain_sums,
+    plain_rows,
+    plain_rows_of_biases,
+    plain_rows_of_adapters,
     small_integers,
 )
 CASES = {case.__name__: case for case in _ALL}

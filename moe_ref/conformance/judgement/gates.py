@@ -106,16 +106,16 @@ def judge(
     y = y / largest
     gain_z = float(error.ravel() @ y / (y @ y) / largest / gain_sd) if whole and y.any() and gain_sd > 0 else 0.0
     if max_z > MAX_Z:
-        where = _first(np.abs(z) == np.abs(z).max())
-        failure = (
-            f"{name}{where}={actual[where]:.9g}, but must be {bars.exact[where]:.9g} +- {sd[where]:.2g}: "
-            f"max z {short(max_z)}, limit {MAX_Z:g}"
-        )
+        failure = f"max z {short(max_z)}, limit {MAX_Z:g}"
     elif counted >= RMS_FROM and rms_z > RMS_Z and rms_z > (limit := RMS_SDS * bars.rms_sd(dtype, out_dtype)):
-        failure = f"{name}: rms z {short(rms_z, 2)}, limit {max(RMS_Z, limit):.2f}"
+        failure = f"rms z {short(rms_z, 2)}, limit {max(RMS_Z, limit):.2f}"
     elif abs(gain_z) > GAIN_SDS:
         gain = f"{gain_z * gain_sd:+.2e} is {short(gain_z)} of its standard deviations"
-        failure = f"{name}: gain {gain}, limit {GAIN_SDS:g}"
+        failure = f"gain {gain}, limit {GAIN_SDS:g}"
+    if failure:  # beside the element that is the farthest off
+        where = _first(np.abs(z) == np.abs(z).max())
+        right = f"{bars.exact[where]:.9g} +- {sd[where]:.2g}"
+        failure = f"{name}{where}={actual[where]:.9g}, but must be {right}: {failure}"
     return Verdict(name, max_z, rms_z, gain_z, failure)
 
 

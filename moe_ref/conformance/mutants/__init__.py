@@ -21,6 +21,7 @@ from moe_ref.conformance.mutants import (  # noqa: F401  (they register)
     ranges,
     routing,
     scoring,
+    second_derivatives,
     slots,
 )
 from moe_ref.conformance.mutants._registry import (
@@ -30,6 +31,7 @@ from moe_ref.conformance.mutants._registry import (
     PACKED_KINDS,
     PACKED_MUTANTS,
     RANGE_MUTANTS,
+    SECOND_MUTANTS,
     SLOT_MUTANTS,
 )
 from moe_ref.conformance.wrapped import Wrapped
@@ -43,6 +45,6 @@ def mutants(inner: Executor) -> dict[str, Wrapped]:
     kinds, left_out = inner.capabilities.weights, set() if inner.capabilities.mixed else MIXED_MUTANTS
     misread = {n: change for n, change in PACKED_MUTANTS.items() if kinds & PACKED_KINDS[n] and n not in left_out}
     overflowing = RANGE_MUTANTS if "float16" in inner.capabilities.dtypes else {}
-    changes = SLOT_MUTANTS | overflowing | (DENSE_MUTANTS if "dense" in kinds else {}) | misread
+    changes = SLOT_MUTANTS | SECOND_MUTANTS | overflowing | (DENSE_MUTANTS if "dense" in kinds else {}) | misread
     slot_changes = {name: Wrapped(name, inner, slots=change) for name, change in changes.items()}
     return slot_changes | {name: Wrapped(name, inner, layer=change) for name, change in LAYER_MUTANTS.items()}

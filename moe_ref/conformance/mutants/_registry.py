@@ -18,6 +18,8 @@ MIXED_MUTANTS: set[str] = set()  # of those, the ones that only a layer with two
 LAYER_MUTANTS: dict[str, LayerChange] = {}  # change the layer with its routing
 RANGE_MUTANTS: dict[str, SlotChange] = {}  # overflow in fp16: only some layers that pass its range show it
 
+SECOND_MUTANTS: dict[str, SlotChange] = {}  # wrong in second derivatives alone
+
 
 def _adds_to(mutants: dict[str, Change]) -> Callable[[Change], Change]:
     def add(change: Change) -> Change:
@@ -31,6 +33,7 @@ slot_mutant = _adds_to(SLOT_MUTANTS)
 dense_mutant = _adds_to(DENSE_MUTANTS)
 layer_mutant = _adds_to(LAYER_MUTANTS)
 range_mutant = _adds_to(RANGE_MUTANTS)
+second_mutant = _adds_to(SECOND_MUTANTS)
 
 
 def packed_mutant(*kinds: str, mixed: bool = False) -> Callable[[SlotChange], SlotChange]:

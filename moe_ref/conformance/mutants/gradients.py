@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_ref.conformance.mutants._registry import dense_mutant, slot_mutant
 from moe_ref.conformance.mutants.experts import with_own_down_bias
 from moe_ref.conformance.wrapped import experts
-from moe_ref.types import LORA_FACTORS, MoEWeights
+from moe_ref.types import LORA_FACTORS, PROJECTIONS, MoEWeights
 
 if TYPE_CHECKING:
     from executors import Executor
@@ -80,16 +80,28 @@ def adapter_gradients_in_x_dtype(inner: Executor, x: Tensor, ids: Tensor, w: Ten
     return _token_by_token(inner, x, ids, w, weights, set(LORA_FACTORS))
 
 
+@dense_mutant
+def weight_gradients_in_x_dtype(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """Sums the gradients of projections over tiles of 32 tokens in x's dtype (E2)."""
+    return _tile_by_tile(inner, x, ids, w, weights, {*PROJECTIONS}, 32)
+
+
 def _token_by_token(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, names: set[str]) -> Tensor:
-    """The right output; gradients of these parameters come from a call for each token, and autograd adds them."""
+    return _tile_by_tile(inner, x, ids, w, weights, names, 1)
+
+
+def _tile_by_tile(
+    inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights, names: set[str], rows: int
+) -> Tensor:
+    """The right output; gradients of these parameters come from a call for each tile, and autograd adds them."""
     parameters = weights.parameters()
     kept = {name: value.detach() for name, value in parameters.items() if name in names}
     others = {name: value.detach() for name, value in parameters.items() if name not in names}
     y = experts(inner, x, ids, w, weights.with_parameters(kept))
     own = weights.with_parameters(others)
     x, ids, w = x.detach(), ids.detach(), w.detach()
-    each = (slice(token, token + 1) for token in range(x.shape[0]))
-    alone = [experts(inner, x[rows], ids[rows], w[rows], own) for rows in each]
+    each = (slice(token, token + rows) for token in range(0, x.shape[0], rows))
+    alone = [experts(inner, x[tile], ids[tile], w[tile], own) for tile in each]
     return y + _nothing_but_gradients(torch.cat(alone)) if alone else y
 
 

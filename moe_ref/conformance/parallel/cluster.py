@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 MINUTES = 5  # that a step of a collective may take, before gloo gives up
+LIMIT_S = 60.0 * (MINUTES + 1)  # that an answer may take: more than a step, so that gloo's own error comes first
 
 
 class RanksError(RuntimeError):
@@ -35,10 +37,11 @@ class Cluster:
 
     Args:
         ranks: how many, each with one thread.
+        limit_s: seconds that the answer of a rank may take.
     """
 
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: int, limit_s: float = LIMIT_S) -> None:
+        self.ranks, self.limit_s = ranks, limit_s
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         self._folder: Any = None
@@ -81,15 +84,22 @@ class Cluster:
             What each of them returns.
 
         Raises:
-            RanksError: some raised or ended.
+            RanksError: some raised, ended, or did not answer in time.
         """
         self.start()
         pipes = self._pipes[: ranks or self.ranks]
         for pipe in pipes:
             pipe.send((function, len(pipes), arguments))
         found: dict[int, Any] = {}
+        end = time.monotonic() + self.limit_s
         while len(found) < len(pipes):
-            for ready in wait([pipe for rank, pipe in enumerate(pipes) if rank not in found]):
+            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in found]
+            answers = wait(waiting, max(0.0, end - time.monotonic()))
+            if not answers:
+                self.close()
+                said = ("error", f"no answer within {self.limit_s:g} s")
+                found |= {rank: said for rank in range(len(pipes)) if rank not in found}
+            for ready in answers:
                 rank = pipes.index(ready)  # type: ignore[arg-type]
                 try:
                     found[rank] = pipes[rank].recv()

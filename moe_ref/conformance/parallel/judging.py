@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from hypothesis import strategies as st
 
 from moe_ref.conformance.judgement.checks import ConformanceError, applicable, verdicts_of, with_one_choice
@@ -45,7 +46,13 @@ def check_parallel(
     Raises:
         ConformanceError: a clause is broken, ranks that must agree do not, or some rank raises.
     """
-    problem = _alone(executor, problem)
+    _judged(executor, cluster, name, _alone(executor, problem), split, make)
+
+
+def _judged(
+    executor: Executor, cluster: Cluster, name: str, problem: Problem, split: Split, make: Made = made
+) -> dict[str, Any]:
+    """The joined results of all ranks, by name, once they are judged."""
     try:
         parts = cluster.run(run_part, name, problem, split, make, ranks=split.ranks)
         results = joined(parts, problem, split)
@@ -60,6 +67,53 @@ def check_parallel(
             faults.append(Fault(clause, f"{split}: {verdict.failure}", verdict.name))
     if faults:
         raise ConformanceError(executor, problem, *faults[0], truth.arrays, faults[1:])
+    return results
+
+
+def check_parallel_law(
+    executor: Executor,
+    cluster: Cluster,
+    name: str,
+    problem: Problem,
+    split: Split,
+    law: str,
+    _device: str = "cpu",
+    make: Made = made,
+) -> None:
+    """Spreads the same tokens in another way (`LAWS`), which must change nothing.
+
+    The numbers of both ways must lie within the error bars. Where the executor is batch invariant (C2), and slots come
+    back, y must have the same bits.
+
+    Raises:
+        ConformanceError: they do not.
+    """
+    problem = _alone(executor, problem)
+    first, second = split, LAWS[law](split, cluster.ranks, problem)
+    found = [_judged(executor, cluster, name, problem, own, make)["y"] for own in (first, second)]
+    exact = executor.capabilities.batch_invariant and split.returns == "slot"
+    if exact and found[0].tobytes() != found[1].tobytes():
+        raise ConformanceError(executor, problem, f"the law {law}", f"y of {first} and of {second} differ", "y")
+
+
+def permute_ranks(split: Split, _ranks: int, _problem: Problem) -> Split:
+    """Each part of the tokens is on another rank, whose experts are others."""
+    return replace(split, order=(*range(1, split.ranks), 0))
+
+
+def move_token(split: Split, _ranks: int, problem: Problem) -> Split:
+    """The first token of each rank but the first goes to the rank before."""
+    return replace(split, cuts=tuple(min(cut + 1, problem.tokens) for cut in split.cuts))
+
+
+def other_ranks(split: Split, ranks: int, problem: Problem) -> Split:
+    """As many ranks as there are, or one less, with other cuts."""
+    count = ranks if split.ranks < ranks else max(1, ranks - 1)
+    cuts = np.random.default_rng(problem.seed).integers(problem.tokens + 1, size=count - 1)
+    return replace(split, cuts=tuple(sorted(cuts.tolist())))
+
+
+LAWS = {law.__name__: law for law in (permute_ranks, move_token, other_ranks)}
 
 
 def check_parallel_repeatable(
@@ -85,12 +139,14 @@ def _alone(executor: Executor, problem: Problem) -> Problem:
 
 
 @st.composite
-def splits(draw: st.DrawFn, ranks: int, tokens: int, dispatches: Sequence[str] = DISPATCHES) -> Split:
-    """Draws uneven splits over up to so many ranks; some have no tokens."""
+def splits(draw: st.DrawFn, ranks: int, tokens: int, empty_slots: bool = True) -> Split:
+    """Draws uneven splits over up to so many ranks; some have no tokens, and some make empty slots, if they may."""
     count = draw(st.integers(1, ranks), label="ranks")
     cuts = draw(st.lists(st.integers(0, tokens), min_size=count - 1, max_size=count - 1), label="cuts")
-    dispatch = draw(st.sampled_from(dispatches), label="dispatch")
-    return Split(tuple(sorted(cuts)), dispatch, draw(st.sampled_from(["slot", "rank"]), label="returns"))
+    dispatch = draw(st.sampled_from(DISPATCHES if empty_slots else DISPATCHES[:1]), label="dispatch")
+    bounded = empty_slots and dispatch == "all_to_all" and draw(st.booleans(), label="bounded")
+    returns = draw(st.sampled_from(["slot", "rank"]), label="returns")
+    return Split(tuple(sorted(cuts)), dispatch, returns, bounded=bounded)
 
 
 def problems_of_ranks(executor: Executor) -> st.SearchStrategy[Any]:

@@ -31,33 +31,52 @@ class Split:
         cuts: [W - 1] sorted, from 0 to T: rank r has the tokens between cuts r - 1 and r.
         dispatch: "all_to_all", where each rank has its tokens, or "all_reduce", where all have all.
         returns: "slot" or "rank".
+        order: [W] which part of the tokens each rank has; () is their order.
+        bounded: whether exchanges have the size of a bound, which no rank passes.
     """
 
     cuts: tuple[int, ...] = ()
     dispatch: str = "all_to_all"
     returns: str = "slot"
+    order: tuple[int, ...] = ()
+    bounded: bool = False
 
     @property
     def ranks(self) -> int:
         """W."""
         return len(self.cuts) + 1
 
+    def rank_of(self, part: int) -> int:
+        """The rank that has a part of the tokens."""
+        return self.order.index(part) if self.order else part
+
     def tokens(self, rank: int, tokens: int) -> slice:
         """The tokens of a rank."""
         if self.dispatch == "all_reduce":
             return slice(0, tokens)
-        ends = (0, *self.cuts, tokens)
-        return slice(ends[rank], ends[rank + 1])
+        ends, part = (0, *self.cuts, tokens), self.order[rank] if self.order else rank
+        return slice(ends[part], ends[part + 1])
 
 
-Made = Callable[[str, Any, Split, int], "Executor"]
+Made = Callable[[str, Any, Split, Problem], "Executor"]
 
 
-def made(name: str, group: Any, split: Split, num_experts: int) -> Executor:
+def made(name: str, group: Any, split: Split, problem: Problem) -> Executor:
     """The parallel executor around one of this name."""
     from executors import parallel
 
-    return parallel.ExpertParallel(name, group, split.dispatch, split.returns, num_experts, 30.0)  # type: ignore[arg-type]
+    return parallel.ExpertParallel(name, group, **options(split, problem))
+
+
+def options(split: Split, problem: Problem) -> dict[str, Any]:
+    """Those of the parallel executor for a split."""
+    return {
+        "dispatch": split.dispatch,
+        "returns": split.returns,
+        "num_experts": problem.experts,
+        "timeout": 30.0,
+        "max_slots": max(1, problem.tokens * problem.top_k) if split.bounded else None,
+    }
 
 
 def run_part(group: Any, name: str, problem: Problem, split: Split, make: Made = made) -> dict[str, Any]:
@@ -71,7 +90,7 @@ def run_part(group: Any, name: str, problem: Problem, split: Split, make: Made =
     inputs = to_torch(problem, build(problem))
     tokens = split.tokens(dist.get_rank(group), problem.tokens)
     weights, _ = parallel.shard(inputs.weights, group)
-    executor = make(name, group, split, problem.experts)
+    executor = make(name, group, split, problem)
     names = ("x", "dy", "router_logits", "topk_ids", "topk_weights")
     own = {name: _rows(getattr(inputs, name), tokens) for name in names}
     with poisoned():
@@ -128,7 +147,7 @@ def joined(parts: Sequence[dict[str, Any]], problem: Problem, split: Split) -> d
                 raise ValueError(f"{name} differs between ranks that have the same tokens")
             out[name] = arrays[0]
         elif name == "y":
-            out[name] = np.concatenate(arrays)
+            out[name] = np.concatenate([arrays[split.rank_of(part)] for part in range(split.ranks)])
         else:
             out[name] = sum(arrays[1:], arrays[0])
     return out

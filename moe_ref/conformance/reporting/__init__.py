@@ -4,5 +4,6 @@
 - `expected`: the file of expected failures;
 - `applicable`: what an executor does not declare, and clauses that do not apply because of that;
 - `ledger`, `summary`: results of all tests, and what is printed of them;
+- `order`, `search`: cheap tests first, and how long a failure is made simpler;
 - `saved`, `again`: a failure as a vector, and as a call to paste.
 """

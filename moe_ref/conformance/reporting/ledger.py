@@ -50,7 +50,7 @@ class Failure:
     def size(self) -> tuple[bool, int, int]:
         """Grows with the problem, by its sizes and the length of its call; failures without one come last."""
         sizes = re.findall(r"\b(?:tokens|experts|hidden|intermediate)=(\d+)", self.problem)
-        return not self.problem, sum(map(int, sizes)), len(self.problem)
+        return not sizes, sum(map(int, sizes)), len(self.problem)
 
 
 @dataclass(frozen=True)

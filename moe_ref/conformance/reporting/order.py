@@ -29,7 +29,7 @@ LARGE, WIDE = 20_000, 1000  # T times H, and H, from which it runs last
 
 def cheap_first(items: list[pytest.Item]) -> None:
     """Sorts the suite's tests among the places that they have; those of one executor stay together."""
-    places = [place for place, item in enumerate(items) if _is_of_suite(item)]
+    places = [place for place, item in enumerate(items) if is_of_suite(item)]
     executors: dict[str, int] = {}
     for place in places:
         executors.setdefault(_parameter(items[place], "executor_name"), len(executors))
@@ -39,7 +39,8 @@ def cheap_first(items: list[pytest.Item]) -> None:
         items[place] = item
 
 
-def _is_of_suite(item: pytest.Item) -> bool:
+def is_of_suite(item: pytest.Item) -> bool:
+    """Whether a test is one of the suite, wherever it was collected."""
     return getattr(getattr(item, "function", None), "__module__", "") == SUITE
 
 

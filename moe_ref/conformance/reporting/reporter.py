@@ -5,11 +5,14 @@ It imports nothing before the suite runs, so an installed moe-ref costs other te
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from moe_ref.conformance.reporting.order import is_of_suite
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -35,6 +38,11 @@ class Reporter:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.outcomes: list[dict[str, Any]] = []
+        self.deselected: list[pytest.Item] = []
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        """Notes the suite's tests that -k, -m or --deselect leave out."""
+        self.deselected += [item for item in items if is_of_suite(item)]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> None:
@@ -127,6 +135,10 @@ class Reporter:
         ledger, left_out = self.ledger(), self.left_out()
         if left_out:
             terminalreporter.write_line(f"not all of the suite ran: {left_out}")
+        if self.deselected:
+            counts = Counter(str(getattr(item, "originalname", item.name)) for item in self.deselected)
+            said = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+            terminalreporter.write_line(f"tests that were deselected: {said}")
         for name in names:
             for line in lines(ledger, name, lacks(executors.get(name).capabilities), left_out):
                 terminalreporter.write_line(line.text, red=line.wrong)
