@@ -16,6 +16,7 @@ import pytest
 from executors import Executor, Unsupported
 from moe_ref.conformance.judgement.call import call, to_torch
 from moe_ref.conformance.judgement.checks import ConformanceError, check_problem
+from moe_ref.conformance.judgement.errors import check_errors
 from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.reporting.ledger import Failure, Outcome
@@ -81,6 +82,11 @@ def test_what_is_not_promised_is_refused(name: str) -> None:
     inputs = to_torch(problem, build(problem), "cpu")
     with pytest.raises(Unsupported, match=rf"must be .* for {name}$"):
         call(peer(name), inputs)
+
+
+def test_bad_input_is_refused_whatever_constants_are_declared() -> None:
+    """gpt-oss' alone: each bad input must be bad in one way, not in two."""
+    check_errors(peer("transformers_gpt_oss_grouped_mm"))
 
 
 def test_the_driver_knows_every_adapter() -> None:
