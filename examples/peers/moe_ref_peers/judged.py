@@ -45,7 +45,10 @@ class Verdict:
     seconds: float = 0.0
 
     def clauses(self) -> dict[str, str]:
-        """Each clause: "holds", "fails", "not promised" or "not judged"."""
+        """Each clause: "holds", "fails", "not promised" or "not judged".
+
+        Not judged is also what a test is about that raised another error, or ended its process.
+        """
         left_out = {clause for _, clauses in self.lacks for clause in clauses}
         ledger = Ledger((), self.outcomes)
         holding = ledger.holding(self.name, left_out)
