@@ -101,24 +101,28 @@ def test_a_clause_is_one_of_four(tmp_path: Path) -> None:
     for outcome in (
         Outcome("mine", "first", ("E1", "E2", "D1"), "passed"),
         Outcome("mine", "second", ("E2",), "failed", (broken,)),
+        Outcome("mine", "third", ("E3", "E4"), "passed"),
+        Outcome("mine", "fourth", ("E4",), "failed", (Failure(("raises ValueError",), "no"),)),
     ):
         lines += [{"begun": f"::{outcome.test}", "test": outcome.test, "clauses": []}, {"outcome": outcome.plain()}]
-    lines.append({"begun": "::third", "test": "third", "clauses": ["C1"]})  # in which the process ended
+    lines.append({"begun": "::fifth", "test": "fifth", "clauses": ["C1"]})  # in which the process ended
     file = tmp_path / "told"
     file.write_text("\n".join(map(json.dumps, lines)))
     verdict = judged.Verdict("mine", {})
     assert judged._read(file, verdict, done=set()) == lines[-1]
     found = verdict.clauses()
-    assert {own: found[own] for own in ("E1", "E2", "D1", "C1")} == {
+    assert {own: found[own] for own in ("E1", "E2", "E3", "E4", "D1", "C1")} == {
         "E1": "holds",
         "E2": "fails",
+        "E3": "holds",
+        "E4": "not judged",
         "D1": "not promised",
         "C1": "not judged",
     }
     page = importlib.import_module("moe_ref_peers.page")
-    assert page.others(verdict.plain()) == ["fork"]
-    assert judged._read(file, verdict, done={"first", "second"}) == lines[-1]
-    assert len(verdict.outcomes) == 2
+    assert page.others(verdict.plain()) == ["fork", "raises ValueError"]
+    assert judged._read(file, verdict, done={"first", "second", "third", "fourth"}) == lines[-1]
+    assert len(verdict.outcomes) == 4
 
 
 def test_the_page_has_the_table_of_the_results() -> None:

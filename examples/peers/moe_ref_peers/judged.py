@@ -53,7 +53,14 @@ class Verdict:
         ledger = Ledger((), self.outcomes)
         holding = ledger.holding(self.name, left_out)
         broken = {clause for own in self.outcomes for failure in own.failures for clause in failure.breaks}
-        states = dict.fromkeys(left_out, "not promised") | dict.fromkeys(holding, "holds")
+        hidden = {
+            clause
+            for own in self.outcomes
+            if any(failure.breaks[0].startswith(("raises ", "ends ")) for failure in own.failures)
+            for clause in own.clauses
+        }
+        states = dict.fromkeys(left_out, "not promised")
+        states |= {clause: "holds" for clause in holding if clause not in hidden}
         states |= dict.fromkeys(broken, "fails")
         return {clause: states.get(clause, "not judged") for clause in CLAUSES}
 
