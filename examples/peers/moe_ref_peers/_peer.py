@@ -88,7 +88,7 @@ def plain_swiglu(**changes: Any) -> Capabilities:
 def gpt_oss(**changes: Any) -> Capabilities:
     """The same for gpt-oss: biases, the clamped form with its own constants, and rows of gate and up by turns."""
     constants = {"alphas": frozenset({1.702}), "limits": frozenset({7.0}), "up_offsets": frozenset({1.0})}
-    return plain_swiglu(gate_up_layouts=frozenset({"interleaved"}), biases=True, **constants, **changes)
+    return plain_swiglu(gate_up_layouts=frozenset({"interleaved"}), biases=True, **constants | changes)
 
 
 def biases_of(layer: MoEWeights) -> dict[str, Tensor]:

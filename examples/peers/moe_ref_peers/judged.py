@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_ref.conformance.reporting.ledger import CLAUSES, Failure, Ledger, Outcome
+from moe_ref.conformance.reporting.ledger import CLAUSES, HOLDS, Failure, Ledger, Outcome
 from moe_ref_peers.peers import Entry
 
 SUITE = ("-m", "pytest", "--pyargs", "moe_ref.conformance.suite", "-q", "-p", "no:cacheprovider")
@@ -50,8 +50,7 @@ class Verdict:
         Not judged is also what a test is about that raised another error, or ended its process.
         """
         left_out = {clause for _, clauses in self.lacks for clause in clauses}
-        ledger = Ledger((), self.outcomes)
-        holding = ledger.holding(self.name, left_out)
+        judged = Ledger((), self.outcomes).states(self.name, left_out)
         broken = {clause for own in self.outcomes for failure in own.failures for clause in failure.breaks}
         hidden = {
             clause
@@ -60,7 +59,7 @@ class Verdict:
             for clause in own.clauses
         }
         states = dict.fromkeys(left_out, "not promised")
-        states |= {clause: "holds" for clause in holding if clause not in hidden}
+        states |= {clause: "holds" for clause, state in judged.items() if state == HOLDS and clause not in hidden}
         states |= dict.fromkeys(broken, "fails")
         return {clause: states.get(clause, "not judged") for clause in CLAUSES}
 

@@ -54,8 +54,8 @@ class TransformersExperts(Peer):
         changes: dict[str, Any] = {"dtypes": DTYPES, "empty_batch": self.implementation != "eager"}
         if self.implementation == "grouped_mm":
             changes |= ROWS_OF_16_BYTES
-        if self.family == "gpt_oss":
-            return gpt_oss(**changes)
+        if self.family == "gpt_oss":  # whose parameters are stored [E, H, 2I] and [E, I, H]
+            return gpt_oss(strided=frozenset({"weights"}), **changes)
         return plain_swiglu(activations=frozenset(ACTIVATIONS[self.family]), **changes)
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor, layer: MoEWeights) -> Tensor:
@@ -70,13 +70,13 @@ class TransformersExperts(Peer):
 
 
 def parameters(family: Family, layer: MoEWeights) -> dict[str, Tensor]:
-    """The layer's tensors under the family's names, in its shapes; no copies."""
+    """The layer's tensors under the family's names, in its shapes; no copies of what lies as the family stores it."""
     if family == "nemotron_h":
         return {"up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
     if family == "qwen3":
         return {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
-    turned = {name: getattr(layer, name).transpose(1, 2) for name in ("gate_up_proj", "down_proj")}
-    return turned | biases_of(layer)
+    turned = {name: getattr(layer, name).transpose(1, 2).contiguous() for name in ("gate_up_proj", "down_proj")}
+    return turned | {name: bias.contiguous() for name, bias in biases_of(layer).items()}
 
 
 def built(family: Family, layer: MoEWeights, implementation: Implementation) -> Any:
