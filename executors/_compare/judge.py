@@ -97,7 +97,7 @@ def unjudged(layer: Layer, seed: int) -> Truth:
     dy = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
     bias = layer.weights.selection_bias
     ids = route(_wide(logits), layer.weights.config, None if bias is None else _wide(bias)).topk_ids
-    topk_ids = torch.from_numpy(ids).to(x.device)
+    topk_ids = torch.from_numpy(np.ascontiguousarray(ids)).to(x.device)  # as kernels take them
     inputs = Inputs(_leaf(x), dy, _leaf(logits), topk_ids, None, _leaf_weights(layer.weights))
     return Truth(inputs, {}, np.bincount(ids.ravel(), minlength=layer.weights.num_experts))
 
@@ -113,7 +113,12 @@ def inputs_for(executor: Executor, truth: Truth) -> Inputs:
     )
     wide = torch.promote_types(truth.inputs.x.dtype, torch.float32)
     weights = replace(given, expert_scale=None)
-    return replace(truth.inputs, router_logits=None, topk_weights=_leaf(routing.topk_weights.to(wide)), weights=weights)
+    return replace(
+        truth.inputs,
+        router_logits=None,
+        topk_weights=_leaf(routing.topk_weights.to(wide).contiguous()),
+        weights=weights,
+    )
 
 
 def judge_executor(executor: Executor, truth: Truth) -> Judgement:

@@ -1,11 +1,14 @@
 """The judge of ``compare``: what the suite rejects for another reason than its numbers."""
 
+from dataclasses import replace
+
 import pytest
 
 import executors
-from executors._compare.judge import Truth, exact_answer, judge_executor
+from executors._compare.judge import Truth, exact_answer, inputs_for, judge_executor
 from executors.layer_file import bundled_layer, first_tokens, load_layer
 from moe_ref.conformance.mutants import mutants
+from moe_ref.conformance.wrapped import Declaring
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,3 +39,12 @@ def test_wrong_ones_are_told_apart(mutant: str, said: str, truth: Truth) -> None
     """Inference too is judged, since it may take another path."""
     judgement = judge_executor(mutants(executors.get("native"))[mutant], truth)
     assert judgement.failure.startswith(said)
+
+
+def test_routing_is_contiguous(truth: Truth) -> None:
+    """Kernels that take no other strides are judged and timed on it."""
+    inner = executors.get("native")
+    executor = Declaring("elsewhere", inner, declared=replace(inner.capabilities, routing=False))
+    inputs = inputs_for(executor, truth)
+    assert inputs.topk_ids.is_contiguous()
+    assert inputs.topk_weights.is_contiguous()  # type: ignore[union-attr]
