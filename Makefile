@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test vectors docs docs-serve install lint clean bench-gpu
+.PHONY: help run test vectors peers docs docs-serve install lint clean bench-gpu
 
 # bench-gpu: on a GPU host, with its own Python, and with the wheels in this folder if there are any.
 WHEELS ?= .whl
@@ -28,6 +28,11 @@ bench-gpu: $(if $(SHORT),install) ## on a GPU host: check and measure; SHORT=1: 
 vectors: install ## test vectors for other languages, as dist/moe-ref-vectors.tar.gz
 	rm -rf dist/moe-ref-vectors
 	OMP_NUM_THREADS=1 $(BIN)/python -m moe_ref.conformance vectors dist/moe-ref-vectors --archive dist/moe-ref-vectors.tar.gz
+
+peers: ## the suite on public implementations, in .venv-peers, as peers-results/; ONLY="liger kt_kernel"
+	PYTHON='$(PYTHON)' examples/peers/install.sh .venv-peers
+	.venv-peers/bin/python -m moe_ref_peers --out peers-results --findings examples/peers/findings \
+	  $(if $(ONLY),--only $(ONLY) --keep)
 
 # No page is left out of the site, and no link is dead; NO_MKDOCS_2_WARNING leaves out an advertisement.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
@@ -53,4 +58,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist bench-results compare-results train-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist bench-results compare-results train-results peers-results .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -48,6 +48,8 @@ RAW_ALLOWED = {
     "moe_ref/conformance/vectors/archive.py": "into the temporary file of `replacing`",
     "moe_ref/conformance/reporting/saved.py": "a folder that is renamed when all is there",
     "examples/qlora_finetune.py": "PEFT's own form, into a folder that is read back at once",
+    "examples/peers/moe_ref_peers/collect.py": PRIVATE,
+    "examples/peers/moe_ref_peers/judged.py": PRIVATE,
 }
 OPENS = {
     "safe_open",
@@ -73,6 +75,8 @@ OPENS_ALLOWED = {
     "executors/_files/checksums.py": "part of `opened`",
     "executors/parallel/agreement.py": "what other ranks said",
     "examples/qlora/memory.py": "what a process of ours was given",
+    "examples/peers/moe_ref_peers/__main__.py": "the processor's name, and results of its own",
+    "examples/peers/moe_ref_peers/judged.py": "what a process of ours printed",
     "examples/tiny/report.py": "digests of the bundled files",
     "benchmarks/four_bit_counts.py": "figures of this repository",
     "benchmarks/gpu_run.py": "the log of a process, for people",

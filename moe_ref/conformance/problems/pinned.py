@@ -205,6 +205,8 @@ EXAMPLES = (
     ),
     # equal rows may also round differently, by their place in a tile, where u + 1 nearly cancels
     Problem(8, 8, 17, 1, MoEConfig(1, up_offset=1.0), entry="experts", cut_points=True, x_layout="expanded"),
+    # one token, and an expert in several of its slots: a path for decoding may write one row for all of them
+    Problem(1, 4, 32, 32, MoEConfig(3), "bfloat16", "experts", cut_points=True, bias_dtype="bfloat16"),
     # a true gradient of 3e-11 that fp16 rounds to zero: its gain is -1, and its error bar must include that
     Problem(1, 2, 1, 1, MoEConfig(1, renormalize=True, renormalize_eps=1e-6), routing_dtype="float16"),
     # a softmax whose other expert is e**-18: its gradient has the relative error of that exponential
