@@ -30,9 +30,7 @@ class CompareOptions:
     device: cli.DeviceOption = "cpu"
     tokens: cli.TokensOption = None
     repeats: cli.RepeatsOption = 10
-    seed: Annotated[
-        int, typer.Option(callback=cli.check_seed, help="Seed of the upstream gradient and of the samples.")
-    ] = 0
+    seed: cli.SamplesSeedOption = 0
 
 
 @cli.with_options(CompareOptions)

@@ -88,6 +88,9 @@ RoundsOption = Annotated[int, typer.Option(callback=within(1), help="Least numbe
 ScaleOption = Annotated[int, typer.Option(callback=within(1), help="Divides H and I, for a quick look.")]
 RepeatsOption = Annotated[int, typer.Option(callback=within(1), help="Timed calls of each executor.")]
 TokensOption = Annotated[int | None, typer.Option(callback=within(1), help="Only the layer's first N tokens.")]
+SamplesSeedOption = Annotated[
+    int, typer.Option(callback=check_seed, help="Seed of the upstream gradient and of the samples.")
+]
 SeedOption = Annotated[int, typer.Option(callback=check_seed, help="Seed of weights and inputs.")]
 FileArgument = Annotated[
     Path | None, typer.Argument(metavar="FILE", help="A layer file (docs/layer-file.md); default: the bundled layer.")

@@ -53,7 +53,7 @@ class ReportOptions:
     ] = 3600.0
     tokens: cli.TokensOption = None
     repeats: cli.RepeatsOption = 10
-    seed: cli.SeedOption = 0
+    seed: cli.SamplesSeedOption = 0
 
 
 @cli.with_options(ReportOptions)
