@@ -1,4 +1,4 @@
-"""The command line: ``python -m executors list | explain | compare | extract | bench | crossover | kernels | tune``."""
+"""``python -m executors list | explain | compare | extract | bench | crossover | kernels | plan | tune | report``."""
 
 import sys
 

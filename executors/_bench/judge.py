@@ -29,15 +29,15 @@ def judge_contender(
     try:
         if not backward:
             with torch.no_grad():
-                return _judge(call(batch), {}, layer, batch, truth)
+                return judge_results(call(batch), {}, layer, batch, truth)
         y = call(batch)
-        torch.autograd.backward(y, _masked(batch).dy)
+        torch.autograd.backward(y, only_judged(batch).dy)
         leaves = batch.leaves() | layer.parameters
         gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         missing = [name for name in leaves if name not in gradients]
         if missing:
             return Judgement(fault=f"D1: no gradient for {', '.join(missing)}")
-        return _judge(y.detach(), gradients, layer, batch, truth)
+        return judge_results(y.detach(), gradients, layer, batch, truth)
     except (Unavailable, Unsupported) as error:
         return Judgement(reason=" ".join(str(error).split()))
     except torch.OutOfMemoryError as error:
@@ -54,7 +54,10 @@ def clear_gradients(layer: BenchLayer, batch: Batch) -> None:
         leaf.grad = None
 
 
-def _judge(y: Tensor, gradients: dict[str, Tensor], layer: BenchLayer, batch: Batch, truth: SampledTruth) -> Judgement:
+def judge_results(
+    y: Tensor, gradients: dict[str, Tensor], layer: BenchLayer, batch: Batch, truth: SampledTruth
+) -> Judgement:
+    """Judges an output and gradients, those of parameters in the model's own storage."""
     if y.shape != batch.x.shape or y.dtype != batch.x.dtype:
         wanted = f"{tuple(batch.x.shape)} {dtype_name(batch.x)}"
         return Judgement(fault=f"E3, T2: y is {tuple(y.shape)} {dtype_name(y)}, but must be {wanted}")
@@ -88,7 +91,8 @@ def _zero_outside(value: Tensor, where: Tensor) -> bool:
     return all(not bool(value[index].count_nonzero()) for index in others.nonzero().flatten().tolist())
 
 
-def _masked(batch: Batch) -> Batch:
+def only_judged(batch: Batch) -> Batch:
+    """The batch with a dy that is zero but for the judged tokens."""
     dy = torch.zeros_like(batch.dy)
     dy[batch.judged] = batch.dy[batch.judged]
     return replace(batch, dy=dy)

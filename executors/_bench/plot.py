@@ -40,7 +40,7 @@ def plot(path: Path, cases: list[BenchCase], title: str) -> None:
             if column == MEMORY:
                 _memory_panel(axes[i, j], [case for case in row if case.routing == row[0].routing], names)
             elif found:
-                _speed_panel(axes[i, j], found, names, _limits(row))
+                speed_panel(axes[i, j], found, names, _limits(row), _comparison(found)[1])
                 axes[i, j].set_title(f"{layer}, {DIRECTIONS[direction]}\n{column} routing", fontsize=9)
             else:
                 axes[i, j].set_axis_off()
@@ -60,7 +60,10 @@ def _limits(cases: list[BenchCase]) -> tuple[float, float]:
     return ratio_limits([ratio for case in cases for row in case.rows if (ratio := ratio_of(case, row))])
 
 
-def _speed_panel(ax: Axes, cases: list[BenchCase], names: list[str], limits: tuple[float, float]) -> None:
+def speed_panel(
+    ax: Axes, cases: list[BenchCase], names: list[str], limits: tuple[float, float], value_of: Places
+) -> None:
+    """The ratios of all contenders at each T, over the noise."""
     for place, case in enumerate(cases):
         control = case.control()
         if control is not None:
@@ -68,7 +71,7 @@ def _speed_panel(ax: Axes, cases: list[BenchCase], names: list[str], limits: tup
             label = "a contender against itself (no result)" if place == 0 else None
             ax.fill_between([place - 0.46, place + 0.46], 1 / within, within, color=GREY, linewidth=0, label=label)
     ax.axhline(1.0, color="black", linewidth=0.8)
-    _points(ax, cases, names, _comparison(cases)[1])
+    _points(ax, cases, names, value_of)
     ax.set_yticks(TICKS)
     ax.set_ylim(*limits)
     ax.yaxis.set_major_formatter(AS_IT_IS)

@@ -180,7 +180,7 @@ def commit() -> str | None:
 
 
 def _case(case: BenchCase, ceilings: Ceilings) -> dict[str, Any]:
-    best, control = case.best_peer(), case.control()
+    best = case.best_peer()
     active, stack = case.decoded()
     return {
         **case.shape.as_json(),
@@ -194,16 +194,21 @@ def _case(case: BenchCase, ceilings: Ceilings) -> dict[str, Any]:
         "decoded_bytes": {"active": active, "stack": stack},
         "best_peer": best.name if best else None,
         "stack": case.stack if case.stack_row() else None,
-        "control": None
-        if control is None
-        else {"contender": case.reference, "seconds": case.again, "ratio": asdict(control)},
+        "control": control_json(case),
         "contenders": [_contender(case, row, ceilings) for row in case.rows],
     }
 
 
-def _contender(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> dict[str, Any]:
-    judgement, ratio, control = row.judgement, case.ratio(row), case.control()
-    found: dict[str, Any] = {
+def control_json(case: BenchCase) -> dict[str, Any] | None:
+    """The reference against itself."""
+    control = case.control()
+    return {"contender": case.reference, "seconds": case.again, "ratio": asdict(control)} if control else None
+
+
+def row_json(row: BenchRow) -> dict[str, Any]:
+    """What every benchmark says of a contender."""
+    judgement = row.judgement
+    return {
         "name": row.name,
         "ours": row.ours,
         "reason": row.reason,
@@ -211,6 +216,13 @@ def _contender(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> dict[str, 
         "failure": judgement.failure if judgement else "",
         "max_z": {v.name: v.max_z for v in judgement.verdicts} if judgement else {},
         "seconds": row.seconds,
+    }
+
+
+def _contender(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> dict[str, Any]:
+    ratio, control = case.ratio(row), case.control()
+    found: dict[str, Any] = {
+        **row_json(row),
         "untimed": row.untimed,
         "interpreted": row.interpreted,
         "peak_bytes": row.peak,

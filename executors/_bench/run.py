@@ -72,7 +72,7 @@ def run(settings: Settings, show: Show, keep: Keep) -> Findings:
         if not in_time():
             continue
         try:
-            layer = _make_layer(settings, name, say)
+            layer = make_layer(settings, name, say)
         except torch.OutOfMemoryError as error:
             found.left_out.append(f"{name}: left out, not enough memory: {str(error).splitlines()[0]}")
             continue
@@ -89,7 +89,7 @@ def run(settings: Settings, show: Show, keep: Keep) -> Findings:
 def _add_launches(settings: Settings, found: Findings, show: Show) -> None:
     """Counts the kernels of every call that was timed. It comes last: a profiler slows what runs after it."""
     for name, of_layer in groupby(found.cases, lambda case: case.shape.name):
-        plain = _make_layer(settings, name, lambda _: None)
+        plain = make_layer(settings, name, lambda _: None)
         for case in of_layer:
             show(f"{name} T={case.tokens} {case.direction}: launches", len(found.cases), len(found.cases))
             adapted = case.direction == LORA
@@ -148,7 +148,8 @@ def run_layer(
         add_peaks(plain, cases[first:], device=device, seed=seed, rank=rank, tell=say)
 
 
-def _make_layer(settings: Settings, name: str, say: Callable[[str], None]) -> BenchLayer:
+def make_layer(settings: Settings, name: str, say: Callable[[str], None]) -> BenchLayer:
+    """The layer of that name with weights as the settings want them; ``say`` is told how far it is."""
     how = settings.quantisation
     shape = sized(name, settings.scale, settings.device, how.blocksize if how else MULTIPLE)
     layer = random_layer(shape, settings.device, settings.seed, lambda i, e: say(f"drawing expert {i} of {e}"))

@@ -65,7 +65,7 @@ def table(cases: list[BenchCase], ceilings: Ceilings) -> Table:
                 _add_dim(out, "  in a graph", _in_a_graph(case, row, ceilings), columns)
         if any(name == "MiB" for name, _ in columns) and case.stack:
             for what, size in zip(("active", "all"), case.decoded(), strict=True):
-                _add_dim(out, f"  {what} decoded", {"MiB": _short(size / MIB)}, columns)
+                _add_dim(out, f"  {what} decoded", {"MiB": short(size / MIB)}, columns)
         out.add_section()
     return out
 
@@ -74,12 +74,12 @@ def _columns(cases: list[BenchCase], ceilings: Ceilings) -> list[Column]:
     """The columns of a table: name, and text of a row."""
     rows = [row for case in cases for row in case.rows]
     columns: list[Column] = [
-        ("max z", lambda case, row: _max_z(row)),
-        ("ms", lambda case, row: _short(MILLISECONDS * spread(row.seconds).median)),
+        ("max z", lambda case, row: max_z(row)),
+        ("ms", lambda case, row: short(MILLISECONDS * spread(row.seconds).median)),
         ("+-", lambda case, row: relative(spread(row.seconds))),
     ]
     best: Column = ("x best", lambda case, row: _ratio(case, case.ratio(row), row is case.best_peer(), "best"))
-    memory: list[Column] = [("MiB", lambda case, row: "?" if row.peak is None else _short(row.peak / MIB))]
+    memory: list[Column] = [("MiB", lambda case, row: "?" if row.peak is None else short(row.peak / MIB))]
     tflops: Column = ("TFLOP/s", lambda case, row: _tflops(case, spread(row.seconds), ceilings))
     gbs: Column = ("GB/s", lambda case, row: _gbs(case, spread(row.seconds), ceilings))
     if not any(row.peak is not None or row.no_peak for row in rows):
@@ -112,12 +112,12 @@ def _cells(case: BenchCase, row: BenchRow, columns: list[Column]) -> list[str]:
     if row.reason:
         return [f"[dim]{name}[/dim]", *_only({"ms": "[dim]not run[/dim]"}, columns)]
     if row.failed:
-        return [name, *_only({"max z": f"[red]{_max_z(row)}[/red]", "ms": "[red]FAIL[/red]"}, columns)]
+        return [name, *_only({"max z": f"[red]{max_z(row)}[/red]", "ms": "[red]FAIL[/red]"}, columns)]
     if row.untimed:
-        return [name, *_only({"max z": _max_z(row), "ms": "[dim]slow[/dim]"}, columns)]
+        return [name, *_only({"max z": max_z(row), "ms": "[dim]slow[/dim]"}, columns)]
     if row.interpreted:
-        time = escape(f"[{_short(MILLISECONDS * spread(row.seconds).median)}]")
-        return [name, *_only({"max z": _max_z(row), "ms": time}, columns)]
+        time = escape(f"[{short(MILLISECONDS * spread(row.seconds).median)}]")
+        return [name, *_only({"max z": max_z(row), "ms": time}, columns)]
     return [name, *(cell(case, row) for _, cell in columns)]
 
 
@@ -128,7 +128,7 @@ def _again(case: BenchCase) -> dict[str, str]:
         return {}
     time = spread(case.again)
     return {
-        "ms": _short(MILLISECONDS * time.median),
+        "ms": short(MILLISECONDS * time.median),
         "+-": relative(time),
         "x best": f"{control.median:.2f}",
         "10-90%": _range(control),
@@ -139,7 +139,7 @@ def _in_a_graph(case: BenchCase, row: BenchRow, ceilings: Ceilings) -> dict[str,
     """The times of a call captured in a CUDA graph."""
     time, ratio, of_dense = spread(row.graph), case.graph_ratio(row), case.dense_graph_ratio(row)
     return {
-        "ms": _short(MILLISECONDS * time.median),
+        "ms": short(MILLISECONDS * time.median),
         "+-": relative(time),
         "x best": f"{ratio.median:.2f}" if ratio else "",
         "x bf16": f"{of_dense.median:.2f}" if of_dense else "",
@@ -161,7 +161,8 @@ def rates(case: BenchCase, time: Spread) -> tuple[float, float]:
     return case.flops / time.median / 1e12, case.bytes_moved / time.median / 1e9
 
 
-def _max_z(row: BenchRow) -> str:
+def max_z(row: BenchRow) -> str:
+    """The largest z of a row that ran."""
     z = row.judgement.max_z if row.judgement else None
     return "" if z is None else f"{min(z, 9999.0):.1f}"
 
@@ -179,7 +180,7 @@ def _ratio(case: BenchCase, ratio: Spread | None, itself: bool, name: str) -> st
 
 def _tflops(case: BenchCase, time: Spread, ceilings: Ceilings) -> str:
     tflops, _ = rates(case, time)
-    return f"{_short(tflops)} {tflops / ceilings.tflops:4.0%}"
+    return f"{short(tflops)} {tflops / ceilings.tflops:4.0%}"
 
 
 def _gbs(case: BenchCase, time: Spread, ceilings: Ceilings) -> str:
@@ -204,7 +205,7 @@ def _range(ratio: Spread | None) -> str:
     return "" if ratio is None else "-".join(f"{r:.{2 if r < 10 else 0}f}" for r in (ratio.low, ratio.high))
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three significant digits without an exponent."""
     digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 3
     return f"{value:.{digits}f}"

@@ -12,6 +12,7 @@ from executors._cli.explain import explain, print_rows
 from executors._cli.extract import extract
 from executors._cli.kernels import kernels
 from executors._cli.plan import plan
+from executors._cli.report import report
 from executors._cli.tune import tune
 
 app = typer.Typer(
@@ -31,5 +32,5 @@ def list_executors() -> None:
     print_rows(executors.explain(), kinds=True)
 
 
-for command in (explain, compare, extract, bench, crossover, kernels, plan, tune):
+for command in (explain, compare, extract, bench, crossover, kernels, plan, tune, report):
     app.command()(command)

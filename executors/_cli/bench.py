@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, fields
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,16 +17,22 @@ from executors._bench import report, variants
 from executors._bench import run as benchmark
 from executors._bench import settings as known
 from executors._bench import table as bench_table
-from executors._bench.case import LORA
+from executors._bench.case import LORA, BenchRow
 from executors._bench.layers import LAYERS
 from executors._bench.measure import MIN_ROUNDS
 from executors._bench.routing import KINDS
 from executors._cli import options as cli
 from executors._cli.bench_model import ModelSettings, bench_model
+from executors._cli.bench_ranks import bench_ranks
 from executors._files.whole import write_json
 
 DEFAULT_RANK = 16
+MOST_RANKS = 64
 OF_MODELS = ("model", "set", "tokens", "direction", "executor", "seconds", "out", "device", "seed")  # with --model
+OF_RANKS = {  # with --ranks
+    *("ranks", "layer", "tokens", "routing", "direction", "weights", "nested", "executor"),
+    *("scale", "seconds", "rounds", "out", "seed"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,14 @@ class BenchOptions:
     set: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=NUMBER", help="With --model: change its configuration; repeatable."),
+    ] = None
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            callback=cli.within(1, MOST_RANKS),
+            help="Spread the experts over so many processes of this machine, and time them against transformers' "
+            "expert parallelism and against one process.",
+        ),
     ] = None
     tokens: Annotated[
         list[int] | None,
@@ -122,11 +137,7 @@ class BenchOptions:
     def model_settings(self, model: str) -> ModelSettings:
         """The settings of a whole block, checked."""
         cli.check_device(self.device)
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name not in OF_MODELS and value != option.default:
-                shown = "" if value is True else f" {value[0] if isinstance(value, list) else value}"
-                cli.refuse(f"--{option.name.replace('_', '-')}{shown}: must be left out with --model")
+        self._refuse_others("--model", OF_MODELS)
         return ModelSettings(
             model=model,
             changes=tuple(self.set or ()),
@@ -137,6 +148,30 @@ class BenchOptions:
             device=self.device,
             seed=self.seed,
         )
+
+    def ranks_settings(self) -> known.Settings:
+        """The settings of expert parallelism, checked."""
+        self._refuse_others("--ranks", OF_RANKS)
+        if LORA in (self.direction or []):
+            cli.refuse(f"--direction {LORA}: must be left out with --ranks")
+        found = self.settings()
+        default = "native" if self.weights == known.DENSE else "grouped_nf4"
+        return replace(
+            found,
+            names=tuple(cli.chosen_names(self.executor)) if self.executor else (default,),
+            routings=found.routings or KINDS[:1],
+            directions=tuple(way for way in found.directions if way != LORA),
+            lora_rank=0,
+            memory=False,
+        )
+
+    def _refuse_others(self, given: str, allowed: Collection[str]) -> None:
+        """Refuses options that do not go with another."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in allowed and value != option.default:
+                shown = "" if value is True else f" {value[0] if isinstance(value, list) else value}"
+                cli.refuse(f"--{option.name.replace('_', '-')}{shown}: must be left out with {given}")
 
     def _names(self) -> tuple[str, ...]:
         """Our contenders: those asked for, or all that take such weights."""
@@ -178,6 +213,10 @@ def bench(options: BenchOptions) -> None:
     the block gives to its experts: an output or gradient may be three times as far from a wider copy as
     eager's, at most (2-norms).
 
+    With --ranks the experts are spread over processes of this machine, by gloo. `executors.parallel` around an executor
+    is timed in each of its ways against transformers' expert parallelism, and against one process that has all tokens
+    and all experts, with one thread and with as many as there are ranks.
+
     Exit status: 0 if all executors passed, 1 if one failed or an executor asked for by name cannot run, 2 for bad
     arguments.
     """
@@ -185,6 +224,10 @@ def bench(options: BenchOptions) -> None:
         of_block = bench_model(options.model_settings(options.model), options.out)
         if any(row.failed or (row.reason and row.ours and options.executor) for row in of_block):
             raise typer.Exit(1)
+        return
+    if options.ranks is not None:
+        spread = bench_ranks(options.ranks_settings(), options.ranks, options.out)
+        _end(options, [row for case in spread for row in case.rows if row.ours])
         return
     if options.set:
         cli.refuse(f"--set {options.set[0]}: must go with --model")
@@ -200,7 +243,11 @@ def bench(options: BenchOptions) -> None:
     keep(found)
     _print(settings, found)
     cli.print_written(out, ["bench.json", *_plot(out, found, settings)], started)
-    rows = [row for case in found.cases for row in case.rows if row.ours]
+    _end(options, [row for case in found.cases for row in case.rows if row.ours])
+
+
+def _end(options: BenchOptions, rows: list[BenchRow]) -> None:
+    """Ends with exit status 1 if an executor is wrong, or cannot run though it was asked for by name."""
     if any(row.failed or (row.reason and options.executor) for row in rows):
         raise typer.Exit(1)
 

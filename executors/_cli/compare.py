@@ -13,9 +13,8 @@ from rich.markup import escape
 from executors._cli import options as cli
 from executors._compare import report
 from executors._compare import run as comparison
-from executors._compare.judge import exact_answer, with_clear_choice
+from executors._compare.judge import exact_answer
 from executors._files.whole import write_json
-from executors.layer_file import first_tokens
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class CompareOptions:
     ] = None
     out: Annotated[Path, typer.Option(help="Folder for compare.json and compare.png.")] = Path("compare-results")
     device: cli.DeviceOption = "cpu"
-    tokens: Annotated[int | None, typer.Option(callback=cli.within(1), help="Only the layer's first N tokens.")] = None
-    repeats: Annotated[int, typer.Option(callback=cli.within(1), help="Timed calls of each executor.")] = 10
+    tokens: cli.TokensOption = None
+    repeats: cli.RepeatsOption = 10
     seed: Annotated[
         int, typer.Option(callback=cli.check_seed, help="Seed of the upstream gradient and of the samples.")
     ] = 0
@@ -46,16 +45,13 @@ def compare(options: CompareOptions) -> None:
     """
     names = cli.chosen_names(options.executor)
     cli.make_folder(options.out)
-    given = first_tokens(cli.load(options.file, options.device), options.tokens)
-    layer = with_clear_choice(given)
-    if not len(layer.x):
-        cli.refuse("router_logits: must have a token for which only one choice of experts is right")
+    layer, left_out = cli.load_clear(options.file, options.device, options.tokens)
     started, seed, tokens, repeats = time.monotonic(), options.seed, options.tokens, options.repeats
     with cli.progress_bar() as show:
         truth = exact_answer(layer, seed, lambda done, total: show("sampling error bars", done, total))
         rows = comparison.compare(layer, truth, names, repeats, seed, tokens, lambda text: show(text, 0, 0))
     heading = report.heading(layer, truth, comparison.display(layer.path))
-    _print(heading, rows, len(given.x) - len(layer.x))
+    _print(heading, rows, left_out)
     arguments = {"device": options.device, "tokens": tokens, "repeats": repeats, "seed": seed}
     write_json(options.out / "compare.json", report.as_json(layer, truth, rows, arguments))
     _plot(options.out / "compare.png", rows, heading)

@@ -19,7 +19,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from executors._compare import run as comparison
-from executors.layer_file import BadLayerFile, Layer, bundled_layer, load_layer
+from executors._compare.judge import with_clear_choice
+from executors.layer_file import BadLayerFile, Layer, bundled_layer, first_tokens, load_layer
 
 SHOW_AFTER_S = 2.0
 WIDTH = 80
@@ -85,6 +86,8 @@ LimitOption = Annotated[
 ]
 RoundsOption = Annotated[int, typer.Option(callback=within(1), help="Least number of timed rounds.")]
 ScaleOption = Annotated[int, typer.Option(callback=within(1), help="Divides H and I, for a quick look.")]
+RepeatsOption = Annotated[int, typer.Option(callback=within(1), help="Timed calls of each executor.")]
+TokensOption = Annotated[int | None, typer.Option(callback=within(1), help="Only the layer's first N tokens.")]
 SeedOption = Annotated[int, typer.Option(callback=check_seed, help="Seed of weights and inputs.")]
 FileArgument = Annotated[
     Path | None, typer.Argument(metavar="FILE", help="A layer file (docs/layer-file.md); default: the bundled layer.")
@@ -158,10 +161,31 @@ def load(file: Path | None, device: str) -> Layer:
         refuse(str(error))
 
 
+def load_clear(file: Path | None, device: str, tokens: int | None) -> tuple[Layer, int]:
+    """The layer of a file, or the bundled one, that executors can be judged on, and how many tokens that leaves out.
+
+    Args:
+        file: of the layer.
+        device: where.
+        tokens: only so many of the first, or None.
+    """
+    given = first_tokens(load(file, device), tokens)
+    layer = with_clear_choice(given)
+    if not len(layer.x):
+        refuse("router_logits: must have a token for which only one choice of experts is right")
+    return layer, len(given.x) - len(layer.x)
+
+
 def refuse(message: str) -> NoReturn:
     """Prints one line, and ends with exit status 2."""
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(2)
+
+
+def fail(message: str) -> NoReturn:
+    """Prints one line, and ends with exit status 1."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)
 
 
 def new_console() -> Console:

@@ -88,8 +88,8 @@ def quantize_experts(
         TypeError: the model is no torch.nn.Module; a projection is in fp64 or another dtype that has no 4 bits.
         ValueError: an argument is none of those above; or a projection has NaN or infinite elements.
         Unsupported: nothing is quantised: there are no experts that transformers dispatches; no `MoEConfig` says what
-            one computes; a projection is in 4 bits already, parametrized by something else, or on the meta device; an
-            adapter of PEFT does more than add ``scaling * B A`` to a projection.
+            one computes; a projection is in 4 bits already, parametrized by something else, a DTensor, or on the
+            meta device; an adapter of PEFT does more than add ``scaling * B A`` to a projection.
         ModuleNotFoundError: bitsandbytes is missing; or rich, with ``progress=True``.
     """
     found = experts_in(model)
@@ -166,6 +166,10 @@ def _dense(prefix: str, module: nn.Module, name: str) -> Tensor:
     value = module._parameters.get(name)
     if value is None:
         raise Unsupported(f"{prefix}{name} is no parameter of its module: must be one, parametrized by nothing")
+    if hasattr(value, "placements"):
+        raise Unsupported(
+            f"{prefix}{name} is a DTensor: must be a plain tensor; see executors.parallel for experts on ranks"
+        )
     if value.is_meta:
         raise Unsupported(f"{prefix}{name} is on the meta device: must have its numbers (hf.load_quantized reads them)")
     return value.detach()

@@ -81,6 +81,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         dest="moe_ref_saved",
         help="write each failing case as a vector, into a folder of its own in DIR",
     )
+    group.addoption(
+        "--results",
+        metavar="FILE",
+        dest="moe_ref_results",
+        help="write results by clause to this JSON file, for programs",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -96,6 +102,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[VECTORS] = _folder(config.getoption("moe_ref_vectors"))
     if (ranks := config.getoption("moe_ref_ranks")) < 1:
         raise pytest.UsageError(f"--ranks {ranks}: must be at least 1")
+    results = config.getoption("moe_ref_results")
+    if results and not Path(results).parent.is_dir():
+        raise pytest.UsageError(f"--results {results}: must be in a folder that exists")
     config.stash[EXPECTED] = _expected(config.getoption("moe_ref_expected"))
     config.pluginmanager.register(Reporter(config), "moe-ref reporter")
     if config.getoption("moe_ref_isolate") and not hasattr(config, "workerinput"):

@@ -271,7 +271,7 @@ def test_layer_that_does_not_fit_is_left_out_aloud(tmp_path: Path, monkeypatch: 
     def too_large(*_: Any) -> BenchLayer:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 22 GiB.\nmore")
 
-    monkeypatch.setattr(bench, "_make_layer", too_large)
+    monkeypatch.setattr(bench, "make_layer", too_large)
     result = run(tmp_path, *SMALL)
     assert result.exit_code == 0, result.output
     (line,) = json.loads((tmp_path / "bench.json").read_text())["left_out"]

@@ -277,7 +277,7 @@ def test_list_and_explain_say_why_not(layer: Path, unavailable: str) -> None:
     assert "auto chooses native" in run("explain", layer).output
 
 
-COMMANDS = ["list", "explain", "compare", "extract", "bench", "crossover", "kernels", "tune"]
+COMMANDS = ["list", "explain", "compare", "extract", "bench", "crossover", "kernels", "plan", "tune", "report"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

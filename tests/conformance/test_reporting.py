@@ -16,7 +16,7 @@ from moe_ref.conformance.judgement.exact import check_exact
 from moe_ref.conformance.mutants import mutants
 from moe_ref.conformance.problems import pinned
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.reporting import again, expected, ledger, reporter, saved, summary
+from moe_ref.conformance.reporting import again, expected, ledger, reporter, results, saved, summary
 from moe_ref.conformance.reporting.expected import BadExpectationsError, Expected, read_expected
 from moe_ref.conformance.reporting.judge import Judge
 from moe_ref.types import MoEConfig
@@ -219,7 +219,8 @@ def test_an_expected_failure_that_holds_is_told() -> None:
 def test_the_run_fails_if_an_expected_failure_holds(
     met: tuple[int, ...], left_out: str, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config: Any = SimpleNamespace(stash={reporter.EXPECTED: (Expected("mine", "issue 1", "E6"),)})
+    known = (Expected("mine", "issue 1", "E6"),)
+    config: Any = SimpleNamespace(stash={reporter.EXPECTED: known}, getoption=lambda name: None)
     own = reporter.Reporter(config)
     own.outcomes.append(outcome("test_a", met=met).plain())
     monkeypatch.setattr(own, "left_out", lambda: left_out)
@@ -233,6 +234,80 @@ def test_outcomes_pass_between_processes() -> None:
     assert ledger.Outcome.of(json.loads(json.dumps(own.plain()))) == own
 
 
+# --- the file of results
+
+
+def found_by_all() -> results.Results:
+    """A run in which each state occurs: what fails is also met, and what does not apply also passes."""
+    known = (Expected("mine", "issue 1", "E3", tensor="y"), Expected("mine", "issue 2", "E2", dtype="float16"))
+    both = (failure("E2", "Problem(tokens=9, experts=3)"), failure("E2"), failure("the law split"))
+    passed = [outcome("test_a", named=("E1", "E2", "D1")), outcome("test_c", named=("E3",), met=(0, 1))]
+    told = ledger.Ledger(known, [*passed, outcome("test_b", "failed", failures=both), outcome("test_d", "skipped")])
+    own = results.results_of(told, "mine", [summary.Lack("no backward pass", ("D1",)), summary.Lack("no float16")])
+    return results.Results({"mine": own, "none": results.results_of(told, "none", [])}, "cpu", "quick", "-k 'a'")
+
+
+def test_results_tell_each_clause() -> None:
+    own = found_by_all().executors["mine"]
+    states = {clause: found.state for clause, found in own.clauses.items()}
+    assert {clause: states[clause] for clause in ("E1", "E2", "E3", "D1", "E6")} == {
+        "E1": "holds",
+        "E2": "fails",
+        "E3": "fails as expected",
+        "D1": "not applicable",
+        "E6": "not judged",
+    }
+    assert own.clauses["E2"] == results.ClauseResult("fails", passed=1, failed=1, skipped=1)
+    first, second = own.failures
+    assert first == results.FailureKind(
+        ("E2",), 2, "E2 on Problem(tokens=9)", "Problem(tokens=9)", "Problem(tokens=9)", "there"
+    )
+    assert second.breaks == ("the law split",)
+    assert own.expected == (
+        results.ExpectedResult("E3", "E3 y", "issue 1", 1),
+        results.ExpectedResult("E2", "E2 float16", "issue 2", 1),
+    )
+    assert {found.state for found in found_by_all().executors["none"].clauses.values()} == {"not judged"}
+
+
+def test_results_are_read_back(tmp_path: Path) -> None:
+    results.write_results(tmp_path / "results.json", found_by_all())
+    assert results.read_results(tmp_path / "results.json") == found_by_all()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("format",), "2", "format='2': must be 'moe-ref results 1'"),
+        (("more",), 1, "'more': must be there, and device, executors, "),
+        (("executors",), [], r"executors=\[\]: must be an object"),
+        (("device",), 3, "device=3: must be a text"),
+        (("executors", "mine"), 3, "mine=3: must be an object"),
+        (("executors", "mine", "clauses", "E2", "state"), "red", "mine: E2: state='red': must be one of holds, "),
+        (("executors", "mine", "clauses", "E2", "passed"), -1, "mine: E2: passed=-1: must be a whole number"),
+        (("executors", "mine", "clauses", "E2", "passed"), True, "mine: E2: passed=True: must be a whole number"),
+        (("executors", "mine", "clauses", "X9"), {}, "mine: clauses: 'X9': must be all clauses"),
+        (("executors", "mine", "failures"), {}, "mine: failures={}: must be a list"),
+        (("executors", "mine", "failures", 0, "says"), None, r"mine: failures\[0\]: says=None: must be a text"),
+        (("executors", "mine", "failures", 0, "breaks"), ["E2", 2], r"failures\[0\]: breaks\[1\]=2: must be a text"),
+        (("executors", "mine", "expected", 0, "tests"), "1", r"expected\[0\]: tests='1': must be a whole number"),
+        (("executors", "mine", "lacks", 0), [], r"lacks\[0\]=\[\]: must be an object"),
+        (("executors", "a\nb\u202e"), 1, r"a b\\u202e=1: must be an object"),
+    ],
+)
+def test_wrong_results_are_refused_in_one_line(tmp_path: Path, place: Any, value: Any, message: str) -> None:
+    path = tmp_path / "results.json"
+    results.write_results(path, found_by_all())
+    content = inner = json.loads(path.read_text())
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(results.BadResultsError, match=rf"results\.json: .*{message}") as caught:
+        results.read_results(path)
+    assert "\n" not in str(caught.value)
+
+
 # --- as a user meets it
 
 SUITE = "--pyargs", "moe_ref.conformance.suite", "--executor", "one_percent", "-k", "exact_cases and many_rows"
@@ -242,8 +317,11 @@ def test_a_run_with_expected_failures(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     install(outside, "one_percent", "one_percent:one_percent", ONE_PERCENT)
-    ran = run_pytest(outside, *SUITE, "-q", "--save-failure", "saved")
+    ran = run_pytest(outside, *SUITE, "-q", "--save-failure", "saved", "--results", "results.json")
     assert ran.returncode == pytest.ExitCode.TESTS_FAILED
+    told = results.read_results(outside / "results.json").executors["one_percent"]
+    assert (told.clauses["E2"].state, told.clauses["E2"].failed, told.clauses["G1"].state) == ("fails", 8, "not judged")
+    assert told.failures[0].again.startswith("from moe_ref.conformance.reporting.again import *; check_exact(get(")
     assert "not all of the suite ran: -k 'exact_cases and many_rows'" in ran.stdout
     assert re.search(r"^tests that were deselected: .*test_exact_cases \(24\), test_laws \(6\)", ran.stdout, re.M)
     assert re.search(r"one_percent: 0 clauses hold, 2 broken, .* not judged here", ran.stdout)
@@ -253,11 +331,18 @@ def test_a_run_with_expected_failures(tmp_path: Path) -> None:
     assert len([*outside.joinpath("saved").iterdir()]) == 8
 
     write(outside / "known.json", KNOWN)
-    ran = run_pytest(outside, *SUITE, "-q", "-rx", "--expected-failures", "known.json")
+    ran = run_pytest(outside, *SUITE, "-q", "-rx", "--expected-failures", "known.json", "--results", "results.json")
     assert ran.returncode == 0, ran.stdout
+    told = results.read_results(outside / "results.json")
+    assert told.left_out == "-k 'exact_cases and many_rows'"
+    assert told.executors["one_percent"].clauses["E2"].state == "fails as expected"
     assert "8 xfailed" in ran.stdout
     assert "XFAIL" in ran.stdout
     assert "  expected E2: 8 tests; issue 1" in ran.stdout
+
+    ran = run_pytest(outside, *SUITE, "--results", "none/results.json")
+    assert ran.returncode == pytest.ExitCode.USAGE_ERROR
+    assert ran.stderr.strip() == "ERROR: --results none/results.json: must be in a folder that exists"
 
     write(outside / "known.json", {"clause": "E2"})
     ran = run_pytest(outside, *SUITE, "--expected-failures", "known.json")

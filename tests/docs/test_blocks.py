@@ -28,6 +28,8 @@ ELSEWHERE = {  # by page, the test that executes it
     "docs/parallel.md": "tests/docs/test_parallel_page.py",
     "docs/porting.md": "tests/docs/test_porting_page.py",
     "docs/transformers.md": "tests/docs/test_transformers_page.py",
+    "docs/tutorials/fine-tune.md": "tests/docs/test_tutorials.py",
+    "docs/tutorials/kernel.md": "tests/docs/test_tutorials.py",
 }
 E, H, I, T, K = 8, 16, 32, 5, 4  # noqa: E741  # the names of docs/spec.md
 SHAPES = {"gate_up_proj": (E, 2 * I, H), "down_proj": (E, H, I), "gate_up_proj_bias": (E, 2 * I)}

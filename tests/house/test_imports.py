@@ -52,18 +52,19 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"_decode", "_files", "layer_file", "nf4", "mxfp4"},
     "layer_file": {"_files"},
     "_compare": FACE | {"_files", "layer_file"},
-    "_bench": FACE | {"_files", "layer_file", "hf", "nf4", "mxfp4", "_decode", "_compare"},
+    "_bench": FACE | {"_files", "layer_file", "hf", "nf4", "mxfp4", "_decode", "_compare", "parallel"},
     "_tune": FACE | {"_base", "_triton", "_bench"},
     "_crossover": FACE | {"_triton", "_compare", "_bench", "_tune"},
     "_counts": FACE | {"_base", "_triton", "_compare", "_bench", "nf4", "mxfp4"},
+    "_report": FACE | {"_files", "_compare", "_bench"},
     "_plan": {"_bench", "_compare", "_counts", "parallel"},
     "_cli": FACE
     | {"_files", "checkpoint", "layer_file", "hf", "_triton", "_compare", "_bench", "_tune", "_crossover"}
-    | {"_counts", "_plan"},
+    | {"_counts", "_plan", "_report"},
     "__main__": {"_cli"},
 }
 TOOLS = tuple(
-    f"executors.{room}" for room in ("_compare", "_bench", "_tune", "_crossover", "_counts", "_plan", "_cli")
+    f"executors.{room}" for room in ("_compare", "_bench", "_tune", "_crossover", "_counts", "_plan", "_report", "_cli")
 )  # of ours
 
 

@@ -24,7 +24,17 @@ from executors._triton import tuned_file
 from executors.checkpoint.extraction import given
 from executors.layer_file import load_layer
 from fault_writers import KEY, read_nf4, read_state, write_layer, write_model, write_nf4, write_state, write_tuned
+from moe_ref.conformance.reporting.applicable import Lack
 from moe_ref.conformance.reporting.expected import FORMAT, read_expected
+from moe_ref.conformance.reporting.ledger import CLAUSES
+from moe_ref.conformance.reporting.results import (
+    ClauseResult,
+    ExecutorResults,
+    FailureKind,
+    Results,
+    read_results,
+    write_results,
+)
 from moe_ref.conformance.vectors.cases import every_case
 from moe_ref.conformance.vectors.folder import MANIFEST, write_vectors
 from moe_ref.conformance.vectors.reading import read_folder
@@ -148,6 +158,13 @@ def write_expected(path: Path) -> None:
     path.write_text(json.dumps({"format": FORMAT, "executors": {"mine": [known]}}))
 
 
+def write_some_results(path: Path) -> None:
+    kind = FailureKind(("C1",), 2, "y(0, 0)=256.0, but must be exactly 258.0", again="check_exact(get('mine'))")
+    clauses = {clause: ClauseResult("holds", 3) for clause in CLAUSES} | {"C1": ClauseResult("fails", 1, 2)}
+    lacking = Lack("batch invariance is not declared; clause C2 is not judged", ("C2",))
+    write_results(path, Results({"mine": ExecutorResults(clauses, (kind,), lacks=(lacking,))}, "cpu", "quick"))
+
+
 READERS = (
     Reader(
         "executors.nf4.load",
@@ -207,9 +224,15 @@ READERS = (
     ),
     Reader(
         "expected failures of the suite",
-        ("moe_ref/conformance/reporting/expected.py",),
+        ("moe_ref/conformance/reporting/form.py",),
         write_expected,
         lambda path: str(read_expected(path)),
+    ),
+    Reader(
+        "results of the suite",
+        ("moe_ref/conformance/reporting/form.py",),
+        write_some_results,
+        lambda path: str(read_results(path)),
     ),
     Reader(
         "vectors",

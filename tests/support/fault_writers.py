@@ -24,7 +24,8 @@ import families
 import peft_models
 from executors import hf, nf4
 from executors._compare import plot
-from executors._files.whole import write_json
+from executors._files.whole import write_json, write_text
+from executors._report.page import Report, page
 from executors._triton import tuned_file
 from executors._triton.configs import KernelConfig, Tile
 from executors.layer_file import load_layer, save_layer
@@ -116,6 +117,17 @@ def read_picture(path: Path) -> str:
     if not content.endswith(b"IEND\xaeB`\x82"):
         raise ValueError(f"{path}: must end as a PNG does")
     return hashlib.sha256(content).hexdigest()
+
+
+def write_page(path: Path, version: int) -> None:
+    write_text(path, page(Report([], [f"version {version}"], [])))
+
+
+def read_page(path: Path) -> str:
+    content = path.read_text(encoding="utf-8")
+    if not content.endswith("</html>\n"):
+        raise ValueError(f"{path}: must end as a page does")
+    return content
 
 
 @cache
@@ -221,6 +233,7 @@ WRITERS = (
                 for name in (
                     "bench",
                     "bench_model",
+                    "bench_ranks",
                     "compare",
                     "crossover",
                     "kernels",
@@ -230,6 +243,7 @@ WRITERS = (
                 )
             ),
             *(f"benchmarks/{name}.py" for name in ("calibrate", "cpu_products", "four_bit_counts")),
+            "moe_ref/conformance/reporting/results.py",
             *("examples/qlora_finetune.py", "examples/train_tiny.py", "data/train_tiny_gpt_oss.py"),
             "examples/peers/moe_ref_peers/__main__.py",
         ),
@@ -243,6 +257,7 @@ WRITERS = (
         read_picture,
         slow=True,
     ),
+    Writer("python -m executors report", ("executors/_cli/report.py",), write_page, read_page),
     Writer(
         "executors.hf.save_quantized",
         ("executors/hf/save.py",),

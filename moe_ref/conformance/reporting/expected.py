@@ -10,9 +10,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from executors._files.text import parse_json, read
 from moe_ref.conformance.judgement.checks import labels
 from moe_ref.conformance.judgement.faults import Fault
+from moe_ref.conformance.reporting.form import read_form
 
 FORMAT = "moe-ref expected failures 1"
 
@@ -76,15 +76,7 @@ def read_expected(path: Path) -> tuple[Expected, ...]:
     Raises:
         BadExpectationsError: it is missing, or not of the form.
     """
-    try:
-        found = parse_json(read(path))
-    except OSError as error:
-        raise BadExpectationsError(f"{path}: cannot be read, {error.strerror}: must be a file") from None
-    except ValueError as error:
-        raise BadExpectationsError(f"{path}: {' '.join(str(error).split())!r:.90}: must be JSON") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        said = found.get("format") if isinstance(found, dict) else found
-        raise BadExpectationsError(f"{path}: format={said!r:.60}: must be {FORMAT!r}")
+    found = read_form(path, FORMAT, BadExpectationsError)
     own = found.get("executors")
     if not isinstance(own, dict) or found.keys() != {"format", "executors"}:
         raise BadExpectationsError(f"{path}: executors={own!r:.60}: must be an object, and all there is beside format")

@@ -17,6 +17,10 @@ CLAUSES = (
     *("E1", "E2", "E3", "E4", "E5", "E6", "E7", "E8", "C1", "C2", "C3", "D1", "D2", "D3", "D4", "D5"),
     *("Q1", "Q2", "Q3", "Q4", "Q5", "Q6", "M1"),
 )
+HOLDS, FAILS, EXPECTED, NOT_APPLICABLE, NOT_JUDGED = STATES = (
+    *("holds", "fails", "fails as expected", "not applicable", "not judged"),
+)
+AGAIN = "again: "  # begins the note that says how to run a failure again
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,18 @@ class Ledger:
                 counts[self.expected[place]] += 1
         return counts
 
-    def holding(self, executor: str, inapplicable: Iterable[str]) -> list[str]:
-        """Clauses that a passed test is about, and no failure breaks, expected or not."""
+    def states(self, executor: str, inapplicable: Iterable[str]) -> dict[str, str]:
+        """By clause, its state.
+
+        A clause holds if a passed test is about it, and no failure breaks it.
+        """
         named = {clause for own in self.of(executor) if own.outcome == "passed" for clause in own.clauses}
         broken = {clause for own in self.of(executor) for failure in own.failures for clause in failure.breaks}
-        broken |= {own.clause for own, count in self.met(executor).items() if count}
-        return [clause for clause in CLAUSES if clause in named - broken - {*inapplicable}]
+        met = {own.clause for own, count in self.met(executor).items() if count}
+        kinds = ((FAILS, broken), (EXPECTED, met), (NOT_APPLICABLE, {*inapplicable}), (HOLDS, named))
+        return {
+            clause: next((state for state, clauses in kinds if clause in clauses), NOT_JUDGED) for clause in CLAUSES
+        }
 
 
 def clauses_of(docstring: str | None) -> tuple[str, ...]:
@@ -141,7 +151,7 @@ def failures_of(error: BaseException) -> Iterator[tuple[BaseException, tuple[Fai
         for inner in error.exceptions:
             yield from failures_of(inner)
         return
-    again = next((note for note in getattr(error, "__notes__", ()) if note.startswith("again: ")), "")
+    again = next((note for note in getattr(error, "__notes__", ()) if note.startswith(AGAIN)), "")
     if isinstance(error, ConformanceError):
         problem = repr(error.problem)
         yield (

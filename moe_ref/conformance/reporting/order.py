@@ -13,7 +13,7 @@ ORDER = (
     "test_ranges",
     "test_bad_input_is_refused_in_one_line",
     "test_undeclared_weights_are_refused",
-    "test_double_backward_is_refused",
+    "test_second_derivatives",
     "test_pinned_problems",
     "test_every_code",
     "test_matches_specification",

@@ -112,8 +112,12 @@ class Reporter:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Fails a run in which an expected failure holds."""
-        if not self.outcomes or hasattr(self.config, "workerinput") or session.exitstatus != pytest.ExitCode.OK:
+        """Fails a run in which an expected failure holds, and writes the results."""
+        if hasattr(self.config, "workerinput"):
+            return
+        if path := self.config.getoption("moe_ref_results"):
+            self.write_results(Path(path))
+        if not self.outcomes or session.exitstatus != pytest.ExitCode.OK:
             return
         from moe_ref.conformance.reporting.summary import unmet
 
@@ -123,8 +127,7 @@ class Reporter:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Tells results by clause, and what an executor declares not to offer, lest a pass be overrated."""
-        names = self.config.getoption("moe_ref_executors") or self.config.stash.get(JUDGED, [])
-        names = list(dict.fromkeys([*names, *(str(own["executor"]) for own in self.outcomes)]))
+        names = self.judged()
         if not names:
             return
         import executors
@@ -142,6 +145,26 @@ class Reporter:
         for name in names:
             for line in lines(ledger, name, lacks(executors.get(name).capabilities), left_out):
                 terminalreporter.write_line(line.text, red=line.wrong)
+
+    def judged(self) -> list[str]:
+        """The names of all executors, of those that no test ran on too."""
+        names = self.config.getoption("moe_ref_executors") or self.config.stash.get(JUDGED, [])
+        return list(dict.fromkeys([*names, *(str(own["executor"]) for own in self.outcomes)]))
+
+    def write_results(self, path: Path) -> None:
+        """Writes the results by clause."""
+        from hypothesis import settings
+
+        import executors
+        from moe_ref.conformance.reporting.applicable import lacks
+        from moe_ref.conformance.reporting.results import Results, results_of, write_results
+
+        ledger, device = self.ledger(), self.config.getoption("moe_ref_device")
+        told = {name: results_of(ledger, name, lacks(executors.get(name).capabilities)) for name in self.judged()}
+        try:
+            write_results(path, Results(told, device, settings.get_current_profile_name(), self.left_out()))
+        except OSError as error:
+            pytest.exit(f"--results {path}: cannot be written, {error.strerror}", pytest.ExitCode.INTERNAL_ERROR)
 
     def ledger(self) -> Ledger:
         """All outcomes so far."""

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from moe_ref.conformance.reporting.applicable import Lack
 from moe_ref.conformance.reporting.expected import Expected
-from moe_ref.conformance.reporting.ledger import CLAUSES, Failure, Ledger
+from moe_ref.conformance.reporting.ledger import (
+    EXPECTED,
+    FAILS,
+    HOLDS,
+    NOT_APPLICABLE,
+    NOT_JUDGED,
+    Failure,
+    Ledger,
+)
 
 WIDEST = 400  # characters of a message
 SHOWN = 8  # kinds of failures, each with an example
@@ -62,19 +71,16 @@ def tests(count: int) -> str:
 
 def _counted(ledger: Ledger, executor: str, lacking: Sequence[Lack]) -> str:
     """How many clauses hold, fail, do not apply, or were not judged."""
-    inapplicable = {clause for lack in lacking for clause in lack.clauses}
-    holding = ledger.holding(executor, inapplicable)
-    failing = {clause for own in ledger.of(executor) for failure in own.failures for clause in failure.breaks}
-    expected = {own.clause for own, count in ledger.met(executor).items() if count} - failing
-    known = {*holding, *failing, *expected, *inapplicable}
-    rest = [clause for clause in CLAUSES if clause not in known]
-    parts = [f"{len(holding)} clauses hold"]
-    for count, says in ((len(failing), "broken"), (len(expected), "broken as expected")):
-        if count:
-            parts.append(f"{count} {says}")
-    parts.append(f"{len(inapplicable)} not applicable")
-    if rest:
-        parts.append(f"{len(rest)} not judged here ({', '.join(rest)})")
+    states = ledger.states(executor, {clause for lack in lacking for clause in lack.clauses})
+    counts = Counter(states.values())
+    parts = [f"{counts[HOLDS]} clauses hold"]
+    for state, says in ((FAILS, "broken"), (EXPECTED, "broken as expected")):
+        if counts[state]:
+            parts.append(f"{counts[state]} {says}")
+    parts.append(f"{counts[NOT_APPLICABLE]} not applicable")
+    if counts[NOT_JUDGED]:
+        rest = ", ".join(clause for clause, state in states.items() if state == NOT_JUDGED)
+        parts.append(f"{counts[NOT_JUDGED]} not judged here ({rest})")
     return ", ".join(parts)
 
 

@@ -1,0 +1,1 @@
+"""``bench --ranks``: expert parallelism on processes of this machine, against transformers' and against one process."""

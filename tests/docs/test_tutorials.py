@@ -1,0 +1,93 @@
+"""docs/tutorials/: fine-tune.md, kernel.md and backends.md, followed to the letter but for the set-up, every night."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adding import BLOCK, ROOT, Block, Shell
+
+PAGES = ROOT / "docs" / "tutorials"
+SET_UP = ("make ", ". .venv", "mkdir ", "cd ", "pip install ")
+
+
+def parts(page: str) -> list[Block]:
+    """Files, commands and what they print, in their order."""
+    text = (PAGES / page).read_text()
+    return [Block(found["title"] or "", found["language"], found["text"]) for found in BLOCK.finditer(text)]
+
+
+def commands(block: Block) -> list[str]:
+    return [line for line in block.text.splitlines() if not line.startswith(SET_UP)]
+
+
+def run(shell: Shell, line: str) -> subprocess.CompletedProcess[str]:
+    if line.startswith("PYTHONPATH=examples python -c "):
+        (code,) = re.findall(r'-c "(.*)"$', line)
+        environment = os.environ | {"PYTHONPATH": f"{ROOT / 'examples'}{os.pathsep}{ROOT}"}
+        made = [sys.executable, "-c", code]
+        return subprocess.run(made, cwd=shell.folder, env=environment, capture_output=True, text=True, check=False)
+    return shell.run(line)
+
+
+def plain(text: str) -> str:
+    """Without what differs between machines."""
+    return re.sub(r"-?\d+\.\d+(e[+-]\d+)?", "figure", " ".join(text.split()))
+
+
+@pytest.mark.nightly
+def test_a_fine_tune(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    shell = Shell(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    printed = ""
+    for block in parts("fine-tune.md"):
+        if block.title:
+            shell.write(block)
+        elif block.language == "text":
+            assert [plain(line) for line in printed.splitlines()] == [plain(line) for line in block.text.splitlines()]
+        else:
+            for line in commands(block):
+                ran = run(shell, line)
+                assert ran.returncode == 0, ran.stderr
+                printed = ran.stdout
+    before, after = map(float, re.findall(r"(\d\.\d+) (?:before|after)", printed))
+    assert after < before - 0.8
+    assert (tmp_path / "losses.png").exists()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.nightly
+def test_a_kernel(tmp_path: Path) -> None:
+    shell, said, codes = Shell(tmp_path), "", []
+    for block in parts("kernel.md"):
+        if block.title:
+            shell.write(block)
+        elif block.language == "text":
+            assert block.text in said
+        else:
+            for line in commands(block):
+                ran = run(shell, line)
+                codes.append(ran.returncode)
+                said = ran.stdout
+    assert codes == [1, 0, 0]
+
+
+@pytest.mark.nightly
+def test_backends(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    shell = Shell(tmp_path)
+    shell.passes(f"pip install {ROOT / 'examples' / 'peers'}")
+    said = ""
+    for block in parts("backends.md"):
+        if block.language == "text":
+            assert {plain(line) for line in block.text.splitlines()} <= {plain(line) for line in said.splitlines()}
+            continue
+        for line in commands(block):
+            ran = run(shell, line)
+            assert ran.returncode in ((0, 1) if " report " in line else (0,)), f"{line}\n{ran.stdout}\n{ran.stderr}"
+            said = ran.stdout
+    assert "transformers_gpt_oss_grouped_mm" in (tmp_path / "trust.html").read_text()
