@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_ref.conformance.reporting.ledger import CLAUSES, HOLDS, Failure, Ledger, Outcome
+from moe_ref.conformance.reporting.ledger import HOLDS, NOT_APPLICABLE, NOT_JUDGED, Failure, Ledger, Outcome
 from moe_ref_peers.peers import Entry
 
 SUITE = ("-m", "pytest", "--pyargs", "moe_ref.conformance.suite", "-q", "-p", "no:cacheprovider")
@@ -50,18 +50,18 @@ class Verdict:
         Not judged is also what a test is about that raised another error, or ended its process.
         """
         left_out = {clause for _, clauses in self.lacks for clause in clauses}
-        judged = Ledger((), self.outcomes).states(self.name, left_out)
-        broken = {clause for own in self.outcomes for failure in own.failures for clause in failure.breaks}
+        found = Ledger((), self.outcomes).states(self.name, left_out)
         hidden = {
             clause
             for own in self.outcomes
             if any(failure.breaks[0].startswith(("raises ", "ends ")) for failure in own.failures)
             for clause in own.clauses
         }
-        states = dict.fromkeys(left_out, "not promised")
-        states |= {clause: "holds" for clause, state in judged.items() if state == HOLDS and clause not in hidden}
-        states |= dict.fromkeys(broken, "fails")
-        return {clause: states.get(clause, "not judged") for clause in CLAUSES}
+        hides = {HOLDS: NOT_JUDGED, NOT_APPLICABLE: "not promised"}
+        return {
+            clause: hides.get(state, state) if state != HOLDS or clause in hidden else state
+            for clause, state in found.items()
+        }
 
     def failures(self) -> dict[str, dict[str, Any]]:
         """By what they break: how many, and the one on the smallest problem."""
