@@ -323,7 +323,7 @@ def test_a_run_with_expected_failures(tmp_path: Path) -> None:
     assert (told.clauses["E2"].state, told.clauses["E2"].failed, told.clauses["G1"].state) == ("fails", 8, "not judged")
     assert told.failures[0].again.startswith("from moe_ref.conformance.reporting.again import *; check_exact(get(")
     assert "not all of the suite ran: -k 'exact_cases and many_rows'" in ran.stdout
-    assert re.search(r"^tests that were deselected: .*test_exact_cases \(24\), test_laws \(6\)", ran.stdout, re.M)
+    assert re.search(r"^tests that were deselected: .*test_exact_cases \(\d\d\), test_laws \(6\)", ran.stdout, re.M)
     assert re.search(r"one_percent: 0 clauses hold, 2 broken, .* not judged here", ran.stdout)
     assert re.search(r"^  breaks E2, D1 \(wrong values\): \d+ failures$", ran.stdout, re.MULTILINE)
     (folder,) = re.findall(r"^    saved: (.*)$", ran.stdout, re.MULTILINE)
