@@ -11,6 +11,7 @@ from executors._counts.cards import Card
 from executors._plan.links import Link
 from executors._plan.traffic import RowSizes, Way
 from executors._plan.world import World
+from executors.parallel.transport import portions
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,12 @@ def memories(world: World, shape: Shape, storage: Storage, way: Way, sizes: RowS
     out = np.maximum(rows_sent + rows, rows + slots) * sizes.row  # the rows to send, those received, those of slots
     if way.returns == "slot":  # all slots' results there, then here, on a grid [T, K, H], and two sums while they add
         back = (slots + slots_sent + world.tokens * world.top_k) * sizes.row + 2 * world.tokens * sizes.sum
-    else:  # a grid [rows, K, H] and two sums there; then sums sent, received, their total, and a rank's while it adds
-        there = rows * (world.top_k * sizes.row + 2 * sizes.sum)
+    else:  # sums there, and a portion's grid [rows, K, H] and two sums; then sums sent, received, their total, and
+        # a rank's while it adds
+        portion = np.max(
+            [world.rows[own.start : own.stop].sum(0) for own in portions(world.ranks, world.top_k)], axis=0
+        )
+        there = rows * sizes.sum + portion * (world.top_k * sizes.row + 2 * sizes.sum)
         here = (rows + rows_sent + world.tokens + world.rows.max(1)) * sizes.sum
         back = slots * sizes.row + np.maximum(there, here)
     kept = slots * (sizes.row + 2 * shape.intermediate * sizes.number)

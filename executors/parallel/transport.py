@@ -95,6 +95,12 @@ def summed(slots: Tensor, dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
+def portions(ranks: int, top_k: int) -> list[range]:
+    """Ranks whose rows are added up at a time, in at most K portions: each has K places for a row, mostly empty."""
+    size = -(-ranks // top_k)
+    return [range(first, min(first + size, ranks)) for first in range(0, ranks, size)]
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """At least fp32."""
     return torch.promote_types(dtype, torch.float32)
@@ -153,11 +159,7 @@ class AllToAll:
 
     def _back_by_rank(self, slots: Tensor) -> Arriving:
         """A rank's slots of a token are added there in increasing k, and ranks here in their order."""
-        count, top_k = sum(self.rows[1]), self.shape[1]
-        places = self.slot_rows * top_k + self.slot_places
-        grid = slots.new_zeros(count * top_k + 1, slots.shape[1])
-        grid[torch.where(self.ids[:, 0] < 0, count * top_k, places)] = slots
-        partial = summed(grid[:-1].view(count, top_k, slots.shape[1]), wide(slots.dtype))
+        partial = torch.cat([self._sums(slots, some) for some in portions(self.wire.ranks, self.shape[1])])
         arriving = self.wire.exchange(partial, self.rows[1], self.rows[0], RESULTS)
 
         def arrived() -> Tensor:
@@ -169,6 +171,17 @@ class AllToAll:
             return total[:-1].to(slots.dtype)
 
         return arrived
+
+    def _sums(self, slots: Tensor, ranks: range) -> Tensor:
+        """[rows, H] over the slots of each row that some ranks have sent."""
+        (first_row, rows), (first, count) = (
+            (sum(sizes[: ranks.start]), sum(sizes[ranks.start : ranks.stop])) for sizes in (self.rows[1], self.slots[1])
+        )
+        some, top_k = slice(first, first + count), self.shape[1]
+        places = (self.slot_rows[some] - first_row) * top_k + self.slot_places[some]
+        grid = slots.new_zeros(rows * top_k + 1, slots.shape[1])
+        grid[torch.where(self.ids[some, 0] < 0, rows * top_k, places)] = slots[some]
+        return summed(grid[:-1].view(rows, top_k, slots.shape[1]), wide(slots.dtype))
 
     def weights_out(self, weights: Tensor) -> Arriving:
         """[S, 1] the slots' weights, of [T, K]."""
