@@ -17,7 +17,8 @@ from typing import Any
 from moe_ref.conformance.reporting.ledger import HOLDS, NOT_APPLICABLE, NOT_JUDGED, Failure, Ledger, Outcome
 from moe_ref_peers.peers import Entry
 
-SUITE = ("-m", "pytest", "--pyargs", "moe_ref.conformance.suite", "-q", "-p", "no:cacheprovider")
+SUITE: tuple[str, ...] = ("-m", "pytest", "--pyargs", "moe_ref.conformance.suite", "-q", "-p", "no:cacheprovider")
+SUITE += ("--noconftest", "-c", os.devnull)  # nothing that lies in a folder above
 PATIENCE = 600.0  # seconds for one test
 DEATHS = 30  # after which the rest is not judged
 TOLD = 400  # characters of a message
