@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.run import get_args_parser
 
 from moe_ref.types import MoEConfig, MoEWeights
 
@@ -67,13 +70,22 @@ def test_blocks_run_and_agree() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     weights = MoEWeights(torch.randn(4, 12, 8), torch.randn(4, 8, 6), config=MoEConfig(2))
     names = {"weights": weights, "group": None, "x": torch.randn(6, 8), "router": torch.randn(8, 4)}
-    names |= {"shared_experts": torch.zeros_like}
+    names |= {"shared_experts": torch.zeros_like, "init_device_mesh": init_device_mesh}
+    names |= {"device": "cpu", "nodes": 1, "ranks_of_a_node": 1}
     outputs = []
     for block in blocks:
         exec(block, names)
-        outputs.append(names["y"])
+        outputs += [names["y"]] if "y" in names else []
     outputs.append(torch.cat(names["halves"]))
     assert len(blocks) >= 3
     assert torch.equal(names["whole"].gate_up_proj, weights.gate_up_proj)
     for y in outputs[1:]:
         torch.testing.assert_close(y, outputs[0])
+
+
+def test_launches_are_understood() -> None:
+    lines = re.findall(r"^(?:srun )?torchrun (.*)$", PAGE.replace("\\\n", ""), re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        given = get_args_parser().parse_args(shlex.split(line))
+        assert given.training_script.endswith(".py")

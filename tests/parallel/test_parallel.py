@@ -55,6 +55,10 @@ def test_dtensors_are_taken_as_they_are(cluster: Cluster) -> None:
     assert "\n" not in said
 
 
+def test_fsdp2_over_the_other_dimension_of_a_mesh(cluster: Cluster) -> None:
+    assert cluster.run(calls.of_two_dimensions) == [[]] * 4
+
+
 def test_checkpoints_and_compiled_calls_have_the_same_bits(cluster: Cluster) -> None:
     expected = cluster.run(calls.gradients, calls.plain, ranks=2)
     assert cluster.run(calls.gradients, calls.checkpointed, ranks=2) == expected

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -248,3 +249,36 @@ def gathered_alone(group: Any) -> tuple[str, str]:
         except parallel.RankError as error:
             said.append(str(error))
     return said[0], said[1]
+
+
+class Layer(torch.nn.Module):
+    """A layer whose experts' parameters are DTensors on the mesh dimension "ep"."""
+
+    def __init__(self, weights: MoEWeights, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.config = weights.config
+        for name, value in weights.parameters().items():
+            placed = distribute_tensor(value.detach(), mesh, [Shard(0)])  # type: ignore[no-untyped-call]
+            setattr(self, name, torch.nn.Parameter(placed))
+        self.executor = parallel.ExpertParallel("native", mesh)
+
+    def forward(self, x: Tensor, router_logits: Tensor) -> Tensor:
+        return self.executor(x, router_logits, MoEWeights(**dict(self.named_parameters()), config=self.config))
+
+
+def of_two_dimensions(group: Any) -> list[str]:
+    """What differs from one device under FSDP2 over one dimension of a mesh and experts over the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    inputs = layer(replace(PROBLEM, dtype="float64", bias_dtype="float64"))
+    module = Layer(inputs.weights, mesh["ep"])
+    sharded = fully_shard(module, mesh=mesh["dp"])
+    x, logits = (own_rows(group, value.detach()) for value in (inputs.x, inputs.router_logits))  # type: ignore[union-attr]
+    y = sharded(x, logits)
+    y.backward(own_rows(group, inputs.dy))
+    whole = Native()(inputs.x, inputs.router_logits, inputs.weights)  # type: ignore[arg-type]
+    whole.backward(inputs.dy)
+    wrong = [] if torch.allclose(y, own_rows(group, whole), rtol=1e-12) else ["y"]
+    for name, value in inputs.weights.parameters().items():
+        found = getattr(sharded, name).grad.full_tensor() * mesh["dp"].size()  # FSDP2 takes the mean
+        wrong += [] if torch.allclose(found, value.grad, rtol=1e-10, atol=1e-12) else [name]
+    return wrong
