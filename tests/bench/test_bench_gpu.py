@@ -82,6 +82,7 @@ def test_checks_shortened(tmp_path: Path) -> None:
     assert "triton: its kernels were interpreted" in (tmp_path / "suite-triton.log").read_text()
 
 
+@pytest.mark.nightly
 def test_benchmarks_shortened(tmp_path: Path) -> None:
     shortened(tmp_path, BENCHMARKS, set())
     check_bench(tmp_path / "bench")

@@ -175,9 +175,9 @@ def test_both_what_users_run_and_poisoned_memory_are_judged(wrong: str, check: A
 
     with pytest.raises(ConformanceError) as caught:
         check(Wrapped(wrong, native(), slots=unwritten) if wrong == "unwritten" else mutant(wrong), *arguments)
-    if check is check_problem:
-        says = "torch's deterministic mode is off" if wrong != "unwritten" else "memory that nobody wrote is NaN"
-        assert all(f"; only where {says}" in fault.message for fault in caught.value.faults)
+    if check is check_problem and wrong != "unwritten":  # where nothing is filled, NaN may lie there by chance
+        said = "; only where torch's deterministic mode is off"
+        assert all(said in fault.message for fault in caught.value.faults)
 
 
 def test_references_are_sampled_once() -> None:

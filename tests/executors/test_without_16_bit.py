@@ -56,7 +56,8 @@ def run_tests(*arguments: str) -> str:
 
 def marked(piece: str) -> Any:
     """Drawn problems, pinned ones but for those in 4 bits, and all of the compiled products, every night only."""
-    slow = (piece.endswith((": random", ": pinned")) and piece != "grouped_nf4: pinned") or piece == "compiled"
+    slow = piece.endswith((": random", ": pinned")) and piece != "grouped_nf4: pinned"
+    slow |= piece in ("compiled", "4 bits in slices", "numba: exact", "grouped_nf4: exact")
     return pytest.param(piece, marks=[pytest.mark.nightly] if slow else [])
 
 
@@ -65,6 +66,7 @@ def test_tests_pass(piece: str) -> None:
     assert re.search(r"^\d+ passed", run_tests(*PIECES[piece]), re.MULTILINE)
 
 
+@pytest.mark.nightly
 def test_compare_passes(tmp_path: Path) -> None:
     """The bundled layer, in bf16."""
     options = ("--tokens", "16", "--repeats", "1", "--out", str(tmp_path))

@@ -48,6 +48,10 @@ SCALARS_MOVED = 48
 SLOW = {
     ("sm100", "bfloat16"),
     ("sm100", "float16"),
+    ("sm100", "float32"),
+    ("sm75", "float16"),
+    ("sm80", "float32"),
+    ("gfx942", "bfloat16"),
     ("sm90", "float16"),
     ("sm90", "float32"),
     ("gfx942", "float32"),
