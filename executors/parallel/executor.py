@@ -57,6 +57,7 @@ class ExpertParallel:
         A checkpoint with ``use_reentrant=True`` needs an input that requires a gradient on every rank or on none.
         In torch.compile the call is a graph break; ``fullgraph=True`` refuses it.
         Under "all_reduce" that all ranks have the same tokens, ids and gradients of y is not compared, but for T.
+        Under "all_reduce", and with ``max_slots``, all ranks need the same gradients, or none: it is compared.
         DTensors and plain parameters may be mixed if the plain ones are whole; else give parts alone.
 
     Attributes:

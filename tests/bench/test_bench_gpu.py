@@ -75,6 +75,7 @@ def test_all_stages_are_shortened_below() -> None:
     assert {stage.name for stage in stages(plan)} == CHECKS | BENCHMARKS | WITHOUT_A_GPU
 
 
+@pytest.mark.nightly
 def test_checks_shortened(tmp_path: Path) -> None:
     shortened(tmp_path, CHECKS, WITHOUT_A_GPU)
     assert json.loads((tmp_path / "machine.json").read_text())["packages"]["torch"]

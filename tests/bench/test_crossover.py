@@ -144,6 +144,7 @@ def test_tables_fit_80_columns_and_the_picture_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "crossover.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.nightly
 def test_command_goes_through_it_interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("executors._bench.timing.SLOWEST_S", {"cpu": math.inf})  # however busy this machine is
     result = run(tmp_path, *TINY, "--rows", 1, "--weights", "mxfp4", "--direction", "lora", "--commit", "abc")

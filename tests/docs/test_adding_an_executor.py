@@ -26,12 +26,14 @@ def test_the_package_is_found_and_passes_the_suite(shell: Shell) -> None:
     assert said == text("Turn the suite on it").splitlines()
 
 
+@pytest.mark.nightly
 def test_the_package_passes_compare(shell: Shell) -> None:
     installed(shell)
     _, compare = commands("Turn the suite on it")
     assert re.search(r"│ my_loop +│ pass ", shell.passes(compare))
 
 
+@pytest.mark.nightly
 def test_when_it_fails(shell: Shell) -> None:
     installed(shell)
     (diff,) = (block for block in blocks("When it fails") if block.language == "diff")

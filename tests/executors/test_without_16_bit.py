@@ -55,8 +55,8 @@ def run_tests(*arguments: str) -> str:
 
 
 def marked(piece: str) -> Any:
-    """Drawn problems, pinned ones but for those in 4 bits, and all of the compiled products, every night only."""
-    slow = piece.endswith((": random", ": pinned")) and piece != "grouped_nf4: pinned"
+    """Drawn and pinned problems, all of the compiled products, and what else takes long, every night only."""
+    slow = piece.endswith((": random", ": pinned"))
     slow |= piece in ("compiled", "4 bits in slices", "numba: exact", "grouped_nf4: exact")
     return pytest.param(piece, marks=[pytest.mark.nightly] if slow else [])
 

@@ -168,6 +168,7 @@ def test_compare_shows_it_as_interpreted(tmp_path: Path) -> None:
 
 
 @interpreted
+@pytest.mark.nightly
 def test_bench_leaves_it_out_aloud(tmp_path: Path) -> None:
     command = ["-m", "executors", "bench", "--layer", "mixtral-8x7b", "--scale", "64", "--tokens", "1"]
     command += ["--direction", "forward", "--routing", "uniform", "--seconds", "0", "--executor", "triton"]

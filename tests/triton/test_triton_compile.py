@@ -51,6 +51,7 @@ SLOW = {
     ("sm100", "float32"),
     ("sm75", "float16"),
     ("sm80", "float32"),
+    ("sm90", "bfloat16"),
     ("gfx942", "bfloat16"),
     ("sm90", "float16"),
     ("sm90", "float32"),
