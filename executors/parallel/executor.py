@@ -20,7 +20,7 @@ from executors.parallel.groups import group_of
 from executors.parallel.planning import all_reduce, all_to_all
 from executors.parallel.started import Started
 from executors.parallel.transport import Needs, Transport
-from executors.parallel.waiting import Wire
+from executors.parallel.waiting import Wire, check_timeout
 from moe_ref.types import MoEWeights
 from moe_ref.validation import check_experts_inputs, check_inputs, dtype_name
 
@@ -96,8 +96,7 @@ class ExpertParallel:
         for option, allowed in (("dispatch", get_args(Dispatch)), ("returns", get_args(Returns))):
             if (value := getattr(self, option)) not in allowed:
                 raise ValueError(f"{option}={value!r:.60}: must be {' or '.join(map(repr, allowed))}")
-        if not isinstance(self.timeout, int | float) or not self.timeout > 0:
-            raise ValueError(f"timeout={self.timeout!r:.60}: must be a number of seconds above 0")
+        check_timeout(self.timeout)
         for option in ("num_experts", "max_slots"):
             value = getattr(self, option)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

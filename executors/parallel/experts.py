@@ -12,7 +12,7 @@ from torch import Tensor
 from executors.parallel.agreement import told
 from executors.parallel.groups import group_of
 from executors.parallel.packed import joined, part_of
-from executors.parallel.waiting import RankError, Wire, on_host
+from executors.parallel.waiting import RankError, Wire, check_timeout, on_host
 from moe_ref.types import PER_EXPERT, MoEWeights
 
 GATHER = "where parts are gathered"
@@ -104,10 +104,11 @@ def gather(weights: MoEWeights, mesh_or_group: Any = None, *, num_experts: int, 
         timeout: seconds that a rank waits for the others at each step.
 
     Raises:
-        ValueError: this rank's part does not have as many experts as the map gives it.
+        ValueError: this rank's part does not have as many experts as the map gives it; a timeout of no seconds.
         RankError: another rank's does not, or a rank does not come.
     """
-    wire = Wire(group_of(mesh_or_group), timeout)
+    check_timeout(timeout)
+    wire = Wire(group_of(mesh_or_group), float(timeout))
     experts = ExpertMap(num_experts, wire.ranks)
     _check_parts(weights, experts, wire)
     with wire.together():

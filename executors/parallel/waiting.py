@@ -194,6 +194,16 @@ class Wire:
         return "; ".join(told) or f"the exchange {step} failed{': ' * bool(otherwise)}{otherwise}"
 
 
+def check_timeout(timeout: Any) -> None:
+    """Checks seconds to wait.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if not isinstance(timeout, int | float) or not timeout > 0:
+        raise ValueError(f"timeout={timeout!r:.60}: must be a number of seconds above 0")
+
+
 def on_host(value: Tensor) -> bool:
     """Whether the host waits for what is exchanged: for a GPU, its own order and the group's timeout do."""
     return value.device.type == "cpu"

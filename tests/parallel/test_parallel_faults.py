@@ -77,6 +77,10 @@ def test_wrong_arguments_are_refused_in_one_line(cluster: Cluster) -> None:
         "mesh_or_group='ranks': must be a process group, a mesh of one dimension, or None",
         "gate_up_proj.shape=(5, 16, 16): must have 4 experts: of 7 experts on 2 ranks, rank 0 has 4",
         "num_experts=0: must be an integer of at least 1",
+        "timeout='soon': must be a number of seconds above 0",
+        "max_slots=0: must be an integer of at least 1, or None",
+        "overlap=True: must be left out for dispatch='all_reduce'",
+        "overlap=1: must be True or False",
     ]
     assert unknown == "num_experts=None: must be given to ExpertParallel, since ids do not tell it"
 

@@ -211,6 +211,10 @@ def wrong_arguments(group: Any) -> list[str]:
         lambda: parallel.ExpertParallel("native", "ranks"),
         lambda: parallel.gather(weights, group, num_experts=7),
         lambda: parallel.ExpertMap(0, 2),
+        lambda: parallel.gather(weights, group, num_experts=5, timeout="soon"),  # type: ignore[arg-type]
+        lambda: parallel.ExpertParallel("native", group, max_slots=0),
+        lambda: parallel.ExpertParallel("native", group, "all_reduce", overlap=True),
+        lambda: parallel.ExpertParallel("native", group, overlap=1),  # type: ignore[arg-type]
     )
     for call in wrong:
         try:
