@@ -30,7 +30,7 @@ from moe_ref.conformance.judgement.ranges import RANGES, check_range
 from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.judgement.second_derivatives import check_second_derivatives
 from moe_ref.conformance.problems import pinned
-from moe_ref.conformance.problems.declared import fitted, undeclared
+from moe_ref.conformance.problems.declared import fitted, in_declared_dtype, undeclared
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.problems.strategies import WEIGHTS, problems_for, problems_past_range
 from moe_ref.types import QuantType
@@ -75,11 +75,10 @@ def test_matches_specification(judge: Judge, data: st.DataObject) -> None:
 )
 def test_pinned_problems(judge: Judge, problem: Problem) -> None:
     """Many tokens, sizes of real layers, numbers past fp16's range, and every bug that was found (E3, E7, R4)."""
-    form = fitted(problem, judge.executor.capabilities)
-    problem = (
-        replace(form, config=problem.config) if problem.powers else form
-    )  # those are about an activation's numbers
-    lacking = undeclared(problem, judge.executor.capabilities)
+    able = judge.executor.capabilities
+    form = fitted(in_declared_dtype(problem, able), able)
+    problem = replace(form, config=problem.config) if problem.powers else form  # about an activation's numbers
+    lacking = undeclared(problem, able)
     _skip_if(lacking and f"{judge.executor.name} does not declare {lacking}")
     judge(check_problem, problem)
 

@@ -15,7 +15,7 @@ from declared_words import PLAIN, WORDS, Word
 from executors import Capabilities, Unsupported
 from moe_ref.conformance.judgement.checks import ConformanceError, check_problem
 from moe_ref.conformance.problems import pinned
-from moe_ref.conformance.problems.declared import fitted, undeclared, without_undeclared
+from moe_ref.conformance.problems.declared import fitted, in_declared_dtype, undeclared, without_undeclared
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.problems.strategies import WEIGHTS, problems
 from moe_ref.conformance.reporting.applicable import lacks
@@ -79,6 +79,16 @@ def test_who_declares_all_is_judged_on_all(problem) -> None:  # type: ignore[no-
 
 def test_pinned_problems_stay_for_who_declares_all() -> None:
     assert [fitted(problem, ALL) for problem in pinned.ALL] == list(pinned.ALL)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pinned_problems_are_those_of_one_dtype_too(dtype: str) -> None:
+    """Those past fp16's range stay what they are."""
+    able = replace(ALL, dtypes=frozenset({dtype}))
+    forms = [fitted(in_declared_dtype(problem, able), able) for problem in pinned.ALL]
+    assert {form.dtype for form in forms if not form.powers} == {dtype}
+    left_out = [problem for problem, form in zip(pinned.ALL, forms, strict=True) if undeclared(form, able)]
+    assert left_out == [problem for problem in pinned.ALL if problem.powers and problem.dtype != dtype]
 
 
 def test_every_word_has_an_executor_that_gets_it_wrong() -> None:

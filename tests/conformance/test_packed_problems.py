@@ -26,6 +26,7 @@ from moe_ref.conformance.problems.packed import decoded, in_whole_blocks, of_exp
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.problems.strategies import problems
 from moe_ref.conformance.wrapped import Wrapped, experts
+from moe_ref.nf4 import NF4_CODE, unpack
 from moe_ref.packed import decode
 
 PROBLEM = Problem(9, 4, 32, 16, MoEConfig(2), quant_type="nf4", blocksize=32, entry="experts")
@@ -187,3 +188,25 @@ def test_every_code_is_seen_without_squared_relu(quant_type: str, nested: str, w
     assert check_every_code(only, quant_type, nested, dtype) == ""
     with pytest.raises(ConformanceError, match="every code"):
         check_every_code(mutants(only)[wrong], quant_type, nested, dtype)
+
+
+def scales_by_row(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    """Rows longer than a block count blocks from their own beginning: element j has scale j // b of the row."""
+    dense = {}
+    for name, tensor in weights.packed().items():
+        n, b = tensor.stored_shape[-1], tensor.blocksize
+        rows, columns = torch.arange(tensor.size // n)[:, None], torch.arange(n)
+        places = rows * (n // b) + columns // b if n > b else (rows * n + columns) // b
+        scales = tensor.absmax[places]
+        codes = unpack(tensor.codes.flatten(), tensor.size).reshape(-1, n).long()
+        found = (torch.tensor(NF4_CODE)[codes] * scales).reshape(tensor.stored_shape).to(x.dtype)
+        dense[name] = found.mT if tensor.transposed else found
+    return experts(executors.get("native"), x, ids, w, weights.with_parameters(dense))
+
+
+def test_every_code_sees_rows_that_end_within_a_block() -> None:
+    """Q2: bitsandbytes 0.50.2 on a CPU (docs/findings.md, 7), whose rows that are whole blocks are right."""
+    for only in (GroupedNF4(path="torch"), OnlySwiGLU(path="torch")):
+        wrong = Wrapped("scales_by_row", only, slots=scales_by_row)
+        with pytest.raises(ConformanceError, match=r"every code(.|\n)*hidden=96"):
+            check_every_code(wrong, "nf4", "", "float32")

@@ -1,14 +1,19 @@
 """Clause E7: the suite's cases are as described, and every overflow is seen."""
 
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
 import executors
+from executors import Capabilities
+from executors.native import Native
 from moe_ref._typing import Array
 from moe_ref.conformance.honest import honest_variants
 from moe_ref.conformance.judgement.call import to_torch
 from moe_ref.conformance.judgement.checks import ConformanceError, applicable, check_problem
-from moe_ref.conformance.judgement.ranges import DTYPE, RANGES, case_of, check_range, exact_results
+from moe_ref.conformance.judgement.ranges import DTYPE, PLAIN, RANGES, Range, case_of, check_range, exact_results
 from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.mutants import mutants
 from moe_ref.conformance.mutants._registry import RANGE_MUTANTS
@@ -36,26 +41,29 @@ class Largest(Exact):
         return value
 
 
-@pytest.mark.parametrize("case", RANGES)
-def test_every_site_passes_the_range_and_no_result_does(case: str) -> None:
+FORMS = [*RANGES.values(), *PLAIN.values()]
+
+
+@pytest.mark.parametrize("scale", FORMS, ids=str)
+def test_every_site_passes_the_range_and_no_result_does(scale: Range) -> None:
     """E7: and each step is representable but for its size."""
-    _, arrays = case_of(RANGES[case])
+    _, arrays = case_of(scale)
     largest = Largest()
     results = exact_results(arrays, largest)
     inputs = [arrays.x, arrays.dy, *arrays.weights.parameters().values()]
     past = {site for site, size in largest.of_site.items() if size > LARGEST}
-    assert set(RANGES[case].sites) <= past
+    assert set(scale.sites) <= past
     assert largest.representable
     assert all(np.array_equal(value, round_to_nearest(value, DTYPE)) for value in inputs)
     assert all(np.abs(results[name]).max() < LARGEST for name in results if name != "topk_weights")
     assert all(np.isfinite(value).all() for value in results.values())
 
 
-@pytest.mark.parametrize("case", RANGES)
-def test_rounding_that_overflows_is_seen_in_every_case(case: str) -> None:
+@pytest.mark.parametrize("scale", FORMS, ids=str)
+def test_rounding_that_overflows_is_seen_in_every_case(scale: Range) -> None:
     """E7: at each of its sites alone."""
-    _, arrays = case_of(RANGES[case])
-    for site in RANGES[case].sites:
+    _, arrays = case_of(scale)
+    for site in scale.sites:
         with np.errstate(invalid="ignore"):
             results = exact_results(arrays, Nearest(DTYPE, overflows=frozenset({site})))
         assert not all(np.isfinite(value).all() for value in results.values()), site
@@ -127,3 +135,32 @@ def test_pinned_problems_are_held_by_honest_variants(problem: Problem) -> None:
     for name, honest in honest_variants(inner).items():
         if name in ("fp32_throughout", "rounded_at_every_site"):
             check_problem(honest, problem)
+
+
+@dataclass(frozen=True)
+class PlainSwiGLU(Native):
+    name: ClassVar[str] = "plain_swiglu"
+    capabilities: ClassVar[Capabilities] = replace(
+        Native().capabilities,
+        activations=frozenset({"swiglu"}),
+        alphas=frozenset({1.0}),
+        limits=frozenset({None}),
+        up_offsets=frozenset({0.0}),
+        late_clamp=False,
+        scale_input=False,
+    )
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_plain_swiglu_has_its_own_form(case: str) -> None:
+    """E7: it is accepted, and an overflow at each of its sites is seen."""
+    plain = PlainSwiGLU()
+    assert check_range(plain, case, "dense") == ""
+    for site in PLAIN[case].sites:
+        overflow = "dx_of_slots_overflows" if site == "dx_slot" else f"{site}_overflows"
+        assert is_rejected(mutants(plain)[overflow], case), site
+
+
+def test_other_cases_are_left_out_aloud() -> None:
+    for case in set(RANGES) - set(PLAIN):
+        assert check_range(PlainSwiGLU(), case, "dense").startswith("plain_swiglu does not declare "), case

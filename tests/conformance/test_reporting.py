@@ -270,6 +270,25 @@ def test_results_tell_each_clause() -> None:
     assert {found.state for found in found_by_all().executors["none"].clauses.values()} == {"not judged"}
 
 
+@pytest.mark.parametrize("ending", ["raises ValueError", "ends the process (SIGSEGV)"])
+def test_another_error_hides_what_its_test_is_about(ending: str) -> None:
+    """Unless a failure breaks it, or an expected one does."""
+    known = (Expected("mine", "issue 1", "", raises="ValueError"), Expected("mine", "issue 2", "E3"))
+    passed = outcome("test_a", named=("E1", "E2", "E3", "E4", "E6"), met=(1,))
+    failed = outcome("test_b", "failed", named=("E1", "E2", "E3"), failures=(failure(ending),))
+    also = outcome("test_c", "failed", named=("E2",), failures=(failure("E2"),))
+    states = ledger.Ledger(known, [passed, failed, also]).states("mine", ())
+    assert [states[clause] for clause in ("E1", "E2", "E3", "E4", "E5")] == [
+        "not judged",
+        "fails",
+        "fails as expected",
+        "holds",
+        "not judged",
+    ]
+    expected = outcome("test_d", "failed", named=("E4",), met=(0,))
+    assert ledger.Ledger(known, [passed, expected]).states("mine", ())["E4"] == "not judged"
+
+
 def test_results_are_read_back(tmp_path: Path) -> None:
     results.write_results(tmp_path / "results.json", found_by_all())
     assert results.read_results(tmp_path / "results.json") == found_by_all()

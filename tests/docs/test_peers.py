@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +18,7 @@ from moe_ref.conformance.judgement.checks import ConformanceError, check_problem
 from moe_ref.conformance.judgement.errors import check_errors
 from moe_ref.conformance.problems.build import build
 from moe_ref.conformance.problems.problem import Problem
-from moe_ref.conformance.reporting.ledger import Failure, Outcome
+from moe_ref.conformance.reporting.results import ExecutorResults, FailureKind
 from moe_ref.types import MoEConfig
 
 ROOT = Path(__file__).parents[2]
@@ -94,35 +93,42 @@ def test_the_driver_knows_every_adapter() -> None:
     assert sorted(own.name for own in entries) == sorted(POINTS)
 
 
-def test_a_clause_is_one_of_four(tmp_path: Path) -> None:
-    judged = importlib.import_module("moe_ref_peers.judged")
-    lines: list[dict[str, Any]] = [{"lacks": [["no gradients", ["D1"]]]}]
-    broken = Failure(("E2", "the behaviour fork"), "y is off", "Problem()")
-    for outcome in (
-        Outcome("mine", "first", ("E1", "E2", "D1"), "passed"),
-        Outcome("mine", "second", ("E2",), "failed", (broken,)),
-        Outcome("mine", "third", ("E3", "E4"), "passed"),
-        Outcome("mine", "fourth", ("E4",), "failed", (Failure(("raises ValueError",), "no"),)),
-    ):
-        lines += [{"begun": f"::{outcome.test}", "test": outcome.test, "clauses": []}, {"outcome": outcome.plain()}]
-    lines.append({"begun": "::fifth", "test": "fifth", "clauses": ["C1"]})  # in which the process ended
-    file = tmp_path / "told"
-    file.write_text("\n".join(map(json.dumps, lines)))
-    verdict = judged.Verdict("mine", {})
-    assert judged._read(file, verdict, done=set()) == lines[-1]
-    found = verdict.clauses()
-    assert {own: found[own] for own in ("E1", "E2", "E3", "E4", "D1", "C1")} == {
-        "E1": "holds",
-        "E2": "fails",
-        "E3": "holds",
-        "E4": "not judged",
-        "D1": "not promised",
-        "C1": "not judged",
+def test_what_the_suite_told_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged, peers = (importlib.import_module(f"moe_ref_peers.{name}") for name in ("judged", "peers"))
+    monkeypatch.setattr(judged, "SUITE", (*judged.SUITE, "-k", "bad_input or test_batch_invariance"))
+    monkeypatch.setattr(judged, "EVERY", 0.5)
+    lines: list[str] = []
+    found = judged.judge(peers.Entry("native", ("torch",)), "quick", lines.append).plain()
+    assert (found["unavailable"], found["tests"]) == ("", {"passed": 1, "failed": 0, "skipped": 1})
+    assert {own: found["clauses"][own] for own in ("T1", "C2", "E2", "E7")} == {
+        "T1": "holds",
+        "C2": "not promised",
+        "E2": "not judged",
+        "E7": "not judged",
     }
-    page = importlib.import_module("moe_ref_peers.page")
-    assert page.others(verdict.plain()) == ["fork", "raises ValueError"]
-    assert judged._read(file, verdict, done={"first", "second", "third", "fourth"}) == lines[-1]
-    assert len(verdict.outcomes) == 4
+    assert "native: 0 tests" in lines
+    assert "native: batch invariance" not in found["not promised"]
+
+
+def test_who_cannot_be_judged_says_why() -> None:
+    judged, peers = (importlib.import_module(f"moe_ref_peers.{name}") for name in ("judged", "peers"))
+    lacking = judged.judge(peers.Entry("native", ("no-such-thing",)), "quick", print)
+    assert lacking.unavailable == "no-such-thing is not installed"
+    unknown = judged.judge(peers.Entry("nobody", ("torch",)), "quick", print).plain()
+    assert "nobody" in unknown["unavailable"]
+    assert (unknown["clauses"], unknown["failures"]) == ({}, {})
+
+
+def test_failures_are_told_by_what_they_break() -> None:
+    judged, page = (importlib.import_module(f"moe_ref_peers.{name}") for name in ("judged", "page"))
+    kinds = [
+        FailureKind(("E2", "the behaviour fork"), 2, "y is off", "Problem()", cause="wrong values"),
+        FailureKind(("E2", "the behaviour fork"), 3, "y is NaN", cause="NaN"),
+        FailureKind(("raises ValueError",), 1, "no"),
+    ]
+    verdict = judged.Verdict("mine", {}, ExecutorResults({}, tuple(kinds))).plain()
+    assert verdict["failures"]["E2, the behaviour fork"] == {"failures": 5, "says": "y is off", "problem": "Problem()"}
+    assert page.others(verdict) == ["fork", "raises ValueError"]
 
 
 def test_the_page_has_the_table_of_the_results() -> None:

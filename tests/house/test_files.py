@@ -48,7 +48,6 @@ RAW_ALLOWED = {
     "moe_ref/conformance/vectors/archive.py": "into the temporary file of `replacing`",
     "moe_ref/conformance/reporting/saved.py": "a folder that is renamed when all is there",
     "examples/qlora_finetune.py": "PEFT's own form, into a folder that is read back at once",
-    "examples/peers/moe_ref_peers/collect.py": PRIVATE,
     "examples/peers/moe_ref_peers/judged.py": PRIVATE,
 }
 OPENS = {

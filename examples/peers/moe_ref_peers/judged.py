@@ -1,28 +1,30 @@
-"""The suite on one peer, in processes of its own: a test that ends its process is noted, and the rest goes on."""
+"""The suite on one peer, in a process of its own, and what it told, for a file."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
+import re
 import subprocess
 import sys
 import tempfile
-import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
-from moe_ref.conformance.reporting.ledger import HOLDS, NOT_APPLICABLE, NOT_JUDGED, Failure, Ledger, Outcome
+from moe_ref.conformance.reporting.ledger import HOLDS, NOT_APPLICABLE
+from moe_ref.conformance.reporting.results import ExecutorResults, FailureKind, read_results
 from moe_ref_peers.peers import Entry
 
-SUITE: tuple[str, ...] = ("-m", "pytest", "--pyargs", "moe_ref.conformance.suite", "-q", "-p", "no:cacheprovider")
+SUITE: tuple[str, ...] = ("-m", "pytest", "--pyargs", "moe_ref.conformance.suite", "-v", "-p", "no:cacheprovider")
 SUITE += ("--noconftest", "-c", os.devnull)  # nothing that lies in a folder above
-PATIENCE = 600.0  # seconds for one test
-DEATHS = 30  # after which the rest is not judged
-TOLD = 400  # characters of a message
+LIMIT = 300  # seconds for one problem
 EVERY = 15.0  # seconds between lines of progress
+TOLD = 400  # characters of a message
+DONE = re.compile(r"^\S*::test_.* (PASSED|FAILED|SKIPPED)\b", re.MULTILINE)
+STATES = {HOLDS: "holds", NOT_APPLICABLE: "not promised"}  # others are told as the suite tells them
 
 
 @dataclass
@@ -32,133 +34,95 @@ class Verdict:
     Attributes:
         name: the executor.
         versions: of what it needs.
-        lacks: what it does not promise, each with the clauses that do not apply because of it.
-        outcomes: of all tests.
-        unavailable: why nothing was judged, or "".
+        told: what the suite told; None if the peer was not judged.
+        tests: how many "passed", "failed" and "skipped".
+        unavailable: why it was not judged, or "".
         seconds: that it took.
     """
 
     name: str
     versions: dict[str, str]
-    lacks: list[tuple[str, list[str]]] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
+    told: ExecutorResults | None = None
+    tests: dict[str, int] = field(default_factory=dict)
     unavailable: str = ""
     seconds: float = 0.0
 
     def clauses(self) -> dict[str, str]:
-        """Each clause: "holds", "fails", "not promised" or "not judged".
-
-        Not judged is also what a test is about that raised another error, or ended its process.
-        """
-        left_out = {clause for _, clauses in self.lacks for clause in clauses}
-        found = Ledger((), self.outcomes).states(self.name, left_out)
-        hidden = {
-            clause
-            for own in self.outcomes
-            if any(failure.breaks[0].startswith(("raises ", "ends ")) for failure in own.failures)
-            for clause in own.clauses
-        }
-        hides = {HOLDS: NOT_JUDGED, NOT_APPLICABLE: "not promised"}
-        return {
-            clause: hides.get(state, state) if state != HOLDS or clause in hidden else state
-            for clause, state in found.items()
-        }
+        """Each clause: "holds", "fails", "not promised" or "not judged"."""
+        found = {} if self.told is None else self.told.clauses
+        return {clause: STATES.get(own.state, own.state) for clause, own in found.items()}
 
     def failures(self) -> dict[str, dict[str, Any]]:
         """By what they break: how many, and the one on the smallest problem."""
-        found: dict[str, list[Failure]] = {}
-        for outcome in self.outcomes:
-            for failure in outcome.failures:
-                found.setdefault(", ".join(failure.breaks), []).append(failure)
-        smallest = {key: min(own, key=lambda failure: len(failure.problem)) for key, own in sorted(found.items())}
+        found: dict[str, list[FailureKind]] = {}
+        for kind in () if self.told is None else self.told.failures:
+            found.setdefault(", ".join(kind.breaks), []).append(kind)
         return {
-            key: {"failures": len(found[key]), "says": own.says[:TOLD], "problem": own.problem[:TOLD]}
-            for key, own in smallest.items()
+            key: {
+                "failures": sum(kind.count for kind in kinds),
+                "says": kinds[0].says[:TOLD],
+                "problem": kinds[0].problem[:TOLD],
+            }
+            for key, kinds in sorted(found.items())
         }
 
     def plain(self) -> dict[str, Any]:
         """For a file."""
-        counts = {kind: sum(own.outcome == kind for own in self.outcomes) for kind in ("passed", "failed", "skipped")}
         return {
             "versions": self.versions,
             "unavailable": self.unavailable,
             "seconds": round(self.seconds),
-            "tests": counts,
-            "clauses": {} if self.unavailable else self.clauses(),
+            "tests": self.tests,
+            "clauses": self.clauses(),
             "failures": self.failures(),
-            "not promised": [says for says, _ in self.lacks],
+            "not promised": [] if self.told is None else [lack.says for lack in self.told.lacks],
         }
 
 
 def judge(entry: Entry, profile: str, tell: Callable[[str], None]) -> Verdict:
     """Runs the suite on a peer.
 
+    A test that ends its process, or hangs, is a failed test.
+
     Args:
         entry: the peer.
         profile: of Hypothesis.
         tell: is given lines of progress.
     """
-    verdict, began = Verdict(entry.name, entry.versions()), time.monotonic()
+    verdict, began = Verdict(entry.name, entry.versions()), monotonic()
     if missing := entry.missing():
         verdict.unavailable = f"{missing} is not installed"
         return verdict
-    dead: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(DEATHS):
-            file = Path(folder) / f"{number}.jsonl"
-            code, said = _process(entry, profile, dead, file, tell)
-            begun = _read(file, verdict, done={own.test for own in verdict.outcomes})
-            if begun is None:
-                verdict.unavailable = "" if verdict.outcomes else said
-                break
-            how = "it takes too long" if code is None else _ending(code)
-            tell(f"{entry.name}: {begun['test']}: {how}")
-            dead.append(begun["begun"])
-            failure = Failure(("ends the process",), f"{begun['test']}: {how}")
-            verdict.outcomes.append(Outcome(entry.name, begun["test"], tuple(begun["clauses"]), "failed", (failure,)))
-    verdict.seconds = time.monotonic() - began
+        file = Path(folder) / "results.json"
+        said = _run(entry, profile, file, tell)
+        verdict.tests = counted(said)
+        if file.exists():
+            verdict.told = read_results(file).executors[entry.name]
+        else:
+            verdict.unavailable = next(iter(said.strip().splitlines()[-1:]), "the suite told nothing")
+    verdict.seconds = monotonic() - began
     return verdict
 
 
-def _process(
-    entry: Entry, profile: str, dead: list[str], file: Path, tell: Callable[[str], None]
-) -> tuple[int | None, str]:
-    """The exit code, or None if it was ended, and the last line that it printed."""
-    file.touch()
-    options = ["--executor", entry.name, f"--hypothesis-profile={profile}", "-p", "moe_ref_peers.collect"]
-    command = [sys.executable, *SUITE, *options, "--outcomes", str(file), *(f"--deselect={own}" for own in dead)]
+def counted(said: str) -> dict[str, int]:
+    """How many tests came to which end, by what pytest prints."""
+    counts = Counter(DONE.findall(said))
+    return {word.lower(): counts[word] for word in ("PASSED", "FAILED", "SKIPPED")}
+
+
+def _run(entry: Entry, profile: str, file: Path, tell: Callable[[str], None]) -> str:
+    """What the suite prints; its results are in a file, unless it cannot begin."""
+    options = ["--executor", entry.name, f"--hypothesis-profile={profile}", "--results", str(file)]
+    options += ["--isolate", "--isolate-limit", str(LIMIT)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(entry.environment)
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=file.parent)
+    log = file.with_name("printed")
+    with log.open("w") as printed:
+        command = [sys.executable, *SUITE, *options]
+        process = subprocess.Popen(command, env=environment, stdout=printed, stderr=subprocess.STDOUT, cwd=file.parent)
         while process.poll() is None:
             try:
                 process.wait(EVERY)
             except subprocess.TimeoutExpired:
-                tell(f"{entry.name}: {len(file.read_bytes().splitlines()) // 2} tests")
-            if process.poll() is None and time.time() - file.stat().st_mtime > PATIENCE:
-                process.kill()
-                process.wait()
-                return None, ""
-        log.seek(0)
-        said = [line for line in log.read().splitlines() if line.strip()]
-    return process.returncode, said[-1] if said else f"exit code {process.returncode}"
-
-
-def _read(file: Path, verdict: Verdict, done: set[str]) -> dict[str, Any] | None:
-    """Adds what a process told to a verdict; gives the test that it died in, if it did."""
-    begun = None
-    for line in file.read_text(encoding="utf-8").splitlines():
-        told = json.loads(line)
-        if "lacks" in told:
-            verdict.lacks = [(says, clauses) for says, clauses in told["lacks"]]
-        elif "begun" in told:
-            begun = told
-        else:
-            begun = None
-            if told["outcome"] is not None and (outcome := Outcome.of(told["outcome"])).test not in done:
-                verdict.outcomes.append(outcome)
-    return begun
-
-
-def _ending(code: int) -> str:
-    return f"ends in {signal.Signals(-code).name}" if code < 0 else f"ends with exit code {code}"
+                tell(f"{entry.name}: {sum(counted(log.read_text(errors='replace')).values())} tests")
+    return log.read_text(errors="replace")

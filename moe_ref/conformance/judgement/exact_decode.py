@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from math import lcm
@@ -19,7 +19,7 @@ from moe_ref.mxfp4 import BLOCKSIZE
 from moe_ref.types import MoEConfig, MoEWeights, MXFP4Tensor, PackedTensor
 
 if TYPE_CHECKING:
-    from executors import Executor
+    from executors import Capabilities, Executor
 
 SIZE = 64  # H and I are this, or the next multiple that the executor declares
 EXPERTS = 2
@@ -37,7 +37,8 @@ def check_every_code(executor: Executor, quant_type: str, nested: str, dtype: st
 
     Token j is 1 or -1 at position j (or another power of two), squared ReLU hides the sign, and the down projection is
     the identity: y holds the squares of column j. An executor without squared ReLU gets SwiGLU, with gates of 64 or so,
-    whose sigmoid is 1 even in fp64: y holds 64 times column j, with its sign.
+    whose sigmoid is 1 even in fp64: y holds 64 times column j, with its sign. NF4 and FP4 come in two sizes: in one of
+    them rows end within a block.
 
     Returns:
         The reason why the case does not apply to the executor, or "".
@@ -46,41 +47,58 @@ def check_every_code(executor: Executor, quant_type: str, nested: str, dtype: st
         ConformanceError: if a number differs.
     """
     able = executor.capabilities
-    squared = "relu2" in able.activations
-    config = MoEConfig(top_k=1, activation="relu2" if squared else "swiglu")
-    size = lcm(SIZE, able.align_hidden, able.align_intermediate)
-    tokens = (1 + squared) * size
-    problem = Problem(tokens, EXPERTS, size, size, config, dtype, "experts", quant_type=quant_type, nested=nested)
-    problem = replace(fitted(problem, able), nested=nested)
-    lacking = undeclared(problem, able)
-    if lacking:
-        return f"{executor.name} does not declare {lacking}"
     clause = "M1 (every code)" if quant_type == "mxfp4" else "Q1, Q2, Q3 (every code)"
-    layouts = LAYOUTS if "weights" in able.strided else LAYOUTS[:1]
-    if problem.config.gate_up_layout == "interleaved":  # where a block of a row is of gates alone, or of ups
-        layouts = LAYOUTS[:1]
-    for form, scale, gate_up in (
-        _of_mxfp4(problem, layouts) if quant_type == "mxfp4" else _of_nf4(problem, layouts, able.blocksizes)
-    ):
-        identity = quantized(_weights(np.eye(size), form), replace(form, nested="")).down_proj
-        weights = MoEWeights(gate_up, identity, config=problem.config)
-        x = scale * np.concatenate([np.eye(size), -np.eye(size)][: 1 + squared])
-        for expert in range(EXPERTS):  # all tokens go to it
-            ids = np.full((problem.tokens, 1), expert)
-            arrays = Arrays(x, np.zeros_like(x), ids, None, np.ones(ids.shape), weights)
-            check_equal(executor, form, arrays, clause, device)
+    unit = lcm(able.align_hidden, able.align_intermediate)
+    sizes = [lcm(SIZE, unit), 3 * lcm(SIZE // 2, unit)]  # in the second rows end within a block
+    for size in sizes[:1] if quant_type == "mxfp4" else sizes:
+        problem = _problem(able, size, quant_type, nested, dtype)
+        lacking = undeclared(problem, able)
+        if lacking:
+            return f"{executor.name} does not declare {lacking}"
+        for form, scale, gate_up in _forms(problem, able, size == sizes[1]):
+            identity = quantized(_weights(np.eye(size), form), replace(form, nested="")).down_proj
+            weights = MoEWeights(gate_up, identity, config=problem.config)
+            x = scale * np.concatenate([np.eye(size), -np.eye(size)])[: problem.tokens]
+            for expert in range(EXPERTS):  # all tokens go to it
+                ids = np.full((problem.tokens, 1), expert)
+                arrays = Arrays(x, np.zeros_like(x), ids, None, np.ones(ids.shape), weights)
+                check_equal(executor, form, arrays, clause, device)
     return ""
 
 
+def _problem(able: Capabilities, size: int, quant_type: str, nested: str, dtype: str) -> Problem:
+    """A problem of H = I = size, with a token for each column, and under squared ReLU one for its opposite."""
+    squared = "relu2" in able.activations
+    config = MoEConfig(top_k=1, activation="relu2" if squared else "swiglu")
+    tokens = (1 + squared) * size
+    problem = Problem(tokens, EXPERTS, size, size, config, dtype, "experts", quant_type=quant_type, nested=nested)
+    return replace(fitted(problem, able), nested=nested)
+
+
+def _forms(problem: Problem, able: Capabilities, across: bool) -> Iterator[tuple[Problem, float, PackedTensor]]:
+    """Forms of the problem, the tokens' number, and a projection, in blocks that lie across rows if that is asked."""
+    layouts = LAYOUTS if "weights" in able.strided else LAYOUTS[:1]
+    interleaved = problem.config.gate_up_layout == "interleaved"
+    if interleaved:  # where a block of a row is of gates alone, or of ups
+        layouts = LAYOUTS[:1]
+    if problem.kinds[0] == "mxfp4":
+        return _of_mxfp4(problem, layouts)
+    size, declared = problem.hidden, sorted(able.blocksizes)
+    if interleaved:
+        blocksizes = [] if across else [blocksize for blocksize in declared if size % blocksize == 0]
+    elif across:
+        blocksizes = [blocksize for blocksize in declared if size % blocksize][:1]
+    else:
+        blocksizes = [blocksize for blocksize in BLOCKSIZES if blocksize in declared] or declared[:1]
+    return _of_nf4(problem, layouts, blocksizes)
+
+
 def _of_nf4(
-    problem: Problem, layouts: Sequence[str], declared: Collection[int]
+    problem: Problem, layouts: Sequence[str], blocksizes: Sequence[int]
 ) -> Iterator[tuple[Problem, float, PackedTensor]]:
     """Forms of the problem, the tokens' number, and normal numbers with a different scale in each row."""
     size = problem.hidden
-    sizes = [blocksize for blocksize in BLOCKSIZES if blocksize in declared] or sorted(declared)[:1]
-    if problem.config.gate_up_layout == "interleaved":
-        sizes = [blocksize for blocksize in sorted(declared) if size % blocksize == 0]
-    for seed, (layout, blocksize) in enumerate(product(layouts, sizes)):
+    for seed, (layout, blocksize) in enumerate(product(layouts, blocksizes)):
         form = replace(problem, blocksize=blocksize, weights_layout=layout)
         rng = np.random.default_rng(seed)
         rows = rng.standard_normal((EXPERTS, size, size)) * np.exp(rng.standard_normal((EXPERTS, size, 1)))

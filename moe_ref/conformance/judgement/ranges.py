@@ -40,12 +40,14 @@ class Range:
     Attributes:
         sites: sites of clause E2 whose values pass fp16's range; none where only dh without the weight does (D3).
         x, gate_up, down, weights, dy: exponents of the inputs.
+        gate: exponent of the gates' rows alone, added to those of gate_up.
         first: exponent of the first token alone, added to x's.
         cancel: every token goes to two experts that are equal, but for the down projection, which is `OPPOSITE`.
         norm: E8, of outputs that are 0, so that only the epsilon counts: columns of the down projection cancel out.
         scale_input: C3.
         lora_a: exponents of A, for adapters of both projections; B makes an adapter count as much as its projection.
-        limit: of swiglu, whose sigmoid is so steep that it is 0, 1/2 or 1; None for squared ReLU.
+        alpha: of swiglu, whose sigmoid is 0, 1/2 or 1: steep, or of gates of 0 or 64 and more; None: squared ReLU.
+        limit: of swiglu.
         clamp: where the limit clamps the gate, before its activation or after it.
     """
 
@@ -55,20 +57,22 @@ class Range:
     down: int = 0
     weights: int = 0
     dy: int = 0
+    gate: int = 0
     first: int = 0
     cancel: bool = False
     norm: bool = False
     scale_input: bool = False
     lora_a: tuple[int, int] | None = None
+    alpha: float | None = None
     limit: float | None = None
     clamp: Clamp = "before"
 
 
 RANGES = {
     "preactivations": Range(("z", "h", "o"), x=2, gate_up=13, weights=-21),
-    "clamped preactivations": Range(("z",), x=9, gate_up=8, dy=-4, limit=4.0),
-    "clamped activations": Range(("z",), x=9, gate_up=8, dy=-4, limit=4.0, clamp="after"),
-    "gates": Range(("z", "act", "h"), x=2, gate_up=13, weights=-20, limit=2.0**30),
+    "clamped preactivations": Range(("z",), x=9, gate_up=8, dy=-4, alpha=1000.0, limit=4.0),
+    "clamped activations": Range(("z",), x=9, gate_up=8, dy=-4, alpha=1000.0, limit=4.0, clamp="after"),
+    "gates": Range(("z", "act", "h"), x=2, gate_up=13, weights=-20, alpha=1000.0, limit=2.0**30),
     "activations": Range(("h",), gate_up=7, down=-3, weights=-2, dy=-3),
     "outputs": Range(("o",), gate_up=6, weights=-4),
     "activations of one token": Range(("h",), x=-6, gate_up=6, down=-6, dy=-6, first=8),
@@ -100,10 +104,23 @@ RANGES = {
         lora_a=(-7, -14),
     ),
 }
+# Those above for an executor without squared ReLU: SwiGLU without clamps, whose gates are 0 or at least 64.
+PLAIN = {
+    "preactivations": Range(("z", "act", "h", "o"), x=3, gate_up=11, weights=-18, dy=-3, alpha=1.0),
+    "activations": Range(("h",), x=1, gate_up=6, down=-1, weights=-1, dy=-6, alpha=1.0),
+    "outputs": Range(("o",), x=1, gate_up=5, down=3, weights=-5, alpha=1.0),
+    "weighted outputs": Range(("weighted_o",), x=3, gate_up=3, down=3, weights=-1, dy=-1, cancel=True, alpha=1.0),
+    "weighted upstream gradients": Range(
+        ("weighted_dy",), x=-1, gate_up=-10, gate=17, down=-10, weights=3, dy=12, alpha=1.0
+    ),
+    "gradients of activations": Range(("dh",), x=-9, gate_up=-8, gate=23, down=6, weights=3, dy=4, alpha=1.0),
+    "gradients of preactivations": Range(("dz",), x=-4, gate_up=-1, gate=13, down=1, weights=2, dy=1, alpha=1.0),
+    "gradients of slots": Range(("dx_slot",), x=-3, gate_up=9, down=-1, weights=2, dy=-2, cancel=True, alpha=1.0),
+}
 
 
 def check_range(executor: Executor, case: str, kind: str, device: str = "cpu") -> str:
-    """Checks one of `RANGES`: y and all gradients equal the specification's, rounded once.
+    """Checks one of `RANGES`, or its form in `PLAIN`: y and all gradients equal the specification's, rounded once.
 
     Args:
         executor: the executor to check.
@@ -118,7 +135,8 @@ def check_range(executor: Executor, case: str, kind: str, device: str = "cpu") -
         ConformanceError: if a number differs.
     """
     able = executor.capabilities
-    forms = forms_of(*case_of(RANGES[case]), kind, able)
+    scale = RANGES[case] if "relu2" in able.activations else PLAIN.get(case, RANGES[case])
+    forms = forms_of(*case_of(scale), kind, able)
     lacking = undeclared(forms[0][0], able)
     if lacking:
         return f"{executor.name} does not declare {lacking}"
@@ -154,10 +172,10 @@ def case_of(scale: Range) -> tuple[Problem, Arrays]:
     """The problem of a case, in dense weights, and its numbers."""
     rng = np.random.default_rng(0)
     experts = 2 if scale.cancel else 3
-    if scale.limit is None:
+    if scale.alpha is None:
         config = MoEConfig(2, activation="relu2", scale_input=scale.scale_input, post_expert_norm_eps=NORM_EPS)
     else:
-        config = MoEConfig(2, alpha=1000.0, limit=scale.limit, clamp=scale.clamp, scale_input=scale.scale_input)
+        config = MoEConfig(2, alpha=scale.alpha, limit=scale.limit, clamp=scale.clamp, scale_input=scale.scale_input)
     both = 2 * SIZE if config.gated else SIZE
     rank = 0 if scale.lora_a is None else RANK
 
@@ -169,6 +187,8 @@ def case_of(scale: Range) -> tuple[Problem, Arrays]:
         return 2.0**exponent * places * rng.choice([-1.0, 1.0], (experts, rows, columns))
 
     gate_up, down = sparse(both, SIZE, scale.gate_up), sparse(SIZE, SIZE, scale.down)
+    if scale.alpha == 1.0:  # no gate is negative, so that no sigmoid is small
+        gate_up[:, :SIZE] = 2.0**scale.gate * np.abs(gate_up[:, :SIZE])
     lora = None
     if scale.lora_a is not None:
         a, b = scale.lora_a

@@ -84,6 +84,13 @@ def fitted(problem: Problem, able: Capabilities) -> Problem:
     return problem
 
 
+def in_declared_dtype(problem: Problem, able: Capabilities) -> Problem:
+    """The problem in another dtype, if the executor does not declare its own; one with powers is about its own."""
+    if problem.powers or problem.dtype in able.dtypes:
+        return problem
+    return replace(problem, dtype=next((name for name in PREFERRED if name in able.dtypes), problem.dtype))
+
+
 def _fitted_activation(config: MoEConfig, able: Capabilities) -> MoEConfig:
     """The configuration with the numbers and rows of a gated activation that are declared."""
     if config.gated:

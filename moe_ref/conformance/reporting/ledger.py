@@ -129,15 +129,22 @@ class Ledger:
     def states(self, executor: str, inapplicable: Iterable[str]) -> dict[str, str]:
         """By clause, its state.
 
-        A clause holds if a passed test is about it, and no failure breaks it.
+        A clause holds if a passed test is about it, no failure breaks it, and no test about it raised another error or
+        ended its process, which may hide what else would be seen.
         """
         named = {clause for own in self.of(executor) if own.outcome == "passed" for clause in own.clauses}
         broken = {clause for own in self.of(executor) for failure in own.failures for clause in failure.breaks}
         met = {own.clause for own, count in self.met(executor).items() if count}
-        kinds = ((FAILS, broken), (EXPECTED, met), (NOT_APPLICABLE, {*inapplicable}), (HOLDS, named))
+        seen = named - {clause for own in self.of(executor) if self._hides(own) for clause in own.clauses}
+        kinds = ((FAILS, broken), (EXPECTED, met), (NOT_APPLICABLE, {*inapplicable}), (HOLDS, seen))
         return {
             clause: next((state for state, clauses in kinds if clause in clauses), NOT_JUDGED) for clause in CLAUSES
         }
+
+    def _hides(self, outcome: Outcome) -> bool:
+        """Whether a test ended in another error than one of the suite, expected or not."""
+        raised = any(own.breaks[0].startswith(("raises ", "ends ")) for own in outcome.failures)
+        return raised or any(self.expected[place].raises for place in outcome.met)
 
 
 def clauses_of(docstring: str | None) -> tuple[str, ...]:
