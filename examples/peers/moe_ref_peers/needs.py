@@ -28,7 +28,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
         "--no-deps torchtitan==0.3.0",
         "torch triton spmd_types==0.2.3 torchdata torch_checkpointing einops tyro",
     ),
-    "transformers": ("transformers torch",),
+    "transformers": ("transformers accelerate torch",),
 }
 
 
