@@ -1,4 +1,4 @@
-"""docs/tutorials/: fine-tune.md, kernel.md and backends.md, followed every night, kernel.md to the letter, the others but for the set-up."""
+"""docs/tutorials/, followed every night: kernel.md to the letter, fine-tune.md and backends.md but for the set-up."""
 
 import os
 import re
