@@ -57,7 +57,7 @@ def test_a_forked_process_may_be_refused_in_words(behaviour: str, words: str, ac
         {"dtypes": frozenset({"float16"}), "bias_dtypes": frozenset({"float32"})},
         {"bias_dtypes": frozenset({"bfloat16", "float64"})},
     ],
-    ids=str,
+    ids=["wide and narrow", "narrow", "wide biases", "narrow and wide biases"],
 )
 def test_forward_mode_in_every_dtype(less: dict[str, frozenset[str]]) -> None:
     """Gradients are rounded to their own dtypes, wider or narrower than x's; a tangent that is dropped still shows.
