@@ -163,7 +163,7 @@ def test_executor_without_routing_is_judged_in_float64(tmp_path: Path) -> None:
     finally:
         executors.unregister("without_routing")
     assert result.exit_code == 0, result.output
-    assert "routing done" in result.output
+    assert "judged from ids on: it has no routing of its own" in result.output
 
 
 def test_json_holds_no_infinity(tmp_path: Path) -> None:
