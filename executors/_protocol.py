@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from executors._declared import (
+    ACTIVATIONS,
+    BLOCKSIZES,
+    DTYPES,
+    GATE_UP_LAYOUTS,
+    ID_DTYPES,
+    NESTED,
+    RENORMALIZE_FORMS,
+    SCORINGS,
+    SELECTION_KEYS,
+    STRIDED,
+    refuse_wrong,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_ref.types import MoEWeights, Routing
 
-
-# The literals of moe_ref.types.Activation, which a test compares: importing them here would import NumPy.
-ACTIVATIONS = frozenset({"swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu2"})
-# Likewise of Scoring, RenormalizeForm and SelectionKey.
-SCORINGS = frozenset({"softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"})
-RENORMALIZE_FORMS = frozenset({"add", "max"})
-SELECTION_KEYS = frozenset({"score", "logit"})
-GATE_UP_LAYOUTS = frozenset({"concatenated", "interleaved"})
-DTYPES = frozenset({"float64", "float32", "bfloat16", "float16"})
-OWN_DTYPE = "x"  # in a set of dtypes of other arguments: that of x
-ID_DTYPES = frozenset({"int32", "int64"})
-STRIDED = frozenset({"x", "routing", "weights"})
-BLOCKSIZES = frozenset({32, 64, 128, 256, 512, 1024, 2048, 4096})  # of moe_ref.validation.nf4
-NESTED = frozenset({"one", "per expert"})
 
 
 class Unavailable(RuntimeError):
@@ -47,6 +47,11 @@ class Capabilities:
 
     A field that is not given promises all that the specification has, but for those whose default is less
     (``post_expert_norm``, ``weights``, ``mixed``, ``batch_invariant``). To refuse within the declaration is a failure.
+
+    Raises:
+        ValueError: a name or number that is not allowed, such as ``dtypes={"fp32"}``, or an empty set that leaves
+            nothing to judge; one line with what is allowed.
+        TypeError: a value of another type, such as a list for a set.
 
     Attributes:
         devices: device types it runs on, such as "cpu" and "cuda"; empty is any.
@@ -129,6 +134,13 @@ class Capabilities:
     biases: bool = field(default=True, kw_only=True)
     blocksizes: frozenset[int] = field(default=BLOCKSIZES, kw_only=True)
     nested: frozenset[str] = field(default=NESTED, kw_only=True)
+
+    def __post_init__(self) -> None:
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        refuse_wrong(own)
+        for name, value in own.items():
+            if isinstance(value, set):  # so that it is hashable
+                object.__setattr__(self, name, frozenset(value))
 
     def takes(self, gate_up: str, down: str) -> bool:
         """Whether it takes a layer whose projections are of these kinds.

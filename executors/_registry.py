@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -37,9 +38,24 @@ EXTRAS = {
     "numba": "numba",
     "triton": "triton",
 }  # of this distribution, by what they bring; all else comes with "torch"
+ELSEWHERE = "a name that a conftest.py registers exists in its runs of pytest alone"
+NO_FACTORY = "is an executor itself, but must be a factory of one, such as its class or lambda: executor"
 
 Factory = Callable[..., Executor]
 Returned = TypeVar("Returned")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The module that called `register`.
+
+    Attributes:
+        module: its name, such as "conftest".
+        file: its file, or "".
+    """
+
+    module: str
+    file: str
 
 
 @dataclass(frozen=True)
@@ -51,12 +67,14 @@ class Entry:
         target: "module:attribute", or the factory itself.
         source: "built-in", "registered", or "from distribution D"; of all claimants where there are several.
         clash: why it cannot be had, where several plug-ins claim the name; or "".
+        origin: who registered it in this process, or None.
     """
 
     name: str
     target: str | Factory
     source: str
     clash: str = ""
+    origin: Origin | None = None
 
     @property
     def target_name(self) -> str:
@@ -110,7 +128,7 @@ def get(name: str, **options: Any) -> Executor:
     entries = _entries()
     if not isinstance(name, str) or name not in entries:
         close = difflib.get_close_matches(str(name), entries, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = f" (did you mean {close[0]!r}?)" if close else f"; {ELSEWHERE}"
         raise UnknownExecutor(f"executor={name!r}: must be one of {', '.join(map(repr, sorted(entries)))}{hint}")
     entry = entries[name]
     factory = _load(entry)
@@ -156,7 +174,7 @@ def register(name: str, target: str | Factory) -> None:
 
     Raises:
         ValueError: the name is taken, or the text of the target is not of that form.
-        TypeError: the name is no text, or the target is neither text nor callable.
+        TypeError: the name is no text, or the target is neither text nor callable, or an executor itself.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"name={name!r}: must be text, and not empty")
@@ -164,7 +182,11 @@ def register(name: str, target: str | Factory) -> None:
         raise ValueError(f"target={target!r}: must be 'module:attribute' or a callable")
     if not isinstance(target, str) and not callable(target):
         raise TypeError(f"target={target!r}: must be 'module:attribute' or a callable")
-    entry = Entry(name, target, "registered")
+    if _is_executor(target):
+        raise TypeError(f"target: a {type(target).__name__} {NO_FACTORY}")
+    caller = sys._getframe(1).f_globals
+    origin = Origin(str(caller.get("__name__", "")), str(caller.get("__file__") or ""))
+    entry = Entry(name, target, "registered", origin=origin)
     taken = _entries().get(name)
     if taken is not None:
         raise ValueError(f"name={name!r}: must be new, but is taken by {taken}; refused: {entry}")
@@ -180,6 +202,17 @@ def unregister(name: str) -> None:
     if name not in _registered:
         raise UnknownExecutor(f"name={name!r}: must be one that was registered in this process")
     del _registered[name]
+
+
+def origin(name: str) -> Origin | None:
+    """Who registered an executor in this process; None for one that every process has, and for an unknown name."""
+    entry = _registered.get(name)
+    return entry.origin if entry is not None else None
+
+
+def _is_executor(target: Any) -> bool:
+    """Whether it is an executor, which can be called as a factory can, and not a class of them."""
+    return not isinstance(target, type) and callable(getattr(target, "experts", None))
 
 
 def _entries() -> dict[str, Entry]:
@@ -221,7 +254,7 @@ def _load(entry: Entry) -> Factory:
     if not isinstance(entry.target, str):
         return entry.target
     try:
-        return _call(entry, "loaded", EntryPoint(entry.name, entry.target, GROUP).load)
+        found = _call(entry, "loaded", EntryPoint(entry.name, entry.target, GROUP).load)
     except Unavailable as error:
         name = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
         missing = (name or "").partition(".")[0]
@@ -230,6 +263,9 @@ def _load(entry: Entry) -> Factory:
         raise Unavailable(
             f'executor {entry.name!r} needs {missing}: pip install "moe-ref[{EXTRAS.get(missing, "torch")}]"'
         ) from error.__cause__
+    if _is_executor(found):
+        raise Unavailable(f"{entry} cannot be made: it {NO_FACTORY}")
+    return found
 
 
 def _call(

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from executors._compare import run as comparison
 from executors._compare.judge import with_clear_choice
+from executors._registry import ELSEWHERE
 from executors.layer_file import BadLayerFile, Layer, bundled_layer, first_tokens, load_layer
 
 SHOW_AFTER_S = 2.0
@@ -108,14 +109,15 @@ def make_folder(out: Path) -> None:
 def chosen_names(chosen: list[str] | None) -> list[str]:
     """The executors asked for with --executor, or all but auto."""
     known = comparison.everyone()
-    return list(checked("--executor", chosen, known) or known)
+    hint = f"; {ELSEWHERE}: report --results takes what they write"
+    return list(checked("--executor", chosen, known, hint) or known)
 
 
-def checked(option: str, chosen: list[str] | None, known: Sequence[str]) -> tuple[str, ...] | None:
-    """What was chosen, each once, or None where nothing was."""
+def checked(option: str, chosen: list[str] | None, known: Sequence[str], hint: str = "") -> tuple[str, ...] | None:
+    """What was chosen, each once, or None where nothing was; ``hint`` ends the refusal."""
     for name in chosen or []:
         if name not in known:
-            refuse(f"{option} {name}: must be one of {', '.join(known)}")
+            refuse(f"{option} {name}: must be one of {', '.join(known)}{hint}")
     return tuple(dict.fromkeys(chosen)) if chosen else None
 
 

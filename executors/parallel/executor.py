@@ -11,7 +11,8 @@ from torch import Tensor
 
 from executors._base.local import check_local
 from executors._base.routing import route_checked
-from executors._protocol import ID_DTYPES, Capabilities, Executor, Unsupported, check_norm
+from executors._declared import ID_DTYPES
+from executors._protocol import Capabilities, Executor, Unsupported, check_norm
 from executors._registry import get
 from executors.parallel.agreement import Call, failed
 from executors.parallel.autograd import Nothing, needing

@@ -16,7 +16,7 @@ from moe_ref.conformance.reporting.reporter import EXPECTED, JUDGED, VECTORS, Re
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from executors import Executor
+    from executors import Capabilities, Executor
     from moe_ref.conformance.parallel.cluster import Cluster
     from moe_ref.conformance.reporting.expected import Expected
     from moe_ref.conformance.reporting.judge import Judge
@@ -96,6 +96,7 @@ def pytest_configure(config: pytest.Config) -> None:
     names = config.getoption("moe_ref_executors")
     if names or from_suite:
         load_profile(config)
+    _refuse_unknown_profile(config.getoption("--hypothesis-profile", default=None))
     if names:
         _refuse_unusable(names, config.getoption("moe_ref_device"))
     if config.getoption("moe_ref_vectors"):
@@ -143,14 +144,10 @@ def _expected(path: str | None) -> tuple[Expected, ...]:
 def _refuse_unusable(names: list[str], device: str) -> None:
     import torch
 
-    import executors
-
     for name in names:
-        try:
-            executors.get(name)
-        except (executors.UnknownExecutor, executors.Unavailable, ValueError) as error:
-            raise pytest.UsageError(f"--executor {name}: {error}") from error
-        devices = executors.get(name).capabilities.devices
+        devices = _able(name).devices
+        if unknown := [own for own in sorted(devices) if not _is_device(own)]:
+            raise pytest.UsageError(f"--executor {name}: its devices have {unknown[0]!r}: must be types that torch has")
         if devices and device.partition(":")[0] not in devices:
             allowed = " or ".join(sorted(devices))
             raise pytest.UsageError(f"--executor-device {device}: must be {allowed}, which {name} declares")
@@ -161,6 +158,45 @@ def _refuse_unusable(names: list[str], device: str) -> None:
         raise pytest.UsageError(
             f"--executor-device {device}: must be a device that torch has here: {reason}"
         ) from error
+
+
+def _able(name: str) -> Capabilities:
+    """What an executor declares; refuses one that cannot be had, or declares nothing."""
+    import executors
+
+    try:
+        able = getattr(executors.get(name), "capabilities", None)
+    except (executors.UnknownExecutor, executors.Unavailable, ValueError, TypeError) as error:
+        raise pytest.UsageError(f"--executor {name}: {' '.join(str(error).split())}") from error
+    if not isinstance(able, executors.Capabilities):
+        found = f"its capabilities are of type {type(able).__name__}"
+        raise pytest.UsageError(f"--executor {name}: {found}, but must be executors.Capabilities")
+    return able
+
+
+def _is_device(kind: str) -> bool:
+    import torch
+
+    try:
+        torch.device(kind)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _refuse_unknown_profile(name: str | None) -> None:
+    """Hypothesis' own plugin would end in a traceback."""
+    if name is None:
+        return
+    from hypothesis import errors, settings
+
+    try:
+        settings.get_profile(name)
+    except errors.InvalidArgument as error:
+        from moe_ref.conformance.profiles import PROFILES
+
+        allowed = f"{', '.join(PROFILES)}, or one that a conftest.py registers"
+        raise pytest.UsageError(f"--hypothesis-profile {name}: must be one of {allowed}") from error
 
 
 def load_profile(config: pytest.Config) -> None:
@@ -178,7 +214,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs every test that asks for ``executor`` once for each chosen executor."""
     if "executor_name" in metafunc.fixturenames and "conformance_device" in metafunc.fixturenames:
         chosen, device = (metafunc.config.getoption(f"moe_ref_{option}") for option in ("executors", "device"))
-        names = chosen or _usable(device.partition(":")[0])
+        names = chosen or _usable(metafunc.config, device.partition(":")[0])
         metafunc.parametrize("executor_name", names, indirect=True, scope="session")
         metafunc.config.stash.setdefault(JUDGED, names)
     if "vector" in metafunc.fixturenames and "vectors" in metafunc.fixturenames:
@@ -194,11 +230,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     cheap_first(items)
 
 
-def _usable(device: str) -> list[str]:
-    import executors
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    """Says which executors are judged where none was named: all of them take long."""
+    names = config.stash.get(JUDGED, [])
+    if not names or config.getoption("moe_ref_executors"):
+        return []
+    return [f"moe-ref judges {', '.join(names)}, each for minutes: --executor NAME judges one alone"]
 
-    able = {name: executors.get(name).capabilities for name in executors.available() if name != "auto"}
-    return [name for name, has in able.items() if not has.interpreted and (not has.devices or device in has.devices)]
+
+def _usable(config: pytest.Config, device: str) -> list[str]:
+    """Executors that can be had here, and what they declare can be had."""
+    if JUDGED not in config.stash:
+        import executors
+
+        able = {name: _able(name) for name in executors.available() if name != "auto"}
+        config.stash[JUDGED] = [
+            name for name, has in able.items() if not has.interpreted and (not has.devices or device in has.devices)
+        ]
+    return config.stash[JUDGED]
 
 
 @pytest.fixture(scope="session")

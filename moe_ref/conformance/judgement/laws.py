@@ -33,15 +33,25 @@ from moe_ref.types import PER_EXPERT
 if TYPE_CHECKING:
     from executors import Executor
 
+SENTENCES = {  # of each law, for whoever breaks it
+    "permute_tokens": "tokens in another order give the same rows in that order, and the same gradients of weights",
+    "relabel_experts": "experts with other ids, and with them the ids of tokens, give the same result",
+    "split_batch": "the two halves of a batch, one after the other, give the two halves of the result",
+    "scale_weights": "routing weights twice as large give twice the output",
+    "append_slot": "one more empty slot for each token changes nothing, whatever its weight (R7)",
+    "append_expert": "one more expert that no token chooses changes nothing, and its gradients are 0 (D2)",
+}
+
 Results = dict[str, np.ndarray]
 Changed = tuple[Problem, Arrays, Callable[[Results], Results]]
 Law = Callable[[Problem, Arrays], list[Changed]]
 
+ADDED = " of added "  # in the name of a gradient: of what a law has added to the problem
 TOKEN_TENSORS = ("y", "x", "router_logits", "topk_weights")
 
 
 def check_law(executor: Executor, problem: Problem, law: str, device: str = "cpu") -> bool:
-    """Checks one law of `LAWS` on one problem.
+    """Checks one law of `LAWS` on one problem; a failure says in `SENTENCES`' words what the law is.
 
     Returns:
         Whether the law says anything about this problem.
@@ -59,10 +69,26 @@ def check_law(executor: Executor, problem: Problem, law: str, device: str = "cpu
         return False
     truth = reference(problem)  # sampling takes most of the time: only where the law says something
     for mode in modes(executor):
-        for verdict in verdicts_of(_joined(executor, changes, mode, device), problem, truth):
+        results = _joined(executor, changes, mode, device)
+        effects = _effects(results)
+        for verdict in verdicts_of(results, problem, truth):
             if verdict.failure:
-                raise ConformanceError(executor, problem, f"the law {law}", verdict.failure, verdict.name)
+                message = f"{effects.get(verdict.name, verdict.failure)}; the law: {SENTENCES[law]}"
+                raise ConformanceError(executor, problem, f"the law {law}", message, verdict.name)
     return True
+
+
+def _effects(results: Results) -> dict[str, str]:
+    """Takes the gradients of what was added out of results; says by tensor which are not 0, and spoils that tensor."""
+    said = {}
+    for key in [key for key in results if ADDED in key]:
+        name, _, of = key.partition(ADDED)
+        gradient = np.atleast_1d(results.pop(key))
+        wrong = gradient[gradient != 0]  # NaN is one of them
+        if wrong.size:
+            said[name] = f"the gradient of {name} of the added {of} has {wrong[0]:.9g}, but must be exactly 0"
+            results[name] = np.full_like(results[name], math.inf)
+    return said
 
 
 def _joined(executor: Executor, changes: Sequence[Changed], mode: Mode, device: str) -> Results:
@@ -164,9 +190,10 @@ def append_slot(problem: Problem, arrays: Arrays) -> list[Changed]:
     )
 
     def undo(results: Results) -> Results:
-        if "topk_weights" in results and results["topk_weights"][:, -1].any():
-            return results | {"topk_weights": np.full_like(results["topk_weights"][:, :-1], math.inf)}
-        return {n: v[:, :-1] if n == "topk_weights" else v for n, v in results.items()}
+        if "topk_weights" not in results:
+            return results
+        given, added = results["topk_weights"][:, :-1], results["topk_weights"][:, -1]
+        return results | {"topk_weights": given, f"topk_weights{ADDED}slots": added}
 
     return [(replace(problem, empty_slots=True), changed, undo)]
 
@@ -189,8 +216,7 @@ def append_expert(problem: Problem, arrays: Arrays) -> list[Changed]:
     def undo(results: Results) -> Results:
         undone = dict(results)
         for name in set(PER_EXPERT) & set(results):
-            clean = not results[name][-1].any()  # NaN counts as true
-            undone[name] = results[name][:-1] if clean else np.full_like(results[name][:-1], math.inf)
+            undone[name], undone[f"{name}{ADDED}expert"] = results[name][:-1], results[name][-1]
         if "router_logits" in results:
             undone["router_logits"] = results["router_logits"][:, :-1]
         return undone

@@ -7,5 +7,5 @@
 - `ledger`, `summary`: results of all tests, and what is printed of them;
 - `results`: the same as a JSON file, for programs;
 - `order`, `search`: cheap tests first, and how long a failure is made simpler;
-- `saved`, `again`: a failure as a vector, and as a call to paste.
+- `saved`, `again`, `pasted`: a failure as a vector, and as a call to paste.
 """

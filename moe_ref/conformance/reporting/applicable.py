@@ -145,7 +145,7 @@ def _swiglu(able: Capabilities) -> list[Lack]:
 
 
 def _experts(able: Capabilities) -> list[Lack]:
-    from executors._protocol import ACTIVATIONS
+    from executors._declared import ACTIVATIONS
     from moe_ref.types import GATED
 
     out = []

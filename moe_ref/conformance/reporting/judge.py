@@ -11,12 +11,11 @@ from moe_ref.conformance.judgement.checks import ConformanceError
 from moe_ref.conformance.judgement.faults import RAISED, Fault
 from moe_ref.conformance.reporting.expected import Expected
 from moe_ref.conformance.reporting.ledger import AGAIN
+from moe_ref.conformance.reporting.pasted import SETUP, before
 from moe_ref.conformance.reporting.search import Search, cause
 
 if TYPE_CHECKING:
     from executors import Executor
-
-SETUP = "from moe_ref.conformance.reporting.again import *; "
 
 
 @dataclass
@@ -98,7 +97,7 @@ class Judge:
     def _again(self, check: Callable[..., Any], arguments: Sequence[Any]) -> str:
         device = [] if self.device == "cpu" else [f"device={self.device!r}"]
         call = ", ".join([f"get({self.name!r})", *map(repr, arguments), *device])
-        return f"{AGAIN}{SETUP}{check.__name__}({call})"
+        return f"{AGAIN}{before(self.name)}{SETUP}{check.__name__}({call})"
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moe_ref.conformance.judgement.checks import ConformanceError, labels
 from moe_ref.conformance.reporting.expected import Expected
+from moe_ref.conformance.reporting.pasted import SETUP
 from moe_ref.conformance.reporting.search import cause
 
 CLAUSE = re.compile(r"\b([TRGECDQM]\d)\b")
@@ -20,6 +21,7 @@ CLAUSES = (
 HOLDS, FAILS, EXPECTED, NOT_APPLICABLE, NOT_JUDGED = STATES = (
     *("holds", "fails", "fails as expected", "not applicable", "not judged"),
 )
+LAW, BEHAVIOUR = "the law ", "the behaviour "  # begin what a failure breaks that is no clause
 AGAIN = "again: "  # begins the note that says how to run a failure again
 
 
@@ -49,6 +51,11 @@ class Failure:
         broken = ", ".join(self.breaks)
         said = broken if broken.startswith(("raises ", "ends ")) else f"breaks {broken}"
         return f"{said} ({self.cause})" if self.cause else said
+
+    @property
+    def beyond(self) -> bool:
+        """Whether it breaks no clause by name: an exception, a law or a behaviour."""
+        return not {*self.breaks} & {*CLAUSES}
 
     @property
     def size(self) -> tuple[bool, int, int]:
@@ -109,14 +116,14 @@ class Ledger:
         return [own for own in self.outcomes if own.executor == executor]
 
     def failures(self, executor: str) -> dict[str, list[Failure]]:
-        """Failures that are not expected, by what they break and why, the smallest problem first."""
+        """Failures that are not expected, by what they break and why; by rank, and the smallest problem first."""
         found: dict[str, list[Failure]] = {}
         for own in self.of(executor):
             for failure in own.failures:
                 found.setdefault(failure.kind, []).append(failure)
         ordered = {kind: sorted(own, key=lambda failure: failure.size) for kind, own in found.items()}
-        follows = ("breaks the law ", "breaks the behaviour ")  # from a broken clause, mostly
-        return dict(sorted(ordered.items(), key=lambda kind: (kind[0].startswith(follows), kind[1][0].size)))
+        raised = {own.breaks[0] for same in ordered.values() for own in same}
+        return dict(sorted(ordered.items(), key=lambda kind: (rank(kind[1][0], raised), kind[1][0].size)))
 
     def met(self, executor: str) -> dict[Expected, int]:
         """Its expected failures, each with the number of tests that met it."""
@@ -147,6 +154,21 @@ class Ledger:
         return raised or any(self.expected[place].raises for place in outcome.met)
 
 
+def rank(failure: Failure, raised: Collection[str]) -> int:
+    """The place among failures of one executor: 0 of clauses and exceptions, 1 of behaviours, 2 of what follows from 0.
+
+    A law is mostly broken by wrong values, and a behaviour by an exception that other tests met too.
+
+    Args:
+        failure: the failure.
+        raised: what any failure breaks, such as "raises ValueError".
+    """
+    about = failure.breaks[0]
+    if about.startswith(BEHAVIOUR):
+        return 2 if failure.cause in raised else 1
+    return 2 if about.startswith(LAW) else 0
+
+
 def clauses_of(docstring: str | None) -> tuple[str, ...]:
     """The clauses that a test's docstring names."""
     return tuple(dict.fromkeys(CLAUSE.findall(docstring or "")))
@@ -171,4 +193,4 @@ def failures_of(error: BaseException) -> Iterator[tuple[BaseException, tuple[Fai
         return
     says = " ".join(f"{type(error).__name__}: {error}".split())
     raised = (f"raises {type(error).__name__}",)
-    yield error, (Failure(raised, says, again.partition("(")[2], again, cause=cause(str(error))),)
+    yield error, (Failure(raised, says, again.partition(SETUP)[2].partition("(")[2], again, cause=cause(str(error))),)

@@ -135,6 +135,7 @@ class Reporter:
         from moe_ref.conformance.reporting.summary import lines
 
         terminalreporter.section("conformance")
+        terminalreporter.write_line(self.judged_by())
         ledger, left_out = self.ledger(), self.left_out()
         if left_out:
             terminalreporter.write_line(f"not all of the suite ran: {left_out}")
@@ -145,6 +146,19 @@ class Reporter:
         for name in names:
             for line in lines(ledger, name, lacks(executors.get(name).capabilities), left_out):
                 terminalreporter.write_line(line.text, red=line.wrong)
+
+    def judged_by(self) -> str:
+        """Which suite judged, how long it searched, and where."""
+        import torch
+        from hypothesis import settings
+
+        from moe_ref.conformance.profiles import PROFILES
+        from moe_ref.conformance.vectors.folder import specification
+
+        active = settings.get_current_profile_name()
+        profile = active if active in PROFILES else "dev"
+        device = self.config.getoption("moe_ref_device")
+        return f"moe-ref {specification()}, profile {profile}, {device}, torch {torch.__version__}"
 
     def judged(self) -> list[str]:
         """The names of all executors, of those that no test ran on too."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from moe_ref.conformance.reporting.applicable import Lack
@@ -16,10 +16,11 @@ from moe_ref.conformance.reporting.ledger import (
     NOT_JUDGED,
     Failure,
     Ledger,
+    rank,
 )
 
 WIDEST = 400  # characters of a message
-SHOWN = 8  # kinds of failures, each with an example
+SHOWN = 8  # kinds of failures of clauses, and as many that may follow from them, each with an example
 NAMED = 16  # more of them, each in one line
 
 
@@ -42,11 +43,7 @@ def lines(ledger: Ledger, executor: str, lacking: Sequence[Lack], left_out: str)
     met, failures = ledger.met(executor), ledger.failures(executor)
     if ledger.of(executor):
         yield Line(f"{executor}: {_counted(ledger, executor, lacking)}", wrong=bool(failures))
-    for place, (kind, own) in enumerate(failures.items()):
-        if place == SHOWN + NAMED:
-            yield Line(f"  and {len(failures) - place} other kinds of failures", wrong=True)
-            break
-        yield from _failure(kind, own, in_full=place < SHOWN)
+    yield from _failures(failures)
     for expected, count in met.items():
         if count:
             yield Line(f"  expected {expected}: {tests(count)}; {expected.reason}")
@@ -57,6 +54,24 @@ def lines(ledger: Ledger, executor: str, lacking: Sequence[Lack], left_out: str)
             yield Line(f"  expected {expected}: holds now, so take it out of the file", wrong=True)
     for lack in lacking:
         yield Line(f"{executor}: {lack.says}")
+
+
+def _failures(failures: Mapping[str, Sequence[Failure]]) -> Iterator[Line]:
+    """All kinds of failures: the first of each rank with an example, and all that follow from no other."""
+    raised = {failure.breaks[0] for own in failures.values() for failure in own}
+    seen, short = Counter[int](), []
+    for kind, own in failures.items():
+        place = rank(own[0], raised)
+        seen[place] += 1
+        if place == 1 or seen[place] <= SHOWN:
+            yield from _failure(kind, own)
+        else:
+            short.append(_head(kind, own))
+    if short:
+        yield Line("  without an example here, which --results FILE has:", wrong=True)
+    yield from short[:NAMED]
+    if len(short) > NAMED:
+        yield Line(f"  and {len(short) - NAMED} other kinds of failures", wrong=True)
 
 
 def unmet(ledger: Ledger, executor: str) -> list[Expected]:
@@ -81,15 +96,20 @@ def _counted(ledger: Ledger, executor: str, lacking: Sequence[Lack]) -> str:
     if counts[NOT_JUDGED]:
         rest = ", ".join(clause for clause, state in states.items() if state == NOT_JUDGED)
         parts.append(f"{counts[NOT_JUDGED]} not judged here ({rest})")
+    beyond = sum(failure.beyond for own in ledger.failures(executor).values() for failure in own)
+    if beyond:
+        parts.append(f"and {beyond} failure{'s' * (beyond > 1)} beyond the clauses")
     return ", ".join(parts)
 
 
-def _failure(kind: str, own: Sequence[Failure], in_full: bool) -> Iterator[Line]:
+def _head(kind: str, own: Sequence[Failure]) -> Line:
+    return Line(f"  {kind}: {len(own)} failure{'s' * (len(own) > 1)}", wrong=True)
+
+
+def _failure(kind: str, own: Sequence[Failure]) -> Iterator[Line]:
     """The smallest of some failures of one kind."""
     first = own[0]
-    yield Line(f"  {kind}: {len(own)} failure{'s' * (len(own) > 1)}", wrong=True)
-    if not in_full:
-        return
+    yield _head(kind, own)
     yield Line(f"    {first.says if len(first.says) <= WIDEST else first.says[:WIDEST] + ' ...'}", wrong=True)
     if first.again:
         yield Line(f"    {first.again}")
