@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from moe_ref.types import MoEWeights, Routing
 
 
-
 class Unavailable(RuntimeError):
     """This machine lacks something that the executor needs; the message says what."""
 

@@ -25,6 +25,11 @@ LONGEST_NAME = 40  # in the legend
 
 def plot(path: Path, rows: list[CompareRow], title: str) -> None:
     """Writes the picture."""
+    save(drawn(rows, title), path)
+
+
+def drawn(rows: list[CompareRow], title: str) -> Figure:
+    """The picture: errors of all that ran, with the colours' names below; times and memory beside them."""
     ran = [row for row in rows if row.judgement is not None and row.judgement.z]
     tensors = [name for name in LABELS if any(name in row.judgement.z for row in ran if row.judgement)]
     figure = Figure(figsize=(10.5, 1.3 + 0.72 * max(len(tensors), 5)), dpi=DPI, layout="constrained")
@@ -37,7 +42,7 @@ def plot(path: Path, rows: list[CompareRow], title: str) -> None:
     _times(times, ran)
     _memory(memory, ran)
     figure.suptitle(title, fontsize=11)
-    save(figure, path)
+    return figure
 
 
 def save(figure: Figure, path: Path, dpi: float | None = None) -> None:
@@ -50,7 +55,7 @@ def _errors(axes: list[Axes], tensors: list[str], ran: list[CompareRow]) -> None
     for ax, name in zip(axes, tensors, strict=False):
         most = 1
         broken: list[tuple[str, str]] = []
-        drawn: list[np.ndarray] = []
+        earlier: list[np.ndarray] = []
         for row, colour in zip(ran, cycle(COLOURS), strict=False):
             if row.judgement is None or name not in row.judgement.z:
                 continue
@@ -58,10 +63,10 @@ def _errors(axes: list[Axes], tensors: list[str], ran: list[CompareRow]) -> None
             z = z[np.isfinite(z)]
             counts, _ = np.histogram(np.clip(z, EDGES[0], EDGES[-1]), EDGES)
             most = max(most, int(counts.max()))
-            same = any(np.array_equal(counts, each) for each in drawn)  # dashed: the line below it is seen, too
+            same = any(np.array_equal(counts, each) for each in earlier)  # dashed: the line below it is seen, too
             style = (0, (5, 5)) if same else "solid"
             ax.stairs(counts, EDGES, color=colour, fill=len(ran) == 1, alpha=0.9, linewidth=1.4, linestyle=style)
-            drawn.append(counts)
+            earlier.append(counts)
             broken += [(colour, gate(v)) for v in row.judgement.broken if v.name == name]
         for place, (colour, figure) in enumerate(broken):
             ax.text(

@@ -9,6 +9,7 @@ from executors._report.cells import LOOKS, badge, cell, group, panel
 from executors._report.judged import JudgedExecutor
 from executors._report.layer_rows import layer_rows
 from executors._report.markup import Html, breakable, tag
+from moe_ref.conformance.judgement.laws import SENTENCES as LAWS
 from moe_ref.conformance.reporting.ledger import CLAUSES, EXPECTED, FAILS, HOLDS, NOT_APPLICABLE, NOT_JUDGED
 from moe_ref.conformance.reporting.results import ExecutorResults
 from moe_ref.conformance.reporting.sentences import SENTENCES
@@ -99,8 +100,7 @@ def _beyond(judged: Sequence[JudgedExecutor]) -> list[Html]:
                 panels.append(panel(key, what, own, len(judged), failures))
             else:
                 cells.append(cell(own.name, "absent", "○", "none"))
-        rows += [
-            tag("tr", tag("th", what, scope="row", role="rowheader"), *cells, class_="clause", role="row"),
-            *panels,
-        ]
+        said = LAWS.get(what.removeprefix("the law "), "")  # of a behaviour or an exception, nothing
+        head = tag("th", tag("b", what), *([": ", tag("span", said)] * bool(said)), scope="row", role="rowheader")
+        rows += [tag("tr", head, *cells, class_="clause", role="row"), *panels]
     return [tag("tbody", *rows, role="rowgroup")]
