@@ -1,7 +1,9 @@
 """The parts of the suite: problems, poison, and checks, each of which can fail."""
 
 import math
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from moe_ref.conformance.judgement.checks import ConformanceError, check_problem
 from moe_ref.conformance.judgement.errors import check_errors
 from moe_ref.conformance.judgement.exact import CASES, check_exact
 from moe_ref.conformance.judgement.invariance import check_batch_invariance
-from moe_ref.conformance.judgement.laws import LAWS, check_law
+from moe_ref.conformance.judgement.laws import LAWS, SENTENCES, check_law
 from moe_ref.conformance.judgement.ranges import check_range
 from moe_ref.conformance.judgement.reference import reference
 from moe_ref.conformance.judgement.second_derivatives import (
@@ -37,7 +39,7 @@ from moe_ref.conformance.problems.pinned import EXAMPLES
 from moe_ref.conformance.problems.poison import poisoned
 from moe_ref.conformance.problems.problem import Problem
 from moe_ref.conformance.problems.strategies import problems
-from moe_ref.conformance.wrapped import Wrapped
+from moe_ref.conformance.wrapped import Wrapped, experts
 from moe_ref.numerics import FORMATS
 
 PROBLEM = Problem(24, 7, 16, 12, MoEConfig(3, scoring="sigmoid", renormalize=True), down_bias=True, seed=8)
@@ -248,8 +250,46 @@ def test_combine_in_low_precision_is_seen(case: str, dtype: str) -> None:
 def test_each_law_can_be_broken(law: str, breaker: str) -> None:
     problem = replace(PROBLEM, entry="experts")
     assert check_law(native(), problem, law)
-    with pytest.raises(ConformanceError, match=f"the law {law}"):
+    with pytest.raises(ConformanceError, match=f"the law {law}: .*; the law: {re.escape(SENTENCES[law])}\n"):
         check_law(mutant(breaker), problem, law)
+
+
+class Leak(torch.autograd.Function):
+    """The last expert's gradient is 1 too large."""
+
+    @staticmethod
+    def forward(ctx, tensor):  # type: ignore[no-untyped-def]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return torch.cat([gradient[:-1], gradient[-1:] + 1])
+
+
+def leaking_expert(inner, x, ids, w, weights):  # type: ignore[no-untyped-def]
+    return experts(inner, x, ids, w, weights.with_parameters({"down_proj": Leak.apply(weights.down_proj)}))
+
+
+def leaking_slot(inner, x, ids, w, weights):  # type: ignore[no-untyped-def]
+    return experts(inner, x, ids, Leak.apply(w.T).T, weights)
+
+
+@pytest.mark.parametrize(
+    ("law", "leak", "says"),
+    [
+        ("append_expert", leaking_expert, "the gradient of down_proj of the added expert has 1, but must be exactly 0"),
+        ("append_slot", leaking_slot, "the gradient of topk_weights of the added slots has 1, but must be exactly 0"),
+    ],
+)
+def test_what_a_law_adds_is_told_as_such(law: str, leak: Any, says: str) -> None:
+    with pytest.raises(ConformanceError, match=f"breaks the law {law}: {says}; the law: "):
+        check_law(Wrapped("leak", native(), slots=leak), replace(PROBLEM, entry="experts"), law)
+
+
+def test_the_page_says_what_each_law_is() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "adding-an-executor.md").read_text()
+    (table,) = re.findall(r"^\| law \| .*\n\|---\|---\|\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
+    assert table.splitlines() == [f"| `{law}` | {SENTENCES[law][0].upper()}{SENTENCES[law][1:]}. |" for law in LAWS]
 
 
 def test_all_laws_have_a_breaker() -> None:

@@ -2,10 +2,14 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import executors
+from executors import _registry
+from moe_ref.conformance import plugin
 from plugin_runs import ONE_PERCENT, install, run_pytest
 
 SUITE = "--pyargs", "moe_ref.conformance.suite"
@@ -65,6 +69,40 @@ def test_unavailable_executor_is_refused_at_the_start(outside: Path) -> None:
     assert re.match(r"ERROR: --executor broken: executor 'broken' .* RuntimeError: driver too old$", line)
 
 
+def test_an_unknown_profile_is_refused_at_the_start(outside: Path) -> None:
+    ran = run_pytest(outside, *SUITE, "--collect-only", "--hypothesis-profile", "fast")
+    assert ran.returncode == pytest.ExitCode.USAGE_ERROR
+    (line,) = ran.stderr.strip().splitlines()
+    names = "quick, dev, ci, nightly, or one that a conftest.py registers"
+    assert line == f"ERROR: --hypothesis-profile fast: must be one of {names}"
+
+
+@pytest.mark.parametrize(
+    ("able", "message"),
+    [
+        ({"dtypes": "fp32"}, "its capabilities are of type dict, but must be executors.Capabilities"),
+        (None, "its capabilities are of type NoneType, but must be executors.Capabilities"),
+        (executors.Capabilities(devices=frozenset({"gpu"})), "its devices have 'gpu': must be types that torch has"),
+    ],
+)
+def test_an_executor_that_declares_nothing_is_refused_in_one_line(
+    able: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_registry, "_registered", {})
+    executors.register("mine", lambda: SimpleNamespace(capabilities=able))  # type: ignore[arg-type, return-value]
+    with pytest.raises(pytest.UsageError, match=f"^--executor mine: {message}$"):
+        plugin._refuse_unusable(["mine"], "cpu")
+
+
+def test_a_factory_that_cannot_be_called_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_registry, "_registered", {})
+    executors.register("mine", lambda size: size)
+    with pytest.raises(
+        pytest.UsageError, match=r"^--executor mine: .* missing 1 required positional argument: 'size'$"
+    ):
+        plugin._refuse_unusable(["mine"], "cpu")
+
+
 def test_each_executor_that_is_named_is_judged(outside: Path) -> None:
     ran = run_pytest(outside, *SUITE, "--executor", "native", "--executor", "auto", "--collect-only", "-q")
     assert ran.returncode == 0
@@ -80,6 +118,8 @@ def test_without_a_name_the_usable_executors_are_judged(outside: Path, monkeypat
     ran = run_pytest(outside, "--collect-only", "-q", "-k", "bad_input")
     usable = ["grouped_mm", "grouped_nf4", "native", "numba"]
     assert re.findall(r"test_bad_input_is_refused_in_one_line\[(\w+)\]", ran.stdout) == usable
+    said = "moe-ref judges grouped_mm, grouped_nf4, native, numba, each for minutes: --executor NAME judges one alone"
+    assert said in ran.stdout.splitlines()
 
 
 def test_interpreted_kernels_are_named_as_such(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,6 +207,47 @@ def test_failures_are_grouped_the_smallest_first() -> None:
     ]
 
 
+def broken(*breaks: str, cause: str = "") -> list[str]:
+    """What is told of failures that break these, each in a problem of its own size."""
+    found = [
+        replace(failure(each, f"Problem(tokens={size})"), cause=cause if each.startswith("the ") else "")
+        for size, each in enumerate(breaks, 1)
+    ]
+    return told(ledger.Ledger((), [outcome("test_a", "failed", failures=tuple(found))]))
+
+
+def test_what_follows_from_nothing_else_always_has_its_example() -> None:
+    behaviours = [f"the behaviour b{place}" for place in range(20)]
+    lines = broken(*[f"E{place}" for place in range(9)], *behaviours, *[f"the law l{place}" for place in range(9)])
+    assert [line for line in lines if line.startswith("    the behaviour ")] == [
+        f"    {each} on Problem(tokens={size})" for size, each in enumerate(behaviours, 10)
+    ]
+    shown = [line for line in lines if re.match(r"    (E\d|the law)", line)]
+    assert len(shown) == 2 * summary.SHOWN
+    start = lines.index("  without an example here, which --results FILE has:")
+    assert lines[start + 1 : start + 4] == [
+        "  breaks E8: 1 failure",
+        "  breaks the law l8: 1 failure",
+        "mine: no backward pass",
+    ]
+
+
+def test_behaviours_that_meet_an_exception_of_other_tests_follow_from_it() -> None:
+    behaviours = [f"the behaviour b{place}" for place in range(20)]
+    for others, examples in ((["raises ValueError"], summary.SHOWN), (["raises LookupError"], 20)):
+        lines = broken(*others, *behaviours, cause="raises ValueError")
+        assert sum(line.startswith("    the behaviour ") for line in lines) == examples
+    assert "  and 4 other kinds of failures" not in lines
+    many = broken(*[f"the law l{place}" for place in range(summary.SHOWN + summary.NAMED + 4)])
+    assert "  and 4 other kinds of failures" in many
+
+
+def test_failures_beyond_the_clauses_are_counted_beside_them() -> None:
+    assert broken("E2", "raises ValueError", "the law split")[0].endswith("), and 2 failures beyond the clauses")
+    assert broken("the behaviour autocast")[0].endswith("), and 1 failure beyond the clauses")
+    assert "beyond" not in broken("E2")[0]
+
+
 def test_an_expected_failure_that_holds_is_told() -> None:
     known = Expected("mine", "issue 1", "E6"), Expected("mine", "issue 2", "E2"), Expected("other", "", "E2")
     found = ledger.Ledger(known, [outcome("test_a", met=(1,))])
@@ -342,6 +384,7 @@ def test_a_run_with_expected_failures(tmp_path: Path) -> None:
     assert (told.clauses["E2"].state, told.clauses["E2"].failed, told.clauses["G1"].state) == ("fails", 8, "not judged")
     assert told.failures[0].again.startswith("from moe_ref.conformance.reporting.again import *; check_exact(get(")
     assert "not all of the suite ran: -k 'exact_cases and many_rows'" in ran.stdout
+    assert re.search(rf"^moe-ref {version('moe-ref')}, profile dev, cpu, torch \S+$", ran.stdout, re.MULTILINE)
     assert re.search(r"^tests that were deselected: .*test_exact_cases \(\d\d\), test_laws \(6\)", ran.stdout, re.M)
     assert re.search(r"one_percent: 0 clauses hold, 2 broken, .* not judged here", ran.stdout)
     assert re.search(r"^  breaks E2, D1 \(wrong values\): \d+ failures$", ran.stdout, re.MULTILINE)

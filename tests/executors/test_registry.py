@@ -25,6 +25,8 @@ WEIGHTS = MoEWeights(torch.ones(5, 6, 4), torch.ones(5, 4, 3), config=MoEConfig(
 NUMPY_X = np.ones((3, 4))
 NUMPY_WEIGHTS = MoEWeights(np.ones((5, 6, 4)), np.ones((5, 4, 3)), config=MoEConfig(2))
 
+MADE = Native()
+
 Install = Callable[..., None]
 
 
@@ -89,7 +91,8 @@ def test_unknown_name_lists_the_names() -> None:
     names = ", ".join(map(repr, executors.names()))
     with pytest.raises(executors.UnknownExecutor) as caught:
         executors.get("quantum")
-    assert str(caught.value) == f"executor='quantum': must be one of {names}"
+    hint = "a name that a conftest.py registers exists in its runs of pytest alone"
+    assert str(caught.value) == f"executor='quantum': must be one of {names}; {hint}"
     assert isinstance(caught.value, LookupError)
 
 
@@ -179,6 +182,17 @@ def test_target_must_be_text_or_callable() -> None:
     with pytest.raises(TypeError, match=r"^target=7: must be 'module:attribute' or a callable$"):
         executors.register("mine", 7)  # type: ignore[arg-type]
     assert "mine" not in executors.names()
+
+
+def test_an_executor_is_no_factory() -> None:
+    """It can be called, but with tensors."""
+    told = "is an executor itself, but must be a factory of one, such as its class or lambda: executor$"
+    with pytest.raises(TypeError, match=f"^target: a Native {told}"):
+        executors.register("mine", Native())  # type: ignore[arg-type]
+    assert "mine" not in executors.names()
+    executors.register("mine", f"{__name__}:MADE")
+    with pytest.raises(executors.Unavailable, match=f"^executor 'mine' .* cannot be made: it {told}"):
+        executors.get("mine")
 
 
 @pytest.mark.parametrize("name", ["mine", "native"])
