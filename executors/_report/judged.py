@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +21,7 @@ WORDS = {
     NOT_APPLICABLE: ("not promised", "not promised"),
     NOT_JUDGED: ("not judged", "not judged"),
 }
+MOST_NAMES = 3  # on a card
 GRADIENT = re.compile(r"the gradient of |(?!y differs)\w+ differs ")  # begins a fault that is not about y
 
 
@@ -119,4 +121,10 @@ class JudgedExecutor:
             return self.suite.problem
         counts = Counter(self.state(clause) for clause in self.suite.results.clauses)
         told = [f"{counts[state]} {WORDS[state][counts[state] != 1]}" for state in WORDS if counts[state]]
-        return ", ".join(told) + (f"; beyond the clauses fails: {', '.join(self.beyond)}" if self.beyond else "")
+        return ", ".join(told) + (f"; also fails, beyond the clauses: {some(self.beyond)}" if self.beyond else "")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of them, and how many more there are."""
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

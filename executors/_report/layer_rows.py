@@ -34,7 +34,7 @@ def _cell(place: int, own: JudgedExecutor, row: str, columns: int) -> tuple[Html
     failures = [each for each in own.on_layer if row in own.needs(each)]
     if failures:
         key = f"e{place}-layer-{row}"
-        opened = panel(key, f"{row}, on the layer,", own, columns, failures)
+        opened = panel(key, row, own, columns, failures)
         return cell(own.name, *LOOKS[FAILS], opens=key), opened
     judged = row == "y" or any(verdict.name != "y" for verdict in judgement.verdicts)
     return cell(own.name, *LOOKS[HOLDS if judged else NOT_APPLICABLE]), None

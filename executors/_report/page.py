@@ -12,7 +12,7 @@ from executors._compare.report import gate
 from executors._compare.run import LABELS, CompareRow
 from executors._report.clause_table import clause_table, legend
 from executors._report.histograms import histograms
-from executors._report.judged import JudgedExecutor
+from executors._report.judged import JudgedExecutor, some
 from executors._report.markup import Html, breakable, tag
 from executors._report.timings import timings
 from moe_ref.conformance.judgement.gates import MAX_Z
@@ -75,7 +75,7 @@ def _sections(report: Report) -> list[Html]:
         ),
         tag("div", *map(_card, report.judged), class_="cards"),
         *(tag("p", f"{name} is left out: {why}", class_="note") for name, why in report.left_out),
-        tag("h2", "Clauses"),
+        tag("h2", "The layer and the clauses"),
         legend(),
         clause_table(report.judged),
         tag("h2", "Errors on a layer"),
@@ -125,7 +125,7 @@ def _layer(row: CompareRow) -> str:
     if judgement.fault:
         return f"layer: FAIL, {judgement.fault}"
     if broken := judgement.broken:
-        told = ", ".join(f"{LABELS[verdict.name]} ({gate(verdict)})" for verdict in broken)
+        told = some([f"{LABELS[verdict.name]} ({gate(verdict)})" for verdict in broken])
         return f"layer: FAIL in {told}" + ("; y holds" if broken[0].name != "y" else "")
     name, worst = row.worst()
     return "layer: pass" + ("" if worst is None else f", largest |z| {worst:.3g} in {LABELS[name]}")

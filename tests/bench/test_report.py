@@ -182,7 +182,7 @@ def test_the_page_has_nothing_from_outside() -> None:
 def test_states_are_counted_in_words() -> None:
     assert judged("one", KIND).counted == "30 clauses hold, 2 fail, 1 fails as expected, 1 not promised, 1 not judged"
     law = replace(KIND, breaks=("the law split",))
-    assert judged("one", law, KIND).counted.endswith(", 1 not judged; beyond the clauses fails: the law split")
+    assert judged("one", law, KIND).counted.endswith(", 1 not judged; also fails, beyond the clauses: the law split")
 
 
 def on_layer(*verdicts: Verdict, fault: str = "") -> CompareRow:

@@ -8,7 +8,9 @@ from pathlib import Path
 from adding import ROOT
 
 ENVIRONMENT = 'export PATH="{0}:$PATH"\n'
-PREAMBLE = 'cd "$(cat {0}/cwd)"; . {0}/exported; make() {{ test "$*" = install; }}\n'  # the environment is there already
+PREAMBLE = (
+    'cd "$(cat {0}/cwd)"; . {0}/exported; make() {{ test "$*" = install; }}\n'  # the environment is there already
+)
 CLOSING = "\nstatus=$?; pwd > {0}/cwd; export -p > {0}/exported; exit $status"
 
 
