@@ -93,7 +93,8 @@ def test_backends(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     shell, session, said = Shell(tmp_path), Session(tmp_path), ""
     shell.passes(f"pip install {ROOT / 'examples' / 'peers'}")
-    (tmp_path / "moe-ref" / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "data"):
+        (tmp_path / "moe-ref" / name).symlink_to(ROOT / name)
     path = os.pathsep.join([str(shell.site), str(ROOT)])
     for block in parts("backends.md"):
         if block.language == "text":
@@ -107,4 +108,4 @@ def test_backends(tmp_path: Path) -> None:
         said += ran.stdout
     assert session.cwd == tmp_path / "my-model"
     assert "transformers_gpt_oss_grouped_mm" in (session.cwd / "trust.html").read_text()
-    assert {each.name for each in (tmp_path / "moe-ref").iterdir()} == {".venv", "examples", "pyproject.toml"}
+    assert {each.name for each in (tmp_path / "moe-ref").iterdir()} == {".venv", "data", "examples", "pyproject.toml"}
