@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test vectors peers docs docs-serve install lint clean bench-gpu
+.PHONY: help run test vectors peers findings docs docs-serve install lint clean bench-gpu
 
 # bench-gpu: on a GPU host, with its own Python, and with the wheels in this folder if there are any.
 WHEELS ?= .whl
@@ -32,6 +32,10 @@ vectors: install ## test vectors for other languages, as dist/moe-ref-vectors.ta
 peers: ## the suite on public implementations, in .venv-peers, as peers-results/; ONLY="liger kt_kernel"
 	PYTHON='$(PYTHON)' examples/peers/install.sh .venv-peers
 	.venv-peers/bin/python -m moe_ref_peers --out peers-results --findings examples/peers/findings \
+	  $(if $(ONLY),--only $(ONLY) --keep)
+
+findings: ## each finding with its package alone, in environments that are removed; ONLY="peft kt"
+	PYTHONPATH=examples/peers $(PYTHON) -m moe_ref_peers.alone --out peers-results/findings.json \
 	  $(if $(ONLY),--only $(ONLY) --keep)
 
 # No page is left out of the site, and no link is dead; NO_MKDOCS_2_WARNING leaves out an advertisement.

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from executors._files.arguments import path_of, place_of
 from executors._files.tensors import opened, write
 from executors._files.text import one_line, parse_json
 from moe_ref.types import PROJECTIONS, MoEConfig, MoEWeights
 from moe_ref.validation import check_inputs
+from moe_ref.validation.arrays import check_bool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +69,7 @@ def bundled_layer() -> Path:
     raise BadLayerFile(f"{BUNDLED}: must lie in {' or '.join(str(c.parent) for c in candidates)}; or name a FILE")
 
 
-def load_layer(path: Path, device: str = "cpu", *, verify: bool = True) -> Layer:
+def load_layer(path: str | os.PathLike[str], device: torch.device | str = "cpu", *, verify: bool = True) -> Layer:
     """Reads and checks a layer file.
 
     Args:
@@ -76,11 +79,14 @@ def load_layer(path: Path, device: str = "cpu", *, verify: bool = True) -> Layer
 
     Raises:
         BadLayerFile: the file does not have that form; one line says why.
+        ValueError, TypeError: another argument is none of those above.
     """
+    path, place = path_of("path", path), place_of(device)
+    check_bool("verify", verify)
     with opened(path, BadLayerFile, verify=verify) as file:
         _check_names(path, file.names)
         metadata = file.metadata
-        tensors: dict[str, Any] = {name: file.tensor(name).to(device) for name in file.names}
+        tensors: dict[str, Any] = {name: file.tensor(name).to(place) for name in file.names}
     config = _config(path, metadata)
     for name in _transposed(path, metadata):
         if tensors[name].ndim != 3:
@@ -102,7 +108,7 @@ def first_tokens(layer: Layer, tokens: int | None) -> Layer:
 
 
 def save_layer(
-    path: Path,
+    path: str | os.PathLike[str],
     x: Tensor,
     router_logits: Tensor,
     weights: MoEWeights,
@@ -141,7 +147,7 @@ def save_layer(
         "transposed": json.dumps(list(transposed)),
         "source": source,
     }
-    write(path, tensors, metadata)
+    write(path_of("path", path), tensors, metadata)
 
 
 def _check_names(path: Path, names: set[str]) -> None:

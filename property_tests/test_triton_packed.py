@@ -122,7 +122,7 @@ def test_pinned_problems(executor: Executor, problem: Problem) -> None:
     ("path", "quant_type", "nested", "dtype"),
     [
         ("fused", "nf4", "per expert", "bfloat16"),
-        ("fused", "fp4", "one", "float16"),
+        *([("fused", "fp4", "one", "float16")] if EVERY_NIGHT else []),  # as compiled it runs in tests/ptx
         ("fused", "mxfp4", "", "float32"),
         ("decoded", "mxfp4", "", "bfloat16"),
     ],

@@ -20,6 +20,7 @@ CLAUSE = re.compile(r"^\*\*([TRGECDQM]\d)\.\*\*", re.MULTILINE)  # where it stan
 NAMED = re.compile(r"\((?:[TRGECDQM]\d(?:, | and |; )?)+\)")  # (R3), (C1, D2)
 NO_TEXT = re.compile(r"(<pre.*?</pre>|<code.*?</code>|<a .*?</a>|<h\d.*?</h\d>|<[^>]+>)", re.DOTALL)
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)]*)?\))")
+STYLE = "tables.css"
 LANGUAGES = {".py": "python", ".c": "c", ".h": "c", ".json": "json", ".toml": "toml", ".yml": "yaml", ".sh": "bash"}
 API = {
     "executors": ["executors"],
@@ -33,7 +34,8 @@ API = {
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Adds decisions and API to the navigation."""
+    """Adds decisions and API to the navigation, and the style."""
+    config.extra_css.append(STYLE)
     decisions = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
     config.nav += [  # type: ignore[operator]
         {"Decisions": [{_title(path): f"adr/{path.name}"} for path in decisions]},
@@ -43,7 +45,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the start page, API, and a page for each file that a page links to."""
+    """Adds the start page, API, the style, and a page for each file that a page links to."""
+    style = (ROOT / "docs" / "site" / STYLE).read_text()
+    files.append(File.generated(config, STYLE, content=style))
     _add(files, config, "index.md", (ROOT / "README.md").read_text())
     for name, modules in API.items():
         blocks = "\n\n".join(f"::: {module}" for module in modules)

@@ -17,6 +17,7 @@ from executors._files import checksums
 from executors._files.checksums import Checksums
 from executors._files.text import check_regular, one_line, parse_json
 from executors._files.whole import replacing
+from moe_ref.validation.arrays import short
 
 LARGEST_SIZE = 2**63 - 1  # of a dimension, in torch
 TRIES = 100
@@ -27,7 +28,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
     Raises:
         OSError: it cannot be written; in one line that names the file.
+        ValueError: a tensor has no numbers.
+        TypeError: metadata that is no text.
     """
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{key}={short(value)}: must be text")
     plain = _apart(tensors)
     said = checksums.described(plain, metadata)
     with replacing(path) as temporary:
@@ -160,6 +166,8 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     found = {}
     for key, value in tensors.items():
+        if value.is_meta:
+            raise ValueError(f"{key} is on the meta device: must have numbers")
         plain = value.detach().cpu().contiguous()
         place = plain.untyped_storage().data_ptr()
         found[key] = plain.clone() if place in seen else plain

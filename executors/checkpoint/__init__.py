@@ -8,8 +8,8 @@ Nothing is guessed, and nothing is unpickled. It needs torch and safetensors, an
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from executors._files.arguments import path_of
 from executors.checkpoint.errors import BadCheckpoint
 from executors.checkpoint.reader import Checkpoint, CheckpointLayer, Router
 from executors.checkpoint.table import FAMILIES, REFUSED
@@ -29,11 +29,10 @@ def open(path: str | os.PathLike[str], family: str | None = None) -> Checkpoint:
         BadCheckpoint: it cannot be read; one line says the file, the key, what is there, and what is allowed.
         TypeError: the path or the family is no text.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path={short(path)}: must be text or a path")
+    folder = path_of("path", path)
     if family is not None and not isinstance(family, str):
         raise TypeError(f"family={short(family)}: must be text, or None")
-    return Checkpoint(Path(path), family)
+    return Checkpoint(folder, family)
 
 
 def families() -> list[str]:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from executors._files.arguments import path_of
 from moe_ref.validation.arrays import short
 
 FORMS = ("per_expert",)
@@ -48,8 +49,7 @@ def export_adapter(
         raise ValueError(f"form={form!r}: must be {FORMS[0]!r}; model.save_pretrained writes PEFT's own form")
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         raise TypeError(f"model is a {type(model).__name__}: must be a PeftModel")
-    if not isinstance(folder, (str, os.PathLike)):
-        raise TypeError(f"folder={short(folder)}: must be text or a path")
+    path_of("folder", folder)
     if not isinstance(adapter, str):
         raise TypeError(f"adapter={short(adapter)}: must be the name of one")
     from executors.hf import adapter_file

@@ -35,6 +35,7 @@ def peft(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: the model is no torch.nn.Module.
         Unsupported: an adapter does more than add ``scaling * B A`` to a projection.
+        ValueError: an adapter has ``target_parameters`` that PEFT did not find: experts in 4 bits outside of `peft`.
     """
     check_module("model", model)
     hidden: list[_Hidden] = []

@@ -103,6 +103,7 @@ def use(model: nn.Module, executor: str = "auto") -> Switched:
         Unsupported: there is no experts module that transformers dispatches, no `MoEConfig` says what one computes, or
             one has a norm after each expert, which the executor does not declare, or an adapter does more than add
             ``scaling * B A`` to a projection.
+        ValueError: an adapter has ``target_parameters`` that PEFT did not find: experts in 4 bits outside of `peft`.
     """
     found = experts_in(model)
     made = _registry.get(executor)

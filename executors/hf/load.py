@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from executors._files.arguments import path_of, place_of
 from executors._progress import Progress, check_progress
 from executors.checkpoint.shards import INDEX, read_json
 from executors.hf.load_checkpoint import load_checkpoint
@@ -15,7 +16,7 @@ from executors.hf.load_own import load_own
 from executors.hf.save import FORMAT
 from moe_ref.types import QuantType
 from moe_ref.validation import check_quantize
-from moe_ref.validation.arrays import short
+from moe_ref.validation.arrays import check_bool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,20 +59,14 @@ def load_quantized(
             another order, layout or format than their class can hold.
         ValueError: an argument is none of those above; there is no such folder; or config.json names no class of
             transformers.
-        TypeError: the folder is no text and no path.
+        TypeError: the folder is no text and no path, the device none, or ``verify`` no bool.
         ModuleNotFoundError: bitsandbytes is missing; or rich, with ``progress=True``.
     """
-    if not isinstance(folder, (str, os.PathLike)):
-        raise TypeError(f"folder={short(folder)}: must be text or a path")
-    if not Path(folder).is_dir():
+    if not path_of("folder", folder).is_dir():
         raise ValueError(f"folder={os.fspath(folder)}: must be a folder that exists")
     check_progress(progress)
-    try:
-        place = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device}: must be one that torch has here: {str(error).splitlines()[0]}") from None
-    if place.type == "meta":
-        raise ValueError(f"device={device}: must be one that has memory")
+    check_bool("verify", verify)
+    place = place_of(device)
     if quant_type is not None:
         check_quantize(torch.empty(0), "float32", quant_type, blocksize, nested)
     if not _is_own(Path(folder)):

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from executors._files.arguments import path_of
 from executors._files.tensors import opened, write
 from executors._files.whole import cannot_write, locked, sync, write_json
 from executors._progress import Progress, check_progress, reporter
@@ -22,7 +23,6 @@ from executors.hf import folder_checksums
 from executors.hf.module import experts_in
 from executors.hf.parameters import class_name, parametrization_of, up_name
 from executors.hf.storage import MXFP4Parametrization
-from moe_ref.validation.arrays import short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,10 +72,9 @@ def save_quantized(
         )
     if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes!r:.60}: must be an integer, at least 1")
-    if not isinstance(folder, (str, os.PathLike)):
-        raise TypeError(f"folder={short(folder)}: must be text or a path")
+    path = path_of("folder", folder)
     check_progress(progress)
-    (state, tied), target = _state(model), Path(folder).resolve()  # of a link, what it means: only that can be replaced
+    (state, tied), target = _state(model), path.resolve()  # of a link, what it means: only that can be replaced
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: must not exist, or be an empty folder")
     shards = list(_shards(state, shard_bytes))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from executors._protocol import Unsupported
 from executors.hf.adapters import DOWN, PREFIX, check_wrapper
 from executors.hf.module import is_experts
-from executors.hf.parameters import parametrization_of
+from executors.hf.parameters import parametrization_of, up_name
 
 
 class ParamWrapper(layer.ParamWrapper):
@@ -77,8 +77,10 @@ def separate(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
     Raises:
         Unsupported: an adapter does more than `executors.hf.adapters.lora_of` takes.
+        ValueError: an adapter is meant for experts, and PEFT has not found them.
     """
     chains = list(_chains(model))
+    _check_found(model)
     for _parent, _name, chain in chains:
         for wrapper in chain:
             for adapter in wrapper.lora_A:
@@ -88,6 +90,27 @@ def separate(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
         for wrapper in chain:
             wrapper.__class__ = ParamWrapper
     return {chain[0].get_base_layer(): tuple(each.parameter_name for each in reversed(chain)) for *_, chain in chains}
+
+
+def _check_found(model: nn.Module) -> None:
+    """Refuses an adapter whose ``target_parameters`` PEFT has not found, which it says in a warning alone.
+
+    It finds no experts in 4 bits outside of `executors.hf.peft`.
+    """
+    wrapped = [module for module in model.modules() if isinstance(module, layer.ParamWrapper)]
+    of_experts = {name for module in model.modules() if is_experts(module) for name in (up_name(module), DOWN)}
+    configs: dict[str, Any] = next(
+        (own for module in model.modules() if (own := getattr(module, "peft_config", None))), {}
+    )
+    for adapter, config in configs.items():
+        targets = getattr(config, "target_parameters", None) or []
+        found = {wrapper.parameter_name for wrapper in wrapped if adapter in wrapper.lora_A}
+        missing = {name for name in (target.rpartition(".")[2] for target in targets) if name not in found}
+        if targets and (not found or missing & of_experts):
+            raise ValueError(
+                f"adapter {adapter!r}: target_parameters={targets!r}: must be parameters that PEFT finds, here of "
+                f"{' and '.join(sorted(of_experts))}; experts in 4 bits it finds within executors.hf.peft alone"
+            )
 
 
 def chain_of(wrapper: nn.Module) -> list[Any]:

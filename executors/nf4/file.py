@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from executors._files.arguments import path_of, place_of
 from executors._files.tensors import opened, write
 from executors._files.text import one_line, parse_json
 from executors.nf4.convert import shown
 from executors.nf4.state_dict import fields_by_expert, from_state_dict, of_expert, to_state_dict
 from moe_ref.types import MoEWeights, NF4Tensor
+from moe_ref.validation.arrays import check_bool
 
 TRANSPOSED = "transposed"  # metadata: a JSON list of the names of transposed tensors
 
@@ -45,7 +47,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, NF4Tensor | Tensor]
             raise ValueError(f"tensors[{name!r}] has an entry {twice[0]!r}: must not be that of another tensor")
         entries |= own
     transposed = [name for name, tensor in tensors.items() if isinstance(tensor, NF4Tensor) and tensor.transposed]
-    write(Path(path), entries, {"format": "pt", TRANSPOSED: json.dumps(transposed)})
+    write(path_of("path", path), entries, {"format": "pt", TRANSPOSED: json.dumps(transposed)})
 
 
 def load(
@@ -70,12 +72,10 @@ def load(
         FileNotFoundError: there is no such file.
         ValueError, TypeError: one line naming the file, what is wrong, and what is allowed.
     """
-    if not Path(path).is_file():
+    if not path_of("path", path).is_file():
         raise FileNotFoundError(f"{path}: must be a file that exists")
-    try:
-        where = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device}: must be one that torch has here: {str(error).splitlines()[0]}") from None
+    where = place_of(device)
+    check_bool("verify", verify)
     with opened(Path(path), verify=verify) as file:
         fields = fields_by_expert(file.names, name)
         prefixes = [of_expert(name, expert) for expert in fields]

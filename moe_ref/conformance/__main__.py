@@ -49,6 +49,10 @@ def _vectors(directory: Path | None, archive: Path | None, only: list[str] | Non
             print(f"{case.name:36} {case.content.kind:9} {' '.join(case.clauses):9} {case.says}")
         return 0
 
+    if archive is not None and not archive.resolve().parent.is_dir():
+        print(f"--archive {archive}: must lie in a folder that exists", file=sys.stderr)
+        return 2
+
     def progress(done: int, total: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{done} of {total} cases", end="\n" if done == total else "", file=sys.stderr, flush=True)

@@ -214,7 +214,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs every test that asks for ``executor`` once for each chosen executor."""
     if "executor_name" in metafunc.fixturenames and "conformance_device" in metafunc.fixturenames:
         chosen, device = (metafunc.config.getoption(f"moe_ref_{option}") for option in ("executors", "device"))
-        names = chosen or _usable(metafunc.config, device.partition(":")[0])
+        names = chosen or metafunc.config.stash.get(JUDGED, None) or _usable(device.partition(":")[0])
         metafunc.parametrize("executor_name", names, indirect=True, scope="session")
         metafunc.config.stash.setdefault(JUDGED, names)
     if "vector" in metafunc.fixturenames and "vectors" in metafunc.fixturenames:
@@ -238,16 +238,11 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     return [f"moe-ref judges {', '.join(names)}, each for minutes: --executor NAME judges one alone"]
 
 
-def _usable(config: pytest.Config, device: str) -> list[str]:
-    """Executors that can be had here, and what they declare can be had."""
-    if JUDGED not in config.stash:
-        import executors
+def _usable(device: str) -> list[str]:
+    import executors
 
-        able = {name: _able(name) for name in executors.available() if name != "auto"}
-        config.stash[JUDGED] = [
-            name for name, has in able.items() if not has.interpreted and (not has.devices or device in has.devices)
-        ]
-    return config.stash[JUDGED]
+    able = {name: _able(name) for name in executors.available() if name != "auto"}
+    return [name for name, has in able.items() if not has.interpreted and (not has.devices or device in has.devices)]
 
 
 @pytest.fixture(scope="session")

@@ -3,17 +3,19 @@
 import os
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import executors
 from bad_citizens import BAD
 from executors import Executor
 from moe_ref.conformance.citizen import BEHAVIOURS, check_citizen, company
 from moe_ref.conformance.judgement.checks import ConformanceError
-from moe_ref.conformance.wrapped import Wrapped, experts
+from moe_ref.conformance.wrapped import Declaring, Wrapped, experts
 from moe_ref.types import MoEWeights
 
 NATIVE = executors.get("native")
@@ -45,6 +47,39 @@ def test_a_forked_process_may_be_refused_in_words(behaviour: str, words: str, ac
     expected = nullcontext() if accepted else pytest.raises(ConformanceError, match=f"breaks the behaviour {behaviour}")
     with expected:
         assert check_citizen(Wrapped("refused", NATIVE, slots=refused), behaviour) == ""
+
+
+@pytest.mark.parametrize(
+    "less",
+    [
+        {"dtypes": frozenset({"float64", "bfloat16"})},
+        {"dtypes": frozenset({"bfloat16"})},
+        {"dtypes": frozenset({"float16"}), "bias_dtypes": frozenset({"float32"})},
+        {"bias_dtypes": frozenset({"bfloat16", "float64"})},
+    ],
+    ids=str,
+)
+def test_forward_mode_in_every_dtype(less: dict[str, frozenset[str]]) -> None:
+    """Gradients are rounded to their own dtypes, wider or narrower than x's; a tangent that is dropped still shows.
+
+    One that is wrong by a factor shows in wide dtypes alone.
+    """
+    able = replace(NATIVE.capabilities, **less)
+    assert check_citizen(Declaring("honest", NATIVE, declared=able), "forward_mode") == ""
+    with pytest.raises(ConformanceError, match="silently 0"):
+        check_citizen(Declaring("drops", BAD["forward_mode"](NATIVE), declared=able), "forward_mode")
+    half = Declaring("halves", NATIVE, slots=halves_tangents, declared=able)
+    if not able.dtypes & {"float32", "float64"}:
+        return
+    with pytest.raises(ConformanceError, match="in forward mode, but must be"):
+        check_citizen(half, "forward_mode")
+
+
+def halves_tangents(inner: Executor, x: Tensor, ids: Tensor, w: Tensor, weights: MoEWeights) -> Tensor:
+    primal, tangent = forward_ad.unpack_dual(x)
+    if tangent is not None:
+        x = forward_ad.make_dual(primal, tangent / 2)
+    return experts(inner, x, ids, w, weights)
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)

@@ -235,6 +235,10 @@ def test_the_command_writes_a_folder_and_an_archive(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out.startswith(f"{place}: 1 cases of 2 clauses, ")
     assert sorted(path.name for path in place.iterdir()) == ["empty-slots.mrv", "empty-slots.safetensors", MANIFEST]
     assert archive.exists()
+    lost = tmp_path / "none" / "v.tar.gz"
+    assert main(["vectors", str(tmp_path / "w"), "--only", "empty-slots", "--archive", str(lost)]) == 2
+    assert capsys.readouterr().err == f"--archive {lost}: must lie in a folder that exists\n"
+    assert not (tmp_path / "w").exists()
     before = (place / MANIFEST).stat().st_mtime_ns
     assert main(["vectors", str(place)]) == 1
     assert capsys.readouterr().err == f"{place}: has files in it: must be empty, or not be there\n"

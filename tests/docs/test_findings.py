@@ -15,6 +15,7 @@ SCRIPTS = sorted((ROOT / "examples" / "peers" / "findings").glob("*.py"))
 PAGE = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 HERE = ("bitsandbytes", "jax", "peft", "torch", "transformers")  # packages of the development environment
 OF_ONE_PROCESSOR = "bitsandbytes_partial_blocks", "bitsandbytes_strided_bytes"
+STARTS_PROCESSES = ("transformers_empty_tp_plan",)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,14 @@ def alone() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("script", [own for own in SCRIPTS if own.stem.split("_")[0] in HERE], ids=lambda own: own.stem)
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(own, id=own.stem, marks=[pytest.mark.nightly] if own.stem in STARTS_PROCESSES else [])
+        for own in SCRIPTS
+        if own.stem.split("_")[0] in HERE
+    ],
+)
 def test_a_finding_is_still_there(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One that is gone, with a newer version, is taken off the page, or told with the versions that have it."""
     if script.stem in OF_ONE_PROCESSOR and torch.backends.cpu.get_cpu_capability() != "AVX512":

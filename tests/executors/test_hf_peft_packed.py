@@ -84,6 +84,31 @@ def test_what_peft_wrapped_alone_is_mended(name: str) -> None:
     equal_steps(ours, dense)
 
 
+def test_adapters_that_peft_did_not_find_are_refused() -> None:
+    """It only warns: without hf.peft, or of no parameter, or of one experts' parameter of two."""
+    model = packed_models.build("gpt_oss", "nf4")
+    with pytest.warns(RuntimeWarning, match="no parameter was matched"):
+        ours = get_peft_model(model, lora_config(target_modules=["q_proj"]))
+    with pytest.raises(
+        ValueError, match=r"^adapter 'default': target_parameters=\[.*: must be .*in executors\.hf\.peft alone$"
+    ):
+        executors.hf.use(ours, "grouped_nf4")
+
+    def made(*targets: str) -> None:
+        model = packed_models.build("gpt_oss", "nf4")
+        with executors.hf.peft(model):
+            get_peft_model(model, lora_config(target_modules=["q_proj"], target_parameters=[*targets]))
+
+    with (
+        pytest.warns(RuntimeWarning, match="no parameter was matched"),
+        pytest.raises(ValueError, match="here of down_proj and gate_up_proj"),
+    ):
+        made("mlp.experts.up_proj")
+    with pytest.raises(ValueError, match=r"attn\.down_proj"):
+        made("mlp.experts.gate_up_proj", "attn.down_proj")
+    made("mlp.experts.gate_up_proj", "mlp.experts.up_proj")  # other families' names beside one that is found
+
+
 @pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
 def test_experts_may_be_quantized_after_peft(name: str) -> None:
     ours = peft_models.adapted(name, torch.float32)

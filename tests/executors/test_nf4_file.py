@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import executors
 from executors import nf4
+from executors.layer_file import bundled_layer, load_layer, save_layer
 from moe_ref import MoEConfig, MoEWeights
 from nf4_cases import OLDER, PLAIN, TENSORS, WITH_NESTED, State, decoded, older, random, same, same_entries, small
 
@@ -168,6 +169,40 @@ def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
     nf4.save(path, {"a": PLAIN})
     with pytest.raises(ValueError, match=rf"^device={device}: must be one that torch has here: "):
         nf4.load(path, "a", device=device)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"path": 3}, TypeError, "path=3: must be text or a path"),
+        ({"device": "meta"}, ValueError, "device=meta: must be one that has memory"),
+        ({"device": 3.5}, TypeError, "device=3.5: must be a torch.device, or its name"),
+        ({"verify": "no"}, TypeError, "verify='no': must be True or False"),
+    ],
+)
+def test_wrong_arguments_of_readers(
+    given: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    nf4.save(path, {"a": PLAIN})
+    for read, right in ((nf4.load, {"path": path, "name": "a"}), (load_layer, {"path": bundled_layer()})):
+        with pytest.raises(error) as caught:
+            read(**{**right, **given})
+        assert str(caught.value) == message
+
+
+def test_wrong_arguments_of_writers(tmp_path: Path) -> None:
+    layer = load_layer(bundled_layer())
+    parts: Any = (layer.x, layer.router_logits, layer.weights)
+    with pytest.raises(TypeError, match=r"^path=3: must be text or a path$"):
+        nf4.save(3, {"a": PLAIN})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^path=3: must be text or a path$"):
+        save_layer(3, *parts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^b is on the meta device: must have numbers$"):
+        nf4.save(tmp_path / "a", {"a": PLAIN, "b": torch.empty(3, device="meta")})
+    with pytest.raises(TypeError, match=r"^source=3: must be text$"):
+        save_layer(tmp_path / "a", *parts, source=3)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_whole_layer_is_no_dict() -> None:

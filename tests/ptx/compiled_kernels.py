@@ -111,8 +111,7 @@ def test_exact_cases(case: str, dtype: str) -> None:
 def forms() -> Iterator[tuple[str, str, str, str]]:
     """Of 4 bits: kind, nested statistics, dtype, path."""
     if not NIGHTLY:
-        yield from (("nf4", "one", "bfloat16", "decoded"), ("fp4", "per expert", "float16", "fused"))
-        yield "mxfp4", "", "bfloat16", "fused"
+        yield from (("fp4", "one", "float16", "fused"), ("mxfp4", "", "bfloat16", "decoded"))
         return
     for dtype, path in product(("float32", "bfloat16", "float16"), ("fused", "decoded")):
         yield from ((kind, nested, dtype, path) for kind in ("nf4", "fp4") for nested in ("", "one", "per expert"))

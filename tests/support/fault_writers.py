@@ -245,7 +245,7 @@ WRITERS = (
             *(f"benchmarks/{name}.py" for name in ("calibrate", "cpu_products", "four_bit_counts")),
             "moe_ref/conformance/reporting/results.py",
             *("examples/qlora_finetune.py", "examples/train_tiny.py", "data/train_tiny_gpt_oss.py"),
-            "examples/peers/moe_ref_peers/__main__.py",
+            *(f"examples/peers/moe_ref_peers/{name}.py" for name in ("__main__", "alone")),
         ),
         write_figures,
         read_json,

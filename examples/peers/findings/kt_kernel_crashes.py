@@ -43,8 +43,9 @@ ended = {}
 for case, arguments in CASES.items():
     ran = subprocess.run([sys.executable, "-c", CODE, *map(str, arguments)], capture_output=True, text=True)
     ended[case] = ran.returncode
-print(f"kt-kernel {version('kt_kernel')}, torch {version('torch')}: E=4, K=2, BF16")
+    if case == next(iter(CASES)) and ran.returncode != 0:
+        sys.exit(f"what should work does not: {(ran.stderr.splitlines() or ['it says nothing'])[-1]}")
+print(f"kt-kernel {version('kt_kernel')}, torch {version('torch')}: 4 experts, top 2, T tokens, BF16")
 print(f"observed exit codes (-11 is a segmentation fault, -6 an abort): {ended}")
 print("right: 0 in the first two; an exception that names the size, or 0, in the others")
-works, *others = ended.values()
-sys.exit(0 if works == 0 and min(others) < 0 else 1)
+sys.exit(0 if min(ended.values()) < 0 else 1)

@@ -45,7 +45,8 @@ for ids in ([0, 1], [2, 2]):
     for T in (1, 2):
         y = experts(x[:T].contiguous(), torch.tensor([ids] * T), weights[:T].contiguous())
         errors[f"ids {ids}, T={T}"] = round(((y[0] - right).norm() / right.norm()).item(), 4)
-print(f"kt-kernel {version('kt_kernel')} ({kt_kernel_ext.__cpu_variant__}), torch {torch.__version__}: BF16")
+own = f"kt-kernel {version('kt_kernel')} ({kt_kernel_ext.__cpu_variant__})"
+print(f"{own}, torch {torch.__version__}: one token (T=1), or the same one twice (T=2), in bf16")
 print(f"observed relative errors: {errors}")
 print("right: about 0.004 in all four, as bf16 rounds")
 sys.exit(0 if errors["ids [2, 2], T=1"] > 0.1 > errors["ids [2, 2], T=2"] else 1)

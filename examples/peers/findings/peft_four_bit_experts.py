@@ -49,6 +49,6 @@ with warnings.catch_warnings(record=True) as caught:
     dense, found = errors_of_three_calls(False), errors_of_three_calls(True)
 print(f"peft {peft.__version__}, bitsandbytes {bitsandbytes.__version__}, torch {torch.__version__}: 2 experts, r=2")
 print(f"observed error of three calls that change nothing, in nf4: {found}")
+print(f"observed warnings: {sorted({str(each.message).splitlines()[0][:120] for each in caught})}")
 print(f"right, against W + scaling B A in float64: 0.0, three times; dense parameters: {dense}")
-print(f"warnings: {sorted({str(each.message).splitlines()[0][:120] for each in caught})}")
 sys.exit(0 if max(found) > 0.01 > max(dense) else 1)

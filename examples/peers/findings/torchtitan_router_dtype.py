@@ -28,6 +28,6 @@ for name, keys in (("router", None), ("fp32", torch.sigmoid(logits.float())), ("
     differ[name] = (chosen.sort(-1).values != logits.topk(K).indices.sort(-1).values).any(-1).sum().item()
 print(f"torchtitan {version('torchtitan')}, torch {torch.__version__}: {T} tokens, {E} experts, top {K}, bf16")
 print(f"observed dtype of scores: {scores.dtype}; tokens with other experts: {differ}")
-print(f"warnings: {[str(each.message).splitlines()[0] for each in caught]}")
+print(f"observed warnings: {[str(each.message).splitlines()[0] for each in caught]}")
 print("right: torch.float32, and 0 tokens")
 sys.exit(0 if scores.dtype == torch.bfloat16 and differ["router"] > 0 else 1)

@@ -16,6 +16,7 @@ from executors._compare import plot
 from executors._files.whole import write_json
 from moe_ref_peers.findings import reproduce_all
 from moe_ref_peers.judged import judge
+from moe_ref_peers.machine import machine, tell
 from moe_ref_peers.page import picture, table
 from moe_ref_peers.peers import PEERS
 
@@ -50,23 +51,10 @@ def main() -> None:
             results["peers"] = {name: found[name] for name in names if name in found}
             write_json(file, results)  # what is there so far
     if asked.findings:
-        results["findings"] = reproduce_all(asked.findings, tell)
+        results["findings"] = reproduce_all(asked.findings.glob("*.py"), tell)
     write_json(file, results)
     plot.save(picture(results), asked.out / "peers.png")
     print(table(results))
-
-
-def tell(line: str) -> None:
-    """Prints a line of progress at once."""
-    print(f"{datetime.datetime.now():%H:%M:%S} {line}", flush=True)
-
-
-def machine() -> str:
-    """The processor, in words."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return model or platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -152,13 +152,13 @@ class Reporter:
         import torch
         from hypothesis import settings
 
+        import moe_ref
         from moe_ref.conformance.profiles import PROFILES
-        from moe_ref.conformance.vectors.folder import specification
 
         active = settings.get_current_profile_name()
         profile = active if active in PROFILES else "dev"
         device = self.config.getoption("moe_ref_device")
-        return f"moe-ref {specification()}, profile {profile}, {device}, torch {torch.__version__}"
+        return f"moe-ref {moe_ref.__version__}, profile {profile}, {device}, torch {torch.__version__}"
 
     def judged(self) -> list[str]:
         """The names of all executors, of those that no test ran on too."""

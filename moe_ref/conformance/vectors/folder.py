@@ -8,10 +8,10 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import moe_ref
 from moe_ref.conformance.vectors.cases import Case
 from moe_ref.conformance.vectors.layout import BadVectors, Stored, stored_text, to_bytes
 from moe_ref.conformance.vectors.options import config_of
@@ -20,14 +20,6 @@ from moe_ref.conformance.vectors.tensors import to_safetensors
 FORMAT = "moe-ref vectors 1"
 MANIFEST = "manifest.json"
 SUFFIXES = (".mrv", ".safetensors")
-
-
-def specification() -> str:
-    """The version of the specification: that of the distribution, or "unknown" where it is not installed."""
-    try:
-        return version("moe-ref")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def arrays_of(case: Case) -> dict[str, Stored]:
@@ -103,7 +95,7 @@ def manifest_of(entries: list[dict[str, Any]]) -> dict[str, Any]:
     for entry in entries:
         for clause in entry["clauses"]:
             clauses.setdefault(clause, []).append(entry["name"])
-    return {"format": FORMAT, "specification": specification(), "clauses": clauses, "cases": entries}
+    return {"format": FORMAT, "specification": moe_ref.__version__, "clauses": clauses, "cases": entries}
 
 
 def _lines(manifest: dict[str, Any]) -> str:
