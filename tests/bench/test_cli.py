@@ -284,7 +284,7 @@ def test_the_worst_tensor_is_told_in_full_and_the_others_by_name() -> None:
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_picture_cuts_no_label_and_names_its_lines(count: int) -> None:
-    rows = [odd_row(f"transformers_gpt_oss_number_{n}", x=RMS, down_proj=GAIN) for n in range(count)]
+    rows = [odd_row(f"{'m' * 20}_{n}", x=RMS, down_proj=GAIN) for n in range(count)]
     figure = plot.drawn(rows, "title")
     figure.draw_without_rendering()
     left, right = figure.subfigs
