@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import torch
 import typer
 
 import executors
@@ -14,6 +17,8 @@ from executors._cli.kernels import kernels
 from executors._cli.plan import plan
 from executors._cli.report import report
 from executors._cli.tune import tune
+from executors._compare.report import version_of
+from executors._decode.bitsandbytes import silence_news
 
 app = typer.Typer(
     help="Executors of Mixture-of-Experts layers: which are usable here, and which may be trusted.",
@@ -21,6 +26,21 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"moe-ref {version_of('moe-ref') or 'not installed'}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_commands(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version, and end.")
+    ] = False,
+) -> None:
+    silence_news()
 
 
 @app.command("list")

@@ -38,8 +38,11 @@ def compare(options: CompareOptions) -> None:
     """Judges and times every executor on a layer.
 
     Each runs forward and backward. Every output and gradient is judged in error bars. Prints one table, and writes
-    compare.json and compare.png. "auto" is left out: it is one of the others. Exit status: 0 if all that ran passed, 1
-    if one failed or an executor asked for by name cannot run, 2 for bad arguments.
+    compare.json and compare.png into --out, in place of those that are there. "auto" is left out: it is one of the
+    others. It takes a minute or two on 2 cores. Exit status: 0 if all that ran passed, 1 if one failed or an executor
+    asked for by name cannot run, 2 for bad arguments.
+
+    Example: python -m executors compare layer.safetensors --executor native --executor grouped_mm
     """
     names = cli.chosen_names(options.executor)
     cli.make_folder(options.out)
@@ -64,7 +67,7 @@ def _print(heading: str, rows: list[comparison.CompareRow], left_out: int) -> No
     console.print(report.table(rows))
     if left_out:
         console.print(f"{left_out} tokens left out: more than one choice of experts is right for them (R2)")
-    for line in report.failures(rows):
+    for line in report.below(rows):
         console.print(escape(line))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Annotated
 
 import typer
@@ -10,6 +11,9 @@ from rich.table import Table
 
 import executors
 from executors._cli import options as cli
+
+LONGEST_NAME = 34  # "transformers_nemotron_h_grouped_mm"; a longer one is folded
+PACKAGE = "from distribution "
 
 ModelOption = Annotated[
     str | None,
@@ -92,16 +96,31 @@ def _in_short(names: tuple[str, ...]) -> str:
 
 
 def print_rows(rows: list[executors.Explanation], *, kinds: bool = False) -> None:
-    """Prints a table; with ``kinds`` it has the weights that each executor takes."""
+    """Prints a table, and below it why executors are not usable, and remarks on others.
+
+    Args:
+        rows: one for each executor.
+        kinds: whether the table has the weights that each of them takes.
+    """
+    console = cli.new_console()
     out = Table(width=cli.WIDTH)
-    out.add_column("executor", no_wrap=True)
+    out.add_column("executor", max_width=LONGEST_NAME, overflow="fold")
     out.add_column("usable", no_wrap=True)
-    out.add_column("from", no_wrap=True)
+    out.add_column("from", ratio=1, overflow="fold")
     if kinds:
         out.add_column("weights", max_width=11)
-    out.add_column("why not, or a remark", ratio=1)
     for row in rows:
         usable = "[green]yes[/green]" if row.usable else "[red]no[/red]"
         weights = [", ".join(row.weights)] if kinds else []
-        out.add_row(row.name, usable, escape(row.source), *weights, escape(row.reason or row.note))
-    cli.new_console().print(out)
+        out.add_row(escape(row.name), usable, escape(row.source.removeprefix(PACKAGE)), *weights)
+    console.print(out)
+    for title, said in (
+        ("not usable:", [(row.name, row.reason) for row in rows if row.reason]),
+        ("remarks:", [(row.name, row.note) for row in rows if row.note and not row.reason]),
+    ):
+        if said:
+            console.print(title)
+        for name, why in said:
+            console.print(
+                escape(textwrap.fill(f"{name}: {why}", cli.WIDTH, initial_indent="  ", subsequent_indent="    "))
+            )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +21,7 @@ from executors._compare import run as comparison
 from executors._compare.judge import exact_answer
 from executors._files.whole import write_text
 from executors._report.facts import facts
-from executors._report.judged import JudgedExecutor, SuiteRun, counted
+from executors._report.judged import JudgedExecutor, SuiteRun
 from executors._report.page import Report, page
 from executors._report.suite import NEEDS, PROFILES, SuiteSettings, run_suite
 from executors.layer_file import Layer
@@ -62,26 +64,35 @@ def report(options: ReportOptions) -> None:
 
     The page is one HTML file that needs no network: clauses by executor with the failing example under each red cell,
     errors in error bars, times with their noise, machine and versions. Each executor is judged in a process of its own.
-    Exit status: 0 if nothing fails, 1 if something does, 2 for bad arguments.
+    A suite with profile quick takes about a minute on 2 cores, dev and ci take several, nightly takes hours; the
+    comparison takes a minute or two besides. Exit status: 0 if nothing fails, 1 if something does, 2 for bad arguments.
+
+    Example: python -m executors report layer.safetensors --executor native --executor my_loop --out trust.html
     """
     _check(options)
     given = _given(options.results)
     names, left_out = _names(options, given)
     layer, without_choice = cli.load_clear(options.file, options.device, options.tokens)
     started = time.monotonic()
+    if len(names) > 1 and not given:
+        cli.print_lines([f"judging {len(names)} executors, one after the other: {', '.join(names)}"])
     with cli.progress_bar() as show:
-        suites = {name: given[name] if given else _suite(name, options, show) for name in names}
+        suites = given or _suites(names, options, show)
         rows, lines = _compared(layer, suites, options, show)
     if without_choice:
         lines.append(f"{without_choice} tokens left out: more than one choice of experts is right for them (R2)")
     sources = {row.name: row.source for row in executors.explain()}
-    judged = [JudgedExecutor(name, suites[name], rows[name], sources.get(name, "")) for name in names]
+    judged = [
+        JudgedExecutor(name, suites[name], rows[name], sources.get(name, ""), _again(options, name)) for name in names
+    ]
     try:
-        write_text(options.out, page(Report(judged, lines, facts(sys.argv[1:]), left_out)))
+        write_text(options.out, page(Report(judged, lines, facts(sys.argv[1:], names), left_out)))
     except OSError as error:
         cli.refuse(f"--out {options.out}: cannot be written, {error.strerror}")
     for own in judged:
-        cli.print_lines([f"{own.name}: {counted(own.suite.results) if own.suite.results else own.suite.problem}"])
+        cli.print_lines([f"{own.name}: {own.counted}"])
+        if own.row.judgement and own.row.failed:
+            cli.print_lines([f"{own.name}: on the layer: {comparison_report.failed(own.row.judgement)}"])
     cli.print_lines([f"wrote {options.out} ({time.monotonic() - started:.0f} s)"])
     if any(own.failed for own in judged):
         raise typer.Exit(1)
@@ -123,7 +134,9 @@ def _names(options: ReportOptions, given: Mapping[str, SuiteRun]) -> tuple[list[
     if given:
         return list(cli.checked("--executor", options.executor, [*given]) or given), []
     cli.chosen_names(options.executor)  # refuses names that nobody has
-    reasons = {name: _unusable(name, options.device) for name in comparison.everyone()}
+    sources = {row.name: row.source for row in executors.explain()}
+    known = sorted(comparison.everyone(), key=lambda name: (name != "native", sources[name] != "built-in", name))
+    reasons = {name: _unusable(name, options.device) for name in known}
     for name in options.executor or ():
         if reasons[name] not in ("", INTERPRETED):
             cli.refuse(f"--executor {name}: {reasons[name]}")
@@ -143,10 +156,31 @@ def _unusable(name: str, device: str) -> str:
     return INTERPRETED if able.interpreted else ""
 
 
-def _suite(name: str, options: ReportOptions, show: Show) -> SuiteRun:
+def _suites(names: Sequence[str], options: ReportOptions, show: Show) -> dict[str, SuiteRun]:
+    """The suite on each executor, with its place among all and a guess of the time that is left."""
     settings = SuiteSettings(options.profile, options.device, options.expected_failures, options.limit)
-    show(f"suite on {name}", 0, 100)
-    return run_suite(name, settings, lambda done: show(f"suite on {name}", done, 100))
+    started, found = time.monotonic(), dict[str, SuiteRun]()
+    for number, name in enumerate(names):
+        left = (time.monotonic() - started) / number * (len(names) - number) if number else 0.0
+        guess = f", about {math.ceil(left / 60)} min left for suites" if left else ""
+        said = f"suite on {name}, {number + 1} of {len(names)}{guess}"
+
+        def part(done: int, said: str = said) -> None:
+            show(said, done, 100)
+
+        part(0)
+        found[name] = run_suite(name, settings, part)
+    return found
+
+
+def _again(options: ReportOptions, name: str) -> str:
+    """The command that judges an executor on the layer again."""
+    given = [str(options.file)] if options.file else []
+    given += ["--executor", name]
+    for option in ("device", "tokens", "seed"):
+        if (value := getattr(options, option)) != getattr(ReportOptions, option):
+            given += [f"--{option}", str(value)]
+    return shlex.join(["python", "-m", "executors", "compare", *given])
 
 
 def _compared(

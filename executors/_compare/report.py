@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,40 +16,58 @@ from rich.markup import escape
 from rich.table import Table
 
 from executors._compare.judge import Truth
-from executors._compare.run import LABELS, CompareRow, sizes, skew
+from executors._compare.run import FROM_IDS, LABELS, CompareRow, sizes, skew
 from executors.layer_file import Layer
-from moe_ref.conformance.judgement.gates import CLAUSES
+from moe_ref.conformance.judgement.faults import Judgement
+from moe_ref.conformance.judgement.gates import Verdict
 from moe_ref.validation import dtype_name
 
 SCHEMA = 1
 LONGEST_NAME = 20
+MEANING = "it has no routing of its own, and is given topk_ids and topk_weights"
 
 
 def table(rows: list[CompareRow]) -> Table:
-    """One row for each executor, in 80 columns. A row that did not run has the reason."""
+    """One row for each executor, in 80 columns. `below` has what does not fit."""
     out = Table(width=80)
     out.add_column("executor", overflow="fold", max_width=LONGEST_NAME)
-    out.add_column("verdict", ratio=1)
-    for heading in ("max z", "forward", "+backward", "peak"):
+    out.add_column("verdict", ratio=1, overflow="fold")
+    for heading in ("max z", "forward\nms", "+backward\nms", "peak\nMiB"):
         out.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         if row.judgement is None:
-            out.add_row(escape(row.name), f"[dim]not run: {escape(row.reason)}[/dim]", "", "", "", "")
+            out.add_row(escape(row.name), "[dim]not run[/dim]", "", "", "", "")
             continue
         out.add_row(
             escape(row.name),
             _verdict(row),
-            _figure(row.worst()[1], ""),
-            _figure(row.milliseconds("forward"), "ms"),
-            _figure(row.milliseconds("forward_backward"), "ms"),
-            _figure(row.peak_mib, "MiB"),
+            _figure(row.worst()[1]),
+            _figure(row.milliseconds("forward")),
+            _figure(row.milliseconds("forward_backward")),
+            _figure(row.peak_mib),
         )
     return out
 
 
-def failures(rows: list[CompareRow]) -> list[str]:
-    """For each executor that failed, the first broken clause in full."""
-    return [f"{row.name}: {row.judgement.failure}" for row in rows if row.judgement and row.failed]
+def below(rows: list[CompareRow]) -> list[str]:
+    """What stands below the table: what is wrong, why an executor did not run, and what a remark means."""
+    wrong = [f"{row.name}: {failed(row.judgement)}" for row in rows if row.judgement and row.failed]
+    reasons = [f"{row.name}: not run: {row.reason}" for row in rows if row.judgement is None]
+    notes = [f"{FROM_IDS}: {MEANING}"] if any(FROM_IDS in row.note for row in rows) else []
+    return wrong + reasons + notes
+
+
+def failed(judgement: Judgement) -> str:
+    """The failure of the worst tensor in full, and the names of the others that fail."""
+    others = [] if judgement.fault else [f"{LABELS[v.name]} ({gate(v)})" for v in judgement.broken[1:]]
+    return judgement.failure + (f"; also {', '.join(others)}" if others else "")
+
+
+def gate(verdict: Verdict) -> str:
+    """The gate that a tensor failed, with its figure: "max z 7.9"; or that its numbers are of another kind."""
+    if found := re.search(r"(max|gain) z [^,]+(?=, limit)|rms z=[^,]+", verdict.failure):
+        return found[0].replace("=", " ")
+    return "not exactly 0" if verdict.zero else "NaN, infinity or shape"
 
 
 def heading(layer: Layer, truth: Truth, name: str) -> str:
@@ -124,23 +143,20 @@ def _row(row: CompareRow) -> dict[str, Any]:
 
 
 def _verdict(row: CompareRow) -> str:
-    """A word, the broken clause, and the tensor that errs most."""
-    assert row.judgement is not None
-    if row.judgement.fault:
-        return f"[red]FAIL[/red] {escape(row.judgement.fault.split(':')[0])}"
-    parts = ["[green]pass[/green]"]
-    for verdict in row.judgement.verdicts:
-        if verdict.failure:
-            parts = [f"[red]FAIL[/red] {CLAUSES[verdict.name]}: {LABELS[verdict.name]}"]
-            break
-    name = row.worst()[0]
-    parts += [row.note] if row.note else []
-    parts += [f"[dim]max z in {LABELS[name]}[/dim]"] if name else []
-    return "\n".join(parts)
+    """A word, the clauses of which one is broken, whether y is, and a remark."""
+    judgement = row.judgement
+    assert judgement is not None
+    if judgement.fault:
+        parts = [f"[red]FAIL[/red] {escape(judgement.fault.split(':')[0])}"]
+    elif broken := judgement.broken:
+        parts = [f"[red]FAIL[/red] {broken[0].clauses}", "in y" if broken[0].name == "y" else "in gradients"]
+    else:
+        parts = ["[green]pass[/green]"]
+    return "\n".join(parts + ([row.note] if row.note else []))
 
 
-def _figure(value: float | None, unit: str) -> str:
-    return "n/a" if value is None else f"{value:.1f} {unit}".rstrip()
+def _figure(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.1f}"
 
 
 def _processor() -> str:

@@ -20,6 +20,7 @@ from moe_ref.types import LEARNED
 
 MILLISECONDS = 1000.0
 PROCESSES = 2  # that measure memory at a time, mostly waiting for imports
+FROM_IDS = "judged from ids on"  # of an executor without routing
 LABELS = {"y": "y", "x": "dx"} | {name: f"d {name}" for name in ("router_logits", "topk_weights", *LEARNED)}
 
 
@@ -115,7 +116,7 @@ def _note(able: executors.Capabilities) -> str:
     """What an executor does not offer."""
     lacks = {
         "forward only": not able.backward,
-        "routing done elsewhere": not able.routing,
+        FROM_IDS: not able.routing,
         "interpreted, not timed": able.interpreted,
     }
     return ", ".join(text for text, lacking in lacks.items() if lacking)

@@ -19,6 +19,7 @@ from torch import Tensor
 from executors._decode.probe import is_exact
 from moe_ref.types import MoEWeights, MXFP4Tensor, NF4Tensor
 
+NEWS = "bitsandbytes.backends.cpu.ops"  # a logger
 LONGEST_BLOCK = 1024  # longer ones take another path in the library
 SMALLEST_SCALE = 2.0**-118  # from here on no product with a code is subnormal: the smallest code above 0 is 2**-7.6
 BLOCKSIZES = [32, 64, 128, 256, 512, LONGEST_BLOCK]  # of the blocks that the kernel gets
@@ -48,7 +49,7 @@ def is_right(quant_type: str, dtype: str) -> bool:
 @cache
 def operator() -> Any:
     """The library's operator, or None where it is not available."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger = logging.getLogger(NEWS)
     logger.addFilter(_is_news)
     try:
         import_module("bitsandbytes")
@@ -57,6 +58,13 @@ def operator() -> Any:
         return None
     finally:
         logger.removeFilter(_is_news)
+
+
+def silence_news() -> None:
+    """Keeps the library's message about a fused product from the whole process, whoever imports the library."""
+    logging.getLogger(NEWS).addFilter(
+        lambda record: _is_news(record)
+    )  # a filter of its own: `operator` removes its own
 
 
 def _is_news(record: logging.LogRecord) -> bool:

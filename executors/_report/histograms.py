@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from executors._compare.report import failed, gate
 from executors._compare.run import LABELS
 from executors._report.judged import JudgedExecutor
 from executors._report.markup import Html, joined, tag
@@ -26,20 +27,25 @@ def _executor(own: JudgedExecutor) -> Html:
     row = own.row
     if row.judgement is None:
         return tag("section", tag("h3", own.name), tag("p", f"not run: {row.reason}", class_="note"))
-    verdict = f"FAIL: {row.judgement.failure}" if row.failed else "pass"
+    verdict = f"FAIL: {failed(row.judgement)}" if row.failed else "pass"
+    gates = {broken.name: gate(broken) for broken in row.judgement.broken}
     parts = [tag("h3", own.name), tag("p", verdict, class_="verdict bad" if row.failed else "verdict good")]
     names = [name for name in LABELS if name in row.judgement.z]
-    pictures = [_figure(own.name, LABELS[name], np.asarray(row.judgement.z[name])) for name in names]
+    pictures = [
+        _figure(own.name, LABELS[name], np.asarray(row.judgement.z[name]), gates.get(name, "")) for name in names
+    ]
     return tag("section", *parts, tag("div", *pictures, class_="tiles"))
 
 
-def _figure(executor: str, label: str, z: np.ndarray) -> Html:
+def _figure(executor: str, label: str, z: np.ndarray, broken: str) -> Html:
+    """A tensor's picture; ``broken`` is the gate that it failed, or ""."""
     finite = z[np.isfinite(z)]
     largest = float(np.abs(finite).max(initial=0.0)) if len(finite) == len(z) else math.inf
     rms = float(np.sqrt(np.mean(finite**2))) if len(finite) else 0.0
     beyond = int((np.abs(finite) > MAX_Z).sum()) + len(z) - len(finite)
     says = f"max |z| {largest:.3g}, rms {rms:.2g}" + (f", {beyond} beyond" if beyond else "")
-    caption = tag("figcaption", tag("b", label), " ", tag("span", says, class_="bad" if beyond else "quiet"))
+    says += f"; fails by {broken}" if broken else ""
+    caption = tag("figcaption", tag("b", label), " ", tag("span", says, class_="bad" if beyond or broken else "quiet"))
     about = f"{label} of {executor}: {len(z)} numbers, {says}"
     return tag("figure", _picture(finite, about), caption)
 

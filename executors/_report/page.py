@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from executors._compare.report import gate
 from executors._compare.run import LABELS, CompareRow
 from executors._report.clause_table import clause_table, legend
 from executors._report.histograms import histograms
-from executors._report.judged import JudgedExecutor, SuiteRun, counted
+from executors._report.judged import JudgedExecutor, some
 from executors._report.markup import Html, breakable, tag
 from executors._report.timings import timings
 from moe_ref.conformance.judgement.gates import MAX_Z
@@ -74,7 +75,7 @@ def _sections(report: Report) -> list[Html]:
         ),
         tag("div", *map(_card, report.judged), class_="cards"),
         *(tag("p", f"{name} is left out: {why}", class_="note") for name, why in report.left_out),
-        tag("h2", "Clauses"),
+        tag("h2", "The layer and the clauses"),
         legend(),
         clause_table(report.judged),
         tag("h2", "Errors on a layer"),
@@ -100,25 +101,31 @@ def _card(own: JudgedExecutor) -> Html:
     """An executor in a few lines."""
     kind, symbol = ("card bad", "✗") if own.failed else ("card good", "✓")
     title = tag("h3", tag("span", symbol, aria_hidden="true", class_="symbol"), " ", breakable(own.name))
-    lines = [*_suite(own.suite), _layer(own.row), *filter(None, [own.source])]
+    lines = [*_suite(own), _layer(own.row), *filter(None, [own.source])]
     lacks = [tag("li", lack.says) for lack in own.suite.results.lacks] if own.suite.results else []
     more = [tag("details", tag("summary", "what it does not promise"), tag("ul", *lacks))] * bool(lacks)
     return tag("section", title, *(tag("p", line) for line in lines), *more, class_=kind)
 
 
-def _suite(suite: SuiteRun) -> list[str]:
+def _suite(own: JudgedExecutor) -> list[str]:
     """Lines on the suite."""
+    suite = own.suite
     if suite.results is None:
-        return [suite.problem]
+        return [own.counted]
     said = suite.left_out.replace("--hypothesis-profile quick", "")  # which the profile says already
     part = f"; not all of it ran: {said}" if said else ""
-    return [counted(suite.results), f"suite: profile {suite.profile} on {suite.device}{part}"]
+    return [own.counted, f"suite: profile {suite.profile} on {suite.device}{part}"]
 
 
 def _layer(row: CompareRow) -> str:
     """A line on the layer."""
-    if row.judgement is None:
+    judgement = row.judgement
+    if judgement is None:
         return f"layer: not run: {row.reason}"
+    if judgement.fault:
+        return f"layer: FAIL, {judgement.fault}"
+    if broken := judgement.broken:
+        told = some([f"{LABELS[verdict.name]} ({gate(verdict)})" for verdict in broken])
+        return f"layer: FAIL in {told}" + ("; y holds" if broken[0].name != "y" else "")
     name, worst = row.worst()
-    verdict = "FAIL" if row.failed else "pass"
-    return f"layer: {verdict}" + ("" if worst is None else f", largest |z| {worst:.3g} in {LABELS[name]}")
+    return "layer: pass" + ("" if worst is None else f", largest |z| {worst:.3g} in {LABELS[name]}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -14,10 +15,15 @@ from typer.testing import CliRunner, Result
 import executors
 from executors import __main__ as program
 from executors._cli.app import app
+from executors._cli.options import new_console
+from executors._compare import plot, report
 from executors._compare.measure import peak_memory
+from executors._compare.run import CompareRow
 from executors._files.whole import write_json
 from executors.layer_file import bundled_layer, save_layer
 from moe_ref import MoEConfig, MoEWeights
+from moe_ref.conformance.judgement.faults import Judgement
+from moe_ref.conformance.judgement.gates import Verdict
 from moe_ref.conformance.mutants import mutants
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -163,7 +169,7 @@ def test_executor_without_routing_is_judged_in_float64(tmp_path: Path) -> None:
     finally:
         executors.unregister("without_routing")
     assert result.exit_code == 0, result.output
-    assert "routing done" in result.output
+    assert "judged from ids on: it has no routing of its own" in result.output
 
 
 def test_json_holds_no_infinity(tmp_path: Path) -> None:
@@ -221,6 +227,75 @@ def test_table_fits_80_columns(layer: Path, one_percent_more: str, unavailable: 
     for result in (compare(layer), run("list"), run("explain", layer)):
         assert max(map(len, result.output.splitlines()[:-1])) <= 80
         assert "\x1b" not in result.output
+
+
+def test_reasons_stand_below_the_table_in_full(layer: Path, unavailable: str) -> None:
+    """Also beside a name that is longer than its column."""
+    name, why = (
+        f"{unavailable}_{'x' * 40}",
+        "needs a GPU of compute capability 9.0 or more, and there is none on this machine",
+    )
+
+    def refused() -> executors.Executor:
+        raise executors.Unavailable(why)
+
+    executors.register(name, refused)
+    try:
+        for result in (run("list"), run("explain", layer)):
+            assert max(map(len, result.output.splitlines()[:-1])) <= 80
+            assert "…" not in result.output
+            assert "not usable:" in result.output
+            joined = " ".join(result.output.split())
+            assert f"{unavailable}: {why} {name}: {why}" in joined
+        assert f"{name}: not run: {why}" in " ".join(compare(layer).output.split())
+    finally:
+        executors.unregister(name)
+
+
+def test_the_version_is_told() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.output.split()[0]) == (0, "moe-ref")
+    assert "torch" in result.output
+
+
+def odd_row(name: str, **failures: str) -> CompareRow:
+    z = {tensor: np.linspace(-7, 7, 99) for tensor in ("y", "x", "down_proj", "topk_weights")}
+    verdicts = [Verdict(tensor, 7.0, failure=failures.get(tensor, "")) for tensor in z]
+    judgement = Judgement((*verdicts, Verdict("y", 3.0)), z=z)
+    return CompareRow(name, judgement=judgement, seconds={"forward": [0.1], "forward_backward": [0.2]}, peak_mib=1.0)
+
+
+RMS, GAIN = "x: rms z=1.001, but must be at most 1", "down_proj: gain=+1e-2, but must be 0 +- 1e-3: gain z 7.5, limit 6"
+
+
+def test_the_worst_tensor_is_told_in_full_and_the_others_by_name() -> None:
+    rows = [odd_row("one", x=RMS, down_proj=GAIN), odd_row("two", y="y(0,)=1, but must be 2 +- 0: max z 7.0, limit 6")]
+    one, two = report.below(rows)
+    assert one == f"one: D1: d{RMS}; also d down_proj (gain z 7.5)"
+    assert two.startswith("two: C1, E1, E2: y(0,)=1")
+    assert "also" not in two
+    told = new_console()
+    with told.capture() as captured:
+        told.print(report.table(rows))
+    assert "FAIL D1" in captured.get()
+    assert captured.get().count("in gradients") == 1
+    assert captured.get().count("in y") == 1
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_picture_cuts_no_label_and_names_its_lines(count: int) -> None:
+    rows = [odd_row(f"{'m' * 20}_{n}", x=RMS, down_proj=GAIN) for n in range(count)]
+    figure = plot.drawn(rows, "title")
+    figure.draw_without_rendering()
+    left, right = figure.subfigs
+    (legend,) = left.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"{row.name}: FAIL" for row in rows]
+    for axes in (*left.axes, *right.axes):
+        box = axes.xaxis.label.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+    said = [text.get_text() for axes in left.axes for text in axes.texts]
+    assert said == ["FAIL rms z 1.001"] * count + ["FAIL gain z 7.5"] * count
 
 
 def test_json_has_all_figures(layer: Path) -> None:

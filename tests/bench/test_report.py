@@ -20,12 +20,14 @@ import report_page
 from executors._cli.app import app
 from executors._cli.report import _unmeasured
 from executors._compare.run import CompareRow
-from executors._report.clause_table import GROUPS, LOOKS, apart
-from executors._report.judged import JudgedExecutor, SuiteRun, counted
+from executors._report.cells import LOOKS, apart
+from executors._report.clause_table import GROUPS
+from executors._report.facts import facts
+from executors._report.judged import JudgedExecutor, SuiteRun
 from executors._report.markup import Html, joined, tag
 from executors._report.page import Report, page
 from executors._report.suite import PROFILES, SuiteSettings, run_suite
-from moe_ref.conformance import plugin, profiles
+from moe_ref.conformance import profiles
 from moe_ref.conformance.judgement.faults import Judgement
 from moe_ref.conformance.judgement.gates import Verdict
 from moe_ref.conformance.reporting.applicable import Lack
@@ -113,6 +115,10 @@ def test_text_is_escaped_and_elements_are_not() -> None:
     [
         ("y(0, 0)=256.0, but must be exactly 258.0", ["y(0, 0)", "256.0", "exactly 258.0"]),
         ("y[3]=1, but must be 2 +- 0.1: max z 9", ["y[3]", "1", "2 +- 0.1", "max z 9"]),
+        (
+            "dx: rms z=1.001, but must be at most 1, over 9 elements",
+            ["dx: rms z", "1.001", "at most 1, over 9 elements"],
+        ),
         ("x=nan, but must not be NaN", ["x", "nan", "not be NaN"]),
         ("y differs between two runs", []),
         ("no number, but must be one", []),
@@ -131,15 +137,15 @@ def test_every_clause_has_a_cell_for_every_executor() -> None:
     cells = Counter(cell["class"] for cell in own.of("td", role="cell") if cell.get("class"))
     assert cells["fails"] == 2 + len(CLAUSES)
     assert cells["expected"] == 2
-    assert cells["absent"] == 4
-    assert sum(cells.values()) == 3 * len(CLAUSES)
+    assert cells["absent"] == 4 + 3 * 2  # none was run on the layer
+    assert sum(cells.values()) == 3 * (len(CLAUSES) + 2)
     assert any(cell.get("title") == "no backward pass" for cell in own.of("td"))
 
 
 def test_a_cell_that_fails_leads_to_its_example() -> None:
     own = of(judged("one", KIND, replace(KIND, breaks=("the law split",), says="raises <odd>")))
     links = [link["href"] for link in own.of("a", **{"class": "opens"})]
-    assert links == ["#e0-E2", "#e0-E3", "#e0-C1", "#e0-beyond0"]
+    assert links == ["#e0-beyond0", "#e0-E2", "#e0-E3", "#e0-C1"]
     assert [panel["id"] for panel in own.of("tr", **{"class": "panel"})] == [link[1:] for link in links if link]
     text = "|".join(own.texts)
     assert "breaks one of E2, C1 (wrong values): 3 failures, of which this is the smallest" in text
@@ -174,12 +180,57 @@ def test_the_page_has_nothing_from_outside() -> None:
 
 
 def test_states_are_counted_in_words() -> None:
-    results = judged("one", KIND).suite.results
-    assert results is not None
-    assert counted(results) == "30 clauses hold, 2 fail, 1 fails as expected, 1 not promised, 1 not judged"
-    law = judged("one", replace(KIND, breaks=("the law split",))).suite.results
-    assert law is not None
-    assert counted(law).endswith(", fails beyond the clauses")
+    assert judged("one", KIND).counted == "30 clauses hold, 2 fail, 1 fails as expected, 1 not promised, 1 not judged"
+    law = replace(KIND, breaks=("the law split",))
+    assert judged("one", law, KIND).counted.endswith(", 1 not judged; also fails, beyond the clauses: the law split")
+
+
+def on_layer(*verdicts: Verdict, fault: str = "") -> CompareRow:
+    return CompareRow("one", judgement=Judgement(verdicts, fault=fault))
+
+
+BIAS = "down_proj_bias(3,)=1, but must be 2 +- 0.1: max z 7.0, limit 6"
+
+
+def test_what_fails_on_the_layer_counts_in_the_table() -> None:
+    row = on_layer(Verdict("y"), Verdict("down_proj_bias", 7.0, failure=BIAS), Verdict("x", 9.0, failure="x(0,)=1"))
+    mine = replace(judged("one", row=row), compare="python -m executors compare mine")
+    assert mine.state("D1") == "fails"
+    assert mine.state("D2") == "holds"  # not of an expert without tokens
+    assert mine.counted.startswith("32 clauses hold, 1 fails, 1 fails as expected")
+    own, text = of(mine), "|".join(of(mine).texts)
+    assert [link["href"] for link in own.of("a", **{"class": "opens"})] == ["#e0-layer-gradients", "#e0-E3", "#e0-D1"]
+    assert "|on the layer: breaks D1|number|d down_proj_bias(3,)|is|1|must be|2 +- 0.1|" in text
+    assert text.count("python -m executors compare mine") == 2
+    assert "layer: FAIL in dx (NaN, infinity or shape), d down_proj_bias (max z 7.0); y holds" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "cells"),
+    [
+        (on_layer(Verdict("y"), Verdict("x")), ["holds", "holds"]),
+        (on_layer(Verdict("y")), ["holds", "absent"]),
+        (on_layer(Verdict("y", 8.0, failure="y(0,)=1"), Verdict("x")), ["fails", "holds"]),
+        (on_layer(fault="raised ValueError: x"), ["fails", "fails"]),
+        (on_layer(Verdict("y"), Verdict("x"), fault="C1: x differs between two runs"), ["holds", "fails"]),
+        (on_layer(Verdict("y"), Verdict("x"), fault="C1: y differs between two runs"), ["fails", "holds"]),
+        (on_layer(Verdict("y"), fault="T2: the gradient of x is float64, but must be float32"), ["holds", "fails"]),
+        (on_layer(Verdict("y"), fault="D1: no gradient for x"), ["holds", "fails"]),
+        (CompareRow("one", "not here"), ["absent", "absent"]),
+    ],
+)
+def test_inference_and_training_have_a_row_each(row: CompareRow, cells: list[str]) -> None:
+    own = of(judged("one", row=row))
+    assert [cell["class"] for cell in own.of("td", role="cell") if cell.get("class")][:2] == cells
+
+
+def test_packages_of_who_is_judged_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path / "outside", "mine", "mine:Mine", "")
+    info = tmp_path / "site" / "mine-1.0.dist-info" / "METADATA"
+    info.write_text(info.read_text() + "Requires-Dist: rich[a]>=1 ; extra == 'b'\nRequires-Dist: not-there\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    built_in, mine = (dict(facts([], [name]))["packages"].split(", ") for name in ("native", "mine"))
+    assert [name.partition(" ")[0] for name in mine] == [name.partition(" ")[0] for name in built_in] + ["mine", "rich"]
 
 
 def test_errors_and_times_are_on_the_page() -> None:
@@ -324,7 +375,10 @@ def test_all_that_are_usable_are_judged_and_a_crash_is_told(
     path = tmp_path / "report.html"
     ran = CliRunner().invoke(app, ["report", str(layer), "--out", str(path), "--profile", "ci", "--limit", "7"])
     assert ran.exit_code == 1, ran.output
-    assert asked == plugin._usable("cpu")
+    able = {name: executors.get(name).capabilities for name in executors.available() if name != "auto"}
+    assert sorted(asked) == [n for n, c in able.items() if not c.interpreted and "cpu" in (c.devices or {"cpu"})]
+    assert asked[0] == "native"
+    assert f"judging {len(asked)} executors, one after the other: native, " in ran.output
     assert "native: the suite was ended by SIGSEGV\n" in ran.output
     text = "|".join(Elements(path.read_text()).texts)
     assert "native|not run: the suite did not finish|" in text

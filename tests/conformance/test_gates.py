@@ -1,12 +1,13 @@
 """Each gate fails for the errors that it must see, and for no others."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from moe_ref.conformance.judgement.gates import judge
+from moe_ref.conformance.judgement.gates import judge, over
 from moe_ref.error_bars import Part, TensorBars
 
 U = 2.0**-8
@@ -45,7 +46,33 @@ def test_one_element_far_out_fails(exact: np.ndarray) -> None:
 
 def test_many_elements_somewhat_out_fail(exact: np.ndarray) -> None:
     noise = np.random.default_rng(2).uniform(-1, 1, exact.shape) * math.sqrt(3)
-    assert "rms z 1.2" in judged(exact + 1.2 * U * noise, exact)
+    failure = judged(exact + 1.2 * U * noise, exact)
+    assert re.fullmatch(r"y: rms z=1\.2\d, but must be at most 1, over 5120 elements", failure)
+
+
+def test_a_figure_just_past_its_limit_is_not_told_as_the_limit() -> None:
+    assert over(1.0013, 1.0, 2) == "1.001"
+    assert over(6.000004, 6.0) == "6.000004"
+    assert over(8.25, 6.0) == "8.2"
+    assert over(12345.6, 6.0) == "1.23e+04"
+    assert over(math.inf, 6.0) == "inf"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "clauses"), [({(2, 3): 9 * U}, "D1"), ({(0, 1): 1.0}, "D1, D2"), ({(0, 1): math.nan}, "D1, D2")]
+)
+def test_an_expert_without_tokens_is_told_apart(wrong: dict[tuple[int, int], float], clauses: str) -> None:
+    """D2 is broken where a gradient must be zero by structure, and nowhere else."""
+    exact = np.ones((3, 4))
+    exact[0] = 0.0
+    part = Part(exact, np.zeros(4), np.zeros((4, 12), dtype=np.float32))
+    none = Part(np.zeros_like(exact), np.zeros(4), np.zeros((4, 12), dtype=np.float32))
+    actual = exact.copy()
+    for place, error in wrong.items():
+        actual[place] += error
+    verdict = judge("down_proj", actual, TensorBars(exact, part, none, np.arange(12)), "bfloat16", "float64")
+    assert verdict.failure
+    assert verdict.clauses == clauses
 
 
 def test_few_elements_are_not_judged_by_rms() -> None:

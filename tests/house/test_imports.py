@@ -60,7 +60,7 @@ ROOMS: dict[str, set[str]] = {
     "_report": FACE | {"_files", "_compare", "_bench"},
     "_plan": {"_bench", "_compare", "_counts", "parallel"},
     "_cli": FACE
-    | {"_files", "checkpoint", "layer_file", "hf", "_triton", "_compare", "_bench", "_tune", "_crossover"}
+    | {"_decode", "_files", "checkpoint", "layer_file", "hf", "_triton", "_compare", "_bench", "_tune", "_crossover"}
     | {"_counts", "_plan", "_report"},
     "__main__": {"_cli"},
 }

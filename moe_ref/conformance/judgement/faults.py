@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from moe_ref.conformance.judgement.call import Inputs, Result
-from moe_ref.conformance.judgement.gates import CLAUSES, Verdict
+from moe_ref.conformance.judgement.gates import Verdict
 from moe_ref.validation import dtype_name
 
 if TYPE_CHECKING:
@@ -56,15 +56,26 @@ class Judgement:
     z: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
+    def broken(self) -> tuple[Verdict, ...]:
+        """One verdict for each tensor that fails, the worst first; y, which inference needs, before all gradients."""
+        failed = sorted((v for v in self.verdicts if v.failure), key=lambda v: v.severity)
+        return tuple(sorted({v.name: v for v in failed}.values(), key=lambda v: v.severity, reverse=True))
+
+    @property
     def failure(self) -> str:
-        """The first broken clause in a few words, or ""."""
-        broken = [f"{CLAUSES[v.name]}: {v.failure}" for v in self.verdicts if v.failure]
-        return self.fault or (broken[0] if broken else "")
+        """What is wrong, in a line that begins with the clauses of which one is broken: the worst tensor; or ""."""
+        return self.fault or next((says(v) for v in self.broken), "")
 
     @property
     def max_z(self) -> float | None:
         """The largest error in error bars."""
         return max((v.max_z for v in self.verdicts), default=None)
+
+
+def says(verdict: Verdict) -> str:
+    """A failed verdict in a line: the clauses of which one is broken, the tensor, which may be a gradient, and how."""
+    gradient = {"y": "", "x": "d"}.get(verdict.name, "d ")
+    return f"{verdict.clauses}: {gradient}{verdict.failure}"
 
 
 def raised(error: BaseException) -> Judgement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,6 +53,7 @@ class Verdict:
         name: "y", or the input whose gradient it is.
         max_z, rms_z, gain_z: the gates' figures; 0 where nothing could be measured.
         failure: one line saying which gate failed and how, or "".
+        zero: whether it failed at a number that nothing can reach, and that must be exactly 0.
     """
 
     name: str
@@ -59,6 +61,18 @@ class Verdict:
     rms_z: float = 0.0
     gain_z: float = 0.0
     failure: str = ""
+    zero: bool = False
+
+    @property
+    def clauses(self) -> str:
+        """The clauses of which the failure breaks one: D2, on experts without tokens, is about zeros alone."""
+        named = CLAUSES[self.name].split(", ")
+        return ", ".join(clause for clause in named if clause != "D2" or self.zero)
+
+    @property
+    def severity(self) -> tuple[bool, float]:
+        """Grows with the failure: y comes before gradients; what no gate measures, before numbers."""
+        return self.name == "y", self.max_z or math.inf
 
 
 def judge(
@@ -84,9 +98,11 @@ def judge(
     mask = np.ones(actual.shape, dtype=bool)
     if judged is not None:
         mask &= judged.reshape(judged.shape + (1,) * (actual.ndim - judged.ndim))
-    failure = _masks_differ(name, actual, bars.exact, mask)
-    if failure:
-        return Verdict(name, failure=failure)
+    where = _masks_differ(actual, bars.exact, mask)
+    if where is not None:
+        failure = f"{name}{where}={actual[where]:.9g}, but must be {bars.exact[where]:.9g}"
+        unreached = bars.exact[where] == 0 and bars.sd(dtype, out_dtype)[where] == 0
+        return Verdict(name, failure=failure, zero=bool(unreached))
     finite = np.isfinite(bars.exact)
     whole = bool((mask | ~finite).all())  # the gain's deviation is that of all elements
     mask &= finite
@@ -95,7 +111,8 @@ def judge(
     wrong_zero = mask & (sd == 0) & (error != 0)
     if wrong_zero.any():
         where = _first(wrong_zero)
-        return Verdict(name, max_z=float("inf"), failure=f"{name}{where}={actual[where]:.9g}, but must be exactly 0")
+        failure = f"{name}{where}={actual[where]:.9g}, but must be exactly 0"
+        return Verdict(name, max_z=math.inf, failure=failure, zero=bool(bars.exact[where] == 0))
     z = standardise(error, sd, mask)
     counted = int((mask & (sd > 0)).sum())
     max_z = float(np.abs(z).max(initial=0.0))
@@ -105,18 +122,25 @@ def judge(
     largest = float(np.abs(y).max(initial=0.0)) or 1.0
     y = y / largest
     gain_z = float(error.ravel() @ y / (y @ y) / largest / gain_sd) if whole and y.any() and gain_sd > 0 else 0.0
+    limit = max(RMS_Z, RMS_SDS * bars.rms_sd(dtype, out_dtype)) if counted >= RMS_FROM and rms_z > RMS_Z else RMS_Z
+    failure = ""
     if max_z > MAX_Z:
-        failure = f"max z {short(max_z)}, limit {MAX_Z:g}"
-    elif counted >= RMS_FROM and rms_z > RMS_Z and rms_z > (limit := RMS_SDS * bars.rms_sd(dtype, out_dtype)):
-        failure = f"rms z {short(rms_z, 2)}, limit {max(RMS_Z, limit):.2f}"
-    elif abs(gain_z) > GAIN_SDS:
-        gain = f"{gain_z * gain_sd:+.2e} is {short(gain_z)} of its standard deviations"
-        failure = f"gain {gain}, limit {GAIN_SDS:g}"
-    if failure:  # beside the element that is the farthest off
         where = _first(np.abs(z) == np.abs(z).max())
         right = f"{bars.exact[where]:.9g} +- {sd[where]:.2g}"
-        failure = f"{name}{where}={actual[where]:.9g}, but must be {right}: {failure}"
+        failure = f"{name}{where}={actual[where]:.9g}, but must be {right}: max z {over(max_z, MAX_Z)}, limit {MAX_Z:g}"
+    elif counted >= RMS_FROM and rms_z > limit:  # all elements together: none of them is at fault alone
+        failure = f"{name}: rms z={over(rms_z, limit, 2)}, but must be at most {limit:.3g}, over {counted} elements"
+    elif abs(gain_z) > GAIN_SDS:
+        found = f"{gain_z * gain_sd:+.2e}, but must be 0 +- {gain_sd:.2g}"
+        failure = f"{name}: gain={found}: gain z {over(abs(gain_z), GAIN_SDS)}, limit {GAIN_SDS:g}"
     return Verdict(name, max_z, rms_z, gain_z, failure)
+
+
+def over(z: float, limit: float, digits: int = 1) -> str:
+    """A z past its limit, in as many digits as show that it is; a large one with an exponent."""
+    while digits < 9 and float(short(z, digits)) <= limit:
+        digits += 1
+    return short(z, digits)
 
 
 def short(z: float, digits: int = 1) -> str:
@@ -130,13 +154,13 @@ def standardise(error: np.ndarray, sd: np.ndarray, mask: np.ndarray | None = Non
     return np.divide(error, sd, out=np.zeros_like(error), where=where)
 
 
-def _masks_differ(name: str, actual: np.ndarray, exact: np.ndarray, mask: np.ndarray) -> str:
+def _masks_differ(actual: np.ndarray, exact: np.ndarray, mask: np.ndarray) -> tuple[int, ...] | None:
+    """Where the first NaN or infinity is that must not be, or is not that must be; None where none is."""
     for test in (np.isnan, np.isinf):
         differ = mask & (test(actual) != test(exact))
         if differ.any():
-            where = _first(differ)
-            return f"{name}{where}={actual[where]:.9g}, but must be {exact[where]:.9g}"
-    return ""
+            return _first(differ)
+    return None
 
 
 def _first(mask: np.ndarray) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def cause(says: str, tensor: str = "") -> str:
         says: a failure's message.
         tensor: that it is about, or "".
     """
-    if " +- " in says or "but must be exactly" in says:
+    if " +- " in says or "but must be exactly" in says or ": rms z=" in says:
         return "wrong values"
     if re.search(r"=-?(nan|inf),|but must be -?(nan|inf)", says):
         return "NaN or infinity"
