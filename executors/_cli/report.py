@@ -123,7 +123,7 @@ def _given(paths: list[Path] | None) -> dict[str, SuiteRun]:
         for name, own in results.executors.items():
             if name in found:
                 cli.refuse(f"--results {path}: {name}: must be in one of the files only")
-            found[name] = SuiteRun(own, results.device, results.profile, results.left_out)
+            found[name] = SuiteRun(own, results.device, results.profile, results.left_out, version=results.version)
     if paths and not found:
         cli.refuse(f"--results {paths[0]}: must have an executor")
     return found
@@ -207,4 +207,4 @@ def _unmeasured(name: str, suite: SuiteRun) -> str:
     """Why an executor is not run in this process, or ""."""
     if suite.crashed:
         return "it ended the process of the suite" if suite.results else "the suite did not finish"
-    return "" if name in comparison.everyone() else "no executor here has this name"
+    return "" if name in comparison.everyone() else "its name is of no installed package"

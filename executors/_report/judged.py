@@ -35,6 +35,7 @@ class SuiteRun:
         left_out: why tests were left out, or "".
         problem: why it did not finish, in one line, or "".
         again: the command that runs it again.
+        version: of moe-ref.
     """
 
     results: ExecutorResults | None
@@ -43,6 +44,7 @@ class SuiteRun:
     left_out: str = ""
     problem: str = ""
     again: str = ""
+    version: str = ""
 
     @property
     def crashed(self) -> bool:

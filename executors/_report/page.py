@@ -68,6 +68,15 @@ def _sections(report: Report) -> list[Html]:
         "Medians of calls that were made in turn. The thin lines and the small numbers span the 10th to the 90th "
         "percentile of the calls: that is the noise, and a difference within it is none."
     )
+    measured = [
+        tag("h2", "Errors on a layer"),
+        *(tag("p", line, class_="note") for line in report.layer),
+        tag("p", note, class_="note"),
+        histograms(report.judged),
+        tag("h2", "Times on this layer"),
+        tag("p", noise, class_="note"),
+        timings(report.judged),
+    ]
     return [
         tag("h1", "moe-ref report"),
         tag(
@@ -78,13 +87,7 @@ def _sections(report: Report) -> list[Html]:
         tag("h2", "The layer and the clauses"),
         legend(),
         clause_table(report.judged),
-        tag("h2", "Errors on a layer"),
-        *(tag("p", line, class_="note") for line in report.layer),
-        tag("p", note, class_="note"),
-        histograms(report.judged),
-        tag("h2", "Times on this layer"),
-        tag("p", noise, class_="note"),
-        timings(report.judged),
+        *(measured if any(own.row.judgement for own in report.judged) else []),
         tag("h2", "Machine and versions"),
         tag("dl", *(tag("div", tag("dt", key), tag("dd", value)) for key, value in report.facts), class_="facts"),
     ]
@@ -114,7 +117,8 @@ def _suite(own: JudgedExecutor) -> list[str]:
         return [own.counted]
     said = suite.left_out.replace("--hypothesis-profile quick", "")  # which the profile says already
     part = f"; not all of it ran: {said}" if said else ""
-    return [own.counted, f"suite: profile {suite.profile} on {suite.device}{part}"]
+    by = f"of moe-ref {suite.version}, " * bool(suite.version)
+    return [own.counted, f"suite: {by}profile {suite.profile} on {suite.device}{part}"]
 
 
 def _layer(row: CompareRow) -> str:

@@ -85,7 +85,7 @@ def run_suite(name: str, settings: SuiteSettings, progress: Callable[[int], None
     if problem:
         problem = one_line(f"the suite {problem}{f': {last}' if last else ''}")
         return SuiteRun(None, found.device, found.profile, "", problem, again)
-    return SuiteRun(found.executors[name], found.device, found.profile, found.left_out, "", again)
+    return SuiteRun(found.executors[name], found.device, found.profile, found.left_out, "", again, found.version)
 
 
 def _pytest(arguments: Sequence[str], limit: float, progress: Callable[[int], None]) -> tuple[int | None, str]:

@@ -356,7 +356,7 @@ def test_results_of_an_executor_that_is_not_here(layer: Path, tmp_path: Path) ->
         ["report", str(layer), "--results", str(report_page.RESULTS), "--executor", "my_loop", "--out", str(path)],
     )
     assert ran.exit_code == 1, ran.output
-    assert "not run: no executor here has this name" in path.read_text()
+    assert "not run: its name is of no installed package" in path.read_text()
 
 
 def test_all_that_are_usable_are_judged_and_a_crash_is_told(
@@ -381,7 +381,8 @@ def test_all_that_are_usable_are_judged_and_a_crash_is_told(
     assert f"judging {len(asked)} executors, one after the other: native, " in ran.output
     assert "native: the suite was ended by SIGSEGV\n" in ran.output
     text = "|".join(Elements(path.read_text()).texts)
-    assert "native|not run: the suite did not finish|" in text
+    assert "|layer: not run: the suite did not finish|" in text
+    assert "Errors on a layer" not in text  # nor times: nothing ran
     for name in {*executors.names()} - {*asked, "auto"}:
         assert f"{name} is left out: " in text
 

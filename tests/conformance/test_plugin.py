@@ -155,7 +155,7 @@ def test_what_an_executor_offers_is_not_denied(outside: Path) -> None:
     assert re.match(r"native: \d+ clauses hold, 6 not applicable, \d+ not judged here \(T1, ", counted)
     assert said == [
         "native: no weights in 4 bits; clauses Q1-Q3, Q5 and M1 are not applicable",
-        "native: batch invariance is not declared; clause C2 is not judged",
+        "native: batch invariance is not declared; clause C2 is not applicable",
     ]
 
 

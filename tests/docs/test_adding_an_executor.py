@@ -91,4 +91,4 @@ def test_inside_this_repository_one_file_and_one_line_are_enough(shell: Shell) -
     registry = shell.folder / line.title
     before, start, after = registry.read_text().partition("BUILT_IN = {\n")
     registry.write_text(before + start + line.text + after)
-    assert "│ my_loop │ yes │ built-in │ dense │ │" in plain(shell.passes("python -m executors list"))
+    assert "│ my_loop │ yes │ built-in │ dense │" in plain(shell.passes("python -m executors list"))

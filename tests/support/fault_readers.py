@@ -161,7 +161,7 @@ def write_expected(path: Path) -> None:
 def write_some_results(path: Path) -> None:
     kind = FailureKind(("C1",), 2, "y(0, 0)=256.0, but must be exactly 258.0", again="check_exact(get('mine'))")
     clauses = {clause: ClauseResult("holds", 3) for clause in CLAUSES} | {"C1": ClauseResult("fails", 1, 2)}
-    lacking = Lack("batch invariance is not declared; clause C2 is not judged", ("C2",))
+    lacking = Lack("batch invariance is not declared; clause C2 is not applicable", ("C2",))
     write_results(path, Results({"mine": ExecutorResults(clauses, (kind,), lacks=(lacking,))}, "cpu", "quick"))
 
 

@@ -170,5 +170,5 @@ def _experts(able: Capabilities) -> list[Lack]:
     if not able.lora:
         out.append(Lack("no adapters; clause E6 is not applicable", ("E6",)))
     if not able.batch_invariant:
-        out.append(Lack("batch invariance is not declared; clause C2 is not judged", ("C2",)))
+        out.append(Lack("batch invariance is not declared; clause C2 is not applicable", ("C2",)))
     return out

@@ -170,13 +170,15 @@ class Reporter:
         from hypothesis import settings
 
         import executors
+        import moe_ref
         from moe_ref.conformance.reporting.applicable import lacks
         from moe_ref.conformance.reporting.results import Results, results_of, write_results
 
         ledger, device = self.ledger(), self.config.getoption("moe_ref_device")
         told = {name: results_of(ledger, name, lacks(executors.get(name).capabilities)) for name in self.judged()}
         try:
-            write_results(path, Results(told, device, settings.get_current_profile_name(), self.left_out()))
+            profile = settings.get_current_profile_name()
+            write_results(path, Results(told, device, profile, self.left_out(), moe_ref.__version__))
         except OSError as error:
             pytest.exit(f"--results {path}: cannot be written, {error.strerror}", pytest.ExitCode.INTERNAL_ERROR)
 

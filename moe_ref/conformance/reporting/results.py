@@ -1,8 +1,8 @@
 """Results by clause as a JSON file, which ``--results FILE`` writes and other programs read.
 
-The file has ``format``, ``device``, ``profile`` (of Hypothesis), ``left_out`` (why tests were left out, or "") and
-``executors``. Each of these, by its name, has ``clauses``, ``failures``, ``expected`` and ``lacks``, whose keys are the
-attributes of `ClauseResult`, `FailureKind`, `ExpectedResult` and `Lack`.
+The file has ``format``, ``version`` (of moe-ref), ``device``, ``profile`` (of Hypothesis), ``left_out`` (why tests were
+left out, or "") and ``executors``. Each of these, by its name, has ``clauses``, ``failures``, ``expected`` and
+``lacks``, whose keys are the attributes of `ClauseResult`, `FailureKind`, `ExpectedResult` and `Lack`.
 """
 
 from __future__ import annotations
@@ -94,12 +94,14 @@ class Results:
         device: where they were judged.
         profile: of Hypothesis.
         left_out: why tests were left out, or "".
+        version: of moe-ref.
     """
 
     executors: Mapping[str, ExecutorResults]
     device: str = "cpu"
     profile: str = ""
     left_out: str = ""
+    version: str = ""
 
 
 def results_of(ledger: Ledger, executor: str, lacking: Sequence[Lack]) -> ExecutorResults:
@@ -154,9 +156,9 @@ def read_results(path: Path) -> Results:
     """
     found = read_form(path, FORMAT, BadResultsError)
     form = _Form(path)
-    form.keys("", found, {"format", "executors", "device", "profile", "left_out"})
+    form.keys("", found, {"format", "executors", "device", "profile", "left_out", "version"})
     own = form.mapping("executors", found["executors"])
-    texts = (form.text(key, found[key]) for key in ("device", "profile", "left_out"))
+    texts = (form.text(key, found[key]) for key in ("device", "profile", "left_out", "version"))
     return Results({name: _executor(form, name, each) for name, each in own.items()}, *texts)
 
 

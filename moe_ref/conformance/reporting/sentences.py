@@ -24,7 +24,7 @@ SENTENCES = {
     "C1": "y sums a token's slots in increasing k and is rounded once; runs are bitwise equal.",
     "C2": "Batch invariance: no bit of a token's output depends on other tokens.",
     "C3": "With scale_input the weight multiplies the expert's input instead of its output.",
-    "D1": "Gradients of everything differentiable are right; a second derivative is an error.",
+    "D1": "Gradients of everything differentiable are right; a second derivative is right, or an error.",
     "D2": "The gradient of an expert that received no token is exactly 0.",
     "D3": "The gradient of topk_weights is ⟨dy, o⟩, with dy unweighted.",
     "D4": "With recompute, gradients are bitwise the same.",
