@@ -67,7 +67,7 @@ def test_the_table_leads_to_every_finding() -> None:
 def test_a_script_names_versions_and_both_answers(script: Path) -> None:
     text = script.read_text(encoding="utf-8")
     assert "version" in text
-    assert re.search(r"print\(f?\"observed", text)
+    assert re.search(r"print\(\s*f?\"observed", text)
     assert re.search(r"print\(f?\"right", text)
     assert "moe_ref" not in text
     assert "executors import" not in text
