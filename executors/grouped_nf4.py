@@ -10,6 +10,7 @@ its gradient; two dense ones are for ``native`` and ``grouped_mm``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
@@ -86,14 +87,7 @@ class GroupedNF4(LayerExecutor):
         """What it declares; of kernels a CPU only under the interpreter."""
         forced = self._kernels if self._forced else None
         interpreted = forced is not None and forced.takes_cpu()
-        return Capabilities(
-            devices=frozenset({"cuda"} if forced and not interpreted else {"cpu", "cuda"}),
-            dtypes=frozenset({"float32", "bfloat16", "float16"}),
-            post_expert_norm=not self._forced,
-            weights=frozenset({"nf4", "fp4", "mxfp4"}),
-            mixed=True,
-            interpreted=interpreted,
-        )
+        return _declared(bool(forced) and not interpreted, not self._forced, interpreted)
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:
         """Raises Unsupported for two dense projections, other devices and dtypes, and in a capture it would break."""
@@ -144,3 +138,15 @@ class GroupedNF4(LayerExecutor):
         if self._forced and not kernels.takes_cpu() and not torch.cuda.is_available():
             raise Unavailable(f"{what} needs a GPU; TRITON_INTERPRET=1 checks its numbers without one, slowly")
         return kernels
+
+
+@cache  # every call asks
+def _declared(cuda_alone: bool, post_expert_norm: bool, interpreted: bool) -> Capabilities:
+    return Capabilities(
+        devices=frozenset({"cuda"} if cuda_alone else {"cpu", "cuda"}),
+        dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        post_expert_norm=post_expert_norm,
+        weights=frozenset({"nf4", "fp4", "mxfp4"}),
+        mixed=True,
+        interpreted=interpreted,
+    )

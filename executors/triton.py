@@ -9,6 +9,7 @@ parameters; with ``recompute`` it keeps nothing else.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -76,14 +77,7 @@ class Triton(LayerExecutor):
     @property
     def capabilities(self) -> Capabilities:
         """What the executor can take; a CPU only under the interpreter."""
-        return Capabilities(
-            devices=frozenset({"cpu", "cuda"} if takes_cpu() else {"cuda"}),
-            dtypes=frozenset({"float32", "bfloat16", "float16"}),
-            weights=frozenset({"dense", "nf4", "fp4", "mxfp4"}),
-            mixed=True,
-            batch_invariant=self.batch_invariant,
-            interpreted=takes_cpu(),
-        )
+        return _declared(takes_cpu(), self.batch_invariant)
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:
         """Raises Unsupported for what this executor cannot take."""
@@ -111,3 +105,15 @@ class Triton(LayerExecutor):
         if self.tuned:
             return operator.TUNED
         return operator.BATCH_INVARIANT if self.batch_invariant else operator.OPERATOR
+
+
+@cache  # every call asks
+def _declared(interpreted: bool, batch_invariant: bool) -> Capabilities:
+    return Capabilities(
+        devices=frozenset({"cpu", "cuda"} if interpreted else {"cuda"}),
+        dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        weights=frozenset({"dense", "nf4", "fp4", "mxfp4"}),
+        mixed=True,
+        batch_invariant=batch_invariant,
+        interpreted=interpreted,
+    )

@@ -45,6 +45,7 @@ def test_layer_reaches_the_other_process_unchanged(tmp_path: Path, how: Quantisa
             assert torch.equal(ours.call(given), theirs.call(given)), ours.name
 
 
+@pytest.mark.nightly
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     layer = layer_of("mixtral-8x7b", PLAIN)
     rows = [

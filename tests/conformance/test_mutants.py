@@ -229,7 +229,7 @@ def honest_cases() -> list[tuple[str, str, int]]:
         (name, variant, tokens)
         for name in EXECUTORS
         for variant in sorted(honest_variants(executors.get(name)))
-        for tokens in ((FEW,) if name == "grouped_nf4" else (FEW, MANY))
+        for tokens in ((FEW, MANY) if name == "native" else (FEW,))
     ]
 
 

@@ -57,7 +57,7 @@ def run_tests(*arguments: str) -> str:
 def marked(piece: str) -> Any:
     """Drawn and pinned problems, all of the compiled products, and what else takes long, every night only."""
     slow = piece.endswith((": random", ": pinned"))
-    slow |= piece in ("compiled", "4 bits in slices", "numba: exact", "grouped_nf4: exact")
+    slow |= piece in ("compiled", "4 bits", "4 bits in slices", "numba: exact", "grouped_nf4: exact")
     return pytest.param(piece, marks=[pytest.mark.nightly] if slow else [])
 
 

@@ -37,7 +37,7 @@ E, K, H, I = 4, 3, 6, 5  # noqa: E741
 DERIVED = {"2*I": ("I", lambda size: size / 2), "E+1": ("E", lambda size: size - 1)}
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("library", ["numpy", pytest.param("torch", marks=pytest.mark.nightly)])
 def test_signatures_are_true(library: str) -> None:
     assert complaints(library) == ""
 

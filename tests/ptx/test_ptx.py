@@ -19,7 +19,7 @@ SMALL = (
     "sm90",
 )  # files that share a process, because importing torch takes longer
 ALONE = ("kernels", "kernels_sm90", "mutants", "spoiled", "spoiled_sm90")
-SLOW = {"mutants"}
+SLOW = {"mutants", "spoiled_sm90"}
 PROCESSES = [SMALL, *((name,) for name in ALONE)]
 
 
