@@ -10,8 +10,8 @@ its gradient; two dense ones are for ``native`` and ``grouped_mm``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
+from itertools import product
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
@@ -87,7 +87,7 @@ class GroupedNF4(LayerExecutor):
         """What it declares; of kernels a CPU only under the interpreter."""
         forced = self._kernels if self._forced else None
         interpreted = forced is not None and forced.takes_cpu()
-        return _declared(bool(forced) and not interpreted, not self._forced, interpreted)
+        return DECLARED[bool(forced) and not interpreted, not self._forced, interpreted]
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:
         """Raises Unsupported for two dense projections, other devices and dtypes, and in a capture it would break."""
@@ -140,7 +140,6 @@ class GroupedNF4(LayerExecutor):
         return kernels
 
 
-@cache  # every call asks
 def _declared(cuda_alone: bool, post_expert_norm: bool, interpreted: bool) -> Capabilities:
     return Capabilities(
         devices=frozenset({"cuda"} if cuda_alone else {"cpu", "cuda"}),
@@ -150,3 +149,7 @@ def _declared(cuda_alone: bool, post_expert_norm: bool, interpreted: bool) -> Ca
         mixed=True,
         interpreted=interpreted,
     )
+
+
+# Made once, because every call asks; a table, because torch.compile traces no cache.
+DECLARED = {own: _declared(*own) for own in product((False, True), repeat=3)}

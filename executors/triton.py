@@ -9,7 +9,7 @@ parameters; with ``recompute`` it keeps nothing else.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from itertools import product
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -77,7 +77,7 @@ class Triton(LayerExecutor):
     @property
     def capabilities(self) -> Capabilities:
         """What the executor can take; a CPU only under the interpreter."""
-        return _declared(takes_cpu(), self.batch_invariant)
+        return DECLARED[takes_cpu(), self.batch_invariant]
 
     def check(self, x: Tensor, weights: MoEWeights) -> None:
         """Raises Unsupported for what this executor cannot take."""
@@ -107,7 +107,6 @@ class Triton(LayerExecutor):
         return operator.BATCH_INVARIANT if self.batch_invariant else operator.OPERATOR
 
 
-@cache  # every call asks
 def _declared(interpreted: bool, batch_invariant: bool) -> Capabilities:
     return Capabilities(
         devices=frozenset({"cpu", "cuda"} if interpreted else {"cuda"}),
@@ -117,3 +116,7 @@ def _declared(interpreted: bool, batch_invariant: bool) -> Capabilities:
         batch_invariant=batch_invariant,
         interpreted=interpreted,
     )
+
+
+# Made once, because every call asks; a table, because torch.compile traces no cache.
+DECLARED = {own: _declared(*own) for own in product((False, True), repeat=2)}
