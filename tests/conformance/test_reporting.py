@@ -12,6 +12,7 @@ import pytest
 
 import clauses
 import executors
+import moe_ref
 from moe_ref.conformance.judgement.checks import ConformanceError, check_problem
 from moe_ref.conformance.judgement.exact import check_exact
 from moe_ref.conformance.mutants import mutants
@@ -380,7 +381,9 @@ def test_a_run_with_expected_failures(tmp_path: Path) -> None:
     install(outside, "one_percent", "one_percent:one_percent", ONE_PERCENT)
     ran = run_pytest(outside, *SUITE, "-q", "--save-failure", "saved", "--results", "results.json")
     assert ran.returncode == pytest.ExitCode.TESTS_FAILED
-    told = results.read_results(outside / "results.json").executors["one_percent"]
+    found = results.read_results(outside / "results.json")
+    assert found.version == moe_ref.__version__
+    told = found.executors["one_percent"]
     assert (told.clauses["E2"].state, told.clauses["E2"].failed, told.clauses["G1"].state) == ("fails", 8, "not judged")
     assert told.failures[0].again.startswith("from moe_ref.conformance.reporting.again import *; check_exact(get(")
     assert "not all of the suite ran: -k 'exact_cases and many_rows'" in ran.stdout

@@ -76,6 +76,12 @@ def row(name: str, *call: Any) -> executors.Explanation:
 # Names -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["native", "grouped_mm", "grouped_nf4", "numba"])
+def test_capabilities_are_made_once(name: str) -> None:
+    """Every call asks for them, and their words are checked when they are made."""
+    assert executors.get(name).capabilities is executors.get(name).capabilities
+
+
 def test_names_are_sorted_and_hold_the_built_in_ones() -> None:
     assert executors.names() == sorted(executors.names())
     assert set(_registry.BUILT_IN) <= set(executors.names())
